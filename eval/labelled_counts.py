@@ -1,0 +1,149 @@
+"""Cells as evaluation sees them: a matrix of integer counts and one label per cell and condition column.
+
+Reads them from AnnData with genes matched by name, and refuses what is not counts. Knows nothing of metrics, protocols
+or generators.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import anndata
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CONDITIONS = ("cell_type", "perturbation")
+SEPARATOR = " | "
+NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class LabelledCounts:
+    """Counts (n, G) of the same genes in the same order for everything that is compared, and the cells' labels.
+
+    Attributes:
+        counts: (n, G) CSR, integer.
+        labels: n rows, one string column per condition (cell type, perturbation, covariates); no column is
+            unconditional.
+    """
+
+    counts: sparse.csr_matrix
+    labels: pd.DataFrame
+
+    def __post_init__(self) -> None:
+        if self.counts.shape[0] != len(self.labels):
+            raise ValueError(f"{self.counts.shape[0]} cells but labels for {len(self.labels)}: expected one row per cell")
+
+    def __len__(self) -> int:
+        return self.counts.shape[0]
+
+    @cached_property
+    def rows_by_condition(self) -> dict[str, np.ndarray]:
+        """Condition's name (its labels joined by " | "; "" if there are no columns) -> the rows of its cells."""
+        names = pd.Series("", index=range(len(self)))
+        for position, column in enumerate(self.labels):
+            values = self.labels[column].reset_index(drop=True)
+            names = values if position == 0 else names + SEPARATOR + values
+        groups = names.groupby(names, sort=True).indices
+        return {str(name): np.asarray(rows) for name, rows in groups.items()}
+
+    def take(self, rows: np.ndarray) -> "LabelledCounts":
+        """The cells of some rows, in that order."""
+        return LabelledCounts(self.counts[rows], self.labels.iloc[rows].reset_index(drop=True))
+
+
+def from_anndata(
+    adata: anndata.AnnData, *, name: str, conditions: Sequence[str], genes: Sequence[str] | None = None
+) -> LabelledCounts:
+    """Take the counts of ``X`` and the condition columns of ``obs``; genes are matched by name and put in order.
+
+    Args:
+        adata: cells with raw counts in ``X`` (any numeric type).
+        name: what to call the file in messages.
+        conditions: columns of ``obs``.
+        genes: the wanted genes in order; None keeps the file's own. Other genes are dropped, which is logged.
+
+    Raises:
+        ValueError: values that are not counts, duplicate or missing genes, a missing column or label, no cells.
+    """
+    if adata.n_obs == 0:
+        raise ValueError(f"{name!r} has no cells; expected one or more")
+    if not adata.var_names.is_unique:
+        repeated = adata.var_names[adata.var_names.duplicated()].unique()
+        raise ValueError(f"{name!r} has {len(repeated):,} duplicate gene names ({_listed(repeated)}); make them unique")
+    absent = [column for column in conditions if column not in adata.obs]
+    if absent:
+        raise ValueError(
+            f"{name!r} has no column {', '.join(map(repr, absent))} in obs; it has {_listed(adata.obs.columns, 20)}; "
+            "choose columns that every file has with --condition-keys A,B (or --condition-keys none)"
+        )
+    labels = adata.obs[list(conditions)].reset_index(drop=True)
+    for column in conditions:
+        unlabelled = int(labels[column].isna().sum())
+        if unlabelled:
+            raise ValueError(f"{name!r}: {unlabelled:,} cells have no label in obs[{column!r}]; label or remove them")
+    counts = _integer_counts(adata, name)
+    if genes is not None:
+        counts = counts[:, _gene_positions(adata.var_names, genes, name)]
+    return LabelledCounts(counts.tocsr(), labels.astype(str))
+
+
+def condition_columns(requested: str | None, real: anndata.AnnData, generated: Sequence[anndata.AnnData]) -> list[str]:
+    """Columns that make up a condition: ``requested`` (A,B or none), else what the real file says, else the usual ones.
+
+    A file written by ``dcm-convert`` or ``dcm-sample`` lists them in ``uns["dcm_conditions"]``; for any other,
+    ``cell_type`` and ``perturbation`` are taken where every file has them.
+    """
+    if requested is not None:
+        names = [name.strip() for name in requested.split(",") if name.strip()]
+        return [] if names in ([], ["none"]) else names
+    if "dcm_conditions" in real.uns:
+        return [str(name) for name in np.asarray(real.uns["dcm_conditions"]).ravel()]
+    return [name for name in DEFAULT_CONDITIONS if all(name in file.obs for file in (real, *generated))]
+
+
+def _integer_counts(adata: anndata.AnnData, name: str) -> sparse.csr_matrix:
+    """``X`` as CSR, every value a finite, non-negative integer."""
+    counts = sparse.csr_matrix(adata.X)
+    values = counts.data
+    if values.dtype.kind not in "iufb":
+        raise ValueError(f"{name!r}: X holds {values.dtype}; expected raw counts")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name!r}: {int((~np.isfinite(values)).sum()):,} values of X are NaN or infinite")
+    if (values < 0).any():
+        raise ValueError(
+            f"{name!r}: {int((values < 0).sum()):,} values of X are negative (lowest {values.min():g}); expected raw counts"
+        )
+    fractional = values != np.rint(values)
+    if fractional.any():
+        layers = f"; layers: {_listed(adata.layers)}" if len(adata.layers) else ""
+        raise ValueError(
+            f"{name!r}: {int(fractional.sum()):,} of {values.size:,} values of X are not integers (for example "
+            f"{values[fractional][0]:g}): it looks log-normalised. Save raw counts in X and try again{layers}"
+        )
+    return counts.astype(np.int64) if values.size and values.max() > np.iinfo(np.int32).max else counts.astype(np.int32)
+
+
+def _gene_positions(found: pd.Index, genes: Sequence[str], name: str) -> np.ndarray:
+    """Columns of ``genes`` among the genes of a file."""
+    positions = found.get_indexer(pd.Index(genes))
+    missing = [gene for gene, position in zip(genes, positions) if position < 0]
+    if missing:
+        raise ValueError(
+            f"{name!r} lacks {len(missing):,} of the {len(genes):,} genes of the real cells ({_listed(missing)}); "
+            "expected all of them, by the same names"
+        )
+    if len(found) > len(genes):
+        logger.info("%s: %d genes that the real cells do not have are left out", name, len(found) - len(genes))
+    return positions
+
+
+def _listed(names: Sequence[str], shown: int = NAMES_SHOWN) -> str:
+    """The first few names, and how many more there are."""
+    names = [str(name) for name in names]
+    more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
+    return (", ".join(names[:shown]) or "none") + more

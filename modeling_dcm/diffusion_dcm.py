@@ -1,0 +1,101 @@
+"""The absorbing-state diffusion: schedule functions, forward process and loss, each as the paper writes it.
+
+Knows nothing of networks. `m = 1 - alpha` is the mask probability. Letters: B cells, L genes in the sequence, Q queried
+genes, K largest count.
+"""
+
+import torch
+
+DEFAULT_EPS = 1e-3
+
+
+def sigma_bar(t: torch.Tensor, eps: float = DEFAULT_EPS) -> torch.Tensor:
+    """Total noise up to time t, log-linear: ``-log(1 - (1-eps) t)``."""
+    return -torch.log1p(-(1 - eps) * t)
+
+
+def sigma(t: torch.Tensor, eps: float = DEFAULT_EPS) -> torch.Tensor:
+    """Noise rate ``d sigma_bar / dt = (1-eps) / (1 - (1-eps) t)``.
+
+    The paper (after Eq. 2) prints ``(1-eps) / (eps + (1-eps) t)``, which is this function with t -> 1-t; with it the
+    process would be noisiest at the data. The paper's code uses the form here.
+    """
+    return (1 - eps) / (1 - (1 - eps) * t)
+
+
+def alpha(t: torch.Tensor, eps: float = DEFAULT_EPS) -> torch.Tensor:
+    """Survival probability ``exp(-sigma_bar(t)) = 1 - (1-eps) t`` (Eq. 5)."""
+    return 1 - (1 - eps) * t
+
+
+def mask_probability(t: torch.Tensor, eps: float = DEFAULT_EPS) -> torch.Tensor:
+    """``m(t) = 1 - alpha(t)``: 0 at t=0 and 1-eps at t=1."""
+    return (1 - eps) * t
+
+
+def reveal_probability(t: torch.Tensor, s: torch.Tensor, eps: float = DEFAULT_EPS) -> torch.Tensor:
+    """Probability that a gene masked at time t is revealed by the earlier time s: ``(m_t - m_s) / m_t``."""
+    m_t = mask_probability(t, eps)
+    return (m_t - mask_probability(s, eps)) / m_t
+
+
+def stratified_uniform(num_cells: int, generator: torch.Generator) -> torch.Tensor:
+    """One u for each cell of the global batch, one in each of ``num_cells`` equal strata of [0, 1), in random order."""
+    strata = torch.randperm(num_cells, generator=generator, device=generator.device)
+    offsets = torch.rand(num_cells, generator=generator, device=generator.device, dtype=torch.float64)
+    return ((strata + offsets) / num_cells).clamp(max=1 - 1e-12)
+
+
+def num_masked(u: torch.Tensor, num_measured: torch.Tensor) -> torch.Tensor:
+    """``k = 1 + floor(u n)`` masked genes of n measured ones: from 1 to n, everything masked included."""
+    return 1 + torch.floor(u.double() * num_measured).long()
+
+
+def mask_counts(
+    x_0: torch.Tensor, k: torch.Tensor, generator: torch.Generator, *, mask_token_id: int, pad_token_id: int
+) -> torch.Tensor:
+    """Mask ``k`` measured genes of each cell, chosen uniformly.
+
+    Args:
+        x_0: clean ids (B, L).
+        k: number of genes to mask (B,), at most the number of measured (non-PAD) genes.
+        generator: source of the choice, on the device of ``x_0``.
+
+    Returns:
+        x_t (B, L), MASK at the chosen genes.
+    """
+    keys = torch.rand(x_0.shape, generator=generator, device=x_0.device)
+    keys = keys.masked_fill(x_0 == pad_token_id, 2.0)  # never chosen: behind every measured gene
+    rank = keys.argsort(dim=1).argsort(dim=1)
+    return x_0.masked_fill(rank < k[:, None].to(x_0.device), mask_token_id)
+
+
+def choose_queries(x_t: torch.Tensor, budget: int, generator: torch.Generator, *, mask_token_id: int) -> torch.Tensor:
+    """Positions (B, Q) of at most ``budget`` masked genes of each cell, chosen uniformly; -1 where a cell has fewer."""
+    keys = torch.rand(x_t.shape, generator=generator, device=x_t.device)
+    keys = keys.masked_fill(x_t != mask_token_id, 2.0)
+    keys, positions = keys.topk(min(budget, x_t.shape[1]), dim=1, largest=False)
+    return positions.masked_fill(keys > 1.0, -1)
+
+
+def denoising_loss(
+    cross_entropy: torch.Tensor, is_query: torch.Tensor, k: torch.Tensor, n: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted denoising cross-entropies (Eq. 6), summed over genes and divided by the batch's measured genes.
+
+    ``S_b = k_b / Q_b`` times the sum over the Q_b queried masked genes, an unbiased estimate of the sum over all k_b.
+
+    Args:
+        cross_entropy: nats (B, Q).
+        is_query: which of them count (B, Q), masked genes only.
+        k: masked genes of each cell (B,).
+        n: measured genes of each cell (B,).
+
+    Returns:
+        ``uniform = sum_b S_b / sum_b n_b`` and ``elbo = sum_b (n_b / k_b) S_b / sum_b n_b``; the second is an upper
+        bound on -log p in nats per gene.
+    """
+    queried = is_query.sum(dim=1).clamp(min=1)
+    per_cell = (cross_entropy * is_query).sum(dim=1) * (k / queried)  # S_b (B,)
+    total = n.sum().clamp(min=1)
+    return per_cell.sum() / total, (per_cell * n / k.clamp(min=1)).sum() / total

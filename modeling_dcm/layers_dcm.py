@@ -1,0 +1,261 @@
+"""The network's parts: token embeddings, attention, AdaLN-zero blocks, the two backbones and the head.
+
+Knows nothing of noise, losses or labels' meaning: a condition arrives as one vector for each cell. Letters: B cells,
+L genes in the sequence, Q queried genes, S keys, D width, H heads, M latents, K largest count, V ids, R count features.
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_dcm import DCMConfig
+
+NUM_COUNT_FEATURES = 24
+TIME_FEATURES = 128
+
+
+def count_features(num_counts: int, num_ids: int, device: torch.device) -> torch.Tensor:
+    """Smooth functions of log1p(count) (V, R), by which neighbouring counts share what is learned; zero for MASK, PAD."""
+    x = torch.log1p(torch.arange(num_counts, device=device, dtype=torch.float32))
+    centres = torch.linspace(0, max(x[-1].item(), 1.0), NUM_COUNT_FEATURES, device=device)
+    width = centres[1] - centres[0]
+    features = torch.exp(-0.5 * ((x[:, None] - centres) / width) ** 2)
+    return nn.functional.pad(features, (0, 0, 0, num_ids - num_counts))
+
+
+def sinusoidal(x: torch.Tensor, dim: int, max_period: float = 10_000.0) -> torch.Tensor:
+    """Sines and cosines (B, dim) of a scalar of each cell (B,)."""
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=x.device) / (dim // 2))
+    angles = x.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class AdaLNZero(nn.Linear):
+    """From the condition to shifts, scales and gates; all zero at initialisation, so that each block starts as identity."""
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero: the head, which then emits the training marginals."""
+
+
+class CountBias(nn.Embedding):
+    """Bias of the head for each gene; starts at zero until the training marginals are set."""
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``x (1 + scale) + shift`` with one shift and scale (B, D) for each cell."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def layer_norm(dim: int) -> nn.LayerNorm:
+    return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+
+
+def eager_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Softmax attention written out, (B, H, Q, D/H) -> (B, Q, H, D/H); the reference for the fast kernels."""
+    weights = (query @ key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries (B, Q, D) over keys (B, S, D), through transformers' attention interface."""
+
+    is_causal = False
+
+    def __init__(self, config: DCMConfig):
+        super().__init__()
+        self.config = config
+        self.heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // self.heads
+        self.q = nn.Linear(config.hidden_size, config.hidden_size)
+        self.kv = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor, keys: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+        """``key_mask`` (B, S), True at the keys to attend to; None: all of them."""
+        query = self.q(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        key, value = self.kv(keys).unflatten(-1, (2 * self.heads, self.head_dim)).transpose(1, 2).chunk(2, dim=1)
+        implementation = self.config._attn_implementation or "eager"
+        mask = key_mask
+        if key_mask is not None and not ("flash" in implementation and query.shape[2] == key.shape[2]):
+            # flash attention unpads by a (B, S) mask only where queries and keys are the same tokens
+            implementation = "sdpa" if "flash" in implementation else implementation
+            mask = key_mask[:, None, None, :].expand(-1, 1, query.shape[2], -1)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        dropout = self.config.dropout if self.training else 0.0
+        attended, _ = attend(self, query, key, value, mask, dropout=dropout, scaling=self.head_dim**-0.5)
+        return self.out(attended.flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DCMConfig):
+        super().__init__()
+        hidden = round(config.hidden_size * config.mlp_ratio)
+        self.up = nn.Linear(config.hidden_size, hidden)
+        self.down = nn.Linear(hidden, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.dropout(nn.functional.gelu(self.up(x), approximate="tanh")))
+
+
+class Block(GradientCheckpointingLayer):
+    """AdaLN-zero transformer block (DiT): self-attention when ``keys`` is None, else cross-attention to ``keys``.
+
+    The keys of a cross-attention are normalised but not modulated, so that they do not change with the noise level.
+    """
+
+    def __init__(self, config: DCMConfig, cross: bool = False):
+        super().__init__()
+        self.norm_attention = layer_norm(config.hidden_size)
+        self.norm_keys = layer_norm(config.hidden_size) if cross else None
+        self.norm_mlp = layer_norm(config.hidden_size)
+        self.attention = Attention(config)
+        self.mlp = MLP(config)
+        self.modulation = AdaLNZero(config.hidden_size, 6 * config.hidden_size)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        condition: torch.Tensor,
+        keys: torch.Tensor | None = None,
+        key_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=-1)
+        h = modulate(self.norm_attention(x), shift_a, scale_a)
+        keys = h if keys is None else self.norm_keys(keys)
+        x = x + gate_a[:, None] * self.attention(h, keys, key_mask)
+        return x + gate_m[:, None] * self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
+
+
+class CellEmbedding(nn.Module):
+    """One token for each gene: who it is, what was counted, and how this gene reads that count (a product of both).
+
+    Genes have an identity and no position: permuting them permutes the tokens.
+    """
+
+    def __init__(self, config: DCMConfig):
+        super().__init__()
+        self.num_counts = config.num_counts
+        self.gene = nn.Embedding(config.num_genes, config.hidden_size)
+        self.gene_reading = nn.Embedding(config.num_genes, config.hidden_size)
+        self.count = nn.Embedding(config.vocab_size, 2 * config.hidden_size)
+        self.count_curve = nn.Linear(NUM_COUNT_FEATURES, 2 * config.hidden_size, bias=False)
+        self.target = nn.Embedding(1, config.hidden_size)
+
+    def genes(self, gene_ids: torch.Tensor, is_target: torch.Tensor | None) -> torch.Tensor:
+        """Identity of the genes (.., L, D), flagged where they are the perturbation's target."""
+        identity = self.gene(gene_ids)
+        if is_target is None:
+            return identity
+        return identity + is_target[..., None].to(identity.dtype) * self.target.weight
+
+    def forward(self, input_ids: torch.Tensor, gene_ids: torch.Tensor, is_target: torch.Tensor | None) -> torch.Tensor:
+        features = count_features(self.num_counts, self.count.num_embeddings, input_ids.device)
+        table = self.count.weight + self.count_curve(features.to(self.count.weight.dtype))  # (V, 2D)
+        count, level = nn.functional.embedding(input_ids, table).chunk(2, dim=-1)  # (B, L, D) each
+        return self.genes(gene_ids, is_target) + count + level * self.gene_reading(gene_ids)
+
+
+class DiTBackbone(nn.Module):
+    """Full bidirectional attention over all measured genes (the paper's)."""
+
+    def __init__(self, config: DCMConfig):
+        super().__init__()
+        self.embedding = CellEmbedding(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, tokens, condition, extra_tokens, key_mask) -> torch.Tensor:
+        """Hidden states (B, E+L, D) of the E extra tokens and L genes; ``key_mask`` (B, L) or None."""
+        x = tokens
+        if extra_tokens is not None:
+            x = torch.cat([extra_tokens, x], dim=1)
+            if key_mask is not None:
+                key_mask = nn.functional.pad(key_mask, (extra_tokens.shape[1], 0), value=True)
+        for block in self.blocks:
+            x = block(x, condition, None, key_mask)
+        return x
+
+
+class LatentBackbone(nn.Module):
+    """Learned latents read the observed genes, think, and are read by the queried genes: cost linear in genes."""
+
+    def __init__(self, config: DCMConfig):
+        super().__init__()
+        self.embedding = CellEmbedding(config)
+        self.latents = nn.Embedding(config.num_latents, config.hidden_size)
+        self.nothing = nn.Embedding(1, config.hidden_size)  # always among the keys: nothing observed is defined
+        self.read = Block(config, cross=True)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.write = Block(config, cross=True)
+
+    def forward(self, tokens, condition, extra_tokens, is_observed) -> torch.Tensor:
+        """Latents (B, E+M, D) after reading the observed ones among ``tokens`` (B, L, D)."""
+        B = len(condition)
+        keys = torch.cat([self.nothing.weight.expand(B, -1, -1).to(tokens.dtype), tokens], dim=1)
+        key_mask = None if is_observed is None else nn.functional.pad(is_observed, (1, 0), value=True)
+        x = self.latents.weight.expand(B, -1, -1)
+        if extra_tokens is not None:
+            x = torch.cat([extra_tokens, x], dim=1)
+        x = self.read(x, condition, keys, key_mask)
+        for block in self.blocks:
+            x = block(x, condition)
+        return x
+
+
+class CountHead(nn.Module):
+    """Logits over counts 0..K of the queried genes; there is no output for MASK or PAD.
+
+    ``gene_bias`` has C columns: counts below C-1 have a bias of their own for each gene, all others share the last.
+    """
+
+    def __init__(self, config: DCMConfig):
+        super().__init__()
+        self.num_counts = config.num_counts
+        self.norm = layer_norm(config.hidden_size)
+        self.modulation = AdaLNZero(config.hidden_size, 2 * config.hidden_size)
+        self.counts = ZeroLinear(config.hidden_size, config.num_counts)
+        self.curve = ZeroLinear(NUM_COUNT_FEATURES, config.hidden_size, bias=False)
+        columns = min(config.gene_output_bias, config.num_counts)
+        self.gene_bias = CountBias(config.num_genes, columns) if columns else None
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor, gene_ids: torch.Tensor) -> torch.Tensor:
+        shift, scale = self.modulation(condition).chunk(2, dim=-1)
+        x = modulate(self.norm(x), shift, scale)
+        features = count_features(self.num_counts, self.num_counts, x.device).to(self.curve.weight.dtype)
+        weight = self.counts.weight + features @ self.curve.weight.t()  # (K+1, D)
+        logits = nn.functional.linear(x, weight, self.counts.bias)
+        if self.gene_bias is None:
+            return logits
+        bias = self.gene_bias(gene_ids).to(logits.dtype)  # (.., Q, C)
+        C = bias.shape[-1]
+        if self.num_counts > C:
+            bias = torch.cat([bias, bias[..., -1:].expand(*bias.shape[:-1], self.num_counts - C)], dim=-1)
+        return logits + bias
+
+    @torch.no_grad()
+    def set_marginals(self, histogram: torch.Tensor) -> None:
+        """Start at the log marginals of the training cells: ``histogram`` (G, K+1), cells for each gene and count.
+
+        One pseudo-cell with the counts' law over all genes keeps unseen counts possible.
+        """
+        histogram = histogram.double().cpu()
+        shared = histogram.sum(dim=0) + 1.0
+        shared = shared / shared.sum()
+        log_p = ((histogram + shared) / (histogram.sum(dim=1, keepdim=True) + 1.0)).log()
+        if self.gene_bias is None:
+            self.counts.bias.copy_(shared.log())
+            return
+        C = self.gene_bias.embedding_dim
+        tail = shared[C - 1 :] / shared[C - 1 :].sum()
+        self.counts.bias.zero_()
+        self.counts.bias[C - 1 :] = tail.log().to(self.counts.bias)
+        last = log_p[:, C - 1 :].logsumexp(dim=1, keepdim=True)
+        self.gene_bias.weight.copy_(torch.cat([log_p[:, : C - 1], last], dim=1))

@@ -1,0 +1,207 @@
+"""DCMForDenoising: from masked counts and conditions to a law over counts at each masked gene.
+
+Puts embeddings, conditions, backbone and head together, and computes the loss. Randomness is the caller's: `forward`
+draws nothing (apart from dropout, off by default). Files, names of genes and labels are the tokenizer's.
+Letters: B cells, L genes in the sequence, Q queried genes, P perturbations of a cell, D width, K largest count, G all genes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .conditions_dcm import ConditionEncoder, LabelEncoder, LibrarySizes
+from .configuration_dcm import DCMConfig
+from .diffusion_dcm import alpha, denoising_loss
+from .generation_dcm import CellGenerationMixin
+from .layers_dcm import AdaLNZero, Block, CountBias, CountHead, DiTBackbone, LatentBackbone, ZeroLinear
+
+
+@dataclass
+class DCMOutput(ModelOutput):
+    """Output of :class:`DCMForDenoising`.
+
+    Attributes:
+        loss: the configured weighting of Eq. 6, a scalar; None without labels.
+        elbo: upper bound on -log p in nats per gene, a scalar; None without labels.
+        logits: (B, L, K+1), or (B, Q, K+1) with ``query_positions``.
+    """
+
+    loss: torch.Tensor | None = None
+    elbo: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+class DCMPreTrainedModel(PreTrainedModel):
+    config_class = DCMConfig
+    base_model_prefix = "dcm"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Zeros where AdaLN-zero and the head want them; unit-norm embeddings; Xavier for the rest (DiT's choice)."""
+        if isinstance(module, AdaLNZero | ZeroLinear | CountBias):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
+        elif isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+
+
+class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
+    """Discrete Cell Model: the denoiser ``p(x_i | x_t, c)`` of absorbing diffusion over counts, and its sampler."""
+
+    def __init__(self, config: DCMConfig):
+        super().__init__(config)
+        self.conditions = ConditionEncoder(config)
+        self.backbone = DiTBackbone(config) if config.backbone == "dit" else LatentBackbone(config)
+        self.head = CountHead(config)
+        self.library_sizes = LibrarySizes(config)
+        # gene of the panel with each perturbation's name, or -1; filled at training by name
+        self.register_buffer("target_gene_ids", torch.full((config.num_perturbations,), -1))
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        gene_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cell_type_ids: torch.Tensor | None = None,
+        perturbation_ids: torch.Tensor | None = None,
+        perturbation_embeds: torch.Tensor | None = None,
+        target_gene_ids: torch.Tensor | None = None,
+        covariate_ids: torch.Tensor | None = None,
+        library_size: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        query_positions: torch.Tensor | None = None,
+    ) -> DCMOutput:
+        """Logits over counts for each gene, and the loss at masked genes when ``labels`` are given.
+
+        Args:
+            input_ids: ids (B, L): counts, MASK (``config.mask_token_id``) or PAD (``config.pad_token_id``, not measured).
+            gene_ids: genes of the sequence (L,) or (B, L); default 0..L-1, then L must be ``config.num_genes``.
+            attention_mask: (B, L), 0 marks a gene as PAD.
+            cell_type_ids: (B,), -1 is not given.
+            perturbation_ids: (B, P), summed; -1 beside real ids is padding, all -1 is not given.
+            perturbation_embeds: vectors of perturbations (B, P, ``config.perturbation_dim``), NaN rows are padding.
+            target_gene_ids: genes (B, P) that the perturbations target, -1 for none; default: the model's own table.
+            covariate_ids: (B, C) in the order of ``config.covariates``, -1 is not given.
+            library_size: total counts over the panel (B,); negative is not given.
+            labels: clean ids (B, L).
+            query_positions: positions (B, Q) of the sequence to compute logits for, -1 is padding.
+
+        Raises:
+            ValueError: shapes or ids do not fit the configuration.
+        """
+        gene_ids = self._check_genes(input_ids, gene_ids)
+        if attention_mask is not None:
+            input_ids = input_ids.masked_fill(attention_mask == 0, self.config.pad_token_id)
+        is_masked = input_ids == self.config.mask_token_id
+        k = is_masked.sum(dim=1)
+        n = (input_ids != self.config.pad_token_id).sum(dim=1)
+        condition, tokens, targets = self._condition(
+            k / n.clamp(min=1),
+            cell_type_ids,
+            perturbation_ids,
+            perturbation_embeds,
+            target_gene_ids,
+            covariate_ids,
+            library_size,
+        )
+        positions = None if query_positions is None else query_positions.clamp(min=0)
+        logits = self._denoise(input_ids, gene_ids, condition, tokens, targets, positions)
+        if labels is None:
+            return DCMOutput(logits=logits)
+        is_query = is_masked
+        if query_positions is not None:
+            labels = labels.gather(1, positions)
+            is_query = is_masked.gather(1, positions) & (query_positions >= 0)
+        safe = labels.masked_fill(~is_query, 0)
+        cross_entropy = nn.functional.cross_entropy(logits.float().flatten(0, 1), safe.flatten(), reduction="none")
+        uniform, elbo = denoising_loss(cross_entropy.view_as(safe), is_query, k, n)
+        return DCMOutput(
+            loss=elbo if self.config.loss_weighting == "elbo" else uniform, elbo=elbo.detach(), logits=logits
+        )
+
+    @torch.no_grad()
+    def concrete_score(self, input_ids: torch.Tensor, t: torch.Tensor | float, **conditions) -> torch.Tensor:
+        """Concrete scores (Eq. 5) ``s(x_t, t)_{i,v} = alpha(t) / (1 - alpha(t)) p(x_i = v | x_t, c)``.
+
+        Args:
+            input_ids: masked ids (B, L).
+            t: time of the schedule in (0, 1], one for all or (B,); it scales the ratios and is not shown to the network.
+            conditions: the other arguments of :meth:`forward`.
+
+        Returns:
+            (B, L, K+1), meaningful at masked genes.
+
+        Raises:
+            ValueError: t outside (0, 1].
+        """
+        t = torch.as_tensor(t, dtype=torch.float32, device=input_ids.device).expand(len(input_ids))
+        if not bool(((t > 0) & (t <= 1)).all()):
+            raise ValueError(f"t={t.tolist()}, expected values in (0, 1]: at t=0 nothing is masked and ratios are infinite")
+        survival = alpha(t, self.config.noise_eps)
+        probabilities = self(input_ids, **conditions).logits.float().softmax(dim=-1)
+        return (survival / (1 - survival))[:, None, None] * probabilities
+
+    def _check_genes(self, input_ids: torch.Tensor, gene_ids: torch.Tensor | None) -> torch.Tensor:
+        B, L = input_ids.shape
+        if gene_ids is None:
+            if self.config.num_genes != L:
+                raise ValueError(
+                    f"input_ids has {L} genes, the model {self.config.num_genes}: pass gene_ids for a subset of the panel"
+                )
+            gene_ids = torch.arange(L, device=input_ids.device)
+        if gene_ids.shape[-1] != L:
+            raise ValueError(f"gene_ids has shape {tuple(gene_ids.shape)}, expected ({L},) or ({B}, {L})")
+        return gene_ids.expand(B, L)
+
+    def _condition(
+        self, t, cell_type_ids, perturbation_ids, perturbation_embeds, target_gene_ids, covariate_ids, library_size
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Condition vector (B, D), condition tokens (B, E, D) or None, target genes (B, P) or None."""
+        condition, tokens = self.conditions(
+            t, cell_type_ids, perturbation_ids, perturbation_embeds, covariate_ids, library_size
+        )
+        if target_gene_ids is None and perturbation_ids is not None and self.config.num_perturbations:
+            target_gene_ids = self.target_gene_ids[perturbation_ids.clamp(min=0)].masked_fill(perturbation_ids < 0, -1)
+        return condition, tokens, target_gene_ids
+
+    def _denoise(self, input_ids, gene_ids, condition, tokens, targets, positions) -> torch.Tensor:
+        """Logits (B, Q, K+1) at ``positions`` (B, Q), or at all genes."""
+        is_target = None if targets is None else (gene_ids[..., None] == targets[:, None, :]).any(dim=-1)
+        queried = gene_ids if positions is None else gene_ids.gather(1, positions)
+        embedded = self.backbone.embedding(input_ids, gene_ids, is_target)
+        if self.config.backbone == "dit":
+            hidden = self._dit_hidden(input_ids, embedded, condition, tokens)
+            if positions is not None:  # gathered before the head: logits nobody reads are never computed
+                hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+        else:
+            latents = self._latents(input_ids, embedded, condition, tokens)
+            is_query_target = is_target if positions is None or is_target is None else is_target.gather(1, positions)
+            queries = self.backbone.embedding.genes(queried, is_query_target)
+            hidden = self.backbone.write(queries, condition, latents)
+        return self.head(hidden, condition, queried)
+
+    def _dit_hidden(self, input_ids, embedded, condition, tokens) -> torch.Tensor:
+        """Hidden states (B, L, D); a mask is made only where something is PAD (it disqualifies flash kernels)."""
+        measured = input_ids != self.config.pad_token_id
+        hidden = self.backbone(embedded, condition, tokens, None if bool(measured.all()) else measured)
+        return hidden[:, -input_ids.shape[1] :]
+
+    def _latents(self, input_ids, embedded, condition, tokens) -> torch.Tensor:
+        """Latents (B, E+M, D) that have read the observed genes and no others."""
+        return self.backbone(embedded, condition, tokens, input_ids < self.config.num_counts)
+
+
+__all__ = ["AdaLNZero", "Block", "DCMForDenoising", "DCMOutput", "DCMPreTrainedModel", "LabelEncoder"]

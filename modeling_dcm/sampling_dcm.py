@@ -1,0 +1,110 @@
+"""The sampler: reveal genes in a random order fixed in advance, drawing each from the denoiser's law.
+
+Plain functions over a ``denoise`` callable; knows nothing of networks, conditions or files. Positions first and tokens
+second: the number of genes revealed in a step is the schedule's, and no count, however rare, loses a race against MASK.
+Letters: B cells, L genes in the sequence, q genes revealed in a step, S steps, K largest count.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+# denoise(x_t (B, L), positions (B, q), known (B, j)) -> logits (B, q, K+1). `known` are the positions that may hold a
+# count by now: all of them are among it, and what is not observed yet there is still MASK.
+Denoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda u: u,
+    "cosine": lambda u: 1 - math.cos(math.pi * u / 2),
+    "cubic": lambda u: u**3,
+}
+
+
+def reveal_schedule(num_genes: int, steps: int, schedule: str = "cubic") -> list[int]:
+    """Genes revealed after each step, ``k_0 = 0 < k_1 < ... < k_S = num_genes``; at most one step for each gene.
+
+    Raises:
+        ValueError: unknown schedule or fewer than one step.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r}, expected one of {sorted(SCHEDULES)}")
+    if steps < 1:
+        raise ValueError(f"steps={steps}, expected at least 1")
+    steps = min(steps, num_genes)
+    revealed = [0]
+    for step in range(1, steps + 1):
+        target = round(num_genes * SCHEDULES[schedule](step / steps))
+        revealed.append(max(revealed[-1] + 1, min(target, num_genes - (steps - step))))
+    return revealed
+
+
+def random_order(x: torch.Tensor, mask_token_id: int, pad_token_id: int, generator: torch.Generator) -> torch.Tensor:
+    """Positions (B, L) of each cell: given genes first, then the masked ones in random order, then PAD."""
+    keys = torch.rand(x.shape, generator=generator, device=x.device)
+    keys = keys.masked_fill((x != mask_token_id) & (x != pad_token_id), -1.0).masked_fill(x == pad_token_id, 2.0)
+    return keys.argsort(dim=1, stable=True)
+
+
+def draw_counts(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
+    """One id for each row of ``logits`` (..., K+1) by Gumbel-max in float32: the largest ``logits / T - log E``, E ~ Exp(1)."""
+    noise = torch.empty(logits.shape, device=logits.device).exponential_(generator=generator)
+    return (logits.float() / temperature - noise.log()).argmax(dim=-1)
+
+
+@torch.no_grad()
+def sample_counts(
+    denoise: Denoiser,
+    x: torch.Tensor,
+    *,
+    steps: int,
+    schedule: str = "cubic",
+    temperature: float = 1.0,
+    mask_token_id: int,
+    pad_token_id: int,
+    generator: torch.Generator,
+    on_step: Callable[[torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """Replace every MASK of ``x`` by a count; counts that are given, and PAD, stay as they are.
+
+    Args:
+        denoise: the denoiser, see :data:`Denoiser`.
+        x: ids (B, L), MASK where a count is wanted.
+        steps: calls of the denoiser at most. A cell with n masked genes follows the schedule scaled to its own n.
+        schedule: ``linear``, ``cosine`` or ``cubic``.
+        temperature: divides the logits; 1.0 draws from the model.
+        generator: source of every draw, on the device of ``x``.
+        on_step: called with x_t after each step.
+
+    Returns:
+        ids (B, L) without MASK.
+    """
+    L = x.shape[1]
+    order = random_order(x, mask_token_id, pad_token_id, generator)
+    given = ((x != mask_token_id) & (x != pad_token_id)).sum(dim=1)  # (B,)
+    bounds = _reveal_bounds((x == mask_token_id).sum(dim=1), steps, schedule)  # (B, S+1)
+    stops = (given[:, None].cpu() + bounds).to(x.device)  # positions of `order` that are known after each step
+    widths = bounds.diff(dim=1).amax(dim=0).tolist()
+    num_known = (given[:, None].cpu() + bounds).amax(dim=0).tolist()
+    order = torch.cat([order, order.new_full((len(x), 1), L)], dim=1)  # (B, L+1), the last is nobody's
+    x = torch.cat([x, x.new_full((len(x), 1), pad_token_id)], dim=1)
+    for step, width in enumerate(widths):
+        known = order[:, : num_known[step]]
+        index = stops[:, step, None] + torch.arange(width, device=x.device)
+        is_own = index < stops[:, step + 1, None]
+        positions = order.gather(1, index.clamp(max=L))  # (B, q)
+        positions = positions.masked_fill(~is_own, L)
+        logits = denoise(x[:, :L], positions.clamp(max=L - 1), known)
+        x.scatter_(1, positions, draw_counts(logits, temperature, generator))
+        if on_step is not None:
+            on_step(x[:, :L])
+    return x[:, :L]
+
+
+def _reveal_bounds(num_masked: torch.Tensor, steps: int, schedule: str) -> torch.Tensor:
+    """Genes revealed after each step (B, S+1); cells with fewer masked genes than steps are done early."""
+    sizes, cell_size = num_masked.cpu().unique(return_inverse=True)
+    schedules = [reveal_schedule(n, steps, schedule) if n else [0] for n in sizes.tolist()]
+    length = max(len(revealed) for revealed in schedules)
+    padded = [revealed + [revealed[-1]] * (length - len(revealed)) for revealed in schedules]
+    return torch.tensor(padded)[cell_size]

@@ -1,0 +1,28 @@
+"""Turn a typed, documented ``main`` into a command line.
+
+Every stage (``dcm-convert``, ``dcm-train``, ...) is a plain function; tyro makes its options from the signature and its
+help from the docstring. This file adds the one thing that tyro does not know: a mistake of the user is one line on
+stderr and exit code 2, never a traceback. Set ``DCM_TRACEBACK=1`` to see the traceback all the same.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+import tyro
+
+
+def run(main: Callable[..., object]) -> None:
+    """Run ``main`` with the options of the command line; exit 2 on a ``ValueError`` or ``OSError`` that it raises."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "datasets", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        tyro.cli(main)
+    except (ValueError, OSError) as error:
+        if os.environ.get("DCM_TRACEBACK") == "1":
+            raise
+        message = " ".join(str(error).split())
+        sys.stderr.write(f"error: {message}\n")
+        sys.exit(2)

@@ -1,0 +1,79 @@
+"""Read h5ad files with errors that say what to do, and write files so that a crash leaves the last good state.
+
+Knows nothing of models, vocabularies or shards.
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import anndata
+import h5py
+
+
+def read_h5ad(path: str | Path, *, backed: bool = False) -> anndata.AnnData:
+    """Open an h5ad file.
+
+    Args:
+        path: the file.
+        backed: leave the counts on disk (``AnnData(backed="r")``).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty, not HDF5, cut short, or HDF5 without AnnData's layout.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {str(path)!r}; expected an h5ad file")
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError(f"{str(path)!r} is empty (0 bytes); write or copy it again")
+    if not h5py.is_hdf5(path):
+        raise ValueError(f"{str(path)!r} is not an h5ad file (no HDF5 signature in its {size:,} bytes)")
+    try:
+        with h5py.File(path, "r") as file:
+            missing = [name for name in ("X", "obs", "var") if name not in file]
+        if missing:
+            raise ValueError(f"{str(path)!r} is HDF5 but not an h5ad file: it has no {', '.join(missing)}")
+        return anndata.read_h5ad(path, backed="r" if backed else None)
+    except (OSError, KeyError, RuntimeError, anndata._io.utils.AnnDataReadError) as error:
+        raise ValueError(
+            f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); it looks cut short or damaged: copy it again"
+        ) from error
+
+
+@contextmanager
+def written_aside(path: str | Path) -> Iterator[Path]:
+    """Yield a path beside ``path`` to write a file or a folder to; rename it to ``path`` when the block succeeds.
+
+    An existing ``path`` is replaced only at the end; when the block raises, what was written is removed and ``path``
+    is as it was before.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
+    try:
+        yield aside
+        if aside.is_dir() and path.is_dir():
+            old = aside.with_suffix(".old")
+            os.replace(path, old)
+            os.replace(aside, path)
+            shutil.rmtree(old)
+        else:
+            _flush(aside)
+            os.replace(aside, path)
+    finally:
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        else:
+            aside.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Ask the system to put the bytes of a file on disk before its name is changed."""
+    if path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

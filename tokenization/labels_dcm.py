@@ -1,0 +1,89 @@
+"""Turn label columns into ids, and unknown labels into errors that list near matches.
+
+Knows the separator of combined perturbations, but nothing of genes, counts, files or models. This file ships with
+every checkpoint, so it needs numpy only: pandas columns are recognised by what they offer.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+SHOWN_LABELS = 20
+
+
+def unknown_label_error(kind: str, unknown: Sequence[str], known: Sequence[str]) -> ValueError:
+    """The error for labels that a vocabulary lacks: near matches if there are any, else the labels that exist.
+
+    Args:
+        kind: what the labels are, such as ``"perturbation"``.
+        unknown: the labels that were not found; the first is matched against ``known``.
+        known: every label of the vocabulary.
+    """
+    near = difflib.get_close_matches(unknown[0], known, n=5, cutoff=0.6)
+    if not near:
+        near = [label for label in known if label.lower() == unknown[0].lower()]
+    others = f" (and {len(unknown) - 1} more unknown labels)" if len(unknown) > 1 else ""
+    if near:
+        hint = f"near matches: {', '.join(map(repr, near))}"
+    else:
+        shown = ", ".join(map(repr, known[:SHOWN_LABELS]))
+        hint = f"known labels: {shown}" + (f", ... ({len(known):,} in all)" if len(known) > SHOWN_LABELS else "")
+    return ValueError(f"unknown {kind} {unknown[0]!r}{others}; {hint}")
+
+
+def factorize(labels: object) -> tuple[list[str], np.ndarray]:
+    """Unique labels as strings, and for each of n cells the index of its label, -1 where it is missing (None, NaN).
+
+    Args:
+        labels: n labels: a sequence, an array, or a pandas column (categories are used as they are, without a sort).
+
+    Returns:
+        The labels that occur, and indices into them, (n,) int64.
+    """
+    categorical = getattr(labels, "cat", labels)
+    if hasattr(categorical, "categories") and hasattr(categorical, "codes"):
+        codes = np.asarray(categorical.codes, dtype=np.int64)
+        used = np.unique(codes[codes >= 0])
+        renumbered = np.full(len(categorical.categories) + 1, -1, dtype=np.int64)
+        renumbered[used] = np.arange(len(used))
+        return [str(categorical.categories[code]) for code in used], renumbered[codes]
+    values = np.asarray(labels, dtype=object).reshape(-1)
+    missing = np.equal(values, None) | np.not_equal(values, values).astype(bool)
+    codes = np.full(len(values), -1, dtype=np.int64)
+    unique, codes[~missing] = np.unique(values[~missing].astype(str), return_inverse=True)
+    return unique.tolist(), codes
+
+
+def label_ids(labels: object, vocabulary: Sequence[str], kind: str) -> np.ndarray:
+    """Ids of n labels in a vocabulary, (n,) int64; -1 where a label is missing.
+
+    Raises:
+        ValueError: a label is not in the vocabulary.
+    """
+    unique, codes = factorize(labels)
+    index = {label: i for i, label in enumerate(vocabulary)}
+    unknown = [label for label in unique if label not in index]
+    if unknown:
+        raise unknown_label_error(kind, unknown, vocabulary)
+    return np.array([index[label] for label in unique] + [-1], dtype=np.int64)[codes]
+
+
+def split_perturbation(label: str, *, control: str | None, separator: str | None) -> list[str]:
+    """Single names of a perturbation label, sorted, each once, without the control unless it stands alone.
+
+    ``"KLF1+TGFBR2"`` gives both genes, ``"X+control"`` gives X, ``"control"`` gives the control.
+
+    Raises:
+        ValueError: a part is empty, as in ``"KLF1+"``.
+    """
+    parts = label.split(separator) if separator else [label]
+    if not all(parts):
+        raise ValueError(f"perturbation {label!r} has an empty part; expected names joined by {separator!r}")
+    names = sorted(set(parts) - {control})
+    return names or [parts[0]]
+
+
+def join_perturbation(names: Iterable[str], separator: str | None) -> str:
+    """The label of a combination: its single names sorted, joined by the separator."""
+    return (separator or "+").join(sorted(names))
