@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from eval.labelled_counts import LabelledCounts
+from eval.labelled_counts import SEPARATOR, LabelledCounts
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +41,18 @@ def independent_marginals(train: LabelledCounts) -> Sampler:
     return sample
 
 
-BASELINES: dict[str, Callable[[LabelledCounts], Sampler]] = {"independent_marginals": independent_marginals}
-
-
 def _training_rows(train: LabelledCounts, labels: tuple[str, ...]) -> np.ndarray:
     """Training cells of a condition, or of as many of its leading columns as some training cell shares."""
     matches = np.ones(len(train), dtype=bool)
-    for column, label in zip(train.labels, labels):
-        narrower = matches & (train.labels[column] == label).to_numpy()
+    for position, column in enumerate(train.labels):
+        narrower = matches & (train.labels[column] == labels[position]).to_numpy()
         if not narrower.any():
-            logger.warning("marginals: no training cells with %s; taken from all that match before it", f"{column}={label}")
+            logger.warning(
+                "marginals: no training cell of %s; drawn from the %d cells of %s",
+                SEPARATOR.join(labels),
+                matches.sum(),
+                SEPARATOR.join(labels[:position]) or "the whole training file",
+            )
             break
         matches = narrower
     return np.flatnonzero(matches)

@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from tokenization.counts_dcm import CountCheck
+
 logger = logging.getLogger(__name__)
 
 DEFAULT_CONDITIONS = ("cell_type", "perturbation")
@@ -36,7 +38,9 @@ class LabelledCounts:
 
     def __post_init__(self) -> None:
         if self.counts.shape[0] != len(self.labels):
-            raise ValueError(f"{self.counts.shape[0]} cells but labels for {len(self.labels)}: expected one row per cell")
+            raise ValueError(
+                f"{self.counts.shape[0]} cells but labels for {len(self.labels)}: expected one row per cell"
+            )
 
     def __len__(self) -> int:
         return self.counts.shape[0]
@@ -57,15 +61,21 @@ class LabelledCounts:
 
 
 def from_anndata(
-    adata: anndata.AnnData, *, name: str, conditions: Sequence[str], genes: Sequence[str] | None = None
+    adata: anndata.AnnData,
+    *,
+    name: str,
+    conditions: Sequence[str],
+    genes: Sequence[str] | None = None,
+    layer: str | None = None,
 ) -> LabelledCounts:
-    """Take the counts of ``X`` and the condition columns of ``obs``; genes are matched by name and put in order.
+    """Take the counts and the condition columns of ``obs``; genes are matched by name and put in order.
 
     Args:
-        adata: cells with raw counts in ``X`` (any numeric type).
+        adata: cells with raw counts (any numeric type).
         name: what to call the file in messages.
         conditions: columns of ``obs``.
         genes: the wanted genes in order; None keeps the file's own. Other genes are dropped, which is logged.
+        layer: where the counts are; None is ``X``.
 
     Raises:
         ValueError: values that are not counts, duplicate or missing genes, a missing column or label, no cells.
@@ -86,7 +96,7 @@ def from_anndata(
         unlabelled = int(labels[column].isna().sum())
         if unlabelled:
             raise ValueError(f"{name!r}: {unlabelled:,} cells have no label in obs[{column!r}]; label or remove them")
-    counts = _integer_counts(adata, name)
+    counts = _integer_counts(adata, name, layer)
     if genes is not None:
         counts = counts[:, _gene_positions(adata.var_names, genes, name)]
     return LabelledCounts(counts.tocsr(), labels.astype(str))
@@ -106,26 +116,16 @@ def condition_columns(requested: str | None, real: anndata.AnnData, generated: S
     return [name for name in DEFAULT_CONDITIONS if all(name in file.obs for file in (real, *generated))]
 
 
-def _integer_counts(adata: anndata.AnnData, name: str) -> sparse.csr_matrix:
-    """``X`` as CSR, every value a finite, non-negative integer."""
-    counts = sparse.csr_matrix(adata.X)
-    values = counts.data
-    if values.dtype.kind not in "iufb":
-        raise ValueError(f"{name!r}: X holds {values.dtype}; expected raw counts")
-    if not np.isfinite(values).all():
-        raise ValueError(f"{name!r}: {int((~np.isfinite(values)).sum()):,} values of X are NaN or infinite")
-    if (values < 0).any():
-        raise ValueError(
-            f"{name!r}: {int((values < 0).sum()):,} values of X are negative (lowest {values.min():g}); expected raw counts"
-        )
-    fractional = values != np.rint(values)
-    if fractional.any():
-        layers = f"; layers: {_listed(adata.layers)}" if len(adata.layers) else ""
-        raise ValueError(
-            f"{name!r}: {int(fractional.sum()):,} of {values.size:,} values of X are not integers (for example "
-            f"{values[fractional][0]:g}): it looks log-normalised. Save raw counts in X and try again{layers}"
-        )
-    return counts.astype(np.int64) if values.size and values.max() > np.iinfo(np.int32).max else counts.astype(np.int32)
+def _integer_counts(adata: anndata.AnnData, name: str, layer: str | None) -> sparse.csr_matrix:
+    """``X`` or a layer as CSR, every value a finite, non-negative integer."""
+    if layer is not None and layer not in adata.layers:
+        raise ValueError(f"{name!r} has no layer {layer!r}; it has {_listed(adata.layers)}")
+    counts = sparse.csr_matrix(adata.X if layer is None else adata.layers[layer])
+    check = CountCheck()
+    check.add(counts.data)
+    source = f"X of {name!r}" if layer is None else f"layer {layer!r} of {name!r}"
+    check.raise_if_bad(source, layers=list(adata.layers), layer_option="--layer {}")
+    return counts.astype(np.int32 if check.maximum <= np.iinfo(np.int32).max else np.int64)
 
 
 def _gene_positions(found: pd.Index, genes: Sequence[str], name: str) -> np.ndarray:

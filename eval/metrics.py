@@ -1,8 +1,9 @@
 """Distances between two samples of cells, as plain functions ``(n, d), (m, d) -> float``.
 
-By convention ``x`` holds the generated cells and ``y`` the real ones (cells in rows, numpy or scipy sparse); every sum is
-taken in float64 and by blocks of cells, so memory is bounded. Knows nothing of files, AnnData, conditions or protocols:
-which space the cells are in (counts, log1p, principal components) is the caller's choice, and so are the units.
+By convention ``x`` holds the generated cells and ``y`` the real ones (cells in rows, numpy or scipy sparse); every sum
+is taken in float64 and by blocks of cells, so memory is bounded. Knows nothing of files, AnnData, conditions or
+protocols: which space the cells are in (counts, log1p, principal components) is the caller's choice, and so are the
+units.
 
 Shapes: ``n`` cells of ``x``, ``m`` cells of ``y``, ``d`` genes (or components).
 """
@@ -131,7 +132,8 @@ def correlation_agreement(x: Matrix, y: Matrix, num_genes: int = 100) -> tuple[f
 
     The gene-gene Pearson correlations of the ``num_genes`` most variable genes of ``y`` (fewer if fewer vary) are
     taken on both sides; the upper triangles are compared by their Pearson correlation and by the least-squares slope of
-    ``x``'s on ``y``'s (1 is ideal, below 1 means that correlations are too weak). A gene that is constant in ``x`` has
+    ``x``'s on ``y``'s: below 1 correlations are too weak. Noise in ``y`` lowers the slope too, so that with few cells
+    the ideal is not 1 but the floor's. A gene that is constant in ``x`` has
     correlation 0 with every other. No unit.
 
     Returns:
@@ -314,11 +316,11 @@ def _stacked(x: Matrix, y: Matrix) -> np.ndarray:
 
 def _squared_norms(x: Matrix) -> np.ndarray:
     """(n,) squared lengths of the rows."""
-    return np.concatenate([np.einsum("ij,ij->i", block, block) for block in (_dense(x, r) for r in _blocks(x.shape[0]))])
+    return np.concatenate([(_dense(x, rows) ** 2).sum(axis=1) for rows in _blocks(x.shape[0])])
 
 
 def _distance_blocks(x: Matrix, y: Matrix, *, upper: bool = False) -> Iterator[tuple[slice, slice, np.ndarray]]:
-    """Yield (rows, columns, squared distances) for blocks of pairs; with ``upper`` only the blocks with columns >= rows."""
+    """Yield (rows, columns, squared distances) for blocks of pairs; ``upper`` skips the blocks below the diagonal."""
     norms_x, norms_y = _squared_norms(x), _squared_norms(y)
     for rows in _blocks(x.shape[0]):
         block_x = _dense(x, rows)
@@ -357,7 +359,7 @@ def _column_means(x: Matrix) -> np.ndarray:
 def _short_side(x: Matrix, mean: np.ndarray) -> tuple[Matrix, np.ndarray]:
     """Return ``(a, shift)`` with ``(a - shift)^T (a - shift)`` equal to the scatter matrix of ``x`` and at most d rows.
 
-    ``x`` itself when it has no more rows than columns, else the R of its centred QR decomposition, taken block by block.
+    ``x`` itself when it has no more rows than columns, else the R of its centred QR decomposition, block by block.
     """
     n, d = x.shape
     if n <= d:

@@ -44,12 +44,23 @@ class Protocol:
 
 
 @dataclass(frozen=True)
+class Sides:
+    """Both sides of one comparison: ``x`` generated and ``y`` real in the space of the protocol, and their counts."""
+
+    x: sparse.csr_matrix
+    y: sparse.csr_matrix
+    x_counts: sparse.csr_matrix
+    y_counts: sparse.csr_matrix
+    bandwidth: float
+
+
+@dataclass(frozen=True)
 class Metric:
-    """How to read a metric: a label, and the value that a perfect generator tends to (``ideal``)."""
+    """A metric in a table: its label, which way is better, and how to compute it."""
 
     label: str
     better: str
-    ideal: float
+    compute: Callable[[Sides], float]
 
 
 @dataclass(frozen=True)
@@ -64,16 +75,20 @@ class Score:
 
 
 METRICS = {
-    "mmd2": Metric("MMD²", "lower", 0.0),
-    "w2": Metric("W2", "lower", 0.0),
-    "w2_gaussian": Metric("W2, Gaussian", "lower", 0.0),
-    "correlation_pearson": Metric("gene-gene correlation, Pearson", "higher", 1.0),
-    "correlation_slope": Metric("gene-gene correlation, slope", "nearer 1", 1.0),
-    "mean_r2": Metric("mean R²", "higher", 1.0),
-    "variance_r2": Metric("variance R²", "higher", 1.0),
-    "zero_fraction_error": Metric("zero-fraction error", "lower", 0.0),
-    "library_size_cv_ratio": Metric("library-size CV ratio", "nearer 1", 1.0),
-    "nearest_neighbour_accuracy": Metric("1-NN accuracy", "nearer 0.5", 0.5),
+    "mmd2": Metric("MMD²", "↓", lambda s: metrics.mmd2(s.x, s.y, bandwidths=[s.bandwidth])),
+    "w2": Metric("W2", "↓", lambda s: metrics.w2(s.x, s.y)),
+    "w2_gaussian": Metric("W2, Gaussian", "↓", lambda s: metrics.w2_gaussian(s.x, s.y)),
+    "correlation_pearson": Metric("gene-gene correlation", "↑", lambda s: metrics.correlation_agreement(s.x, s.y)[0]),
+    "correlation_slope": Metric("its slope", "→ 1", lambda s: metrics.correlation_agreement(s.x, s.y)[1]),
+    "mean_r2": Metric("mean R²", "↑", lambda s: metrics.mean_r2(s.x, s.y)),
+    "variance_r2": Metric("variance R²", "↑", lambda s: metrics.variance_r2(s.x, s.y)),
+    "zero_fraction_error": Metric("zero-fraction error", "↓", lambda s: metrics.zero_fraction_error(s.x, s.y)),
+    "library_size_cv_ratio": Metric(
+        "library-size CV ratio", "→ 1", lambda s: metrics.library_size_cv_ratio(s.x_counts, s.y_counts)
+    ),
+    "nearest_neighbour_accuracy": Metric(
+        "1-NN accuracy", "→ 0.5", lambda s: metrics.nearest_neighbour_accuracy(s.x, s.y)
+    ),
 }
 
 
@@ -90,15 +105,15 @@ PROTOCOLS = {
     for protocol in (
         Protocol(
             name="paper",
-            description="all genes, counts as they are; MMD² (Eq. 7) unbiased with one RBF kernel, W2 by matching (Eq. 8) "
-            "and between Gaussians (Eq. 9)",
+            description="all genes, counts as they are; MMD² (Eq. 7) unbiased with one RBF kernel, W2 by matching "
+            "(Eq. 8) and between Gaussians (Eq. 9)",
             transform=_as_counted,
             pooled_metrics=DISTANCES,
         ),
         Protocol(
             name="log",
-            description="the same distances on log1p counts, so that a few loud genes do not rule, and the structure of "
-            "the genes",
+            description="the same distances on log1p counts, so that a few loud genes do not rule, and the structure "
+            "of the genes",
             transform=_log1p,
             pooled_metrics=tuple(METRICS),
         ),
@@ -156,9 +171,9 @@ def prepare_reference(real: LabelledCounts, protocol: Protocol, *, seed: int = 0
 def evaluate_pair(generated: LabelledCounts, reference: Reference, *, seed: int = 0) -> list[Score]:
     """Compare generated cells with the real test cells, pooled and in each condition.
 
-    In each condition both sides are thinned (by ``seed``) to the smaller number of cells; ``n`` tells what was compared.
-    ``per_condition`` is the plain mean over the conditions with 20 or more test cells, its ``n`` their median number of
-    cells. A metric that the number of cells does not allow is nan.
+    In each condition both sides are thinned (by ``seed``) to the smaller number of cells; ``n`` tells what was
+    compared. ``per_condition`` is the plain mean over the conditions with 20 or more test cells, its ``n`` their median
+    number of cells. Every metric of a condition with a single cell on a side is nan.
     """
     rng = np.random.default_rng(seed)
     scores = []
@@ -166,9 +181,8 @@ def evaluate_pair(generated: LabelledCounts, reference: Reference, *, seed: int 
         ours, theirs = _matched_rows(generated.rows_by_condition, group.rows, rng)
         pooled = group.grouping == "pooled"
         names = reference.protocol.pooled_metrics if pooled else reference.protocol.condition_metrics
-        values = compute_metrics(
-            generated.counts[ours], reference.real.counts[theirs], reference.protocol, names, group.bandwidth
-        )
+        sides = _sides(generated.counts[ours], reference.real.counts[theirs], reference.protocol, group.bandwidth)
+        values = {name: METRICS[name].compute(sides) if ours.size > 1 else float("nan") for name in names}
         scores += [Score(group.grouping, group.condition, name, values[name], ours.size) for name in names]
     large = {group.condition for group in reference.groups if group.grouping == "condition" and group.n >= FEW_CELLS}
     for name in reference.protocol.condition_metrics:
@@ -177,36 +191,6 @@ def evaluate_pair(generated: LabelledCounts, reference: Reference, *, seed: int 
             mean, n = float(np.mean([s.value for s in used])), round(float(np.median([s.n for s in used])))
             scores.append(Score("per_condition", None, name, mean, n))
     return scores
-
-
-def compute_metrics(
-    generated: sparse.csr_matrix,
-    real: sparse.csr_matrix,
-    protocol: Protocol,
-    names: tuple[str, ...],
-    bandwidth: float,
-) -> dict[str, float]:
-    """Metrics of two matrices of counts (n, G) in the space of a protocol; nan for those that need more cells.
-
-    The library size is that of the counts in every protocol.
-    """
-    if real.shape[0] < 2 or generated.shape[0] < 2:
-        return dict.fromkeys(names, float("nan"))
-    x, y = protocol.transform(generated), protocol.transform(real)
-    values: dict[str, float] = {}
-    if "correlation_pearson" in names or "correlation_slope" in names:
-        values["correlation_pearson"], values["correlation_slope"] = metrics.correlation_agreement(x, y)
-    for name in names:
-        match name:
-            case "mmd2":
-                values[name] = metrics.mmd2(x, y, bandwidths=[bandwidth])
-            case "library_size_cv_ratio":
-                values[name] = metrics.library_size_cv_ratio(generated, real)
-            case "correlation_pearson" | "correlation_slope":
-                pass
-            case _:
-                values[name] = getattr(metrics, name)(x, y)
-    return values
 
 
 def floor_draws(
@@ -218,19 +202,21 @@ def floor_draws(
     logged, as is a condition without any training cell (it stays out of the floor).
     """
     wanted = {condition: rows.size for condition, rows in real.rows_by_condition.items()}
-    available = train.rows_by_condition
+    available, none = train.rows_by_condition, np.empty(0, dtype=np.int64)
     absent = [condition for condition in wanted if condition not in available]
-    short = [condition for condition in wanted if condition in available and available[condition].size < wanted[condition]]
+    short = [condition for condition in wanted if 0 < available.get(condition, none).size < wanted[condition]]
     if len(absent) == len(wanted):
         raise ValueError(
-            f"no training cell has a condition of the test cells (test: {absent[0]!r}, training: {next(iter(available))!r}, "
-            "for example): there is no floor"
+            f"no training cell has a condition of the test cells (test: {absent[0]!r}, training: "
+            f"{next(iter(available))!r}, for example): there is no floor"
         )
     if absent:
         logger.warning("floor: %d conditions have no training cells and stay out (%s, ...)", len(absent), absent[0])
     if short:
         logger.warning(
-            "floor: %d conditions have fewer training than test cells: drawn with replacement (%s, ...)", len(short), short[0]
+            "floor: %d conditions have fewer training than test cells: drawn with replacement (%s, ...)",
+            len(short),
+            short[0],
         )
     for draw in range(draws):
         rng = np.random.default_rng([seed, draw])
@@ -253,6 +239,11 @@ def missing_cells(generated: LabelledCounts, real: LabelledCounts) -> tuple[int,
     lacking = {c: rows.size - found[c].size if c in found else rows.size for c, rows in wanted.items()}
     lacking = {condition: number for condition, number in lacking.items() if number > 0}
     return sum(lacking.values()), list(lacking), [condition for condition in found if condition not in wanted]
+
+
+def _sides(generated: sparse.csr_matrix, real: sparse.csr_matrix, protocol: Protocol, bandwidth: float) -> Sides:
+    """Both sides in the space of a protocol; the library size stays that of the counts."""
+    return Sides(protocol.transform(generated), protocol.transform(real), generated, real, bandwidth)
 
 
 def _matched_rows(

@@ -40,6 +40,7 @@ class DCMConfig(PreTrainedConfig):
     num_cell_types: int = 0  # 0: the condition does not exist; likewise below
     num_perturbations: int = 0  # single perturbations, the control among them
     perturbation_dim: int | None = None  # width of the frozen vectors (ESM-2: 1280); None: a learned table
+    perturbation_table_sha256: str | None = None  # of the file that the frozen vectors came from
     covariates: dict[str, int] | None = None  # {name: number of labels}
     library_size_conditioning: bool = False
     condition_tokens: bool = False  # prepend one token for each condition

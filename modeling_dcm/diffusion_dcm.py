@@ -65,17 +65,33 @@ def mask_counts(
         x_t (B, L), MASK at the chosen genes.
     """
     keys = torch.rand(x_0.shape, generator=generator, device=x_0.device)
-    keys = keys.masked_fill(x_0 == pad_token_id, 2.0)  # never chosen: behind every measured gene
+    return mask_smallest(x_0, k, keys, mask_token_id=mask_token_id, pad_token_id=pad_token_id)
+
+
+def mask_smallest(
+    x_0: torch.Tensor, k: torch.Tensor, keys: torch.Tensor, *, mask_token_id: int, pad_token_id: int
+) -> torch.Tensor:
+    """Mask the ``k`` measured genes of each cell with the smallest ``keys`` (B, L), random numbers in [0, 1)."""
+    keys = keys.masked_fill(x_0 == pad_token_id, 2.0)  # behind every measured gene
     rank = keys.argsort(dim=1).argsort(dim=1)
     return x_0.masked_fill(rank < k[:, None].to(x_0.device), mask_token_id)
 
 
-def choose_queries(x_t: torch.Tensor, budget: int, generator: torch.Generator, *, mask_token_id: int) -> torch.Tensor:
-    """Positions (B, Q) of at most ``budget`` masked genes of each cell, chosen uniformly; -1 where a cell has fewer."""
-    keys = torch.rand(x_t.shape, generator=generator, device=x_t.device)
+def choose_queries(x_t: torch.Tensor, keys: torch.Tensor, budget: int, *, mask_token_id: int) -> torch.Tensor:
+    """Positions (B, Q) of at most ``budget`` masked genes of each cell, -1 where a cell has fewer.
+
+    The masked genes with the smallest ``keys`` (B, L): given which genes are masked, a uniform choice among them, even
+    when the same keys chose the mask.
+    """
     keys = keys.masked_fill(x_t != mask_token_id, 2.0)
     keys, positions = keys.topk(min(budget, x_t.shape[1]), dim=1, largest=False)
     return positions.masked_fill(keys > 1.0, -1)
+
+
+def drop_labels(ids: torch.Tensor, u: torch.Tensor, probability: float) -> torch.Tensor:
+    """Replace a condition (B,) or (B, P) by *not given* (-1) in the cells whose ``u`` (B,) is below ``probability``."""
+    dropped = (u < probability).to(ids.device)
+    return ids.masked_fill(dropped if ids.ndim == 1 else dropped[:, None], -1)
 
 
 def denoising_loss(

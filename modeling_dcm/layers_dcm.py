@@ -148,7 +148,7 @@ class CellEmbedding(nn.Module):
         self.gene_reading = nn.Embedding(config.num_genes, config.hidden_size)
         self.count = nn.Embedding(config.vocab_size, 2 * config.hidden_size)
         self.count_curve = nn.Linear(NUM_COUNT_FEATURES, 2 * config.hidden_size, bias=False)
-        self.target = nn.Embedding(1, config.hidden_size)
+        self.target = nn.Embedding(1, config.hidden_size) if config.num_perturbations else None
 
     def genes(self, gene_ids: torch.Tensor, is_target: torch.Tensor | None) -> torch.Tensor:
         """Identity of the genes (.., L, D), flagged where they are the perturbation's target."""
@@ -236,9 +236,9 @@ class CountHead(nn.Module):
             return logits
         bias = self.gene_bias(gene_ids).to(logits.dtype)  # (.., Q, C)
         C = bias.shape[-1]
-        if self.num_counts > C:
-            bias = torch.cat([bias, bias[..., -1:].expand(*bias.shape[:-1], self.num_counts - C)], dim=-1)
-        return logits + bias
+        if self.num_counts == C:
+            return logits + bias
+        return torch.cat([logits[..., :C] + bias, logits[..., C:] + bias[..., -1:]], dim=-1)
 
     @torch.no_grad()
     def set_marginals(self, histogram: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .conditions_dcm import ConditionEncoder, LabelEncoder, LibrarySizes
+from .conditioning_dcm import ConditionEncoder, LabelEncoder, LibrarySizes
 from .configuration_dcm import DCMConfig
 from .diffusion_dcm import alpha, denoising_loss
 from .generation_dcm import CellGenerationMixin
@@ -42,6 +42,11 @@ class DCMPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block"]
     _supports_sdpa = True
     _supports_flash_attn = True
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Not by transformers' text generation; see :meth:`DCMForDenoising.generate`."""
+        return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The tokenizer that ships with every checkpoint, and the small file and command-line helpers that every stage shares."""
+"""The tokenizer that ships with every checkpoint, and file and command-line functions that all stages share."""
 
 from tokenization.tokenization_dcm import DCMTokenizer
 

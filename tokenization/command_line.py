@@ -8,18 +8,26 @@ stderr and exit code 2, never a traceback. Set ``DCM_TRACEBACK=1`` to see the tr
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import tyro
 
 
 def run(main: Callable[..., object]) -> None:
     """Run ``main`` with the options of the command line; exit 2 on a ``ValueError`` or ``OSError`` that it raises."""
+    with user_errors():
+        tyro.cli(main)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Log to stderr, and end the program with one line and exit code 2 on a ``ValueError`` or ``OSError``."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "datasets", "accelerate"):
+    for noisy in ("httpx", "datasets", "accelerate", "fsspec", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        tyro.cli(main)
+        yield
     except (ValueError, OSError) as error:
         if os.environ.get("DCM_TRACEBACK") == "1":
             raise

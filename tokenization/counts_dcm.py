@@ -84,6 +84,5 @@ class CountCheck:
         offered = [name for name in layers if name.lower() in ("counts", "x_counts", "raw_counts")] or list(layers)
         way_out = f"pass {layer_option.format(offered[0] if offered else 'counts')}"
         known = f" (layers here: {', '.join(layers)})" if layers else " if the counts are in a layer (none here)"
-        raise ValueError(
-            f"{source}: {count:,} of {self.values:,} values ({count / self.values:.2%}) {what}; {hint}: {way_out}{known}"
-        )
+        share = f"{count:,} of {self.values:,} values ({count / self.values:.2%})"
+        raise ValueError(f"{source}: {share} {what}; {hint}: {way_out}{known}")

@@ -14,12 +14,20 @@ import anndata
 import h5py
 
 
-def read_h5ad(path: str | Path, *, backed: bool = False) -> anndata.AnnData:
-    """Open an h5ad file.
+@contextmanager
+def damage_explained(path: str | Path) -> Iterator[None]:
+    """Turn what HDF5 and AnnData raise while reading ``path`` inside the block into one ValueError about the file."""
+    try:
+        yield
+    except (OSError, KeyError, RuntimeError, anndata._io.utils.AnnDataReadError) as error:
+        raise ValueError(
+            f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); it looks cut short or damaged: "
+            "copy it again"
+        ) from error
 
-    Args:
-        path: the file.
-        backed: leave the counts on disk (``AnnData(backed="r")``).
+
+def open_h5ad(path: str | Path) -> h5py.File:
+    """Open an h5ad file as HDF5, to read parts of it without loading the rest; the caller closes it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -33,16 +41,31 @@ def read_h5ad(path: str | Path, *, backed: bool = False) -> anndata.AnnData:
         raise ValueError(f"{str(path)!r} is empty (0 bytes); write or copy it again")
     if not h5py.is_hdf5(path):
         raise ValueError(f"{str(path)!r} is not an h5ad file (no HDF5 signature in its {size:,} bytes)")
-    try:
-        with h5py.File(path, "r") as file:
-            missing = [name for name in ("X", "obs", "var") if name not in file]
-        if missing:
-            raise ValueError(f"{str(path)!r} is HDF5 but not an h5ad file: it has no {', '.join(missing)}")
+    with damage_explained(path):
+        file = h5py.File(path, "r")
+    missing = [name for name in ("obs", "var") if name not in file]
+    if "X" not in file and not len(file.get("layers", ())):
+        missing.append("X and no layers")
+    if missing:
+        file.close()
+        raise ValueError(f"{str(path)!r} is HDF5 but not an h5ad file: it has no {', no '.join(missing)}")
+    return file
+
+
+def read_h5ad(path: str | Path, *, backed: bool = False) -> anndata.AnnData:
+    """Open an h5ad file.
+
+    Args:
+        path: the file.
+        backed: leave the counts on disk (``AnnData(backed="r")``).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty, not HDF5, cut short, or HDF5 without AnnData's layout.
+    """
+    open_h5ad(path).close()
+    with damage_explained(path):
         return anndata.read_h5ad(path, backed="r" if backed else None)
-    except (OSError, KeyError, RuntimeError, anndata._io.utils.AnnDataReadError) as error:
-        raise ValueError(
-            f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); it looks cut short or damaged: copy it again"
-        ) from error
 
 
 @contextmanager

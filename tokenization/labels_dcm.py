@@ -49,7 +49,10 @@ def factorize(labels: object) -> tuple[list[str], np.ndarray]:
         renumbered[used] = np.arange(len(used))
         return [str(categorical.categories[code]) for code in used], renumbered[codes]
     values = np.asarray(labels, dtype=object).reshape(-1)
-    missing = np.equal(values, None) | np.not_equal(values, values).astype(bool)
+    if hasattr(labels, "isna"):
+        missing = np.asarray(labels.isna())
+    else:
+        missing = np.equal(values, None) | np.not_equal(values, values).astype(bool)
     codes = np.full(len(values), -1, dtype=np.int64)
     unique, codes[~missing] = np.unique(values[~missing].astype(str), return_inverse=True)
     return unique.tolist(), codes

@@ -1,0 +1,202 @@
+"""Properties of the loader: batches are the cells of the file, and every process gets its piece of one order."""
+
+import logging
+from itertools import chain
+
+import anndata
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tokenization import DCMTokenizer
+from training import shards
+from training.cells import Cells, GlobalBatchSampler
+from training.convert_h5ad import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cells")
+    rng = np.random.default_rng(0)
+    n = 400
+    counts = rng.poisson(rng.gamma(0.4, 3.0, size=(n, 20)))
+    counts[:10] = 0
+    obs = pd.DataFrame(
+        {
+            "cell_type": rng.choice(["a", "b"], n),
+            "perturbation": rng.choice(["control", "g1", "g1+g2"], n),
+            "day": rng.choice(["d0", "d1"], n),
+        },
+        index=[f"c{i}" for i in range(n)],
+    )
+    cells = anndata.AnnData(counts.astype(np.int32), obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(20)]))
+    cells.write_h5ad(folder / "cells.h5ad")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    patch.setattr(shards, "BUCKET_CELLS", 64)
+    keys = {"cell_type_key": "cell_type", "perturbation_key": "perturbation", "covariate_keys": "day"}
+    main(folder / "cells.h5ad", out=folder / "shards", **keys)
+    yield folder / "shards"
+    patch.undo()
+
+
+def rows_of(dense: np.ndarray, *labels: np.ndarray) -> list[tuple]:
+    return sorted(zip(*dense.T.tolist(), *labels))
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_split_is_the_cells_of_its_h5ad(folder, split):
+    cells, file = Cells(folder, split), anndata.read_h5ad(folder / f"{split}.h5ad")
+    assert len(cells) == len(file)
+    columns = ("cell_type", "perturbation", "day")
+    here = rows_of(cells.csr().toarray(), *(cells.labels(name) for name in columns))
+    assert here == rows_of(file.X.toarray(), *(file.obs[name] for name in columns))
+
+
+def test_a_batch_is_its_rows_of_the_split_in_the_order_asked_for(folder):
+    cells = Cells(folder, "train")
+    indices = [200, 3, 3, 0, 287]
+    batch = cells.__getitems__(indices)
+    expected = cells.csr()[indices].toarray()
+    assert batch["counts"].tolist() == expected.tolist()
+    assert batch["library_size"].tolist() == expected.sum(axis=1).tolist()
+    for name, labels in (("cell_type_ids", "cell_type"), ("perturbation_ids", "perturbation")):
+        ids = getattr(cells.tokenizer, name)(cells.labels(labels)[indices])
+        assert torch.equal(batch[name], ids)
+    assert torch.equal(batch["covariate_ids"], cells.tokenizer.covariate_ids({"day": cells.labels("day")[indices]}))
+    assert all(values.dtype == torch.int64 for values in batch.values())
+    assert {name: tuple(values.shape) for name, values in batch.items()} == {
+        "counts": (5, 20),
+        "library_size": (5,),
+        "cell_type_ids": (5,),
+        "perturbation_ids": (5, 2),
+        "covariate_ids": (5, 1),
+    }
+
+
+def test_a_batch_of_empty_cells_is_all_zero(folder):
+    cells = Cells(folder, "train")
+    empty = np.flatnonzero(np.asarray(cells.csr().sum(axis=1)).ravel() == 0)
+    assert len(empty)
+    assert cells[empty.tolist()]["counts"].sum() == 0
+
+
+def test_a_dataloader_takes_whole_batches_and_one_epoch_is_every_cell(folder):
+    cells = Cells(folder, "train")
+    sampler = GlobalBatchSampler(len(cells), batch_size=16, seed=0)
+    loader = torch.utils.data.DataLoader(cells, batch_sampler=sampler, collate_fn=Cells.collate)
+    counts = torch.cat([batch["counts"] for batch in loader])
+    assert len(counts) == len(cells) // 16 * 16
+    assert rows_of(counts.numpy()) == rows_of(cells.csr()[np.concatenate(list(sampler))].toarray())
+
+
+def lowered(folder, max_count: int, count_bins: list[int] | None = None) -> DCMTokenizer:
+    full = DCMTokenizer.from_pretrained(folder / "tokenizer")
+    return DCMTokenizer(
+        genes=full.genes,
+        max_count=max_count,
+        count_bins=count_bins,
+        cell_types=full.cell_types,
+        perturbations=full.perturbations,
+        control=full.control,
+        covariates=full.covariates,
+    )
+
+
+def test_counts_above_the_largest_are_an_error_in_training(folder):
+    cells = Cells(folder, "train", lowered(folder, 2))
+    with pytest.raises(ValueError, match=r"a training cell has the count .* above max_count=2"):
+        cells[list(range(100))]
+
+
+def test_counts_above_the_largest_are_clipped_elsewhere_with_one_warning(folder, caplog):
+    caplog.set_level(logging.WARNING)
+    cells, full = Cells(folder, "validation", lowered(folder, 2)), Cells(folder, "validation")
+    indices = list(range(len(cells)))
+    for _ in range(2):
+        batch = cells[indices]
+    assert torch.equal(batch["counts"], full[indices]["counts"].clamp(max=2))
+    assert torch.equal(batch["library_size"], full[indices]["library_size"])
+    assert len(caplog.records) == 1
+    assert "validation cells have counts above max_count=2" in caplog.text
+
+
+def test_counts_become_ids_of_bins(folder):
+    binned = lowered(folder, 1000, [3, 10])
+    counts = Cells(folder, "train").csr()[:50].toarray()
+    assert Cells(folder, "train", binned)[list(range(50))]["counts"].tolist() == binned.count_ids(counts).tolist()
+
+
+def test_a_new_conversion_is_not_read_from_the_cache(folder, tmp_path):
+    out = tmp_path / "shards"
+    for seed in (0, 1):
+        main(folder.parent / "cells.h5ad", out=out, split_seed=seed)
+        file = anndata.read_h5ad(out / "train.h5ad")
+        assert rows_of(Cells(out, "train").csr().toarray()) == rows_of(file.X.toarray())
+
+
+def test_folders_and_conditions_that_are_not_there_are_refused(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no holdout/\*\.parquet in .*; expected a folder that dcm-convert"):
+        Cells(folder, "holdout")
+    with pytest.raises(ValueError, match="no condition 'donor' in the shards; they have: cell_type, perturbation, day"):
+        Cells(folder, "train").labels("donor")
+    plain = DCMTokenizer.from_labels(genes=[f"g{i}" for i in range(20)], max_count=99)
+    with pytest.raises(ValueError, match=r"the shards have the conditions \['cell_type', .*\] but the tokenizer \[\]"):
+        Cells(folder, "train", plain)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_global_batches_do_not_depend_on_the_number_of_processes(world_size):
+    whole = list(GlobalBatchSampler(103, batch_size=16, seed=5))
+    pieces = [
+        list(GlobalBatchSampler(103, batch_size=16 // world_size, seed=5, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    assert [list(chain(*batch)) for batch in zip(*pieces)] == whole
+    assert all(len(piece) == len(whole) == 6 for piece in pieces)
+
+
+def test_an_epoch_has_no_cell_twice_and_epochs_differ():
+    sampler = GlobalBatchSampler(100, batch_size=16, seed=0)
+    seen = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        seen.append(list(chain(*sampler)))
+        assert len(set(seen[-1])) == len(seen[-1]) == 96 == 16 * len(sampler)
+    assert seen[0] == seen[2] != seen[1]
+    assert list(chain(*GlobalBatchSampler(100, batch_size=16, seed=1))) != seen[0]
+
+
+def test_fewer_cells_than_a_global_batch_are_repeated():
+    pieces = [list(GlobalBatchSampler(5, batch_size=4, seed=0, rank=rank, world_size=3)) for rank in range(3)]
+    assert [len(piece) for piece in pieces] == [1, 1, 1]
+    everything = [index for piece in pieces for index in piece[0]]
+    assert len(everything) == 12
+    assert sorted(np.bincount(everything).tolist()) == [2, 2, 2, 3, 3]
+
+
+def test_accelerate_finds_the_epoch_through_the_sampler_property():
+    sampler = GlobalBatchSampler(5, batch_size=4, seed=0)
+    assert sampler.sampler is sampler
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_cells": 0}, "num_cells is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"rank": 2}, "rank is 2; expected"),
+    ],
+)
+def test_impossible_numbers_are_refused(wrong, message):
+    numbers = {"num_cells": 5, "batch_size": 2, "seed": 0, "rank": 0, "world_size": 2} | wrong
+    with pytest.raises(ValueError, match=message):
+        GlobalBatchSampler(numbers.pop("num_cells"), **numbers)

@@ -1,0 +1,266 @@
+"""``dcm-evaluate`` from files to files: the rows, and every mistake a user can make."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+from PIL import Image
+
+from eval.evaluate import main
+from eval.protocols import METRICS, Score
+from eval.report import ROW_KEYS, at_floor, results_json, summary_rows, summary_table
+from eval.simulate import simulate
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Simulated train.h5ad and test.h5ad, and two files of a generator that thins training cells."""
+    folder = tmp_path_factory.mktemp("shards")
+    adata, _ = simulate(num_cells=700, num_genes=30, num_cell_types=2, num_perturbations=3, num_pairs=1)
+    rng = np.random.default_rng(0)
+    order = rng.permutation(700)
+    test, train = adata[order[:240]].copy(), adata[order[240:]].copy()
+    test.write_h5ad(folder / "test.h5ad")
+    train.write_h5ad(folder / "train.h5ad")
+    for seed in range(2):
+        _generated(train, test, seed).write_h5ad(folder / f"generated_{seed}.h5ad")
+    return folder
+
+
+def _generated(train: anndata.AnnData, test: anndata.AnnData, seed: int) -> anndata.AnnData:
+    """Training cells of the test cells' conditions with a tenth of their counts lost."""
+    rng = np.random.default_rng(seed)
+    key = [tuple(row) for row in train.obs[["cell_type", "perturbation"]].astype(str).to_numpy()]
+    rows = {k: [i for i, other in enumerate(key) if other == k] for k in set(key)}
+    wanted = [tuple(row) for row in test.obs[["cell_type", "perturbation"]].astype(str).to_numpy()]
+    chosen = [rng.choice(rows[k]) for k in wanted]
+    counts = train.X[chosen]
+    counts.data = rng.binomial(counts.data, 0.9).astype(np.int32)
+    obs = test.obs[["cell_type", "perturbation"]].copy()
+    return anndata.AnnData(counts, obs=obs, var=train.var[[]].copy(), uns={"generator": "thinned"})
+
+
+def run_main(folder: Path, out: Path, *names: str, **options: object) -> dict:
+    paths = tuple(folder / name for name in names or ("generated_0.h5ad", "generated_1.h5ad"))
+    main(paths, real=folder / "test.h5ad", train=folder / "train.h5ad", out=out, **options)
+    return json.loads((out / "results.json").read_text(), parse_constant=lambda word: pytest.fail(f"JSON holds {word}"))
+
+
+@pytest.fixture(scope="module")
+def results(folder, tmp_path_factory) -> tuple[dict, Path]:
+    out = tmp_path_factory.mktemp("results") / "deep" / "results"
+    return run_main(folder, out), out
+
+
+def _changed(folder: Path, out: Path, change) -> Path:
+    """A copy of the first generated file after ``change``."""
+    adata = anndata.read_h5ad(folder / "generated_0.h5ad")
+    adata = change(adata) or adata
+    adata.write_h5ad(out / "changed.h5ad")
+    return out / "changed.h5ad"
+
+
+def test_results_json_is_the_contract(results):
+    found, _ = results
+    assert list(found) == ["dataset", "split", "checkpoint", "versions", "command", "rows"]
+    assert found["split"] == "test"
+    assert found["command"].startswith("dcm-evaluate ")
+    assert all(tuple(row) == ROW_KEYS for row in found["rows"])
+    assert {row["model"] for row in found["rows"]} == {"floor", "thinned", "independent_marginals"}
+    assert {row["protocol"] for row in found["rows"]} == {"paper", "log"}
+    assert {row["grouping"] for row in found["rows"]} == {"pooled", "per_condition", "condition"}
+    assert {row["metric"] for row in found["rows"] if row["protocol"] == "log" and row["grouping"] == "pooled"} == set(
+        METRICS
+    )
+    assert all((row["condition"] is None) == (row["grouping"] != "condition") for row in found["rows"])
+    keys = [tuple(row[key] for key in ROW_KEYS[:5]) for row in found["rows"]]
+    assert len(set(keys)) == len(keys)
+
+
+def test_every_row_says_n_and_over_how_many_seeds(results):
+    found, _ = results
+    pooled = {row["model"]: row for row in found["rows"] if row["grouping"] == "pooled" and row["metric"] == "w2"}
+    assert {model: row["seeds"] for model, row in pooled.items()} == {
+        "floor": 10,
+        "thinned": 2,
+        "independent_marginals": 3,
+    }
+    assert {row["n"] for row in pooled.values()} == {240}
+    assert all(row["std"] > 0 for row in pooled.values())
+
+
+def test_conditions_under_twenty_cells_are_marked(results, folder):
+    found, _ = results
+    test = anndata.read_h5ad(folder / "test.h5ad").obs
+    sizes = (test["cell_type"].astype(str) + " | " + test["perturbation"].astype(str)).value_counts()
+    expected = {name if size >= 20 else f"{name} (under 20 cells)" for name, size in sizes.items()}
+    assert {row["condition"] for row in found["rows"] if row["grouping"] == "condition"} == expected
+    assert (sizes < 20).any()
+    assert (sizes >= 20).any()
+
+
+def test_the_marginals_lose_the_correlations_and_the_floor_keeps_them(results):
+    found, _ = results
+    slope = {
+        row["model"]: row["mean"]
+        for row in found["rows"]
+        if row["metric"] == "correlation_slope" and row["grouping"] == "pooled"
+    }
+    assert slope["independent_marginals"] < 0.5 * slope["floor"]
+
+
+def test_tables_and_figure_are_written_and_nothing_else(results):
+    _, out = results
+    assert sorted(path.name for path in out.iterdir()) == ["figure.png", "results.json", "results.md"]
+    text = (out / "results.md").read_text()
+    assert "floor (n = 240, 10 draws)" in text
+    assert "thinned (n = 240, 2 seeds)" in text
+    assert "## Protocol `log`" in text
+    with Image.open(out / "figure.png") as image:
+        assert min(image.size) > 800
+
+
+def test_order_of_genes_extra_genes_and_float_counts_do_not_matter(results, folder, tmp_path):
+    def change(adata: anndata.AnnData) -> anndata.AnnData:
+        extra = anndata.AnnData(np.ones((adata.n_obs, 1)), obs=adata.obs, var={"gene": ["EXTRA"]})
+        extra.var_names = ["EXTRA"]
+        joined = anndata.concat([adata, extra], axis=1, merge="same", uns_merge="first")
+        joined.X = joined.X.astype(np.float32)
+        return joined[:, np.random.default_rng(0).permutation(joined.n_vars)].copy()
+
+    _changed(folder, tmp_path, change)
+    (tmp_path / "second.h5ad").write_bytes((folder / "generated_1.h5ad").read_bytes())
+    for name in ("test.h5ad", "train.h5ad"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    assert run_main(tmp_path, tmp_path / "out", "changed.h5ad", "second.h5ad")["rows"] == results[0]["rows"]
+
+
+def test_a_second_run_gives_the_same_rows(results, folder, tmp_path):
+    assert run_main(folder, tmp_path / "out", protocol="paper")["rows"] == [
+        row for row in results[0]["rows"] if row["protocol"] == "paper"
+    ]
+
+
+def test_names_dataset_checkpoint_and_single_file(folder, tmp_path):
+    options = {"name": "mine", "dataset": "made up", "checkpoint": "org/x", "protocol": "paper"}
+    found = run_main(folder, tmp_path / "out", "generated_0.h5ad", condition_keys="cell_type", **options)
+    assert (found["dataset"], found["checkpoint"]) == ("made up", "org/x")
+    assert "--condition-keys cell_type" in found["command"]
+    assert "--dataset 'made up'" in found["command"]
+    ours = [row for row in found["rows"] if row["model"] == "mine"]
+    assert all(row["std"] is None and row["seeds"] == 1 for row in ours)
+    assert {row["condition"] for row in ours} == {None, "type0", "type1"}
+
+
+def test_pooled_only_and_files_of_different_generators_are_different_models(folder, tmp_path):
+    other = _changed(folder, tmp_path, lambda adata: adata.uns.update(generator="other/one"))
+    main(
+        (folder / "generated_0.h5ad", other),
+        real=folder / "test.h5ad",
+        train=folder / "train.h5ad",
+        out=tmp_path / "out",
+        condition_keys="none",
+        protocol="paper",
+    )
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert {row["model"] for row in rows} == {"floor", "thinned", "other/one", "independent_marginals"}
+    assert {row["grouping"] for row in rows} == {"pooled"}
+    assert (tmp_path / "out" / "figure_other_one.png").is_file()
+
+
+def _log_normalised(adata: anndata.AnnData) -> None:
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = adata.X.astype(np.float32).log1p()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_log_normalised, r"are not integers .* looks log-normalised: pass --layer counts"),
+        (lambda a: a[:, 3:].copy(), r"lacks 3 of the 30 genes of the real cells \(GENE0000, GENE0001, GENE0002\)"),
+        (lambda a: setattr(a, "var_names", ["GENE0000"] * 2 + list(a.var_names[2:])), "1 duplicate gene names"),
+        (
+            lambda a: a.obs.pop("perturbation") is None or None,
+            r"has no column 'perturbation' in obs; it has cell_type;",
+        ),
+        (lambda a: a.uns.pop("generator") and None, r"does not say what generated it .* pass --name NAME"),
+        (lambda a: a.uns.update(generator="floor"), "a row of every table; pass --name"),
+        (lambda a: a[:0].copy(), "has no cells"),
+        (lambda a: a.obs.update({"cell_type": "hela"}) or _relabelled(a), "has none of the conditions of"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_bad_generated_file_is_refused_and_nothing_is_written(folder, tmp_path, change, message):
+    path = _changed(folder, tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        main((path,), real=folder / "test.h5ad", train=folder / "train.h5ad", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def _relabelled(adata: anndata.AnnData) -> None:
+    adata.obs["cell_type"] = "hela"
+
+
+def test_layer_takes_the_counts_of_a_log_normalised_file(folder, tmp_path):
+    path = _changed(folder, tmp_path, _log_normalised)
+    options = {"real": folder / "test.h5ad", "train": folder / "train.h5ad", "protocol": "paper"}
+    main((path,), out=tmp_path / "layer", layer="counts", **options)
+    main((folder / "generated_0.h5ad",), out=tmp_path / "plain", **options)
+    layer, plain = (json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("layer", "plain"))
+    assert layer == plain
+    with pytest.raises(ValueError, match="has no layer 'raw'; it has counts"):
+        main((path,), out=tmp_path / "none", layer="raw", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protocol": "paper,cosine"}, "--protocol 'paper,cosine': expected one or more of paper, log"),
+        ({"name": "floor"}, "--name 'floor' is the name of a row of every table"),
+        ({"condition_keys": "donor"}, "has no column 'donor' in obs; it has cell_type, perturbation"),
+    ],
+)
+def test_bad_options_are_refused(folder, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run_main(folder, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_file_twice_or_no_file_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="is given more than once: each file counts as one sampling seed"):
+        run_main(folder, tmp_path / "out", "generated_0.h5ad", "generated_0.h5ad")
+    with pytest.raises(ValueError, match="no generated file given"):
+        main((), real=folder / "test.h5ad", train=folder / "train.h5ad", out=tmp_path / "out")
+
+
+def test_the_command_line_ends_with_one_line_and_code_two(folder, tmp_path):
+    command = [sys.executable, "-m", "eval.evaluate", str(tmp_path / "none.h5ad"), "--out", str(tmp_path / "out")]
+    command += ["--real", str(folder / "test.h5ad"), "--train", str(folder / "train.h5ad")]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith("error: no file ")
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_hold_null_for_what_is_not_a_number():
+    scores = [[Score("condition", "a", "mmd2", float("nan"), 1)], [Score("condition", "a", "mmd2", float("nan"), 1)]]
+    (row,) = summary_rows("dcm", "paper", scores, test_cells={"a": 1})
+    assert (row["mean"], row["std"], row["seeds"], row["condition"]) == (None, None, 0, "a (under 20 cells)")
+    assert json.loads(results_json({"dataset": "d"}, [row]))["rows"] == [row]
+
+
+def test_at_the_floor_is_within_two_standard_deviations_and_bold():
+    floor, near, far = (
+        summary_rows(model, "log", [[Score("pooled", None, "w2", v, 9)] for v in values], test_cells={})[0]
+        for model, values in (("floor", (1.0, 1.2)), ("near", (1.3,)), ("far", (2.0,)))
+    )
+    assert at_floor(near, floor)
+    assert not at_floor(far, floor)
+    table = summary_table([floor, near, far])
+    assert "**1.3**" in table
+    assert "**2**" not in table

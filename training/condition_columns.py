@@ -1,0 +1,156 @@
+"""Find the conditions of each cell in the columns of ``obs`` and bring them into their canonical form.
+
+Canonical columns are ``cell_type``, ``perturbation`` (single names sorted and joined; without the control unless it
+stands alone) and the covariates under their own names. Knows nothing of counts, genes, splits and files.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from tokenization.conditions_dcm import CELL_TYPE, PERTURBATION
+from tokenization.labels_dcm import factorize, join_perturbation, split_perturbation, unknown_label_error
+
+logger = logging.getLogger(__name__)
+
+USUAL_CONTROLS = ("control", "non-targeting")
+RESERVED = (CELL_TYPE, PERTURBATION, "genes", "expressions")
+
+
+@dataclass(frozen=True)
+class ConditionColumns:
+    """Conditions of n cells.
+
+    Attributes:
+        columns: canonical name to n labels, as categories in alphabetical order; empty for unconditional data.
+        sources: canonical name to the column of ``obs`` that it came from.
+        control: the perturbation label of unperturbed cells, or None.
+        separator: joins single perturbations to a combination, or None.
+    """
+
+    columns: dict[str, pd.Categorical]
+    sources: dict[str, str]
+    control: str | None
+    separator: str | None
+
+    def strata(self, num_cells: int) -> np.ndarray:
+        """The full condition of each cell as an integer, (n,) int64; numbered in the order of the labels."""
+        strata = np.zeros(num_cells, dtype=np.int64)
+        for column in self.columns.values():
+            strata = np.unique(strata * len(column.categories) + column.codes, return_inverse=True)[1]
+        return strata
+
+    def canonical_obs(self, obs: pd.DataFrame) -> pd.DataFrame:
+        """``obs`` with the canonical columns first; a column that stood in their place is kept as ``original_...``."""
+        canonical = pd.DataFrame(dict(self.columns), index=obs.index)
+        replaced = {}
+        for name in self.columns:
+            if name in obs and not _same_labels(obs[name], self.columns[name]):
+                replaced[name] = f"original_{name}"
+                while replaced[name] in obs:
+                    replaced[name] = f"original_{replaced[name]}"
+                logger.info("obs column %r of the input is kept as %r", name, replaced[name])
+        others = obs.rename(columns=replaced)
+        return canonical.join(others.drop(columns=[name for name in self.columns if name in others]))
+
+
+def read_conditions(
+    obs: pd.DataFrame,
+    *,
+    cell_type_key: str | None,
+    perturbation_key: str | None,
+    covariate_keys: Sequence[str],
+    control: str | None,
+    separator: str | None,
+) -> ConditionColumns:
+    """Take the conditions out of ``obs``.
+
+    Args:
+        obs: annotations of n cells.
+        cell_type_key: its column of cell types, or None.
+        perturbation_key: its column of perturbations, or None.
+        covariate_keys: its columns of other conditions.
+        control: label of unperturbed cells; None takes "control" or "non-targeting" if one of them occurs.
+        separator: joins single perturbations to a combination, or None.
+
+    Raises:
+        ValueError: a column is missing (those there are listed), a label is missing, an unknown or doubtful control.
+    """
+    keys = {CELL_TYPE: cell_type_key, PERTURBATION: perturbation_key}
+    for name in covariate_keys:
+        if name in RESERVED or list(covariate_keys).count(name) > 1:
+            raise ValueError(f"covariate column {name!r} is named twice or has a reserved name ({', '.join(RESERVED)})")
+        keys[name] = name
+    if control is not None and perturbation_key is None:
+        raise ValueError(
+            f"--control {control!r} was given without --perturbation-key; pass the column of perturbations"
+        )
+    sources = {name: key for name, key in keys.items() if key is not None}
+    columns = {name: _read_column(obs, key) for name, key in sources.items()}
+    if PERTURBATION in columns:
+        control = _find_control(columns[PERTURBATION], control, separator)
+        columns[PERTURBATION] = _canonical_perturbations(columns[PERTURBATION], control, separator)
+    return ConditionColumns(columns=columns, sources=sources, control=control, separator=separator)
+
+
+def _read_column(obs: pd.DataFrame, key: str) -> pd.Categorical:
+    if key not in obs:
+        raise ValueError(f"no column {key!r} in obs; columns there: {', '.join(map(str, obs.columns)) or 'none'}")
+    labels, codes = factorize(obs[key])
+    stripped = [label.strip() for label in labels]
+    missing = int((codes < 0).sum()) + sum(int((codes == i).sum()) for i, label in enumerate(stripped) if not label)
+    if missing:
+        raise ValueError(
+            f"column {key!r} has no label for {missing:,} of {len(obs):,} cells; fill them or drop the cells"
+        )
+    padded = [label for label, text in zip(labels, stripped) if label != text]
+    if padded:
+        raise ValueError(f"column {key!r} has the label {padded[0]!r} with white space around it; strip it")
+    return _categorical(labels, codes)
+
+
+def _categorical(labels: Sequence[str], codes: np.ndarray) -> pd.Categorical:
+    """Labels (which may repeat) and codes into them as categories in alphabetical order."""
+    categories, position = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
+    return pd.Categorical.from_codes(position[codes], categories=categories.tolist())
+
+
+def _find_control(perturbations: pd.Categorical, control: str | None, separator: str | None) -> str | None:
+    labels = list(perturbations.categories)
+    if control is None:
+        usual = [label for label in USUAL_CONTROLS if label in labels]
+        if len(usual) > 1:
+            raise ValueError(
+                f"perturbations have both {' and '.join(map(repr, usual))}; pass --control with one of them"
+            )
+        if not usual:
+            logger.info("no perturbation is called %s: there is no control", " or ".join(map(repr, USUAL_CONTROLS)))
+            return None
+        logger.info("control: %r (found; --control names another)", usual[0])
+        return usual[0]
+    if control not in labels:
+        raise unknown_label_error("control", [control], labels)
+    if separator and separator in control:
+        raise ValueError(f"control {control!r} contains the separator {separator!r}; pass another --separator")
+    return control
+
+
+def _canonical_perturbations(
+    perturbations: pd.Categorical, control: str | None, separator: str | None
+) -> pd.Categorical:
+    before = list(perturbations.categories)
+    after = [
+        join_perturbation(split_perturbation(label, control=control, separator=separator), separator)
+        for label in before
+    ]
+    changed = [(old, new) for old, new in zip(before, after) if old != new]
+    if changed:
+        logger.info("%d perturbation labels are written in canonical form, such as %r as %r", len(changed), *changed[0])
+    return _categorical(after, perturbations.codes)
+
+
+def _same_labels(column: pd.Series, labels: pd.Categorical) -> bool:
+    return bool((column.astype(str).to_numpy() == np.asarray(labels, dtype=object)).all())
