@@ -89,7 +89,7 @@ def main(
         layer: layer of the generated files that holds the counts; by default X.
         dataset: the data set's name; by default that of the folder of the real file.
         split: the split's name; by default that of the real file.
-        checkpoint: the checkpoint's name; by default what the files say in uns["checkpoint"].
+        checkpoint: the checkpoint's name; by default the one that dcm-sample wrote into the files.
         seed: of every draw (floor, baseline, thinning).
     """
     command = _command(dict(locals()))
@@ -199,7 +199,8 @@ def _read_cells(
             )
         by_model.setdefault(name or _generator(file, path), []).append(cells)
     train_cells = from_anndata(read_h5ad(train), name=str(train), conditions=conditions, genes=genes)
-    checkpoints = list(dict.fromkeys(str(file.uns["checkpoint"]) for file in files if "checkpoint" in file.uns))
+    named = [file.uns.get("dcm_sampling", {}).get("checkpoint") for file in files]
+    checkpoints = list(dict.fromkeys(str(checkpoint) for checkpoint in named if checkpoint is not None))
     return Cells(real_cells, train_cells, by_model, ", ".join(checkpoints) or None)
 
 

@@ -47,8 +47,8 @@ class LabelledCounts:
 
     @cached_property
     def rows_by_condition(self) -> dict[str, np.ndarray]:
-        """Condition's name (its labels joined by " | "; "" if there are no columns) -> the rows of its cells."""
-        names = pd.Series("", index=range(len(self)))
+        """Condition's name (its labels joined by " | "; "all" if there are no columns) -> the rows of its cells."""
+        names = pd.Series("all", index=range(len(self)))
         for position, column in enumerate(self.labels):
             values = self.labels[column].reset_index(drop=True)
             names = values if position == 0 else names + SEPARATOR + values

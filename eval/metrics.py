@@ -132,9 +132,8 @@ def correlation_agreement(x: Matrix, y: Matrix, num_genes: int = 100) -> tuple[f
 
     The gene-gene Pearson correlations of the ``num_genes`` most variable genes of ``y`` (fewer if fewer vary) are
     taken on both sides; the upper triangles are compared by their Pearson correlation and by the least-squares slope of
-    ``x``'s on ``y``'s: below 1 correlations are too weak. Noise in ``y`` lowers the slope too, so that with few cells
-    the ideal is not 1 but the floor's. A gene that is constant in ``x`` has
-    correlation 0 with every other. No unit.
+    ``x``'s on ``y``'s: below 1 correlations are too weak. Noise in ``y`` lowers the slope too, so with few cells the
+    ideal is not 1 but the floor's. A gene that is constant in ``x`` has correlation 0 with every other. No unit.
 
     Returns:
         (nan, nan) if fewer than three genes vary in ``y`` or if all correlations of ``y`` are equal; the Pearson
@@ -224,8 +223,22 @@ def nearest_neighbour_accuracy(x: Matrix, y: Matrix) -> float:
     """Leave-one-out accuracy of a 1-nearest-neighbour classifier that tells ``x`` from ``y``.
 
     0.5 is ideal (at equal sizes); above, the two are told apart; below, ``x`` lies closer to ``y`` than ``y`` to itself
-    (copies). Cells at equal smallest distance share the vote. No unit.
+    (copies). The two sides can cancel, so read it beside ``nearest_neighbour_accuracies``. No unit.
     Reference: Lopez-Paz and Oquab, ICLR 2017 (arXiv:1610.06545).
+
+    Raises:
+        ValueError: different numbers of genes, fewer than two cells a side, or values that are not finite.
+    """
+    of_x, of_y = nearest_neighbour_accuracies(x, y)
+    return (of_x * x.shape[0] + of_y * y.shape[0]) / (x.shape[0] + y.shape[0])
+
+
+def nearest_neighbour_accuracies(x: Matrix, y: Matrix) -> tuple[float, float]:
+    """Share of the cells of ``x``, and of ``y``, whose nearest other cell is of their own side; 0.5 is ideal for both.
+
+    Where one sample is less spread than the other, all nearest neighbours may be of one side: the shares are then near
+    0 and 1, and their mean a misleading 0.5. Cells at equal smallest distance share the vote. No unit.
+    Reference: Xu et al., An empirical study on evaluation metrics of GANs (arXiv:1806.07755), section 2.
 
     Raises:
         ValueError: different numbers of genes, fewer than two cells a side, or values that are not finite.
@@ -234,15 +247,13 @@ def nearest_neighbour_accuracy(x: Matrix, y: Matrix) -> float:
     cells = sparse.vstack([x, y], format="csr") if sparse.issparse(x) and sparse.issparse(y) else _stacked(x, y)
     is_x = np.arange(cells.shape[0]) < x.shape[0]
     norms = _squared_norms(cells)
-    correct = 0.0
+    own_side = np.empty(cells.shape[0])
     for rows in _blocks(cells.shape[0]):
         d2 = np.concatenate([block for _, _, block in _distance_blocks(cells[rows], cells)], axis=1)
-        here = np.arange(rows.start, rows.start + d2.shape[0])
-        d2[np.arange(here.size), here] = np.inf
-        nearest = d2 <= d2.min(axis=1, keepdims=True) + TIE_TOLERANCE * (1 + norms[here, None])
-        same_side = nearest & (is_x[here, None] == is_x[None, :])
-        correct += float((same_side.sum(axis=1) / nearest.sum(axis=1)).sum())
-    return correct / cells.shape[0]
+        d2[np.arange(d2.shape[0]), np.arange(rows.start, rows.stop)] = np.inf
+        nearest = d2 <= d2.min(axis=1, keepdims=True) + TIE_TOLERANCE * (1 + norms[rows, None])
+        own_side[rows] = (nearest & (is_x[rows, None] == is_x[None, :])).sum(axis=1) / nearest.sum(axis=1)
+    return float(own_side[is_x].mean()), float(own_side[~is_x].mean())
 
 
 def pearson_delta(x: Matrix, y: Matrix, control: Matrix) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from scipy import linalg, sparse
 
 from eval import metrics
@@ -101,6 +102,9 @@ def _library_sizes(axes: Axes, counts: dict[str, sparse.csr_matrix], colours: di
         weights = np.full(sizes[name].size, 1 / sizes[name].size)
         axes.hist(sizes[name], bins=bins, weights=weights, histtype="step", lw=2, color=colours[name], label=name)
     axes.set(title="library size", xlabel="counts per cell + 1", ylabel="share of cells", xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _against_real(

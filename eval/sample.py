@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import transformers
 import tyro
 
 from modeling_dcm import DCMForDenoising
@@ -137,6 +138,7 @@ def _nones_left_out(**values):
 
 def cli() -> None:
     """Entry point of ``dcm-sample``."""
+    transformers.utils.logging.disable_progress_bar()
     run(main)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from .configuration_dcm import DCMConfig
 from .layers_dcm import TIME_FEATURES, sinusoidal
 
+CONDITIONS = ("cell_type_ids", "perturbation_ids", "perturbation_embeds", "covariate_ids", "library_size")
 LIBRARY_QUANTILES = 65
 ANY = -2  # in a group's key: whatever label
 
@@ -40,7 +41,7 @@ class PerturbationEncoder(nn.Module):
             self.register_buffer("has_vector", torch.zeros(config.num_perturbations, dtype=torch.bool))
 
     def forward(self, ids: torch.Tensor, embeds: torch.Tensor | None) -> torch.Tensor:
-        """Condition vectors (B, D) of ``ids`` (B, P); ``embeds`` (B, P, perturbation_dim) are added, NaN rows are padding."""
+        """Condition vectors (B, D) of ``ids`` (B, P); ``embeds`` (B, P, vector) are added, NaN rows are padding."""
         given = ids >= 0
         vectors = self.learned(ids.clamp(min=0))  # (B, P, D)
         if self.linear is not None:
@@ -76,7 +77,11 @@ class LibrarySizeEncoder(nn.Module):
 
 
 class ConditionEncoder(nn.Module):
-    """Noise level and all conditions, concatenated, through one MLP (the paper's Section 3.2)."""
+    """Noise level and all conditions, concatenated, through one MLP (the paper's Section 3.2).
+
+    With ``config.cell_summary`` the genes observed so far, summed, are one more of them: every gene hears of the cell's
+    state through AdaLN directly, besides attention. Without it this is the paper's conditioning.
+    """
 
     def __init__(self, config: DCMConfig):
         super().__init__()
@@ -87,13 +92,14 @@ class ConditionEncoder(nn.Module):
         self.covariates = nn.ModuleDict({name: LabelEncoder(size, D) for name, size in config.covariates.items()})
         self.library_size = LibrarySizeEncoder(config) if config.library_size_conditioning else None
         self.time = nn.Linear(TIME_FEATURES, D)
-        self.mlp = nn.Sequential(
-            nn.Linear(D * (1 + len(config.condition_names)), D), nn.SiLU(), nn.Linear(D, D), nn.SiLU()
-        )
+        self.summary = nn.Linear(D, D) if config.cell_summary else None
+        num_vectors = 1 + len(config.condition_names) + config.cell_summary
+        self.mlp = nn.Sequential(nn.Linear(D * num_vectors, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU())
 
     def forward(
         self,
         t: torch.Tensor,
+        summary: torch.Tensor,
         cell_type_ids: torch.Tensor | None,
         perturbation_ids: torch.Tensor | None,
         perturbation_embeds: torch.Tensor | None,
@@ -113,9 +119,11 @@ class ConditionEncoder(nn.Module):
             vectors.append(encoder(missing if covariate_ids is None else covariate_ids[:, index]))
         if self.library_size is not None:
             vectors.append(self.library_size(missing if library_size is None else library_size))
-        time = self.time(sinusoidal(1000 * t, TIME_FEATURES).to(self.time.weight.dtype))
         tokens = torch.stack(vectors, dim=1) if vectors and self.config.condition_tokens else None
-        return self.mlp(torch.cat([time, *vectors], dim=-1)), tokens
+        vectors.append(self.time(sinusoidal(1000 * t, TIME_FEATURES).to(self.time.weight.dtype)))
+        if self.summary is not None:
+            vectors.append(self.summary(summary))
+        return self.mlp(torch.cat(vectors, dim=-1)), tokens
 
 
 class LibrarySizes(nn.Module):
@@ -161,7 +169,8 @@ class LibrarySizes(nn.Module):
         covariates = missing.expand(-1, self.num_covariates) if covariate_ids is None else covariate_ids
         perturbations = missing if perturbation_ids is None else perturbation_ids.sort(dim=1, descending=True).values
         too_wide = (perturbations[:, width:] >= 0).any(dim=1, keepdim=True)
-        perturbations = nn.functional.pad(perturbations[:, :width], (0, max(0, width - perturbations.shape[1])), value=-1)
+        missing_columns = max(0, width - perturbations.shape[1])
+        perturbations = nn.functional.pad(perturbations[:, :width], (0, missing_columns), value=-1)
         perturbations = torch.where(too_wide, -3, perturbations)
         cell_type = missing if cell_type_ids is None else cell_type_ids[:, None]
         return torch.cat([cell_type, covariates[:, : self.num_covariates], perturbations], dim=1)

@@ -3,6 +3,8 @@
 Knows nothing of genes' or labels' names: those are the tokenizer's.
 """
 
+from itertools import pairwise
+
 from transformers import PreTrainedConfig
 
 # The paper's three models. `5m` is the released unconditional configuration, `10m` the one shape that Table 4 prints,
@@ -42,8 +44,10 @@ class DCMConfig(PreTrainedConfig):
     perturbation_dim: int | None = None  # width of the frozen vectors (ESM-2: 1280); None: a learned table
     perturbation_table_sha256: str | None = None  # of the file that the frozen vectors came from
     covariates: dict[str, int] | None = None  # {name: number of labels}
+    covariate_order: list[str] | None = None  # columns of covariate_ids; a file of JSON does not keep a mapping's order
     library_size_conditioning: bool = False
     condition_tokens: bool = False  # prepend one token for each condition
+    cell_summary: bool = True  # the sum over observed genes is one more condition; False: the paper's conditioning
     gene_output_bias: int = 64  # columns of the head's bias for each gene: counts below have their own; 0: none
     label_dropout: int | float = 0.1  # probability of dropping each condition in training
     noise_schedule: str = "log_linear"
@@ -55,6 +59,14 @@ class DCMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.covariates = dict(self.covariates or {})
+        self.covariate_order = list(self.covariates if self.covariate_order is None else self.covariate_order)
+        _expect(
+            sorted(self.covariate_order) == sorted(self.covariates),
+            "covariate_order",
+            self.covariate_order,
+            f"the names of covariates {sorted(self.covariates)}",
+        )
+        self.covariates = {name: self.covariates[name] for name in self.covariate_order}
         kwargs["pad_token_id"] = None
         super().__post_init__(**kwargs)
         self._check()
@@ -85,7 +97,8 @@ class DCMConfig(PreTrainedConfig):
         return names + (["library_size"] if self.library_size_conditioning else [])
 
     def _check(self) -> None:
-        for name in ("num_genes", "max_count", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        at_least_one = ("num_genes", "max_count", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*at_least_one, "max_perturbations_per_cell"):
             _expect(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("num_cell_types", "num_perturbations", "gene_output_bias", "library_size_groups"):
             _expect(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
@@ -99,7 +112,6 @@ class DCMConfig(PreTrainedConfig):
         _expect(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
         _expect(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "in [0, 1)")
         _expect(0 < self.noise_eps < 1, "noise_eps", self.noise_eps, "in (0, 1)")
-        _expect(self.max_perturbations_per_cell >= 1, "max_perturbations_per_cell", self.max_perturbations_per_cell, "1+")
         for name, size in self.covariates.items():
             _expect(size >= 1, f"covariates[{name!r}]", size, "at least 1 label")
         if self.perturbation_dim is not None:
@@ -107,7 +119,7 @@ class DCMConfig(PreTrainedConfig):
             _expect(self.num_perturbations >= 1, "num_perturbations", 0, "at least 1 when perturbation_dim is given")
         if self.count_bins is not None:
             edges = list(self.count_bins)
-            ascending = len(edges) > 0 and all(a < b for a, b in zip(edges, edges[1:], strict=False))
+            ascending = len(edges) > 0 and all(a < b for a, b in pairwise(edges))
             within = ascending and edges[0] >= 1 and edges[-1] <= self.max_count
             _expect(within, "count_bins", edges, f"ascending left edges in 1..{self.max_count} (max_count), or None")
 

@@ -4,6 +4,7 @@ Knows nothing of networks. `m = 1 - alpha` is the mask probability. Letters: B c
 genes, K largest count.
 """
 
+import numpy as np
 import torch
 
 DEFAULT_EPS = 1e-3
@@ -39,6 +40,12 @@ def reveal_probability(t: torch.Tensor, s: torch.Tensor, eps: float = DEFAULT_EP
     return (m_t - mask_probability(s, eps)) / m_t
 
 
+def keyed_generator(seed: int, index: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The generator of piece ``index`` of a run: the same whoever computes the piece, and in whatever order."""
+    state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device=device).manual_seed(int(state >> np.uint64(1)))
+
+
 def stratified_uniform(num_cells: int, generator: torch.Generator) -> torch.Tensor:
     """One u for each cell of the global batch, one in each of ``num_cells`` equal strata of [0, 1), in random order."""
     strata = torch.randperm(num_cells, generator=generator, device=generator.device)
@@ -47,8 +54,8 @@ def stratified_uniform(num_cells: int, generator: torch.Generator) -> torch.Tens
 
 
 def num_masked(u: torch.Tensor, num_measured: torch.Tensor) -> torch.Tensor:
-    """``k = 1 + floor(u n)`` masked genes of n measured ones: from 1 to n, everything masked included."""
-    return 1 + torch.floor(u.double() * num_measured).long()
+    """``k = 1 + floor(u n)`` masked genes of n measured ones: from 1 to n, everything masked included; 0 if n is 0."""
+    return torch.minimum(1 + torch.floor(u.double() * num_measured).long(), num_measured)
 
 
 def mask_counts(

@@ -6,20 +6,11 @@ nothing of the network. Letters: B cells of a chunk, N all cells, L genes in the
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .diffusion_dcm import mask_counts, num_masked
+from .diffusion_dcm import keyed_generator, mask_counts, num_masked
 from .sampling_dcm import sample_counts
-
-CONDITIONS = ("cell_type_ids", "perturbation_ids", "perturbation_embeds", "target_gene_ids", "covariate_ids")
-
-
-def chunk_generator(seed: int, chunk: int, device: torch.device | str) -> torch.Generator:
-    """The generator of one chunk, keyed by (seed, chunk) and by nothing else: processes may take chunks in any order."""
-    state = np.random.SeedSequence([seed, chunk]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device=device).manual_seed(int(state >> np.uint64(1)))
 
 
 class CellGenerationMixin:
@@ -89,7 +80,7 @@ class CellGenerationMixin:
         try:
             with tqdm(total=N, unit="cell", desc="sampling", disable=not progress) as bar:
                 for chunk, rows in _chunks(N, batch_size):
-                    generator = chunk_generator(seed, chunk, self.device)
+                    generator = keyed_generator(seed, chunk, self.device)
                     conditions = {name: value[rows].to(self.device) for name, value in given.items()}
                     conditions["library_size"] = self._library_size(sizes, rows, conditions, generator)
                     denoise = self._denoiser(gene_ids.to(self.device), conditions, guidance_scale)
@@ -127,7 +118,7 @@ class CellGenerationMixin:
         config = self.config
         total = torch.zeros(len(input_ids), dtype=torch.float64)
         for chunk, rows in _chunks(len(input_ids), batch_size):
-            generator = chunk_generator(seed, chunk, self.device)
+            generator = keyed_generator(seed, chunk, self.device)
             x_0 = input_ids[rows].to(self.device)
             given = {name: value[rows].to(self.device) for name, value in conditions.items()}
             n = (x_0 != config.pad_token_id).sum(dim=1)
@@ -145,7 +136,7 @@ class CellGenerationMixin:
 
     @torch.no_grad()
     def embed(self, input_ids: torch.Tensor, *, batch_size: int = 256, **conditions) -> torch.Tensor:
-        """Pooled hidden state (N, D) of cells whose counts are ``input_ids`` (N, L): mean over genes, or over latents."""
+        """Pooled hidden state (N, D) of cells with counts ``input_ids`` (N, L): mean over genes, or over latents."""
         pooled = []
         for _, rows in _chunks(len(input_ids), batch_size):
             ids = input_ids[rows].to(self.device)
@@ -156,9 +147,8 @@ class CellGenerationMixin:
     def _pooled(self, input_ids: torch.Tensor, gene_ids: torch.Tensor | None = None, **conditions) -> torch.Tensor:
         gene_ids = self._check_genes(input_ids, gene_ids)
         t = (input_ids == self.config.mask_token_id).float().mean(dim=1)
-        condition, tokens, targets = self._condition(t, **_all_conditions(conditions))
-        is_target = None if targets is None else (gene_ids[..., None] == targets[:, None, :]).any(dim=-1)
-        embedded = self.backbone.embedding(input_ids, gene_ids, is_target)
+        targets = conditions.pop("target_gene_ids", None)
+        embedded, condition, tokens, _ = self._embed(input_ids, gene_ids, t, conditions, targets)
         if self.config.backbone == "latent":
             return self._latents(input_ids, embedded, condition, tokens).mean(dim=1)
         measured = (input_ids != self.config.pad_token_id)[..., None]
@@ -174,14 +164,14 @@ class CellGenerationMixin:
             is_masked = x_t == self.config.mask_token_id
             measured = x_t != self.config.pad_token_id
             t = is_masked.sum(dim=1) / measured.sum(dim=1).clamp(min=1)
-            condition, tokens, targets = self._condition(t, **_all_conditions(given))
+            targets = given.get("target_gene_ids")
             if self.config.backbone == "dit":
-                return self._denoise(x_t, genes, condition, tokens, targets, positions)
+                return self._denoise(x_t, genes, t, given, targets, positions)
             # the latents read what is known and nothing else: the sequence is known genes, then queried ones
             subset = torch.cat([known, positions], dim=1)
             ids = torch.cat([x_t.gather(1, known), torch.full_like(positions, self.config.mask_token_id)], dim=1)
             asked = torch.arange(known.shape[1], subset.shape[1], device=x_t.device).expand(B, -1)
-            return self._denoise(ids, genes.gather(1, subset), condition, tokens, targets, asked)
+            return self._denoise(ids, genes.gather(1, subset), t, given, targets, asked)
 
         def guided(x_t, positions, known):
             log_p = logits_at(x_t, positions, known, conditions)
@@ -236,10 +226,6 @@ class CellGenerationMixin:
             conditions.get("covariate_ids"),
             generator,
         )
-
-
-def _all_conditions(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
-    return {name: given.get(name) for name in (*CONDITIONS, "library_size")}
 
 
 def _chunks(num_cells: int, batch_size: int) -> Iterator[tuple[int, slice]]:

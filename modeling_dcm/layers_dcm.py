@@ -18,7 +18,7 @@ TIME_FEATURES = 128
 
 
 def count_features(num_counts: int, num_ids: int, device: torch.device) -> torch.Tensor:
-    """Smooth functions of log1p(count) (V, R), by which neighbouring counts share what is learned; zero for MASK, PAD."""
+    """Smooth functions of log1p(count) (V, R), by which neighbouring counts learn together; zero for MASK, PAD."""
     x = torch.log1p(torch.arange(num_counts, device=device, dtype=torch.float32))
     centres = torch.linspace(0, max(x[-1].item(), 1.0), NUM_COUNT_FEATURES, device=device)
     width = centres[1] - centres[0]
@@ -34,7 +34,7 @@ def sinusoidal(x: torch.Tensor, dim: int, max_period: float = 10_000.0) -> torch
 
 
 class AdaLNZero(nn.Linear):
-    """From the condition to shifts, scales and gates; all zero at initialisation, so that each block starts as identity."""
+    """From the condition to shifts, scales and gates; zero at initialisation, so that blocks start as the identity."""
 
 
 class ZeroLinear(nn.Linear):
@@ -109,7 +109,9 @@ class MLP(nn.Module):
 class Block(GradientCheckpointingLayer):
     """AdaLN-zero transformer block (DiT): self-attention when ``keys`` is None, else cross-attention to ``keys``.
 
-    The keys of a cross-attention are normalised but not modulated, so that they do not change with the noise level.
+    A self-attention block starts as the identity. A cross-attention block is the only way from genes to latents or
+    back, so its gates start at one: closed gates in a row would pass no gradient. Its keys are normalised but not
+    modulated, so that they do not change with the noise level.
     """
 
     def __init__(self, config: DCMConfig, cross: bool = False):
@@ -120,6 +122,7 @@ class Block(GradientCheckpointingLayer):
         self.attention = Attention(config)
         self.mlp = MLP(config)
         self.modulation = AdaLNZero(config.hidden_size, 6 * config.hidden_size)
+        self.open_gate = 1.0 if cross else 0.0
 
     def forward(
         self,
@@ -131,8 +134,8 @@ class Block(GradientCheckpointingLayer):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=-1)
         h = modulate(self.norm_attention(x), shift_a, scale_a)
         keys = h if keys is None else self.norm_keys(keys)
-        x = x + gate_a[:, None] * self.attention(h, keys, key_mask)
-        return x + gate_m[:, None] * self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
+        x = x + (self.open_gate + gate_a[:, None]) * self.attention(h, keys, key_mask)
+        return x + (self.open_gate + gate_m[:, None]) * self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
 
 
 class CellEmbedding(nn.Module):
@@ -157,11 +160,16 @@ class CellEmbedding(nn.Module):
             return identity
         return identity + is_target[..., None].to(identity.dtype) * self.target.weight
 
-    def forward(self, input_ids: torch.Tensor, gene_ids: torch.Tensor, is_target: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, gene_ids: torch.Tensor, is_target: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (B, L, D), and the sum over the observed genes of what was counted (B, D)."""
         features = count_features(self.num_counts, self.count.num_embeddings, input_ids.device)
         table = self.count.weight + self.count_curve(features.to(self.count.weight.dtype))  # (V, 2D)
         count, level = nn.functional.embedding(input_ids, table).chunk(2, dim=-1)  # (B, L, D) each
-        return self.genes(gene_ids, is_target) + count + level * self.gene_reading(gene_ids)
+        reading = count + level * self.gene_reading(gene_ids)
+        is_observed = (input_ids < self.num_counts).to(reading.dtype)
+        return self.genes(gene_ids, is_target) + reading, (is_observed[:, None] @ reading)[:, 0]
 
 
 class DiTBackbone(nn.Module):

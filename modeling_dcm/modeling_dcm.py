@@ -2,7 +2,7 @@
 
 Puts embeddings, conditions, backbone and head together, and computes the loss. Randomness is the caller's: `forward`
 draws nothing (apart from dropout, off by default). Files, names of genes and labels are the tokenizer's.
-Letters: B cells, L genes in the sequence, Q queried genes, P perturbations of a cell, D width, K largest count, G all genes.
+Letters: B cells, L genes in the sequence, Q queried genes, P perturbations of a cell, D width, K largest count.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .conditioning_dcm import ConditionEncoder, LabelEncoder, LibrarySizes
+from .conditioning_dcm import CONDITIONS, ConditionEncoder, LibrarySizes
 from .configuration_dcm import DCMConfig
 from .diffusion_dcm import alpha, denoising_loss
 from .generation_dcm import CellGenerationMixin
-from .layers_dcm import AdaLNZero, Block, CountBias, CountHead, DiTBackbone, LatentBackbone, ZeroLinear
+from .layers_dcm import AdaLNZero, CountBias, CountHead, DiTBackbone, LatentBackbone, ZeroLinear
 
 
 @dataclass
@@ -39,7 +39,7 @@ class DCMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "dcm"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
+    _no_split_modules = ["Block"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
 
@@ -92,7 +92,7 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
         """Logits over counts for each gene, and the loss at masked genes when ``labels`` are given.
 
         Args:
-            input_ids: ids (B, L): counts, MASK (``config.mask_token_id``) or PAD (``config.pad_token_id``, not measured).
+            input_ids: ids (B, L): counts, ``config.mask_token_id``, or ``config.pad_token_id`` where not measured.
             gene_ids: genes of the sequence (L,) or (B, L); default 0..L-1, then L must be ``config.num_genes``.
             attention_mask: (B, L), 0 marks a gene as PAD.
             cell_type_ids: (B,), -1 is not given.
@@ -113,17 +113,15 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
         is_masked = input_ids == self.config.mask_token_id
         k = is_masked.sum(dim=1)
         n = (input_ids != self.config.pad_token_id).sum(dim=1)
-        condition, tokens, targets = self._condition(
-            k / n.clamp(min=1),
-            cell_type_ids,
-            perturbation_ids,
-            perturbation_embeds,
-            target_gene_ids,
-            covariate_ids,
-            library_size,
-        )
+        given = {
+            "cell_type_ids": cell_type_ids,
+            "perturbation_ids": perturbation_ids,
+            "perturbation_embeds": perturbation_embeds,
+            "covariate_ids": covariate_ids,
+            "library_size": library_size,
+        }
         positions = None if query_positions is None else query_positions.clamp(min=0)
-        logits = self._denoise(input_ids, gene_ids, condition, tokens, targets, positions)
+        logits = self._denoise(input_ids, gene_ids, k / n.clamp(min=1), given, target_gene_ids, positions)
         if labels is None:
             return DCMOutput(logits=logits)
         is_query = is_masked
@@ -143,7 +141,7 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
 
         Args:
             input_ids: masked ids (B, L).
-            t: time of the schedule in (0, 1], one for all or (B,); it scales the ratios and is not shown to the network.
+            t: time of the schedule in (0, 1], one for all or (B,); it scales the ratios, the network does not see it.
             conditions: the other arguments of :meth:`forward`.
 
         Returns:
@@ -154,7 +152,9 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
         """
         t = torch.as_tensor(t, dtype=torch.float32, device=input_ids.device).expand(len(input_ids))
         if not bool(((t > 0) & (t <= 1)).all()):
-            raise ValueError(f"t={t.tolist()}, expected values in (0, 1]: at t=0 nothing is masked and ratios are infinite")
+            raise ValueError(
+                f"t={t.tolist()}, expected values in (0, 1]: at t=0 nothing is masked, ratios are infinite"
+            )
         survival = alpha(t, self.config.noise_eps)
         probabilities = self(input_ids, **conditions).logits.float().softmax(dim=-1)
         return (survival / (1 - survival))[:, None, None] * probabilities
@@ -164,29 +164,30 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
         if gene_ids is None:
             if self.config.num_genes != L:
                 raise ValueError(
-                    f"input_ids has {L} genes, the model {self.config.num_genes}: pass gene_ids for a subset of the panel"
+                    f"input_ids has {L} genes, the model {self.config.num_genes}: pass gene_ids for a subset"
                 )
             gene_ids = torch.arange(L, device=input_ids.device)
         if gene_ids.shape[-1] != L:
             raise ValueError(f"gene_ids has shape {tuple(gene_ids.shape)}, expected ({L},) or ({B}, {L})")
         return gene_ids.expand(B, L)
 
-    def _condition(
-        self, t, cell_type_ids, perturbation_ids, perturbation_embeds, target_gene_ids, covariate_ids, library_size
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Condition vector (B, D), condition tokens (B, E, D) or None, target genes (B, P) or None."""
-        condition, tokens = self.conditions(
-            t, cell_type_ids, perturbation_ids, perturbation_embeds, covariate_ids, library_size
-        )
+    def _embed(self, input_ids, gene_ids, t, given, target_gene_ids):
+        """Gene tokens (B, L, D), condition (B, D), condition tokens (B, E, D) or None, target flags (B, L) or None."""
+        perturbation_ids = given.get("perturbation_ids")
         if target_gene_ids is None and perturbation_ids is not None and self.config.num_perturbations:
             target_gene_ids = self.target_gene_ids[perturbation_ids.clamp(min=0)].masked_fill(perturbation_ids < 0, -1)
-        return condition, tokens, target_gene_ids
+        is_target = None
+        if target_gene_ids is not None:
+            is_target = (gene_ids[..., None] == target_gene_ids[:, None, :]).any(dim=-1)
+        embedded, total = self.backbone.embedding(input_ids, gene_ids, is_target)
+        summary = total / self.config.num_genes**0.5
+        condition, tokens = self.conditions(t, summary, **{name: given.get(name) for name in CONDITIONS})
+        return embedded, condition, tokens, is_target
 
-    def _denoise(self, input_ids, gene_ids, condition, tokens, targets, positions) -> torch.Tensor:
-        """Logits (B, Q, K+1) at ``positions`` (B, Q), or at all genes."""
-        is_target = None if targets is None else (gene_ids[..., None] == targets[:, None, :]).any(dim=-1)
+    def _denoise(self, input_ids, gene_ids, t, given, target_gene_ids, positions) -> torch.Tensor:
+        """Logits (B, Q, K+1) at ``positions`` (B, Q), or at all genes, when told the noise level ``t`` (B,)."""
+        embedded, condition, tokens, is_target = self._embed(input_ids, gene_ids, t, given, target_gene_ids)
         queried = gene_ids if positions is None else gene_ids.gather(1, positions)
-        embedded = self.backbone.embedding(input_ids, gene_ids, is_target)
         if self.config.backbone == "dit":
             hidden = self._dit_hidden(input_ids, embedded, condition, tokens)
             if positions is not None:  # gathered before the head: logits nobody reads are never computed
@@ -207,6 +208,3 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
     def _latents(self, input_ids, embedded, condition, tokens) -> torch.Tensor:
         """Latents (B, E+M, D) that have read the observed genes and no others."""
         return self.backbone(embedded, condition, tokens, input_ids < self.config.num_counts)
-
-
-__all__ = ["AdaLNZero", "Block", "DCMForDenoising", "DCMOutput", "DCMPreTrainedModel", "LabelEncoder"]

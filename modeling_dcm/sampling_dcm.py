@@ -47,7 +47,7 @@ def random_order(x: torch.Tensor, mask_token_id: int, pad_token_id: int, generat
 
 
 def draw_counts(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
-    """One id for each row of ``logits`` (..., K+1) by Gumbel-max in float32: the largest ``logits / T - log E``, E ~ Exp(1)."""
+    """One id for each row of ``logits`` (..., K+1), Gumbel-max in float32: the largest ``logits / T - log Exp(1)``."""
     noise = torch.empty(logits.shape, device=logits.device).exponential_(generator=generator)
     return (logits.float() / temperature - noise.log()).argmax(dim=-1)
 

@@ -41,7 +41,9 @@ def _generated(train: anndata.AnnData, test: anndata.AnnData, seed: int) -> annd
     counts = train.X[chosen]
     counts.data = rng.binomial(counts.data, 0.9).astype(np.int32)
     obs = test.obs[["cell_type", "perturbation"]].copy()
-    return anndata.AnnData(counts, obs=obs, var=train.var[[]].copy(), uns={"generator": "thinned"})
+    return anndata.AnnData(
+        counts, obs=obs, var=train.var[[]].copy(), uns={"generator": "thinned", "dcm_sampling": {"checkpoint": "small"}}
+    )
 
 
 def run_main(folder: Path, out: Path, *names: str, **options: object) -> dict:
@@ -59,15 +61,15 @@ def results(folder, tmp_path_factory) -> tuple[dict, Path]:
 def _changed(folder: Path, out: Path, change) -> Path:
     """A copy of the first generated file after ``change``."""
     adata = anndata.read_h5ad(folder / "generated_0.h5ad")
-    adata = change(adata) or adata
-    adata.write_h5ad(out / "changed.h5ad")
+    changed = change(adata)
+    (changed if isinstance(changed, anndata.AnnData) else adata).write_h5ad(out / "changed.h5ad")
     return out / "changed.h5ad"
 
 
 def test_results_json_is_the_contract(results):
     found, _ = results
     assert list(found) == ["dataset", "split", "checkpoint", "versions", "command", "rows"]
-    assert found["split"] == "test"
+    assert (found["split"], found["checkpoint"]) == ("test", "small")
     assert found["command"].startswith("dcm-evaluate ")
     assert all(tuple(row) == ROW_KEYS for row in found["rows"])
     assert {row["model"] for row in found["rows"]} == {"floor", "thinned", "independent_marginals"}
@@ -110,7 +112,7 @@ def test_the_marginals_lose_the_correlations_and_the_floor_keeps_them(results):
         for row in found["rows"]
         if row["metric"] == "correlation_slope" and row["grouping"] == "pooled"
     }
-    assert slope["independent_marginals"] < 0.5 * slope["floor"]
+    assert slope["independent_marginals"] < slope["floor"] - 0.1
 
 
 def test_tables_and_figure_are_written_and_nothing_else(results):
@@ -172,6 +174,10 @@ def test_pooled_only_and_files_of_different_generators_are_different_models(fold
     assert (tmp_path / "out" / "figure_other_one.png").is_file()
 
 
+def _relabelled(adata: anndata.AnnData) -> None:
+    adata.obs["cell_type"] = "hela"
+
+
 def _log_normalised(adata: anndata.AnnData) -> None:
     adata.layers["counts"] = adata.X.copy()
     adata.X = adata.X.astype(np.float32).log1p()
@@ -184,13 +190,13 @@ def _log_normalised(adata: anndata.AnnData) -> None:
         (lambda a: a[:, 3:].copy(), r"lacks 3 of the 30 genes of the real cells \(GENE0000, GENE0001, GENE0002\)"),
         (lambda a: setattr(a, "var_names", ["GENE0000"] * 2 + list(a.var_names[2:])), "1 duplicate gene names"),
         (
-            lambda a: a.obs.pop("perturbation") is None or None,
+            lambda a: a.obs.pop("perturbation"),
             r"has no column 'perturbation' in obs; it has cell_type;",
         ),
-        (lambda a: a.uns.pop("generator") and None, r"does not say what generated it .* pass --name NAME"),
+        (lambda a: a.uns.pop("generator"), r"does not say what generated it .* pass --name NAME"),
         (lambda a: a.uns.update(generator="floor"), "a row of every table; pass --name"),
         (lambda a: a[:0].copy(), "has no cells"),
-        (lambda a: a.obs.update({"cell_type": "hela"}) or _relabelled(a), "has none of the conditions of"),
+        (_relabelled, "has none of the conditions of"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -199,10 +205,6 @@ def test_a_bad_generated_file_is_refused_and_nothing_is_written(folder, tmp_path
     with pytest.raises(ValueError, match=message):
         main((path,), real=folder / "test.h5ad", train=folder / "train.h5ad", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def _relabelled(adata: anndata.AnnData) -> None:
-    adata.obs["cell_type"] = "hela"
 
 
 def test_layer_takes_the_counts_of_a_log_normalised_file(folder, tmp_path):

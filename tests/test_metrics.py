@@ -192,6 +192,13 @@ def test_nearest_neighbour_accuracy_equals_scikit_learn(rng):
     assert metrics.nearest_neighbour_accuracy(x, y) == pytest.approx((side[nearest] == side).mean())
 
 
+def test_one_side_all_told_apart_and_the_other_not_shows_in_the_two_accuracies(rng):
+    """A spread-out sample around a dense one: everybody's neighbour is in the dense one."""
+    dense, spread = 0.01 * rng.normal(size=(30, 200)), rng.normal(size=(30, 200))
+    assert metrics.nearest_neighbour_accuracies(dense, spread) == (1.0, 0.0)
+    assert metrics.nearest_neighbour_accuracy(dense, spread) == 0.5
+
+
 def test_nearest_neighbour_accuracy_at_its_ends(rng):
     x = rng.normal(size=(40, 3))
     assert metrics.nearest_neighbour_accuracy(x, x + 100) == 1.0

@@ -43,6 +43,8 @@ class TrainConfig:
     """Latents of the latent backbone."""
     dropout: float = 0.0
     """In attention and MLP."""
+    cell_summary: bool = True
+    """Feed the sum over observed genes to AdaLN; False is the paper's conditioning."""
     gene_output_bias: int = 64
     """Counts with a bias of their own for each gene in the head."""
     conditions: str = "all"

@@ -89,7 +89,13 @@ def build_model(config: TrainConfig, tokenizer: DCMTokenizer, cells: Cells) -> D
     shape = SIZES[config.size] if config.size else {}
     table = _read_table(config.perturbation_embeddings) if config.perturbation_embeddings else None
     own = ("backbone", "mlp_ratio", "num_latents", "dropout", "gene_output_bias", "library_size_conditioning")
-    own += ("condition_tokens", "loss_weighting", "label_dropout", *(() if shape else tuple(SIZES["5m"])))
+    own += (
+        "condition_tokens",
+        "cell_summary",
+        "loss_weighting",
+        "label_dropout",
+        *(() if shape else tuple(SIZES["5m"])),
+    )
     labels = cells.conditions.get("perturbation_ids")
     model_config = DCMConfig(
         **{name: getattr(config, name) for name in own},

@@ -2,8 +2,8 @@
 
     accelerate launch training/train.py --config training/configs/demo.yaml --data shards/ --out checkpoint/
 
-One process or many, CPU or GPU: what `accelerate config` chose. Noise, order and label dropout are keyed by (seed, step,
-position in the global batch), so the result does not depend on how many processes share the work. Writes
+One process or many, CPU or GPU: what `accelerate config` chose. Noise, order and label dropout are keyed by (seed,
+step, position in the global batch), so the result does not depend on how many processes share the work. Writes
 `OUT/model.safetensors` (averaged weights) with configuration and tokenizer, `OUT/training.jsonl`, and states to resume
 from under `OUT/checkpoints/`. Knows nothing of how cells are stored (`cells.py`) or drawn (`modeling_dcm`).
 """
@@ -17,14 +17,23 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import datasets
 import torch
+import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from modeling_dcm import DCMForDenoising
-from modeling_dcm.diffusion_dcm import choose_queries, drop_labels, mask_smallest, num_masked, stratified_uniform
+from modeling_dcm.diffusion_dcm import (
+    choose_queries,
+    drop_labels,
+    keyed_generator,
+    mask_smallest,
+    num_masked,
+    stratified_uniform,
+)
 from tokenization.command_line import user_errors
 from training.cells import Cells, GlobalBatchSampler
 from training.config import TrainConfig, read_config
@@ -132,7 +141,7 @@ def noised(batch, config: TrainConfig, tokenizer, index: int, rank: int, world: 
 
     Noise is drawn for the whole global batch from (seed, index of the batch), and this process takes its rows.
     """
-    generator = torch.Generator().manual_seed((config.seed * 1_000_003 + index) % 2**63)
+    generator = keyed_generator(config.seed, index)
     x_0 = batch["counts"]
     B, L = x_0.shape
     own = slice(rank * B, (rank + 1) * B)
@@ -264,6 +273,8 @@ def parse(arguments: list[str]) -> TrainConfig:
 
 def cli() -> None:
     """Entry point of ``dcm-train``."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     with user_errors():
         main(parse(sys.argv[1:]))
 

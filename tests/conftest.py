@@ -1,0 +1,87 @@
+"""What several test modules share: tiny models of both backbones, and tiny shards made by the package's own stages.
+
+Knows nothing of any property: those are in the test modules.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from eval.simulate import main as simulate
+from modeling_dcm import DCMConfig, DCMForDenoising
+from training.convert_h5ad import main as convert
+
+torch.set_num_threads(1)
+
+TINY = {
+    "num_genes": 7,
+    "max_count": 4,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "mlp_ratio": 2,
+    "num_latents": 5,
+    "gene_output_bias": 3,
+}
+CONDITIONS = {
+    "num_cell_types": 3,
+    "num_perturbations": 4,
+    "covariates": {"donor": 2, "day": 3},
+    "library_size_conditioning": True,
+}
+
+
+@pytest.fixture(params=["dit", "latent"])
+def backbone(request) -> str:
+    """Every test that asks for it runs with both backbones."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., DCMForDenoising]:
+    """Factory of tiny models: ``make_model("dit", num_genes=3, fresh=True)``.
+
+    A fresh model's zero head says nothing of its input, so all weights are random normal unless ``fresh``;
+    ``conditioned`` adds every condition.
+    """
+
+    def make(backbone: str = "dit", *, fresh: bool = False, conditioned: bool = False, seed: int = 0, **options):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = DCMForDenoising(
+                DCMConfig(backbone=backbone, **{**TINY, **(CONDITIONS if conditioned else {}), **options})
+            )
+            if not fresh:
+                for parameter in model.parameters():
+                    torch.nn.init.normal_(parameter, std=0.3)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cells_h5ad(tmp_path_factory) -> Path:
+    """300 simulated cells of 15 genes, 2 cell types, 3 perturbations and a pair; their vectors stand beside the file."""
+    path = tmp_path_factory.mktemp("simulated") / "cells.h5ad"
+    simulate(path, num_cells=300, num_genes=15, num_cell_types=2, num_perturbations=3, num_pairs=1, vector_dim=4)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shards(cells_h5ad, tmp_path_factory) -> Path:
+    """The shards that dcm-convert makes of ``cells_h5ad``."""
+    folder = tmp_path_factory.mktemp("converted")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    convert(cells_h5ad, out=folder / "shards", cell_type_key="cell_type", perturbation_key="perturbation")
+    yield folder / "shards"
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def perturbation_table(cells_h5ad) -> Path:
+    """One vector of length 4 for each of the three single perturbations."""
+    return cells_h5ad.with_name("cells.perturbations.safetensors")

@@ -1,0 +1,379 @@
+"""Properties of the network: what it may and may not depend on, its losses, its start, and what saving keeps.
+
+Letters: B cells, L genes, n measured genes, k masked ones, K largest count.
+"""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from modeling_dcm import DCMForDenoising
+from modeling_dcm.diffusion_dcm import choose_queries, mask_counts, num_masked
+from modeling_dcm.layers_dcm import AdaLNZero, Block, CountBias, ZeroLinear
+
+ATTENTIONS = ("eager", "sdpa")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def masked_cells(model, B: int = 6, seed: int = 0, pad: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clean ids x_0 and masked ones x_t (B, G), with 1, 2, ... masked genes; some genes PAD on request."""
+    config = model.config
+    x_0 = torch.randint(0, config.num_counts, (B, config.num_genes), generator=generator(seed))
+    if pad:
+        x_0[torch.rand(x_0.shape, generator=generator(seed + 1)) < 0.3] = config.pad_token_id
+        x_0[:, 0] = 1  # something is measured
+    n = (x_0 != config.pad_token_id).sum(dim=1)
+    k = torch.minimum(1 + torch.arange(B), n)
+    ids = {"mask_token_id": config.mask_token_id, "pad_token_id": config.pad_token_id}
+    return x_0, mask_counts(x_0, k, generator(seed + 2), **ids)
+
+
+def all_conditions(B: int = 6) -> dict[str, torch.Tensor]:
+    return {
+        "cell_type_ids": torch.arange(B) % 3,
+        "perturbation_ids": torch.stack([torch.arange(B) % 4, torch.full((B,), -1)], dim=1),
+        "covariate_ids": torch.stack([torch.arange(B) % 2, torch.arange(B) % 3], dim=1),
+        "library_size": torch.arange(B) * 5.0,
+    }
+
+
+# --- what the output depends on --------------------------------------------------------------------------------------
+
+
+def test_output_has_a_logit_for_each_count_and_none_for_mask_or_pad(make_model, backbone):
+    model = make_model(backbone)
+    _, x_t = masked_cells(model)
+    assert model(x_t).logits.shape == (6, 7, 5)
+    binned = make_model(backbone, max_count=15, count_bins=[4, 8])
+    assert binned(masked_cells(binned)[1]).logits.shape == (6, 7, 6)
+
+
+@torch.no_grad()
+def test_permuting_the_genes_permutes_the_output(make_model, backbone):
+    model = make_model(backbone, conditioned=True, condition_tokens=True)
+    model.target_gene_ids.copy_(torch.tensor([2, 3, -1, 0]))
+    x_0, x_t = masked_cells(model, pad=True)
+    order = torch.randperm(7, generator=generator(5))
+    straight = model(x_t, labels=x_0, **all_conditions())
+    permuted = model(x_t[:, order], gene_ids=order, labels=x_0[:, order], **all_conditions())
+    torch.testing.assert_close(permuted.logits, straight.logits[:, order], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(permuted.loss, straight.loss)
+
+
+@torch.no_grad()
+def test_every_cell_may_have_its_own_genes(make_model, backbone):
+    model = make_model(backbone)
+    genes = torch.stack([torch.randperm(7, generator=generator(i))[:4] for i in range(6)])
+    x_t = masked_cells(model)[1][:, :4]
+    together = model(x_t, gene_ids=genes).logits
+    alone = torch.cat([model(x_t[i : i + 1], gene_ids=genes[i]).logits for i in range(6)])
+    torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_padded_gene_is_a_gene_left_out(make_model, backbone):
+    model = make_model(backbone, conditioned=True)
+    left_out = torch.tensor([1, 4])
+    kept = torch.tensor([0, 2, 3, 5, 6])
+    _, x_t = masked_cells(model)
+    padded = x_t.clone()
+    padded[:, left_out] = model.config.pad_token_id
+    with_pad = model(padded, **all_conditions()).logits[:, kept]
+    without = model(x_t[:, kept], gene_ids=kept, **all_conditions()).logits
+    torch.testing.assert_close(with_pad, without, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_who_a_padded_gene_is_has_exactly_no_influence(make_model, backbone):
+    model = make_model(backbone, num_genes=9)
+    _, x_t = masked_cells(model)
+    x_t[:, [2, 7]] = model.config.pad_token_id
+    before = model(x_t, labels=x_t)
+    model.backbone.embedding.gene.weight[[2, 7]] += 10
+    model.backbone.embedding.gene_reading.weight[[2, 7]] -= 10
+    after = model(x_t, labels=x_t)
+    measured = x_t != model.config.pad_token_id
+    assert torch.equal(after.logits[measured], before.logits[measured])
+    assert torch.equal(after.loss, before.loss)
+
+
+@torch.no_grad()
+def test_attention_mask_makes_a_gene_pad(make_model, backbone):
+    model = make_model(backbone)
+    _, x_t = masked_cells(model)
+    mask = torch.ones_like(x_t)
+    mask[:, 3] = 0
+    assert torch.equal(
+        model(x_t, attention_mask=mask).logits, model(x_t.masked_fill(mask == 0, model.config.pad_token_id)).logits
+    )
+
+
+@torch.no_grad()
+def test_masked_genes_are_told_apart_from_zeros_and_from_pad(make_model, backbone):
+    model = make_model(backbone)
+    x_t = torch.full((1, 7), model.config.mask_token_id)
+    others = [x_t.clone() for _ in range(2)]
+    others[0][0, 3], others[1][0, 3] = 0, model.config.pad_token_id
+    for other in others:
+        assert not torch.allclose(model(other).logits[:, :3], model(x_t).logits[:, :3], atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_output_is_finite_where_all_is_masked_or_nothing_is_measured(make_model, backbone, attention):
+    model = make_model(backbone, conditioned=True)
+    model.config._attn_implementation = attention
+    x_t = torch.full((2, 7), model.config.mask_token_id)
+    x_t[1] = model.config.pad_token_id
+    output = model(x_t, labels=torch.zeros_like(x_t))
+    assert bool(output.logits.isfinite().all())
+    assert math.isfinite(output.loss)
+    assert math.isfinite(output.elbo)
+    alone = model(x_t[:1], labels=torch.zeros(1, 7, dtype=torch.long))
+    torch.testing.assert_close(output.loss, alone.loss)  # a cell without measured genes counts for nothing
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pad", [False, True])
+def test_attention_kernels_agree(make_model, backbone, pad):
+    model = make_model(backbone, conditioned=True, condition_tokens=True)
+    _, x_t = masked_cells(model, pad=pad)
+    logits = {}
+    for model.config._attn_implementation in ATTENTIONS:
+        logits[model.config._attn_implementation] = model(x_t, **all_conditions()).logits
+    measured = x_t != model.config.pad_token_id
+    torch.testing.assert_close(logits["eager"][measured], logits["sdpa"][measured], atol=1e-5, rtol=1e-5)
+
+
+def test_forward_draws_nothing(make_model, backbone):
+    model = make_model(backbone, conditioned=True).train()
+    x_0, x_t = masked_cells(model)
+    before = torch.get_rng_state()
+    first = model(x_t, labels=x_0, **all_conditions())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(model(x_t, labels=x_0, **all_conditions()).logits, first.logits)
+
+
+def test_wrong_shapes_are_refused_with_the_way_out(make_model):
+    model = make_model()
+    with pytest.raises(ValueError, match="input_ids has 4 genes, the model 7: pass gene_ids for a subset"):
+        model(torch.zeros(2, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"gene_ids has shape \(3,\), expected \(4,\) or \(2, 4\)"):
+        model(torch.zeros(2, 4, dtype=torch.long), gene_ids=torch.arange(3))
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", range(1, 8))
+def test_elbo_of_the_fresh_network_is_log_of_the_number_of_counts_whatever_k(make_model, backbone, k):
+    model = make_model(backbone, fresh=True, conditioned=True)
+    x_0 = torch.randint(0, 5, (3, 7), generator=generator())
+    x_t = mask_counts(x_0, torch.full((3,), k), generator(1), mask_token_id=5, pad_token_id=6)
+    output = model(x_t, labels=x_0)
+    assert output.elbo.item() == pytest.approx(math.log(5), rel=1e-6)
+    assert output.loss.item() == pytest.approx(k / 7 * math.log(5), rel=1e-6)
+
+
+@torch.no_grad()
+def test_loss_is_the_cross_entropy_over_masked_genes_only_weighted_as_configured(make_model, backbone):
+    model = make_model(backbone)
+    x_0, x_t = masked_cells(model, pad=True)
+    output = model(x_t, labels=x_0)
+    nats = -output.logits.log_softmax(dim=-1).gather(-1, x_0.clamp(max=4)[..., None])[..., 0]
+    is_masked, n = x_t == 5, (x_t != 6).sum(dim=1)
+    per_cell = (nats * is_masked).sum(dim=1)
+    torch.testing.assert_close(output.loss, per_cell.sum() / n.sum())
+    torch.testing.assert_close(output.elbo, (per_cell * n / is_masked.sum(dim=1)).sum() / n.sum())
+    model.config.loss_weighting = "elbo"
+    assert torch.equal(model(x_t, labels=x_0).loss, output.elbo)
+    changed = torch.where(is_masked, x_0, 0)  # labels of observed genes are not looked at
+    assert torch.equal(model(x_t, labels=changed).elbo, output.elbo)
+
+
+@torch.no_grad()
+def test_logits_at_queried_genes_are_those_of_the_full_output(make_model, backbone):
+    model = make_model(backbone, conditioned=True, condition_tokens=True)
+    model.target_gene_ids.copy_(torch.tensor([2, 3, -1, 0]))
+    _, x_t = masked_cells(model, pad=True)
+    queries = torch.stack([torch.randperm(7, generator=generator(i))[:3] for i in range(6)])
+    full = model(x_t, **all_conditions()).logits
+    queried = model(x_t, query_positions=queries, **all_conditions()).logits
+    torch.testing.assert_close(queried, full.gather(1, queries[..., None].expand(-1, -1, 5)), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_loss_over_queried_genes_is_exact_within_the_budget_and_unbiased_below_it(make_model, backbone):
+    model = make_model(backbone)
+    x_0, x_t = masked_cells(model)
+    full = model(x_t, labels=x_0)
+
+    def queried(budget: int, seed: int):
+        keys = torch.rand(x_t.shape, generator=generator(seed))
+        queries = choose_queries(x_t, keys, budget, mask_token_id=model.config.mask_token_id)
+        return model(x_t, labels=x_0, query_positions=queries)
+
+    for name in ("loss", "elbo"):
+        torch.testing.assert_close(queried(7, 0)[name], full[name], atol=1e-5, rtol=1e-5)
+    draws = [queried(2, seed) for seed in range(400)]
+    for name in ("loss", "elbo"):
+        values = torch.stack([draw[name] for draw in draws]).double()
+        assert values.std() > 0
+        assert abs(values.mean() - full[name]) < 4 * values.std() / 400**0.5
+
+
+@torch.no_grad()
+def test_concrete_score_is_the_survival_ratio_times_the_law(make_model, backbone):
+    model = make_model(backbone)
+    _, x_t = masked_cells(model)
+    law = model(x_t).logits.softmax(dim=-1)
+    t = torch.linspace(0.1, 1, 6)
+    survival = 1 - (1 - 1e-3) * t
+    expected = (survival / (1 - survival))[:, None, None] * law
+    torch.testing.assert_close(model.concrete_score(x_t, t), expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(model.concrete_score(x_t, 0.1)[0], expected[0], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("t", [0.0, -0.1, 1.1, math.nan])
+def test_concrete_score_is_refused_outside_0_to_1(make_model, t):
+    with pytest.raises(ValueError, match=r"expected values in \(0, 1\]"):
+        make_model().concrete_score(torch.zeros(2, 7, dtype=torch.long), t)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def gradients(model, x_t, x_0, conditions) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(x_t, labels=x_0, **conditions).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_gradient_checkpointing_changes_no_gradient(make_model, backbone):
+    model = make_model(backbone, conditioned=True, num_hidden_layers=2).train()
+    x_0, x_t = masked_cells(model, pad=True)
+    plain = gradients(model, x_t, x_0, all_conditions())
+    model.gradient_checkpointing_enable()
+    assert model.is_gradient_checkpointing
+    checkpointed = gradients(model, x_t, x_0, all_conditions())
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.slow
+def test_eight_cells_are_learned_by_heart(make_model, backbone):
+    model = make_model(backbone, fresh=True, num_genes=12, hidden_size=32).train()
+    x_0 = torch.randint(0, 5, (8, 12), generator=generator())
+    model.head.set_marginals(torch.nn.functional.one_hot(x_0, 5).sum(dim=0))
+    ids = {"mask_token_id": 5, "pad_token_id": 6}
+    held = [mask_counts(x_0, torch.full((8,), k), generator(k), **ids) for k in (2, 4, 6, 8, 10)]  # a gene or two known
+
+    def loss() -> float:
+        with torch.no_grad():
+            return sum(model(x_t, labels=x_0).elbo.item() for x_t in held) / len(held)
+
+    marginals = loss()
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for step in range(300):
+        g = generator(100 + step)
+        x = x_0.repeat(4, 1)
+        x_t = mask_counts(x, num_masked(torch.rand(32, generator=g), torch.full((32,), 12)), g, **ids)
+        optimizer.zero_grad()
+        model(x_t, labels=x).loss.backward()
+        optimizer.step()
+    assert loss() < 0.25 * marginals
+
+
+# --- initialisation --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def assert_starts_at_zero(model) -> None:
+    zeroed = [module for module in model.modules() if isinstance(module, AdaLNZero | ZeroLinear | CountBias)]
+    assert len(zeroed) >= 5
+    for module in zeroed:
+        assert not any(parameter.any() for parameter in module.parameters())
+    blocks = [module for module in model.backbone.blocks if isinstance(module, Block)]
+    assert blocks
+    x = torch.randn(2, 4, 16, generator=generator())
+    for block in blocks:
+        assert torch.equal(block(x, torch.randn(2, 16, generator=generator(1))), x)
+    x_t = torch.full((2, 7), model.config.mask_token_id)
+    assert not model(x_t).logits.any()
+
+
+def test_fresh_blocks_are_the_identity_and_the_fresh_law_is_uniform(make_model, backbone):
+    assert_starts_at_zero(make_model(backbone, fresh=True, conditioned=True))
+
+
+def test_other_weights_of_a_fresh_network_are_not_zero(make_model, backbone):
+    model = make_model(backbone, fresh=True, conditioned=True)
+    zeroed = {id(p) for m in model.modules() if isinstance(m, AdaLNZero | ZeroLinear | CountBias) for p in m.parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in zeroed and not name.endswith("bias"):
+            assert parameter.std() > 0, name
+
+
+def test_blocks_missing_from_a_file_start_at_zero_when_loaded(make_model, backbone, tmp_path):
+    model = make_model(backbone, fresh=True, conditioned=True)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    kept = {name: value for name, value in load_file(file).items() if "modulation" not in name and "head" not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+    assert_starts_at_zero(DCMForDenoising.from_pretrained(tmp_path))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("columns", [1, 3, 5, 64])
+def test_head_starts_at_the_training_marginals(make_model, backbone, columns):
+    model = make_model(backbone, fresh=True, gene_output_bias=columns)
+    cells = torch.randint(0, 3, (5000, 7), generator=generator()) * torch.tensor([0, 0, 1, 1, 1, 2, 2])
+    histogram = torch.nn.functional.one_hot(cells, 5).sum(dim=0)
+    model.head.set_marginals(histogram)
+    law = model(torch.full((1, 7), model.config.mask_token_id)).logits[0].softmax(dim=-1)
+    assert law.min() > 0
+    if columns >= 5:
+        torch.testing.assert_close(law, histogram / 5000, atol=1e-3, rtol=0)
+    else:  # counts from columns - 1 on share a bias: their total is right for each gene
+        tail = histogram[:, columns - 1 :].sum(dim=1) / 5000
+        torch.testing.assert_close(law[:, columns - 1 :].sum(dim=1), tail, atol=1e-3, rtol=0)
+        torch.testing.assert_close(law[:, : columns - 1], histogram[:, : columns - 1] / 5000, atol=1e-3, rtol=0)
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_saving_and_loading_gives_identical_logits_and_buffers(make_model, backbone, tmp_path):
+    options = {"perturbation_dim": 6, "library_size_groups": 2, "covariates": {"z": 2, "a": 3}, "condition_tokens": True}
+    model = make_model(backbone, conditioned=True, **options)
+    for index, buffer in enumerate(model.buffers()):
+        buffer.copy_(torch.randint(0, 2, buffer.shape, generator=generator(index)))
+    model.save_pretrained(tmp_path)
+    loaded = DCMForDenoising.from_pretrained(tmp_path).eval()
+    weights = {path.suffix for path in tmp_path.iterdir()} - {".py", ".json"}
+    assert weights == {".safetensors"}
+    saved, here = model.state_dict(), loaded.state_dict()
+    assert saved.keys() == here.keys()
+    for part in ("library_sizes.keys", "library_sizes.quantiles", "target_gene_ids", "conditions.perturbation.table"):
+        assert part in saved
+    for name, value in saved.items():
+        assert torch.equal(here[name], value), name
+        assert here[name].dtype == value.dtype, name
+    _, x_t = masked_cells(model, pad=True)
+    assert torch.equal(loaded(x_t, **all_conditions()).logits, model(x_t, **all_conditions()).logits)
+
+
+@pytest.mark.parametrize(("size", "paper"), [("5m", 5e6), ("10m", 10e6), ("20m", 20e6)])
+def test_every_size_has_a_network_of_the_size_it_is_named_after(size, paper):
+    from modeling_dcm import SIZES, DCMConfig
+
+    with torch.device("meta"):
+        model = DCMForDenoising(DCMConfig(**SIZES[size], num_genes=17_002 if size == "5m" else 2000))
+    assert 0.5 * paper < model.num_parameters() < 2 * paper

@@ -1,0 +1,204 @@
+"""Properties of the sampler over denoisers whose law is known: no network here.
+
+Letters: B cells, L genes, K largest count.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from modeling_dcm.sampling_dcm import SCHEDULES, draw_counts, random_order, reveal_schedule, sample_counts
+
+MASK, PAD = 3, 4  # three counts
+IDS = {"mask_token_id": MASK, "pad_token_id": PAD}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def uniform_denoiser(x_t, positions, known):
+    return torch.zeros(*positions.shape, 3)
+
+
+def masked(B: int, L: int) -> torch.Tensor:
+    return torch.full((B, L), MASK)
+
+
+# --- schedule --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+@pytest.mark.parametrize(("num_genes", "steps"), [(1, 1), (7, 3), (10, 10), (10, 50), (500, 20), (500, 499)])
+def test_schedule_goes_from_nothing_to_everything_and_every_step_reveals_a_gene(schedule, num_genes, steps):
+    revealed = reveal_schedule(num_genes, steps, schedule)
+    assert revealed[0] == 0
+    assert revealed[-1] == num_genes
+    assert len(revealed) == min(steps, num_genes) + 1
+    assert min(np.diff(revealed)) >= 1
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+def test_schedule_follows_its_formula_where_steps_are_few(schedule):
+    revealed = reveal_schedule(10_000, 10, schedule)
+    expected = [10_000 * SCHEDULES[schedule](step / 10) for step in range(11)]
+    np.testing.assert_allclose(revealed, expected, atol=1)
+
+
+def test_bad_schedules_say_what_was_expected():
+    with pytest.raises(ValueError, match=r"schedule='quadratic', expected one of \['cosine', 'cubic', 'linear'\]"):
+        reveal_schedule(5, 5, "quadratic")
+    with pytest.raises(ValueError, match="steps=0, expected at least 1"):
+        reveal_schedule(5, 0)
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+def test_masked_fraction_after_every_step_is_the_schedules(schedule):
+    fractions = []
+    drawn = sample_counts(
+        uniform_denoiser,
+        masked(4, 40),
+        steps=6,
+        schedule=schedule,
+        generator=generator(),
+        on_step=lambda x_t: fractions.append((x_t == MASK).double().mean(dim=1)),
+        **IDS,
+    )
+    expected = 1 - torch.tensor(reveal_schedule(40, 6, schedule)[1:]) / 40
+    torch.testing.assert_close(torch.stack(fractions), expected.double()[:, None].expand(-1, 4))
+    assert not (drawn == MASK).any()
+
+
+def test_each_cell_follows_the_schedule_of_its_own_masked_genes():
+    x = masked(3, 30)
+    x[1, :20] = 1
+    x[2, :29] = 2
+    numbers = []
+    options = {"steps": 5, "schedule": "cubic", "generator": generator(), **IDS}
+    sample_counts(uniform_denoiser, x, on_step=lambda x_t: numbers.append((x_t == MASK).sum(dim=1).tolist()), **options)
+    schedules = [reveal_schedule(n, 5, "cubic") for n in (30, 10, 1)]
+    padded = [schedule + [schedule[-1]] * (6 - len(schedule)) for schedule in schedules]
+    assert numbers == [[s[-1] - s[step] for s in padded] for step in range(1, 6)]
+
+
+# --- order and draws -------------------------------------------------------------------------------------------------
+
+
+def test_order_has_given_genes_first_then_masked_ones_then_pad():
+    x = torch.tensor([[MASK, 1, PAD, MASK, 0], [PAD, PAD, 2, MASK, PAD]])
+    kinds = (x.gather(1, random_order(x, MASK, PAD, generator())) - 2).clamp(min=0)  # 0 given, 1 MASK, 2 PAD
+    assert kinds.tolist() == [[0, 0, 1, 1, 2], [0, 1, 2, 2, 2]]
+
+
+def test_every_order_of_the_masked_genes_is_equally_likely():
+    order = random_order(masked(6000, 3), MASK, PAD, generator())
+    _, observed = order.unique(dim=0, return_counts=True)
+    assert len(observed) == 6
+    assert stats.chisquare(observed).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_counts_are_drawn_from_the_law_of_the_logits_over_the_temperature(temperature):
+    logits = torch.tensor([1.0, -0.5, 0.3, -3.0])
+    drawn = draw_counts(logits.expand(20_000, 4), temperature, generator())
+    expected = 20_000 * (logits.double() / temperature).softmax(dim=0).numpy()
+    assert stats.chisquare(drawn.bincount(minlength=4), expected).pvalue > 1e-3
+
+
+def test_rare_large_counts_keep_their_probability_over_many_steps():
+    p = torch.tensor([0.989, 0.01, 0.001])
+    options = {"steps": 50, "generator": generator(), **IDS}
+    drawn = sample_counts(lambda x, q, known: p.log().expand(*q.shape, 3), masked(400, 250), **options)
+    expected = (p.double() / p.double().sum() * drawn.numel()).numpy()
+    assert stats.chisquare(drawn.flatten().bincount(minlength=3), expected).pvalue > 1e-3
+
+
+def test_the_same_generator_gives_the_same_cells_and_another_seed_others():
+    first, again, other = (
+        sample_counts(uniform_denoiser, masked(8, 20), steps=4, generator=generator(seed), **IDS) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_given_genes_and_pad_never_change_and_nothing_else_stays_masked():
+    x = torch.randint(0, 5, (64, 12), generator=generator())
+    drawn = sample_counts(uniform_denoiser, x, steps=3, generator=generator(1), **IDS)
+    assert torch.equal(drawn[x != MASK], x[x != MASK])
+    assert drawn[x == MASK].max() < MASK
+
+
+def test_cells_without_anything_to_draw_come_back_without_a_call():
+    x = torch.tensor([[1, 2], [0, PAD]])
+    assert torch.equal(sample_counts(None, x, steps=3, generator=generator(), **IDS), x)
+
+
+def test_denoiser_is_asked_at_masked_genes_only_and_told_every_gene_that_is_known():
+    x = masked(5, 9)
+    x[:3, :4] = 1
+
+    def denoise(x_t, positions, known):
+        assert bool((x_t.gather(1, positions)[:, 0] == MASK).all())
+        is_known = torch.zeros(5, 9, dtype=torch.bool).scatter_(1, known, True)
+        assert bool(is_known[x_t < MASK].all())
+        return torch.zeros(*positions.shape, 3)
+
+    sample_counts(denoise, x, steps=4, schedule="linear", generator=generator(), **IDS)
+
+
+# --- the joint law ---------------------------------------------------------------------------------------------------
+
+
+def perfectly_correlated(x_t, positions, known):
+    """The exact denoiser of cells whose genes all hold one count, 0 or 1 with probability 1/2 each.
+
+    Genes drawn in one step may disagree; then it follows the majority, the limit of vanishing noise.
+    """
+    majority = ((x_t == 1).sum(dim=1) - (x_t == 0).sum(dim=1)).sign()
+    law = torch.tensor([[0.0, -1e9, -1e9], [0.0, 0.0, -1e9], [-1e9, 0.0, -1e9]])
+    return law[majority + 1][:, None].expand(-1, positions.shape[1], -1)
+
+
+def mean_correlation(steps: int) -> float:
+    cells = sample_counts(perfectly_correlated, masked(1500, 16), steps=steps, schedule="linear", generator=generator(), **IDS)
+    correlation = np.corrcoef(cells.double().numpy().T)
+    return correlation[np.triu_indices(16, k=1)].mean()
+
+
+def test_correlation_of_perfectly_correlated_genes_goes_from_0_to_1_as_steps_grow():
+    one, two, four, sixteen = (mean_correlation(steps) for steps in (1, 2, 4, 16))
+    assert abs(one) < 0.01
+    assert one < two < four < sixteen
+    assert sixteen == pytest.approx(1.0)
+
+
+def any_order_law(denoiser: dict[tuple[int, ...], np.ndarray]) -> np.ndarray:
+    """Law (3, 3, 3) of cells drawn one gene at a time in uniformly random order."""
+    law = np.zeros((3, 3, 3))
+    for order in itertools.permutations(range(3)):
+        for x_0 in itertools.product(range(3), repeat=3):
+            x_t, chance = [MASK] * 3, 1 / 6
+            for gene in order:
+                chance *= denoiser[tuple(x_t)][gene, x_0[gene]]
+                x_t[gene] = x_0[gene]
+            law[x_0] += chance
+    return law
+
+
+def test_one_gene_per_step_draws_the_denoisers_any_order_law():
+    rng = np.random.default_rng(0)
+    table = {x_t: rng.dirichlet(np.ones(3), size=3) for x_t in itertools.product(range(4), repeat=3)}
+    logits = torch.tensor(np.array([table[x_t] for x_t in itertools.product(range(4), repeat=3)])).log()
+
+    def denoise(x_t, positions, known):
+        state = x_t @ torch.tensor([16, 4, 1])
+        return logits[state].gather(1, positions[..., None].expand(-1, -1, 3))
+
+    cells = sample_counts(denoise, masked(30_000, 3), steps=3, generator=generator(), **IDS)
+    observed = (cells @ torch.tensor([9, 3, 1])).bincount(minlength=27)
+    expected = any_order_law(table).ravel()
+    assert expected.sum() == pytest.approx(1.0)
+    assert stats.chisquare(observed, 30_000 * expected).pvalue > 1e-3
