@@ -62,11 +62,14 @@ def main(
     if like is not None and (cell_type or perturbation or covariates or num_cells):
         raise ValueError("--like takes conditions and number of cells from its file: leave out the other options")
     model, tokenizer = load_checkpoint(checkpoint)
-    if like is None:
-        wanted = _nones_left_out(cell_type=cell_type, perturbation=perturbation, covariates=covariates)
-        conditions = tokenizer.conditions(num_cells=num_cells or DEFAULT_NUM_CELLS, **wanted)
-    else:
-        conditions = conditions_of(like, tokenizer)
+    try:
+        if like is None:
+            wanted = _nones_left_out(cell_type=cell_type, perturbation=perturbation, covariates=covariates)
+            conditions = tokenizer.conditions(num_cells=num_cells or DEFAULT_NUM_CELLS, **wanted)
+        else:
+            conditions = conditions_of(like, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{error}{_why_unknown(str(error), model)}") from error
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     ids = model.generate(
         **conditions,
@@ -130,6 +133,18 @@ def conditions_of(path: Path, tokenizer: DCMTokenizer) -> dict[str, torch.Tensor
     wanted = {name: obs[name].astype(str).tolist() for name in needed}
     covariates = {name: wanted.pop(name) for name in tokenizer.covariates}
     return tokenizer.conditions(num_cells=len(obs), **wanted, **_nones_left_out(covariates=covariates or None))
+
+
+def _why_unknown(message: str, model: DCMForDenoising) -> str:
+    """What to add to an unknown perturbation's error: which names this model can be asked for."""
+    if not message.startswith("unknown perturbation"):
+        return ""
+    if model.config.perturbation_dim is None:
+        return (
+            "; this model learned a vector for each training perturbation: others need --perturbation-embeddings "
+            "in training"
+        )
+    return "; this model knows the names of its perturbation table only"
 
 
 def _nones_left_out(**values):

@@ -4,6 +4,8 @@ Every condition has a learned null for *not given*; the control is an ordinary l
 Knows nothing of labels' names. Letters: B cells, P perturbations of a cell, C covariates, D width, N groups.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -11,8 +13,95 @@ from .configuration_dcm import DCMConfig
 from .layers_dcm import TIME_FEATURES, sinusoidal
 
 CONDITIONS = ("cell_type_ids", "perturbation_ids", "perturbation_embeds", "covariate_ids", "library_size")
+SMOOTH_FEATURES = 16
 LIBRARY_QUANTILES = 65
 ANY = -2  # in a group's key: whatever label
+
+
+def check_conditions(config: DCMConfig, given: dict[str, torch.Tensor | None]) -> None:
+    """Refuse a condition that the model does not have, a wrong shape, and ids that are no labels.
+
+    ``library_size`` is let through: a tokenizer returns it for every model. Ids are read on the CPU only, as reading
+    them would make an accelerator wait.
+
+    Raises:
+        ValueError: with the name, what was given and what was expected.
+    """
+    C = len(config.covariates)
+    expected = {  # name: number of labels, dimensions, shape
+        "cell_type_ids": ([config.num_cell_types], 1, "(B,)"),
+        "perturbation_ids": ([config.num_perturbations], 2, "(B, P)"),
+        "covariate_ids": (list(config.covariates.values()), 2, f"(B, {C})"),
+        "perturbation_embeds": ([config.num_perturbations], 3, f"(B, P, {config.perturbation_dim})"),
+        "target_gene_ids": ([config.num_perturbations], 2, "(B, P)"),
+    }
+    for name, (sizes, dimensions, shape) in expected.items():
+        value = given.get(name)
+        if value is None:
+            continue
+        if not any(sizes):
+            known = ", ".join(config.condition_names) or "no condition"
+            raise ValueError(f"{name} were given, but this model knows: {known}")
+        if value.ndim != dimensions or (name == "covariate_ids" and value.shape[1] != C):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {shape}")
+        if name in ("perturbation_embeds", "target_gene_ids") or value.device.type != "cpu" or not value.numel():
+            continue
+        largest = value.amax(dim=0) if name == "covariate_ids" else value.max()[None]
+        for id_, size in zip(largest.tolist(), sizes, strict=True):
+            if id_ >= size:
+                raise ValueError(f"{name} holds {id_}, expected labels 0..{size - 1}, or -1 for not given")
+
+
+class Progress(NamedTuple):
+    """How far a cell is revealed; of each cell (B,), over all its measured genes."""
+
+    t: torch.Tensor  # masked genes over measured genes: the noise level
+    observed_total: torch.Tensor  # sum of the observed counts
+    expected_observed: torch.Tensor  # what the observed genes sum to in a mean training cell
+    expected_masked: torch.Tensor  # what the masked genes sum to in a mean training cell
+
+
+class CellTotals(nn.Module):
+    """Mean counts of the training cells, by which a partly observed cell shows how deep it was sequenced."""
+
+    def __init__(self, config: DCMConfig):
+        super().__init__()
+        self.mask_token_id, self.pad_token_id = config.mask_token_id, config.pad_token_id
+        self.register_buffer("gene_mean", torch.ones(config.num_genes))
+        self.register_buffer("count_value", count_values(config))
+
+    def forward(self, input_ids: torch.Tensor, gene_ids: torch.Tensor) -> Progress:
+        """The progress of cells ``input_ids`` (B, L) over genes ``gene_ids`` (B, L)."""
+        is_masked = input_ids == self.mask_token_id
+        is_measured = input_ids != self.pad_token_id
+        mean = self.gene_mean[gene_ids] * is_measured
+        expected_masked = (mean * is_masked).sum(dim=1)
+        return Progress(
+            t=is_masked.sum(dim=1) / is_measured.sum(dim=1).clamp(min=1),
+            observed_total=self.count_value[input_ids].sum(dim=1),
+            expected_observed=mean.sum(dim=1) - expected_masked,
+            expected_masked=expected_masked,
+        )
+
+
+def count_values(config: DCMConfig) -> torch.Tensor:
+    """The count that each id stands for (V,), the middle of a bin; 0 for MASK and PAD."""
+    edges = list(range(config.num_counts)) if config.count_bins is None else list(range(config.count_bins[0]))
+    values = [float(edge) for edge in edges]
+    if config.count_bins is not None:
+        last = [*config.count_bins[1:], config.max_count + 1]
+        values += [(left + right - 1) / 2 for left, right in zip(config.count_bins, last, strict=True)]
+    return torch.tensor([*values, 0.0, 0.0])
+
+
+def log_ratio(total: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """``log((total + 1) / (expected + 1))``: depth against a mean cell, drawn to 0 where little is expected."""
+    return torch.log1p(total.clamp(min=0)) - torch.log1p(expected.clamp(min=0))
+
+
+def smooth_features(z: torch.Tensor) -> torch.Tensor:
+    """Smooth functions (B, 17) of a number of order one of each cell (B,)."""
+    return torch.cat([z[:, None], sinusoidal(3 * z, SMOOTH_FEATURES, max_period=10.0)], dim=-1)
 
 
 class LabelEncoder(nn.Embedding):
@@ -62,25 +151,37 @@ class PerturbationEncoder(nn.Module):
 
 
 class LibrarySizeEncoder(nn.Module):
-    """From log1p of the total over the panel to a vector; below zero or NaN is *not given*, the learned null."""
+    """From log1p of the total over the panel to a vector; below zero or NaN is *not given*, the learned null.
+
+    The logarithm is standardised by the training cells' mean and standard deviation, and its features are smooth: cells
+    of nearly the same size get nearly the same vector. With ``config.cell_summary`` the encoder also says how much the
+    masked genes still have to sum to, against what they sum to in a mean cell.
+    """
 
     def __init__(self, config: DCMConfig):
         super().__init__()
-        self.up = nn.Linear(TIME_FEATURES + 1, config.hidden_size)
+        self.register_buffer("log_mean", torch.tensor(0.0))
+        self.register_buffer("log_std", torch.tensor(1.0))
+        self.knows_remainder = config.cell_summary
+        self.up = nn.Linear((SMOOTH_FEATURES + 1) * (1 + config.cell_summary), config.hidden_size)
         self.null = LabelEncoder(0, config.hidden_size)
 
-    def forward(self, library_size: torch.Tensor) -> torch.Tensor:
+    def forward(self, library_size: torch.Tensor, progress: Progress) -> torch.Tensor:
         given = library_size >= 0
-        x = torch.log1p(torch.where(given, library_size, 0).float())
-        features = torch.cat([x[:, None], sinusoidal(100 * x, TIME_FEATURES)], dim=-1)
+        size = torch.where(given, library_size, 0).float()
+        features = smooth_features((torch.log1p(size) - self.log_mean) / self.log_std)
+        if self.knows_remainder:
+            remainder = log_ratio(size - progress.observed_total, progress.expected_masked)
+            features = torch.cat([features, smooth_features(remainder)], dim=-1)
         return torch.where(given[:, None], self.up(features.to(self.up.weight.dtype)), self.null.weight)
 
 
 class ConditionEncoder(nn.Module):
     """Noise level and all conditions, concatenated, through one MLP (the paper's Section 3.2).
 
-    With ``config.cell_summary`` the genes observed so far, summed, are one more of them: every gene hears of the cell's
-    state through AdaLN directly, besides attention. Without it this is the paper's conditioning.
+    With ``config.cell_summary`` the genes observed so far are one more of them, summed, with their depth against a mean
+    cell: every gene hears of the cell's state through AdaLN directly, besides attention. Without it this is the paper's
+    conditioning.
     """
 
     def __init__(self, config: DCMConfig):
@@ -92,22 +193,24 @@ class ConditionEncoder(nn.Module):
         self.covariates = nn.ModuleDict({name: LabelEncoder(size, D) for name, size in config.covariates.items()})
         self.library_size = LibrarySizeEncoder(config) if config.library_size_conditioning else None
         self.time = nn.Linear(TIME_FEATURES, D)
-        self.summary = nn.Linear(D, D) if config.cell_summary else None
+        self.summary = nn.Linear(D + SMOOTH_FEATURES + 1, D) if config.cell_summary else None
         num_vectors = 1 + len(config.condition_names) + config.cell_summary
         self.mlp = nn.Sequential(nn.Linear(D * num_vectors, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU())
 
     def forward(
         self,
-        t: torch.Tensor,
-        summary: torch.Tensor,
+        progress: Progress,
+        observed: torch.Tensor,
         cell_type_ids: torch.Tensor | None,
         perturbation_ids: torch.Tensor | None,
         perturbation_embeds: torch.Tensor | None,
         covariate_ids: torch.Tensor | None,
         library_size: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The condition (B, D) for AdaLN and the condition tokens (B, E, D), None unless configured."""
-        B, device = len(t), t.device
+        """The condition (B, D) for AdaLN and the condition tokens (B, E, D), None unless configured.
+
+        ``observed`` (B, D) is the sum of the observed genes' readings."""
+        B, device = len(observed), observed.device
         missing = torch.full((B,), -1, device=device)
         vectors = []
         if self.cell_type is not None:
@@ -118,11 +221,12 @@ class ConditionEncoder(nn.Module):
         for index, encoder in enumerate(self.covariates.values()):
             vectors.append(encoder(missing if covariate_ids is None else covariate_ids[:, index]))
         if self.library_size is not None:
-            vectors.append(self.library_size(missing if library_size is None else library_size))
+            vectors.append(self.library_size(missing if library_size is None else library_size, progress))
         tokens = torch.stack(vectors, dim=1) if vectors and self.config.condition_tokens else None
-        vectors.append(self.time(sinusoidal(1000 * t, TIME_FEATURES).to(self.time.weight.dtype)))
+        vectors.append(self.time(sinusoidal(1000 * progress.t, TIME_FEATURES).to(self.time.weight.dtype)))
         if self.summary is not None:
-            vectors.append(self.summary(summary))
+            depth = smooth_features(log_ratio(progress.observed_total, progress.expected_observed))
+            vectors.append(self.summary(torch.cat([observed, depth.to(observed.dtype)], dim=-1)))
         return self.mlp(torch.cat(vectors, dim=-1)), tokens
 
 

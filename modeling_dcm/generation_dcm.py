@@ -5,10 +5,12 @@ nothing of the network. Letters: B cells of a chunk, N all cells, L genes in the
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from tqdm.auto import tqdm
 
+from .conditioning_dcm import check_conditions
 from .diffusion_dcm import keyed_generator, mask_counts, num_masked
 from .sampling_dcm import sample_counts
 
@@ -68,36 +70,32 @@ class CellGenerationMixin:
             "covariate_ids": covariate_ids,
         }
         given = {name: value for name, value in given.items() if value is not None}
+        check_conditions(self.config, given)
         if not temperature > 0:
             raise ValueError(f"temperature={temperature}, expected above 0")
         N = _num_cells(num_cells, {**given, "observed": observed})
-        gene_ids = torch.arange(self.config.num_genes) if gene_ids is None else gene_ids.cpu()
+        gene_ids = self._panel(gene_ids)
         x = self._start(N, len(gene_ids), observed)
         sizes = self._given_library_size(library_size, N, observed is not None)
-        was_training = self.training
-        self.eval()
         cells = []
-        try:
-            with tqdm(total=N, unit="cell", desc="sampling", disable=not progress) as bar:
-                for chunk, rows in _chunks(N, batch_size):
-                    generator = keyed_generator(seed, chunk, self.device)
-                    conditions = {name: value[rows].to(self.device) for name, value in given.items()}
-                    conditions["library_size"] = self._library_size(sizes, rows, conditions, generator)
-                    denoise = self._denoiser(gene_ids.to(self.device), conditions, guidance_scale)
-                    drawn = sample_counts(
-                        denoise,
-                        x[rows].to(self.device),
-                        steps=steps,
-                        schedule=schedule,
-                        temperature=temperature,
-                        mask_token_id=self.config.mask_token_id,
-                        pad_token_id=self.config.pad_token_id,
-                        generator=generator,
-                    )
-                    cells.append(drawn.cpu())
-                    bar.update(len(drawn))
-        finally:
-            self.train(was_training)
+        with _dropout_off(self), tqdm(total=N, unit="cell", desc="sampling", disable=not progress) as bar:
+            for chunk, rows in _chunks(N, batch_size):
+                generator = keyed_generator(seed, chunk, self.device)
+                conditions = self._of_rows(given, rows)
+                conditions["library_size"] = self._library_size(sizes, rows, conditions, generator)
+                denoise = self._denoiser(gene_ids.to(self.device), conditions, guidance_scale)
+                drawn = sample_counts(
+                    denoise,
+                    x[rows].to(self.device),
+                    steps=steps,
+                    schedule=schedule,
+                    temperature=temperature,
+                    mask_token_id=self.config.mask_token_id,
+                    pad_token_id=self.config.pad_token_id,
+                    generator=generator,
+                )
+                cells.append(drawn.cpu())
+                bar.update(len(drawn))
         return torch.cat(cells)
 
     @torch.no_grad()
@@ -115,40 +113,48 @@ class CellGenerationMixin:
         Returns:
             (N,) float64 on the CPU.
         """
-        config = self.config
+        ids = {"mask_token_id": self.config.mask_token_id, "pad_token_id": self.config.pad_token_id}
+        mask = conditions.pop("attention_mask", None)
+        if mask is not None:
+            input_ids = input_ids.masked_fill(mask == 0, self.config.pad_token_id)
         total = torch.zeros(len(input_ids), dtype=torch.float64)
-        for chunk, rows in _chunks(len(input_ids), batch_size):
-            generator = keyed_generator(seed, chunk, self.device)
-            x_0 = input_ids[rows].to(self.device)
-            given = {name: value[rows].to(self.device) for name, value in conditions.items()}
-            n = (x_0 != config.pad_token_id).sum(dim=1)
-            shift = torch.rand(len(x_0), generator=generator, device=self.device, dtype=torch.float64)
-            for sample in range(num_samples):
-                k = num_masked((shift + sample / num_samples) % 1.0, n)
-                x_t = mask_counts(
-                    x_0, k, generator, mask_token_id=config.mask_token_id, pad_token_id=config.pad_token_id
-                )
-                log_p = self(x_t, **given).logits.float().log_softmax(dim=-1)
-                is_masked = x_t == config.mask_token_id
-                nats = log_p.gather(-1, x_0.masked_fill(~is_masked, 0)[..., None])[..., 0]
-                total[rows] += ((nats * is_masked).sum(dim=1).double() * n / k / num_samples).cpu()
+        with _dropout_off(self):
+            for chunk, rows in _chunks(len(input_ids), batch_size):
+                generator = keyed_generator(seed, chunk, self.device)
+                x_0 = input_ids[rows].to(self.device)
+                given = self._of_rows(conditions, rows)
+                n = (x_0 != self.config.pad_token_id).sum(dim=1)
+                shift = torch.rand(len(x_0), generator=generator, device=self.device, dtype=torch.float64)
+                for sample in range(num_samples):
+                    k = num_masked((shift + sample / num_samples) % 1.0, n)
+                    x_t = mask_counts(x_0, k, generator, **ids)
+                    log_p = self(x_t, **given).logits.float().log_softmax(dim=-1)
+                    is_masked = x_t == self.config.mask_token_id
+                    nats = log_p.gather(-1, x_0.masked_fill(~is_masked, 0)[..., None])[..., 0]
+                    nats = (nats * is_masked).sum(dim=1).double() * n / k.clamp(min=1)
+                    total[rows] += (nats / num_samples).cpu()
         return total
 
     @torch.no_grad()
     def embed(self, input_ids: torch.Tensor, *, batch_size: int = 256, **conditions) -> torch.Tensor:
         """Pooled hidden state (N, D) of cells with counts ``input_ids`` (N, L): mean over genes, or over latents."""
-        pooled = []
-        for _, rows in _chunks(len(input_ids), batch_size):
-            ids = input_ids[rows].to(self.device)
-            given = {name: value[rows].to(self.device) for name, value in conditions.items()}
-            pooled.append(self._pooled(ids, **given).cpu())
-        return torch.cat(pooled)
+        check_conditions(self.config, conditions)
+        with _dropout_off(self):
+            chunks = (
+                self._of_rows({"input_ids": input_ids, **conditions}, rows)
+                for _, rows in _chunks(len(input_ids), batch_size)
+            )
+            return torch.cat([self._pooled(**chunk).cpu() for chunk in chunks])
+
+    def _of_rows(self, arguments: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
+        """Arguments of a chunk of cells; ``gene_ids`` (L,) are those of every cell."""
+        is_shared = {name: name == "gene_ids" and value.ndim == 1 for name, value in arguments.items()}
+        return {name: (v if is_shared[name] else v[rows]).to(self.device) for name, v in arguments.items()}
 
     def _pooled(self, input_ids: torch.Tensor, gene_ids: torch.Tensor | None = None, **conditions) -> torch.Tensor:
         gene_ids = self._check_genes(input_ids, gene_ids)
-        t = (input_ids == self.config.mask_token_id).float().mean(dim=1)
         targets = conditions.pop("target_gene_ids", None)
-        embedded, condition, tokens, _ = self._embed(input_ids, gene_ids, t, conditions, targets)
+        embedded, condition, tokens, _ = self._embed(input_ids, gene_ids, self.totals(input_ids, gene_ids), conditions, targets)
         if self.config.backbone == "latent":
             return self._latents(input_ids, embedded, condition, tokens).mean(dim=1)
         measured = (input_ids != self.config.pad_token_id)[..., None]
@@ -161,17 +167,15 @@ class CellGenerationMixin:
         def logits_at(x_t, positions, known, given):
             B, L = x_t.shape
             genes = gene_ids.expand(B, L)
-            is_masked = x_t == self.config.mask_token_id
-            measured = x_t != self.config.pad_token_id
-            t = is_masked.sum(dim=1) / measured.sum(dim=1).clamp(min=1)
+            progress = self.totals(x_t, genes)
             targets = given.get("target_gene_ids")
             if self.config.backbone == "dit":
-                return self._denoise(x_t, genes, t, given, targets, positions)
+                return self._denoise(x_t, genes, progress, given, targets, positions)
             # the latents read what is known and nothing else: the sequence is known genes, then queried ones
             subset = torch.cat([known, positions], dim=1)
             ids = torch.cat([x_t.gather(1, known), torch.full_like(positions, self.config.mask_token_id)], dim=1)
             asked = torch.arange(known.shape[1], subset.shape[1], device=x_t.device).expand(B, -1)
-            return self._denoise(ids, genes.gather(1, subset), t, given, targets, asked)
+            return self._denoise(ids, genes.gather(1, subset), progress, given, targets, asked)
 
         def guided(x_t, positions, known):
             log_p = logits_at(x_t, positions, known, conditions)
@@ -183,12 +187,26 @@ class CellGenerationMixin:
 
         return guided
 
+    def _panel(self, gene_ids: torch.Tensor | None) -> torch.Tensor:
+        """Genes (L,) to generate, on the CPU."""
+        G = self.config.num_genes
+        if gene_ids is None:
+            return torch.arange(G)
+        gene_ids = gene_ids.cpu()
+        if gene_ids.ndim != 1 or gene_ids.unique().numel() != gene_ids.numel():
+            raise ValueError(f"gene_ids of shape {tuple(gene_ids.shape)}, expected genes (L,), each once")
+        if not gene_ids.numel() or int(gene_ids.min()) < 0 or int(gene_ids.max()) >= G:
+            raise ValueError(f"gene_ids are {gene_ids.tolist()[:10]}, expected genes 0..{G - 1}")
+        return gene_ids
+
     def _start(self, N: int, L: int, observed: torch.Tensor | None) -> torch.Tensor:
         """Ids (N, L) to start from: MASK everywhere but at observed genes."""
         if observed is None:
             return torch.full((N, L), self.config.mask_token_id)
         if observed.shape != (N, L):
             raise ValueError(f"observed has shape {tuple(observed.shape)}, expected ({N}, {L}): cells x genes")
+        if bool((observed != observed.long()).any()):
+            raise ValueError("observed holds values that are not integers, expected counts, or -1 where unknown")
         if int(observed.min()) < -1 or int(observed.max()) >= self.config.num_counts:
             raise ValueError(
                 f"observed holds values from {int(observed.min())} to {int(observed.max())}, expected counts "
@@ -226,6 +244,16 @@ class CellGenerationMixin:
             conditions.get("covariate_ids"),
             generator,
         )
+
+
+@contextmanager
+def _dropout_off(model: torch.nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _chunks(num_cells: int, batch_size: int) -> Iterator[tuple[int, slice]]:

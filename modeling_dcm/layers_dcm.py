@@ -13,17 +13,24 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_dcm import DCMConfig
 
-NUM_COUNT_FEATURES = 24
+NUM_SMALL_COUNTS = 8
+NUM_BUMPS = 24
+NUM_COUNT_FEATURES = NUM_SMALL_COUNTS + NUM_BUMPS
 TIME_FEATURES = 128
 
 
-def count_features(num_counts: int, num_ids: int, device: torch.device) -> torch.Tensor:
-    """Smooth functions of log1p(count) (V, R), by which neighbouring counts learn together; zero for MASK, PAD."""
-    x = torch.log1p(torch.arange(num_counts, device=device, dtype=torch.float32))
-    centres = torch.linspace(0, max(x[-1].item(), 1.0), NUM_COUNT_FEATURES, device=device)
-    width = centres[1] - centres[0]
-    features = torch.exp(-0.5 * ((x[:, None] - centres) / width) ** 2)
-    return nn.functional.pad(features, (0, 0, 0, num_ids - num_counts))
+def count_features(num_counts: int, device: torch.device) -> torch.Tensor:
+    """Functions of a count (K+1, R): which of the small counts it is, and smooth bumps over log1p(count).
+
+    Embedding and head are linear in them. A free vector for each of hundreds of counts, most of them rare, would be
+    mostly noise; neighbouring large counts learn together instead, and the head's bias keeps the exact marginals.
+    """
+    counts = torch.arange(num_counts, device=device)
+    x = torch.log1p(counts.float())
+    centres = torch.linspace(0, max(math.log1p(num_counts - 1), 1.0), NUM_BUMPS, device=device)
+    bumps = torch.exp(-0.5 * ((x[:, None] - centres) / (centres[1] - centres[0])) ** 2)
+    small = counts[:, None] == torch.arange(NUM_SMALL_COUNTS, device=device)
+    return torch.cat([small.float(), bumps], dim=-1)
 
 
 def sinusoidal(x: torch.Tensor, dim: int, max_period: float = 10_000.0) -> torch.Tensor:
@@ -42,7 +49,7 @@ class ZeroLinear(nn.Linear):
 
 
 class CountBias(nn.Embedding):
-    """Bias of the head for each gene; starts at zero until the training marginals are set."""
+    """Biases of the head over counts; zero until the training marginals are set."""
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -149,8 +156,8 @@ class CellEmbedding(nn.Module):
         self.num_counts = config.num_counts
         self.gene = nn.Embedding(config.num_genes, config.hidden_size)
         self.gene_reading = nn.Embedding(config.num_genes, config.hidden_size)
-        self.count = nn.Embedding(config.vocab_size, 2 * config.hidden_size)
-        self.count_curve = nn.Linear(NUM_COUNT_FEATURES, 2 * config.hidden_size, bias=False)
+        self.count = nn.Linear(NUM_COUNT_FEATURES, 2 * config.hidden_size, bias=False)
+        self.mask_and_pad = nn.Embedding(2, 2 * config.hidden_size)
         self.target = nn.Embedding(1, config.hidden_size) if config.num_perturbations else None
 
     def genes(self, gene_ids: torch.Tensor, is_target: torch.Tensor | None) -> torch.Tensor:
@@ -164,8 +171,8 @@ class CellEmbedding(nn.Module):
         self, input_ids: torch.Tensor, gene_ids: torch.Tensor, is_target: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B, L, D), and the sum over the observed genes of what was counted (B, D)."""
-        features = count_features(self.num_counts, self.count.num_embeddings, input_ids.device)
-        table = self.count.weight + self.count_curve(features.to(self.count.weight.dtype))  # (V, 2D)
+        counts = self.count(count_features(self.num_counts, input_ids.device).to(self.count.weight.dtype))
+        table = torch.cat([counts, self.mask_and_pad.weight.to(counts.dtype)])  # (V, 2D)
         count, level = nn.functional.embedding(input_ids, table).chunk(2, dim=-1)  # (B, L, D) each
         reading = count + level * self.gene_reading(gene_ids)
         is_observed = (input_ids < self.num_counts).to(reading.dtype)
@@ -222,24 +229,25 @@ class CountHead(nn.Module):
     """Logits over counts 0..K of the queried genes; there is no output for MASK or PAD.
 
     ``gene_bias`` has C columns: counts below C-1 have a bias of their own for each gene, all others share the last.
+    Only the weights of the counts start at zero. A modulation that started at zero too would be a saddle: once the bias
+    holds the marginals, neither would have a gradient that knows the conditions.
     """
 
     def __init__(self, config: DCMConfig):
         super().__init__()
         self.num_counts = config.num_counts
         self.norm = layer_norm(config.hidden_size)
-        self.modulation = AdaLNZero(config.hidden_size, 2 * config.hidden_size)
-        self.counts = ZeroLinear(config.hidden_size, config.num_counts)
-        self.curve = ZeroLinear(NUM_COUNT_FEATURES, config.hidden_size, bias=False)
+        self.modulation = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.counts = ZeroLinear(NUM_COUNT_FEATURES, config.hidden_size, bias=False)
+        self.bias = CountBias(1, config.num_counts)
         columns = min(config.gene_output_bias, config.num_counts)
         self.gene_bias = CountBias(config.num_genes, columns) if columns else None
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor, gene_ids: torch.Tensor) -> torch.Tensor:
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
         x = modulate(self.norm(x), shift, scale)
-        features = count_features(self.num_counts, self.num_counts, x.device).to(self.curve.weight.dtype)
-        weight = self.counts.weight + features @ self.curve.weight.t()  # (K+1, D)
-        logits = nn.functional.linear(x, weight, self.counts.bias)
+        weight = self.counts(count_features(self.num_counts, x.device).to(self.counts.weight.dtype))  # (K+1, D)
+        logits = nn.functional.linear(x, weight.to(x.dtype), self.bias.weight[0].to(x.dtype))
         if self.gene_bias is None:
             return logits
         bias = self.gene_bias(gene_ids).to(logits.dtype)  # (.., Q, C)
@@ -259,11 +267,11 @@ class CountHead(nn.Module):
         shared = shared / shared.sum()
         log_p = ((histogram + shared) / (histogram.sum(dim=1, keepdim=True) + 1.0)).log()
         if self.gene_bias is None:
-            self.counts.bias.copy_(shared.log())
+            self.bias.weight.copy_(shared.log()[None])
             return
         C = self.gene_bias.embedding_dim
         tail = shared[C - 1 :] / shared[C - 1 :].sum()
-        self.counts.bias.zero_()
-        self.counts.bias[C - 1 :] = tail.log().to(self.counts.bias)
+        self.bias.weight.zero_()
+        self.bias.weight[0, C - 1 :] = tail.log().to(self.bias.weight)
         last = log_p[:, C - 1 :].logsumexp(dim=1, keepdim=True)
         self.gene_bias.weight.copy_(torch.cat([log_p[:, : C - 1], last], dim=1))

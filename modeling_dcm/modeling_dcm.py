@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .conditioning_dcm import CONDITIONS, ConditionEncoder, LibrarySizes
+from .conditioning_dcm import CONDITIONS, CellTotals, ConditionEncoder, LibrarySizes, check_conditions
 from .configuration_dcm import DCMConfig
 from .diffusion_dcm import alpha, denoising_loss
 from .generation_dcm import CellGenerationMixin
@@ -67,6 +67,7 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
 
     def __init__(self, config: DCMConfig):
         super().__init__(config)
+        self.totals = CellTotals(config)
         self.conditions = ConditionEncoder(config)
         self.backbone = DiTBackbone(config) if config.backbone == "dit" else LatentBackbone(config)
         self.head = CountHead(config)
@@ -120,8 +121,11 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
             "covariate_ids": covariate_ids,
             "library_size": library_size,
         }
+        check_conditions(self.config, {**given, "target_gene_ids": target_gene_ids})
         positions = None if query_positions is None else query_positions.clamp(min=0)
-        logits = self._denoise(input_ids, gene_ids, k / n.clamp(min=1), given, target_gene_ids, positions)
+        logits = self._denoise(
+            input_ids, gene_ids, self.totals(input_ids, gene_ids), given, target_gene_ids, positions
+        )
         if labels is None:
             return DCMOutput(logits=logits)
         is_query = is_masked
@@ -159,6 +163,14 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
         probabilities = self(input_ids, **conditions).logits.float().softmax(dim=-1)
         return (survival / (1 - survival))[:, None, None] * probabilities
 
+    @torch.no_grad()
+    def set_marginals(self, histogram: torch.Tensor) -> None:
+        """Start at the training cells' marginals: ``histogram`` (G, K+1), how many cells have each count of each gene."""
+        self.head.set_marginals(histogram)
+        values = self.totals.count_value[: self.config.num_counts].double()
+        cells = histogram.sum(dim=1).clamp(min=1)
+        self.totals.gene_mean.copy_(histogram.double() @ values / cells)
+
     def _check_genes(self, input_ids: torch.Tensor, gene_ids: torch.Tensor | None) -> torch.Tensor:
         B, L = input_ids.shape
         if gene_ids is None:
@@ -171,7 +183,7 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
             raise ValueError(f"gene_ids has shape {tuple(gene_ids.shape)}, expected ({L},) or ({B}, {L})")
         return gene_ids.expand(B, L)
 
-    def _embed(self, input_ids, gene_ids, t, given, target_gene_ids):
+    def _embed(self, input_ids, gene_ids, progress, given, target_gene_ids):
         """Gene tokens (B, L, D), condition (B, D), condition tokens (B, E, D) or None, target flags (B, L) or None."""
         perturbation_ids = given.get("perturbation_ids")
         if target_gene_ids is None and perturbation_ids is not None and self.config.num_perturbations:
@@ -180,13 +192,14 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
         if target_gene_ids is not None:
             is_target = (gene_ids[..., None] == target_gene_ids[:, None, :]).any(dim=-1)
         embedded, total = self.backbone.embedding(input_ids, gene_ids, is_target)
-        summary = total / self.config.num_genes**0.5
-        condition, tokens = self.conditions(t, summary, **{name: given.get(name) for name in CONDITIONS})
+        observed = total / self.config.num_genes**0.5
+        condition, tokens = self.conditions(progress, observed, **{name: given.get(name) for name in CONDITIONS})
         return embedded, condition, tokens, is_target
 
-    def _denoise(self, input_ids, gene_ids, t, given, target_gene_ids, positions) -> torch.Tensor:
-        """Logits (B, Q, K+1) at ``positions`` (B, Q), or at all genes, when told the noise level ``t`` (B,)."""
-        embedded, condition, tokens, is_target = self._embed(input_ids, gene_ids, t, given, target_gene_ids)
+    def _denoise(self, input_ids, gene_ids, progress, given, target_gene_ids, positions) -> torch.Tensor:
+        """Logits (B, Q, K+1) at ``positions`` (B, Q), or at all genes. ``input_ids`` may be a part of the cell,
+        ``progress`` is that of the whole."""
+        embedded, condition, tokens, is_target = self._embed(input_ids, gene_ids, progress, given, target_gene_ids)
         queried = gene_ids if positions is None else gene_ids.gather(1, positions)
         if self.config.backbone == "dit":
             hidden = self._dit_hidden(input_ids, embedded, condition, tokens)

@@ -191,9 +191,9 @@ def test_loss_over_a_budget_of_queries_has_the_loss_over_all_masked_genes_as_its
 def test_score_entropy_integrated_over_time_is_the_elbo():
     """The DWDSE loss of Lou et al. (2023) with Eq. 5's scores against (n/k) S_k, exactly, on 3 genes x 3 counts.
 
-    DWDSE = int_0^1 dt sigma(t) E_{x_t} sum over masked genes i and counts v of  s_iv - r_iv log s_iv + r_iv (log r_iv - 1)
-    with the true ratio r_iv = alpha/(1-alpha) [v = x0_i]. The integrand is a polynomial in t of degree n-1, so that
-    Gauss-Legendre quadrature is exact; eps -> 0 lets it reach m = 1.
+    DWDSE is the integral over t of sigma(t) E_{x_t} of the sum over masked genes i and counts v of
+    s_iv - r_iv log s_iv + r_iv (log r_iv - 1), with the true ratio r_iv = alpha/(1-alpha) [v = x0_i]. The integrand is
+    a polynomial in t of degree n-1, so that Gauss-Legendre quadrature is exact; eps -> 0 lets it reach m = 1.
     """
     eps, genes, counts, mask = 1e-9, 3, 3, 3
     rng = np.random.default_rng(0)

@@ -163,7 +163,9 @@ def perfectly_correlated(x_t, positions, known):
 
 
 def mean_correlation(steps: int) -> float:
-    cells = sample_counts(perfectly_correlated, masked(1500, 16), steps=steps, schedule="linear", generator=generator(), **IDS)
+    cells = sample_counts(
+        perfectly_correlated, masked(1500, 16), steps=steps, schedule="linear", generator=generator(), **IDS
+    )
     correlation = np.corrcoef(cells.double().numpy().T)
     return correlation[np.triu_indices(16, k=1)].mean()
 

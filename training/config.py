@@ -6,7 +6,8 @@ A YAML file in `configs/` sets some, the command line sets others, in that order
 import difflib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from types import UnionType
+from typing import Literal, get_args, get_origin
 
 import yaml
 
@@ -125,17 +126,40 @@ def read_config(path: Path) -> dict[str, object]:
 
     Raises:
         FileNotFoundError: no such file; the message lists the files beside it.
-        ValueError: not a mapping, or an unknown option; the message names the nearest one.
+        ValueError: not a mapping, an unknown option (the message names the nearest one), or a value of another type.
     """
     if not path.is_file():
         near = sorted(str(file) for file in path.parent.glob("*.yaml"))
         raise FileNotFoundError(f"no config file {str(path)!r}; there are: {', '.join(near) or 'none'}")
-    options = yaml.safe_load(path.read_text()) or {}
+    try:
+        options = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{str(path)!r} is not YAML ({error})") from error
     if not isinstance(options, dict):
         raise ValueError(f"{str(path)!r} holds {type(options).__name__}, expected a mapping of options")
-    known = [field.name for field in fields(TrainConfig)]
+    known = {field.name: field.type for field in fields(TrainConfig)}
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
             raise ValueError(f"{str(path)!r}: unknown option {name!r}; did you mean {near!r}?")
-    return options
+    return {name: _typed(path, name, value, known[name]) for name, value in options.items()}
+
+
+def _typed(path: Path, name: str, value: object, annotation: object) -> object:
+    """The value of a YAML file as the option's type; YAML reads paths, and numbers such as 2e-3, as text."""
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            if value in get_args(kind):
+                return value
+        elif kind is Path and isinstance(value, str):
+            return Path(value)
+        elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except ValueError:
+                continue
+        elif type(value) is kind:
+            return value
+    expected = " or ".join(str(get_args(kind) or kind.__name__) for kind in kinds).replace("NoneType", "null")
+    raise ValueError(f"{str(path)!r}: {name}={value!r}, expected {expected}")

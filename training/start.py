@@ -112,7 +112,7 @@ def build_model(config: TrainConfig, tokenizer: DCMTokenizer, cells: Cells) -> D
     )
     model_config._attn_implementation = config.attn
     model = DCMForDenoising(model_config)
-    model.head.set_marginals(_histogram(counts, tokenizer))
+    model.set_marginals(_histogram(counts, tokenizer))
     model.target_gene_ids.copy_(torch.from_numpy(tokenizer.target_gene_ids))
     if config.library_size_conditioning:
         _set_library_sizes(model, cells, library_size)
@@ -144,6 +144,9 @@ def _histogram(counts, tokenizer: DCMTokenizer) -> torch.Tensor:
 
 
 def _set_library_sizes(model: DCMForDenoising, cells: Cells, library_size: torch.Tensor) -> None:
+    logs = torch.log1p(library_size.double())
+    model.conditions.library_size.log_mean.fill_(logs.mean())
+    model.conditions.library_size.log_std.fill_(logs.std(correction=0).clamp(min=1e-3))
     sizes = model.library_sizes
     ids = [cells.conditions.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids")]
     keys = sizes.group_keys(len(library_size), *ids)

@@ -35,6 +35,7 @@ from modeling_dcm.diffusion_dcm import (
     stratified_uniform,
 )
 from tokenization.command_line import user_errors
+from tokenization.files import written_aside
 from training.cells import Cells, GlobalBatchSampler
 from training.config import TrainConfig, read_config
 from training.start import build_model, build_tokenizer
@@ -68,6 +69,10 @@ def main(config: TrainConfig) -> Path:
     log = TrainingLog(config, start, accelerator.is_main_process)
     batches = train_batches(cells, config, start, accelerator)
     for step in range(start, config.max_steps):
+        # of dropout: keyed by the step as all other noise is, so that a resumed run draws what it would have drawn
+        torch.manual_seed(
+            keyed_generator(config.seed, step * accelerator.num_processes + accelerator.process_index).initial_seed()
+        )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         loss = elbo = 0.0
@@ -230,6 +235,15 @@ class TrainingLog:
         self.last_line = 0.0
         if is_main:
             config.out.mkdir(parents=True, exist_ok=True)
+            self._forget_after(start)
+
+    def _forget_after(self, start: int) -> None:
+        """Drop the lines of steps that will be taken again."""
+        path = self.config.out / "training.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
+            with written_aside(path) as aside:
+                aside.write_text("".join(f"{line}\n" for line in lines))
 
     def step(self, step: int, values: dict[str, object]) -> None:
         """Note one step; every ``log_every`` of them are averaged, checked to be finite, and written."""

@@ -1,0 +1,307 @@
+"""Properties of the conditions: control, not given and padding differ, nulls are alone, library sizes follow the cells.
+
+Letters: B cells, P perturbations of a combination, L genes.
+"""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from modeling_dcm.conditioning_dcm import LIBRARY_QUANTILES, LibrarySizes
+from modeling_dcm.configuration_dcm import DCMConfig
+
+CONTROL = 0  # an ordinary label
+DIFFERENT = 1e-5  # of logits of order 1; what has no influence changes nothing, or nothing but rounding (1e-7)
+NULLS = {
+    "cell_type_ids": torch.full((2,), -1),
+    "perturbation_ids": torch.full((2, 2), -1),
+    "covariate_ids": torch.full((2, 2), -1),
+    "library_size": torch.full((2,), -1.0),
+}
+GIVEN = {
+    "cell_type_ids": torch.tensor([0, 2]),
+    "perturbation_ids": torch.tensor([[1, 2], [3, -1]]),
+    "covariate_ids": torch.tensor([[0, 2], [1, 0]]),
+    "library_size": torch.tensor([0.0, 40.0]),
+}
+
+
+@pytest.fixture
+def logits(make_model, backbone):
+    """Logits (2, 7, 5) of a network with every condition, for two cells with some genes observed."""
+    model = make_model(backbone, conditioned=True)
+    x_t = torch.tensor([[0, 1, 5, 5, 2, 5, 5], [5, 5, 3, 5, 5, 4, 5]])
+
+    @torch.no_grad()
+    def run(**conditions) -> torch.Tensor:
+        return model(x_t, **conditions).logits
+
+    run.model = model
+    return run
+
+
+def perturbed(*ids: int) -> torch.Tensor:
+    return torch.tensor([ids, ids])
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_condition_changes_the_output_on_its_own(logits):
+    for name, value in GIVEN.items():
+        assert (logits(**{name: value}) - logits()).abs().amax(dim=(1, 2)).min() > DIFFERENT, name
+
+
+def test_control_not_given_and_padding_are_three_different_inputs(logits):
+    control, other = logits(perturbation_ids=perturbed(CONTROL)), logits(perturbation_ids=perturbed(2))
+    not_given = logits(perturbation_ids=perturbed(-1))
+    padded = logits(perturbation_ids=perturbed(2, -1))
+    assert (control - not_given).abs().max() > DIFFERENT  # a cell of the control is not an unlabelled cell
+    assert torch.equal(padded, other)  # padding beside a perturbation adds nothing
+    both = logits(perturbation_ids=perturbed(2, CONTROL))
+    assert (both - padded).abs().max() > DIFFERENT  # nor is padding the control
+
+
+def test_the_order_of_a_combination_does_not_matter(logits):
+    first, second = logits(perturbation_ids=perturbed(1, 3, -1)), logits(perturbation_ids=perturbed(-1, 3, 1))
+    torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
+
+
+def test_not_given_is_the_same_however_it_is_said(logits):
+    omitted = logits()
+    assert torch.equal(logits(**NULLS), omitted)
+    for width in (1, 2, 3):
+        assert torch.equal(logits(perturbation_ids=perturbed(*[-1] * width)), omitted)
+    for library_size in (-1.0, -5.0, math.nan):
+        assert torch.equal(logits(library_size=torch.full((2,), library_size)), omitted)
+
+
+@torch.no_grad()
+def test_a_null_condition_is_not_touched_by_the_labels_of_others(logits):
+    model = logits.model
+    before = logits()
+    conditions = model.conditions
+    for encoder in (conditions.cell_type, conditions.perturbation.learned, *conditions.covariates.values()):
+        encoder.weight[:-1] += 10
+    for parameter in conditions.library_size.up.parameters():
+        parameter += 10
+    model.target_gene_ids.copy_(torch.arange(4))
+    assert torch.equal(logits(), before)
+    assert torch.equal(logits(**NULLS), before)
+
+
+@torch.no_grad()
+def test_a_given_condition_is_not_touched_by_the_nulls(logits):
+    before = logits(**GIVEN)
+    conditions = logits.model.conditions
+    for encoder in (conditions.cell_type, conditions.perturbation.learned, *conditions.covariates.values()):
+        encoder.weight[-1] += 10
+    conditions.library_size.null.weight += 10
+    assert torch.equal(logits(**GIVEN), before)
+
+
+@torch.no_grad()
+def test_every_null_is_a_vector_of_its_own(logits):
+    conditions = logits.model.conditions
+    nulls = [conditions.cell_type, conditions.perturbation.learned, *conditions.covariates.values()]
+    for encoder in (*nulls, conditions.library_size.null):
+        before = logits()
+        encoder.weight[-1] += 1
+        assert (logits() - before).abs().max() > DIFFERENT
+
+
+def test_cells_of_a_batch_do_not_see_each_others_conditions(logits):
+    changed = {name: torch.stack([value[0], NULLS[name][1].to(value.dtype)]) for name, value in GIVEN.items()}
+    torch.testing.assert_close(logits(**changed)[0], logits(**GIVEN)[0], atol=1e-6, rtol=0)
+
+
+def test_library_size_is_unclipped(logits):
+    small, large = (logits(library_size=torch.full((2,), size)) for size in (1e5, 2e5))
+    assert (small - large).abs().max() > DIFFERENT
+
+
+@pytest.mark.parametrize(
+    ("conditions", "message"),
+    [
+        ({"cell_type_ids": torch.tensor([0, 3])}, r"cell_type_ids holds 3, expected labels 0..2"),
+        ({"cell_type_ids": torch.tensor([[0, 1]])}, r"cell_type_ids has shape \(1, 2\), expected \(B,\)"),
+        ({"perturbation_ids": torch.tensor([[0], [4]])}, r"perturbation_ids holds 4, expected labels 0..3"),
+        ({"perturbation_ids": torch.tensor([0, 1])}, r"perturbation_ids has shape \(2,\), expected \(B, P\)"),
+        ({"covariate_ids": torch.tensor([[2, 2], [0, 0]])}, r"covariate_ids holds 2, expected labels 0..1"),
+        ({"covariate_ids": torch.tensor([[1], [0]])}, r"covariate_ids has shape \(2, 1\), expected \(B, 2\)"),
+        ({"perturbation_embeds": torch.zeros(2, 1, 4)}, "this model learned its perturbations as labels"),
+    ],
+)
+def test_ids_that_are_no_labels_are_refused(make_model, conditions, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(conditioned=True)(torch.zeros(2, 7, dtype=torch.long), **conditions)
+
+
+@pytest.mark.parametrize(
+    "name", ["cell_type_ids", "perturbation_ids", "covariate_ids", "perturbation_embeds", "target_gene_ids"]
+)
+def test_a_condition_that_the_model_does_not_have_is_refused(make_model, name):
+    model = make_model(library_size_conditioning=True)
+    with pytest.raises(ValueError, match=f"{name} were given, but this model knows: library_size"):
+        model(torch.zeros(2, 7, dtype=torch.long), **{name: torch.zeros(2, dtype=torch.long)})
+
+
+# --- frozen vectors --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_table(make_model, backbone):
+    """A model with frozen vectors of length 6 for labels 1 to 3; the control has none."""
+    model = make_model(backbone, conditioned=True, perturbation_dim=6)
+    encoder = model.conditions.perturbation
+    encoder.table[1:] = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    encoder.has_vector[1:] = True
+    return model
+
+
+@torch.no_grad()
+def test_a_vector_given_by_hand_is_the_label_with_that_vector_and_nan_rows_are_padding(with_table):
+    x_t = torch.full((2, 7), 5)
+    vectors = torch.full((2, 2, 6), math.nan)
+    vectors[:, 0] = with_table.conditions.perturbation.table[2]
+    by_hand = with_table(x_t, perturbation_embeds=vectors).logits
+    torch.testing.assert_close(by_hand, with_table(x_t, perturbation_ids=perturbed(2)).logits, atol=1e-5, rtol=0)
+    nothing = with_table(x_t, perturbation_embeds=torch.full((2, 2, 6), math.nan)).logits
+    assert torch.equal(nothing, with_table(x_t).logits)
+
+
+@torch.no_grad()
+def test_only_labels_without_a_vector_use_their_learned_one(with_table):
+    x_t = torch.full((2, 7), 5)
+    before = [with_table(x_t, perturbation_ids=perturbed(label)).logits for label in range(4)]
+    with_table.conditions.perturbation.learned.weight[:4] += 1
+    after = [with_table(x_t, perturbation_ids=perturbed(label)).logits for label in range(4)]
+    assert [torch.equal(a, b) for a, b in zip(after, before)] == [False, True, True, True]
+
+
+def test_vectors_of_the_table_are_not_trained(with_table):
+    assert not any("table" in name or "has_vector" in name for name, _ in with_table.named_parameters())
+
+
+# --- target gene -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_target_flag_changes_the_output_only_where_a_target_is_in_the_panel(logits):
+    model = logits.model
+    model.target_gene_ids.fill_(-1)
+    without = logits(perturbation_ids=perturbed(2))
+    model.target_gene_ids[2] = 3
+    flagged = logits(perturbation_ids=perturbed(2))
+    assert (flagged - without)[:, 3].abs().max() > DIFFERENT  # as a queried gene
+    other = logits(perturbation_ids=perturbed(1))
+    model.target_gene_ids[2] = -1
+    assert torch.equal(logits(perturbation_ids=perturbed(1)), other)
+    overridden = logits(perturbation_ids=perturbed(2), target_gene_ids=torch.tensor([[3], [3]]))
+    assert torch.equal(overridden, flagged)
+    assert torch.equal(logits(perturbation_ids=perturbed(2), target_gene_ids=torch.tensor([[-1], [-1]])), without)
+
+
+@torch.no_grad()
+def test_target_flag_is_seen_by_the_other_genes_when_the_target_is_observed(logits):
+    flagged = logits(target_gene_ids=torch.tensor([[1], [2]]))  # observed in its cell
+    assert (flagged - logits())[:, [0, 3, 4, 5, 6]].abs().max() > DIFFERENT
+
+
+@torch.no_grad()
+def test_a_target_outside_the_genes_of_the_sequence_has_no_influence(make_model, backbone):
+    model = make_model(backbone, conditioned=True)
+    x_t, genes = torch.tensor([[1, 5, 5]]), torch.tensor([0, 2, 5])
+    flagged = model(x_t, gene_ids=genes, target_gene_ids=torch.tensor([[3]])).logits
+    assert torch.equal(flagged, model(x_t, gene_ids=genes).logits)
+
+
+# --- library sizes ---------------------------------------------------------------------------------------------------
+
+
+def library_sizes(groups: list[tuple[tuple[int, ...], torch.Tensor]], **options) -> LibrarySizes:
+    """The buffers for training cells given as ((cell type, covariates..., perturbations...), sizes)."""
+    config = DCMConfig(num_cell_types=4, num_perturbations=5, **options)
+    sizes = LibrarySizes(config)
+    keys = torch.cat([torch.tensor(key).expand(len(values), -1) for key, values in groups])
+    values = torch.cat([values for _, values in groups])
+    num_context = 1 + sizes.num_covariates
+    ids = keys[:, 0], keys[:, num_context:], keys[:, 1:num_context]
+    keys = sizes.group_keys(len(keys), ids[0], ids[1], ids[2] if options.get("covariates") else None)
+    sizes.keys, sizes.quantiles = sizes.from_cells(keys, values, num_context=num_context)
+    return sizes
+
+
+def drawn(sizes: LibrarySizes, cell_type: int, perturbation: list[int], B: int = 4000, seed: int = 0) -> torch.Tensor:
+    cell_types, perturbations = torch.full((B,), cell_type), torch.tensor(perturbation).expand(B, -1)
+    return sizes.draw(B, cell_types, perturbations, None, torch.Generator().manual_seed(seed))
+
+
+def constant(size: int, cells: int) -> torch.Tensor:
+    return torch.full((cells,), size)
+
+
+def test_drawn_library_sizes_have_the_law_of_the_group():
+    values = torch.from_numpy(stats.lognorm(0.5, scale=3000).rvs(2000, random_state=0)).round()
+    sizes = library_sizes([((0, 1, -1), values), ((0, 2, -1), values + 50_000)])
+    again = drawn(sizes, 0, [1])
+    assert stats.ks_2samp(values, again).statistic < 0.03
+    assert again.min() >= values.min()
+    assert again.max() <= values.max()
+    assert torch.equal(again, again.round())
+
+
+def test_groups_below_fifty_cells_fall_back_to_the_cell_type_and_then_to_all():
+    sizes = library_sizes(
+        [((0, 1, -1), constant(10, 50)), ((0, 2, -1), constant(20, 49)), ((1, 1, -1), constant(1000, 49))]
+    )
+    assert drawn(sizes, 0, [1]).unique().tolist() == [10]
+    assert set(drawn(sizes, 0, [2]).unique().tolist()) >= {10, 20}  # the cell type: 50 of one, 49 of the other
+    assert drawn(sizes, 0, [2]).max() <= 20
+    assert drawn(sizes, 0, [3]).max() <= 20  # never seen with this cell type
+    everything = drawn(sizes, 1, [1])  # the cell type is too small as well
+    assert {10, 1000} <= set(everything.unique().tolist())
+    assert {10, 1000} <= set(drawn(sizes, -1, [-1]).unique().tolist())  # nothing given
+
+
+def test_library_sizes_of_a_combination_do_not_depend_on_its_order_or_padding():
+    sizes = library_sizes(
+        [((0, 1, 3), constant(30, 60)), ((0, 1, -1), constant(10, 60)), ((0, 3, -1), constant(7, 60))]
+    )
+    for combination in ([1, 3], [3, 1], [1, 3, -1], [-1, 3, 1]):
+        assert drawn(sizes, 0, combination).unique().tolist() == [30]
+    for single in ([1], [1, -1], [-1, 1], [1, -1, -1]):
+        assert drawn(sizes, 0, single).unique().tolist() == [10]
+    assert drawn(sizes, 0, [1, 2, 3]).max() <= 30  # a triple was never seen: the cell type's
+
+
+def test_library_sizes_follow_covariates():
+    sizes = library_sizes(
+        [((0, 0, 1), constant(10, 60)), ((0, 1, 1), constant(90, 60))],
+        covariates={"donor": 2},
+        max_perturbations_per_cell=1,
+    )
+    generator = torch.Generator().manual_seed(0)
+    cell_types, perturbations = torch.zeros(6, dtype=torch.long), torch.ones(6, 1, dtype=torch.long)
+    donors = torch.tensor([[0], [1], [0], [1], [1], [0]])
+    assert sizes.draw(6, cell_types, perturbations, donors, generator).tolist() == [10, 90, 10, 90, 90, 10]
+
+
+def test_each_cell_of_a_batch_draws_from_its_own_group():
+    sizes = library_sizes([((0, 1, -1), constant(10, 60)), ((1, 1, -1), constant(77, 60))])
+    cell_types, perturbations = torch.tensor([0, 1, 1, 0]), torch.ones(4, 1, dtype=torch.long)
+    assert sizes.draw(4, cell_types, perturbations, None, torch.Generator()).tolist() == [10, 77, 77, 10]
+
+
+def test_every_group_has_ascending_quantiles_and_the_last_matches_everything():
+    sizes = library_sizes([((0, 1, -1), torch.arange(100)), ((1, 2, -1), torch.arange(60))])
+    assert sizes.quantiles.shape == (len(sizes.keys), LIBRARY_QUANTILES)
+    assert bool((sizes.quantiles.diff(dim=1) >= 0).all())
+    assert bool((sizes.keys[-1] == -2).all())
+
+
+def test_a_model_without_library_sizes_says_what_to_give():
+    with pytest.raises(ValueError, match="stores no library sizes of its training cells: give library_size="):
+        LibrarySizes(DCMConfig()).draw(2, None, None, None, torch.Generator())

@@ -1,0 +1,313 @@
+"""Properties of generating, completing, scoring and embedding cells with a network.
+
+Letters: N cells, L genes of the sequence, G genes of the panel, K largest count.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+MASK, PAD = 5, 6  # of the tiny models
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def conditions(N: int) -> dict[str, torch.Tensor]:
+    return {
+        "cell_type_ids": torch.arange(N) % 4 - 1,
+        "perturbation_ids": torch.stack([torch.arange(N) % 4, torch.arange(N) % 5 - 1], dim=1),
+        "covariate_ids": torch.stack([torch.arange(N) % 2, torch.arange(N) % 3], dim=1),
+    }
+
+
+@pytest.fixture
+def model(make_model, backbone):
+    """A model with every condition, targets, and two groups of library sizes."""
+    model = make_model(backbone, conditioned=True, condition_tokens=True, library_size_groups=2)
+    model.target_gene_ids.copy_(torch.tensor([-1, 2, 3, 0]))
+    model.library_sizes.keys[0, 0] = 1
+    model.library_sizes.quantiles.copy_(torch.linspace(0, 64, 65) + torch.tensor([[1000.0], [0.0]]))
+    return model
+
+
+# --- generate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "cubic"])
+@pytest.mark.parametrize("steps", [1, 3, 50])
+def test_generated_cells_hold_counts_and_never_mask_or_pad(model, schedule, steps):
+    cells = model.generate(40, steps=steps, schedule=schedule)
+    assert cells.shape == (40, 7)
+    assert cells.dtype == torch.int64
+    assert cells.min() >= 0
+    assert cells.max() < MASK
+
+
+def test_the_same_seed_and_batch_size_give_the_same_cells_and_another_seed_others(model):
+    first, again, other = (model.generate(**conditions(10), steps=3, seed=seed, batch_size=4) for seed in (7, 7, 8))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_chunks_of_cells_do_not_depend_on_how_many_follow(model):
+    all_cells = model.generate(**conditions(10), steps=3, batch_size=4)
+    first = {name: ids[:8] for name, ids in conditions(10).items()}
+    assert torch.equal(model.generate(**first, steps=3, batch_size=4), all_cells[:8])
+
+
+def test_chunks_differ_from_each_other(model):
+    cells = model.generate(8, steps=3, batch_size=4)
+    assert not torch.equal(cells[:4], cells[4:])
+
+
+def test_generating_leaves_the_global_random_state_and_the_mode_of_the_model_alone(make_model, backbone):
+    model = make_model(backbone, dropout=0.5).train()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = model.generate(6, steps=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert torch.equal(model.eval().generate(6, steps=2), first)
+
+
+def test_given_genes_come_back_unchanged_and_the_others_are_drawn(model):
+    observed = torch.randint(-1, 5, (30, 7), generator=generator())
+    cells = model.generate(observed=observed, steps=3)
+    assert torch.equal(cells[observed >= 0], observed[observed >= 0])
+    assert cells[observed < 0].max() < MASK
+    assert torch.equal(model.generate(observed=torch.ones(3, 7)), torch.ones(3, 7, dtype=torch.long))
+
+
+def test_genes_that_are_given_change_the_law_of_the_others(model):
+    low, high = torch.full((200, 7), -1), torch.full((200, 7), -1)
+    low[:, 0], high[:, 0] = 0, 4
+    after_low, after_high = (model.generate(observed=observed, steps=2)[:, 1:] for observed in (low, high))
+    assert not torch.equal(after_low, after_high)  # the same order and the same noise
+
+
+def test_any_subset_of_the_panel_can_be_generated_in_any_order(model):
+    assert model.generate(5, gene_ids=torch.tensor([6, 0, 3]), steps=2).shape == (5, 3)
+    observed = torch.tensor([[4, -1], [2, -1]])
+    cells = model.generate(observed=observed, gene_ids=torch.tensor([5, 1]))
+    assert cells[:, 0].tolist() == [4, 2]
+
+
+def test_library_size_is_drawn_from_the_training_cells_given_or_null(model, monkeypatch):
+    seen = []
+    denoiser = type(model)._denoiser
+
+    def spied(self, gene_ids, conditions, guidance_scale):
+        seen.append(conditions["library_size"])
+        return denoiser(self, gene_ids, conditions, guidance_scale)
+
+    monkeypatch.setattr(type(model), "_denoiser", spied)
+    model.generate(cell_type_ids=torch.tensor([0, 1, 1, 2]), steps=1)
+    assert [size >= 1000 for size in seen[-1]] == [False, True, True, False]
+    model.generate(3, steps=1, library_size="null")
+    assert seen[-1].tolist() == [-1, -1, -1]
+    model.generate(observed=torch.full((2, 7), -1), steps=1)  # imputation: not given unless asked
+    assert seen[-1].tolist() == [-1, -1]
+    model.generate(3, steps=1, library_size=12)
+    assert seen[-1].tolist() == [12, 12, 12]
+    model.generate(3, steps=1, library_size=torch.tensor([1, 2, 3]), batch_size=2)
+    assert [size.tolist() for size in seen[-2:]] == [[1, 2], [3]]
+
+
+def test_guidance_of_0_is_no_guidance_and_more_of_it_is_another_law(model):
+    plain = model.generate(**conditions(20), steps=2)
+    assert torch.equal(model.generate(**conditions(20), steps=2, guidance_scale=0.0), plain)
+    assert not torch.equal(model.generate(**conditions(20), steps=2, guidance_scale=3.0), plain)
+
+
+def test_low_temperature_draws_the_most_probable_counts(make_model, backbone):
+    model = make_model(backbone)
+    with torch.no_grad():
+        mode = model(torch.full((1, 7), MASK)).logits.argmax(dim=-1)
+    assert torch.equal(model.generate(9, steps=1, temperature=1e-4), mode.expand(9, -1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "num_cells is missing: give it, or conditions or observed genes"),
+        ({"num_cells": 0}, "num_cells=0, expected at least 1"),
+        (
+            {"num_cells": 3, "cell_type_ids": torch.zeros(2, dtype=torch.long)},
+            "arguments disagree on the number of cells",
+        ),
+        ({"num_cells": 2, "steps": 0}, "steps=0, expected at least 1"),
+        ({"num_cells": 2, "schedule": "fast"}, "schedule='fast', expected one of"),
+        ({"num_cells": 2, "batch_size": 0}, "batch_size=0, expected at least 1"),
+        ({"num_cells": 2, "temperature": 0.0}, "temperature=0.0, expected above 0"),
+        (
+            {"num_cells": 2, "library_size": "drawn"},
+            r"library_size='drawn', expected numbers, None \(drawn\) or 'null'",
+        ),
+        ({"num_cells": 2, "library_size": -3}, "expected one number or 2, all 0 or more"),
+        ({"num_cells": 2, "library_size": torch.ones(3)}, r"library_size of shape \(3,\), expected one number or 2"),
+        ({"observed": torch.zeros(2, 3)}, r"observed has shape \(2, 3\), expected \(2, 7\): cells x genes"),
+        ({"observed": torch.full((2, 7), 5)}, r"observed holds values from 5 to 5, expected counts 0..4, or -1"),
+        ({"observed": torch.full((2, 7), -2)}, r"observed holds values from -2 to -2"),
+        ({"observed": torch.full((2, 7), 0.5)}, "observed holds values that are not integers"),
+        ({"cell_type_ids": torch.tensor([3])}, r"cell_type_ids holds 3, expected labels 0..2, or -1"),
+        ({"num_cells": 2, "gene_ids": torch.tensor([0, 7])}, r"gene_ids are \[0, 7\], expected genes 0..6"),
+        (
+            {"num_cells": 2, "gene_ids": torch.tensor([1, 1])},
+            r"gene_ids of shape \(2,\), expected genes \(L,\), each once",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused_with_the_value_and_what_was_expected(make_model, arguments, message):
+    model = make_model(conditioned=True, library_size_groups=1)
+    with pytest.raises(ValueError, match=message):
+        model.generate(**arguments)
+
+
+def test_a_library_size_for_a_model_without_is_refused(make_model):
+    with pytest.raises(ValueError, match="library_size=100 was given, but this model was trained without"):
+        make_model().generate(2, library_size=100)
+
+
+# --- the sampler's denoiser ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_logits_while_sampling_are_those_of_the_full_sequence(model):
+    """The latent backbone reads a compact subset of the sequence: known genes, then queried ones."""
+    x_t = torch.tensor([[0, 1, MASK, MASK, 2, MASK, PAD], [MASK] * 7, [3, MASK, PAD, PAD, MASK, MASK, MASK]])
+    known = torch.tensor([[4, 0, 1, 2], [1, 6, 3, 0], [0, 1, 5, 6]])  # some are still masked
+    positions = torch.tensor([[5, 3], [2, 4], [4, 6]])
+    given = {**conditions(3), "library_size": torch.tensor([5.0, -1.0, 80.0])}
+    compact = model._denoiser(torch.arange(7), given, 0.0)(x_t, positions, known)
+    full = model(x_t, **given).logits.gather(1, positions[..., None].expand(-1, -1, 5))
+    torch.testing.assert_close(compact, full, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [0.5, 2.0, -1.0])
+def test_guided_law_is_the_formula_of_the_design(model, scale):
+    x_t = torch.tensor([[0, 1, MASK, MASK, 2, MASK, 4]])
+    known, positions = torch.tensor([[0, 1, 4, 6]]), torch.tensor([[2, 3, 5]])
+    library_size = torch.tensor([50.0])
+    given = {**{name: ids[2:3] for name, ids in conditions(3).items()}, "library_size": library_size}
+    guided = model._denoiser(torch.arange(7), given, scale)(x_t, positions, known).log_softmax(dim=-1)
+    conditional = model(x_t, **given).logits[:, positions[0]].log_softmax(dim=-1)
+    null = model(x_t, library_size=library_size).logits[:, positions[0]].log_softmax(dim=-1)
+    expected = ((1 + scale) * conditional - scale * null).log_softmax(dim=-1)
+    torch.testing.assert_close(guided, expected, atol=5e-5, rtol=1e-4)
+
+
+# --- the law that is drawn, and its bound ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def laws(model) -> dict[tuple[int, ...], np.ndarray]:
+    """The network's law (3, 3) over the counts of each gene in every one of the 4^3 states of three genes."""
+    states = list(itertools.product(range(4), repeat=3))
+    return dict(zip(states, model(torch.tensor(states)).logits.double().softmax(dim=-1).numpy()))
+
+
+def any_order_law(table: dict[tuple[int, ...], np.ndarray]) -> np.ndarray:
+    """Law (27,) of cells drawn one gene at a time in random order."""
+    law = np.zeros((3, 3, 3))
+    for order, x_0 in itertools.product(itertools.permutations(range(3)), itertools.product(range(3), repeat=3)):
+        x_t, chance = [3] * 3, 1 / 6
+        for gene in order:
+            chance *= table[tuple(x_t)][gene, x_0[gene]]
+            x_t[gene] = x_0[gene]
+        law[x_0] += chance
+    return law.ravel()
+
+
+def exact_elbo(table: dict[tuple[int, ...], np.ndarray], x_0: tuple[int, ...]) -> float:
+    """Mean over k = 1..3 and sets of k masked genes of (3/k) times the sum of their log probabilities."""
+    elbo = 0.0
+    for k in (1, 2, 3):
+        for hidden in itertools.combinations(range(3), k):
+            law = table[tuple(3 if gene in hidden else x_0[gene] for gene in range(3))]
+            elbo += (3 / k) * sum(math.log(law[gene, x_0[gene]]) for gene in hidden) / 3 / math.comb(3, k)
+    return elbo
+
+
+def test_one_gene_per_step_draws_the_networks_any_order_law(make_model, backbone):
+    model = make_model(backbone, num_genes=3, max_count=2, seed=1)
+    cells = model.generate(8000, steps=3, batch_size=4000)
+    observed = (cells @ torch.tensor([9, 3, 1])).bincount(minlength=27).numpy()
+    expected = 8000 * any_order_law(laws(model))
+    rare = expected < 5
+    observed = np.append(observed[~rare], observed[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    if expected[-1] == 0:
+        observed, expected = observed[:-1], expected[:-1]
+    assert stats.chisquare(observed, expected).pvalue > 1e-3
+
+
+def test_log_likelihood_is_the_enumerated_elbo_and_below_the_log_of_the_law(make_model, backbone):
+    model = make_model(backbone, num_genes=3, max_count=2, seed=1)
+    table = laws(model)
+    law = any_order_law(table).reshape(3, 3, 3)
+    cells = list(itertools.product(range(3), repeat=3))
+    elbo = np.array([exact_elbo(table, x_0) for x_0 in cells])
+    assert np.all(elbo <= np.log([law[x_0] for x_0 in cells]) + 1e-9)
+    repeats = 120
+    x_0 = torch.tensor(cells).repeat_interleave(repeats, dim=0)
+    estimates = model.log_likelihood(x_0, num_samples=6, batch_size=1000).view(27, repeats)
+    error = estimates.std(dim=1) / repeats**0.5
+    assert bool(((estimates.mean(dim=1) - torch.from_numpy(elbo)).abs() < 4.5 * error + 1e-6).all())
+    assert torch.equal(model.log_likelihood(x_0, num_samples=2), model.log_likelihood(x_0, num_samples=2))
+
+
+def test_log_likelihood_of_a_uniform_network_is_exact_with_one_sample(make_model, backbone):
+    model = make_model(backbone, fresh=True)
+    x_0 = torch.randint(0, 5, (9, 7), generator=generator())
+    x_0[3:, :4], x_0[8] = PAD, PAD
+    expected = torch.tensor([7.0] * 3 + [3.0] * 5 + [0.0], dtype=torch.float64) * -math.log(5)
+    torch.testing.assert_close(model.log_likelihood(x_0, num_samples=1), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_genes_outside_the_attention_mask_do_not_count(make_model, backbone):
+    model = make_model(backbone)
+    x_0 = torch.randint(0, 5, (4, 7), generator=generator())
+    mask = torch.ones(4, 7)
+    mask[:, 2:4] = 0
+    padded = x_0.masked_fill(mask == 0, PAD)
+    assert torch.equal(model.log_likelihood(x_0, attention_mask=mask), model.log_likelihood(padded))
+
+
+def test_genes_shared_by_all_cells_are_not_cut_into_chunks(make_model, backbone):
+    model = make_model(backbone)
+    genes, x_0 = torch.tensor([6, 2, 4]), torch.randint(0, 5, (5, 3), generator=generator())
+    for score in (model.log_likelihood, model.embed):
+        shared = score(x_0, gene_ids=genes, batch_size=2)
+        torch.testing.assert_close(shared, score(x_0, gene_ids=genes.expand(5, 3), batch_size=2))
+
+
+def test_scores_and_embeddings_do_not_depend_on_dropout(make_model, backbone):
+    model = make_model(backbone, dropout=0.5).train()
+    x_0 = torch.randint(0, 5, (4, 7), generator=generator())
+    for score in (model.log_likelihood, model.embed):
+        assert torch.equal(score(x_0), score(x_0))
+    assert model.training
+
+
+# --- embed -----------------------------------------------------------------------------------------------------------
+
+
+def test_embeddings_depend_on_counts_and_conditions_and_not_on_chunks_or_padded_genes(model):
+    x_0 = torch.randint(0, 5, (6, 7), generator=generator())
+    embedded = model.embed(x_0, **conditions(6))
+    assert embedded.shape == (6, 16)
+    torch.testing.assert_close(model.embed(x_0, **conditions(6), batch_size=4), embedded, atol=1e-5, rtol=1e-5)
+    assert (model.embed(x_0) - embedded).abs().amax(dim=1).min() > 1e-4
+    assert (model.embed(4 - x_0, **conditions(6)) - embedded).abs().amax(dim=1).min() > 1e-4
+    partial, genes = x_0.clone(), torch.tensor([0, 1, 3, 6])
+    partial[:, [2, 4, 5]] = PAD
+    partial[:, 3] = MASK
+    left_out = model.embed(partial[:, genes], gene_ids=genes)
+    torch.testing.assert_close(model.embed(partial), left_out, atol=2e-5, rtol=1e-5)

@@ -1,0 +1,126 @@
+"""Who may import whom: the layers of the design, and what the Hub allows in files that ship with a checkpoint."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED_FOLDERS = ("modeling_dcm", "tokenization")
+FIRST_PARTY = {*SHIPPED_FOLDERS, "training", "eval", "model_cards", "tests"}
+
+# A module may import siblings of its own rank in its own folder, and anything of a lower rank.
+RANK_OF_FOLDER = {"tests": 3, "training": 2, "eval": 2, "model_cards": 1, "modeling_dcm": 0, "tokenization": 0}
+RANK_OF_FILE = {"eval/benchmark.py": 3, "eval/experiments.py": 3, "eval/metrics.py": 1}
+THIRD_PARTY_ONLY = {"eval/metrics.py": {"numpy", "scipy", "torch", "ot"}}
+
+
+def source_files() -> list[Path]:
+    return [path for folder in sorted(RANK_OF_FOLDER) for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def shipped_files() -> list[Path]:
+    """Files that are copied beside the weights: all of ``modeling_dcm/``, and the tokenizer's."""
+    files = [path for folder in SHIPPED_FOLDERS for path in sorted((ROOT / folder).glob("*_dcm.py"))]
+    return files + [path for path in [ROOT / "modeling_dcm" / "handler.py"] if path.exists()]
+
+
+def rank(path: str) -> int:
+    return RANK_OF_FILE.get(path, RANK_OF_FOLDER[path.split("/")[0]])
+
+
+def imports(path: Path) -> list[ast.Import | ast.ImportFrom]:
+    """Every import statement, those inside functions and under ``TYPE_CHECKING`` too."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Dotted names of what a file imports, relative imports made absolute, names of a package its modules."""
+    package = path.relative_to(ROOT).parent.parts
+    found = set()
+    for node in imports(path):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+            continue
+        base = [*package[: len(package) - node.level + 1]] if node.level else []
+        module = ".".join([*base, *([node.module] if node.module else [])])
+        found |= {f"{module}.{alias.name}" if is_module(f"{module}.{alias.name}") else module for alias in node.names}
+    return found
+
+
+def is_module(dotted: str) -> bool:
+    path = ROOT / Path(*dotted.split("."))
+    return path.with_suffix(".py").exists()
+
+
+def file_of(dotted: str) -> str:
+    """Path of a first-party module below the root; of a package its ``__init__.py``."""
+    path = Path(*dotted.split("."))
+    return str(path.with_suffix(".py") if is_module(dotted) else path / "__init__.py")
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+def test_every_python_file_stands_in_a_layer():
+    others = [
+        path
+        for path in ROOT.rglob("*.py")
+        if path.relative_to(ROOT).parts[0] not in RANK_OF_FOLDER
+        and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+        and path.relative_to(ROOT).parts[0] not in ("demo", "build", "dist")
+    ]
+    assert names(others) == []
+
+
+@pytest.mark.parametrize("name", names(source_files()))
+def test_imports_only_go_down(name):
+    forbidden = []
+    for module in imported_modules(ROOT / name):
+        if module.split(".")[0] not in FIRST_PARTY:
+            continue
+        target = file_of(module)
+        is_sibling = target.split("/")[0] == name.split("/")[0] and rank(target) == rank(name)
+        if not is_sibling and rank(target) >= rank(name):
+            forbidden.append(target)
+    assert forbidden == []
+
+
+@pytest.mark.parametrize("name", sorted(THIRD_PARTY_ONLY))
+def test_metrics_need_numerical_packages_only(name):
+    roots = {module.split(".")[0] for module in imported_modules(ROOT / name)}
+    assert roots - set(sys.stdlib_module_names) <= THIRD_PARTY_ONLY[name]
+
+
+@pytest.mark.parametrize("name", names(shipped_files()))
+def test_shipped_files_import_each_other_as_flat_siblings_only(name):
+    """Saving copies them by basename into one folder: only ``from .sibling_dcm import thing`` works there."""
+    path = ROOT / name
+    for node in imports(path):
+        if isinstance(node, ast.Import):
+            assert not {alias.name.split(".")[0] for alias in node.names} & FIRST_PARTY
+        elif node.level:
+            assert node.level == 1
+            assert node.module is not None, "a lone `from . import x` breaks loading"
+            assert re.fullmatch(r"\w+_dcm", node.module), node.module
+            assert (path.parent / f"{node.module}.py").exists()
+        else:
+            assert node.module.split(".")[0] not in FIRST_PARTY
+
+
+@pytest.mark.parametrize("name", names(shipped_files()))
+def test_no_line_of_a_shipped_file_only_looks_like_a_relative_import(name):
+    """Transformers finds relative imports by a regular expression, in docstrings too."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    lines = re.findall(r"^\s*(?:from\s+\.\S*\s+import|import\s+\.)", text, flags=re.MULTILINE)
+    relative = [node for node in imports(ROOT / name) if isinstance(node, ast.ImportFrom) and node.level]
+    assert len(lines) == len(relative)
+
+
+def test_no_two_shipped_files_have_the_same_basename():
+    modeling, tokenization = ({path.name for path in (ROOT / folder).glob("*.py")} for folder in SHIPPED_FOLDERS)
+    assert modeling & tokenization <= {"__init__.py"}
