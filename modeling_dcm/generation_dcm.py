@@ -154,7 +154,9 @@ class CellGenerationMixin:
     def _pooled(self, input_ids: torch.Tensor, gene_ids: torch.Tensor | None = None, **conditions) -> torch.Tensor:
         gene_ids = self._check_genes(input_ids, gene_ids)
         targets = conditions.pop("target_gene_ids", None)
-        embedded, condition, tokens, _ = self._embed(input_ids, gene_ids, self.totals(input_ids, gene_ids), conditions, targets)
+        embedded, condition, tokens, _ = self._embed(
+            input_ids, gene_ids, self.totals(input_ids, gene_ids), conditions, targets
+        )
         if self.config.backbone == "latent":
             return self._latents(input_ids, embedded, condition, tokens).mean(dim=1)
         measured = (input_ids != self.config.pad_token_id)[..., None]

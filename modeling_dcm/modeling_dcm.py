@@ -12,11 +12,18 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .conditioning_dcm import CONDITIONS, CellTotals, ConditionEncoder, LibrarySizes, check_conditions
+from .conditioning_dcm import CONDITIONS, ConditionEncoder, LibrarySizes, check_conditions
 from .configuration_dcm import DCMConfig
+from .depth_dcm import CellTotals
 from .diffusion_dcm import alpha, denoising_loss
 from .generation_dcm import CellGenerationMixin
 from .layers_dcm import AdaLNZero, CountBias, CountHead, DiTBackbone, LatentBackbone, ZeroLinear
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_dcm.DCMConfig",
+    "AutoModel": "modeling_dcm.DCMForDenoising",
+    "AutoModelForMaskedLM": "modeling_dcm.DCMForDenoising",
+}
 
 
 @dataclass
@@ -75,6 +82,7 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
         # gene of the panel with each perturbation's name, or -1; filled at training by name
         self.register_buffer("target_gene_ids", torch.full((config.num_perturbations,), -1))
         self.post_init()
+        config.auto_map = dict(AUTO_MAP)
 
     def forward(
         self,
@@ -123,9 +131,7 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
         }
         check_conditions(self.config, {**given, "target_gene_ids": target_gene_ids})
         positions = None if query_positions is None else query_positions.clamp(min=0)
-        logits = self._denoise(
-            input_ids, gene_ids, self.totals(input_ids, gene_ids), given, target_gene_ids, positions
-        )
+        logits = self._denoise(input_ids, gene_ids, self.totals(input_ids, gene_ids), given, target_gene_ids, positions)
         if labels is None:
             return DCMOutput(logits=logits)
         is_query = is_masked
@@ -165,11 +171,10 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
 
     @torch.no_grad()
     def set_marginals(self, histogram: torch.Tensor) -> None:
-        """Start at the training cells' marginals: ``histogram`` (G, K+1), how many cells have each count of each gene."""
+        """Start at the training marginals: ``histogram`` (G, K+1), how many cells have each count of each gene."""
         self.head.set_marginals(histogram)
         values = self.totals.count_value[: self.config.num_counts].double()
-        cells = histogram.sum(dim=1).clamp(min=1)
-        self.totals.gene_mean.copy_(histogram.double() @ values / cells)
+        self.totals.gene_mean.copy_(histogram.double() @ values / histogram.sum(dim=1).clamp(min=1))
 
     def _check_genes(self, input_ids: torch.Tensor, gene_ids: torch.Tensor | None) -> torch.Tensor:
         B, L = input_ids.shape
