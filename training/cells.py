@@ -38,7 +38,7 @@ class Cells(torch.utils.data.Dataset):
 
     Raises:
         FileNotFoundError: the folder has no such split.
-        ValueError: the shards have other conditions than the tokenizer.
+        ValueError: the tokenizer knows conditions that the shards lack; those that it does not know are left out.
     """
 
     def __init__(self, folder: str | Path, split: str, tokenizer: DCMTokenizer | None = None):
@@ -113,12 +113,12 @@ class Cells(torch.utils.data.Dataset):
         }
         known |= set(self.tokenizer.covariates)
         here = set(self._features) - {"genes", "expressions"}
-        if known != here:
+        if not known <= here:
             raise ValueError(f"the shards have the conditions {sorted(here)} but the tokenizer {sorted(known)}")
         ids = {}
-        if CELL_TYPE in here:
+        if CELL_TYPE in known:
             ids["cell_type_ids"] = self.tokenizer.cell_type_ids(self.labels(CELL_TYPE))
-        if PERTURBATION in here:
+        if PERTURBATION in known:
             ids["perturbation_ids"] = self.tokenizer.perturbation_ids(self.labels(PERTURBATION))
         if self.tokenizer.covariates:
             columns = {name: self.labels(name) for name in self.tokenizer.covariates}
