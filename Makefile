@@ -15,7 +15,7 @@ DEMO := demo
 demo: .venv/installed
 	rm -rf $(DEMO)
 	mkdir -p $(DEMO)
-	$(BIN)/dcm-simulate --out $(DEMO)/cells.h5ad
+	$(BIN)/dcm-simulate --out $(DEMO)/cells.h5ad --num-cells 5000 --num-genes 100
 	$(BIN)/dcm-convert $(DEMO)/cells.h5ad --out $(DEMO)/shards --cell-type-key cell_type --perturbation-key perturbation --control control
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		training/train.py --config training/configs/demo.yaml --data $(DEMO)/shards --out $(DEMO)/checkpoint

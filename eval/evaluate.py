@@ -133,7 +133,7 @@ def evaluate(cells: Cells, protocols: Sequence[Protocol], *, seed: int = 0) -> l
     # most matrices are small (one condition): a second BLAS thread makes it slower, on a busy machine fivefold
     with (
         threadpool_limits(limits=1, user_api="blas"),
-        tqdm(total=repeats * len(protocols), desc="scoring", unit="comparison") as bar,
+        tqdm(total=repeats * len(protocols), desc="scoring", unit="comparison", disable=None) as bar,
     ):
         for model, samples in sources.items():
             bar.set_postfix_str(model)

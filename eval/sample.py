@@ -7,12 +7,14 @@ Knows nothing of training. The checkpoint is a folder or a Hub id.
 """
 
 import logging
+import time
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import transformers
 import tyro
+from safetensors import SafetensorError
 
 from modeling_dcm import DCMForDenoising
 from tokenization import DCMTokenizer
@@ -71,6 +73,7 @@ def main(
     except ValueError as error:
         raise ValueError(f"{error}{_why_unknown(str(error), model)}") from error
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    start = time.perf_counter()
     ids = model.generate(
         **conditions,
         steps=steps,
@@ -82,6 +85,7 @@ def main(
         batch_size=batch_size,
         progress=True,
     )
+    rate = len(ids) / (time.perf_counter() - start)
     cells = tokenizer.decode(ids, conditions=conditions)
     cells.uns["generator"] = "dcm"
     cells.uns["dcm_sampling"] = {
@@ -95,7 +99,7 @@ def main(
     }
     with written_aside(out) as aside:
         cells.write_h5ad(aside, compression="gzip")
-    logger.info("%s: %d cells x %d genes", out, *cells.shape)
+    logger.info("%s: %d cells x %d genes, %.0f cells/s", out, *cells.shape, rate)
     return out
 
 
@@ -103,6 +107,7 @@ def load_checkpoint(checkpoint: str) -> tuple[DCMForDenoising, DCMTokenizer]:
     """Model and tokenizer of a folder or a Hub id.
 
     Raises:
+        ValueError: weights that are damaged or do not fit this version.
         FileNotFoundError: a folder that lacks the weights or the tokenizer; the message says which.
     """
     folder = Path(checkpoint)
@@ -119,7 +124,12 @@ def load_checkpoint(checkpoint: str) -> tuple[DCMForDenoising, DCMTokenizer]:
             )
     elif checkpoint.startswith((".", "/")) or checkpoint.endswith("/") or checkpoint.count("/") > 1:
         raise FileNotFoundError(f"no checkpoint folder {checkpoint!r}")
-    return DCMForDenoising.from_pretrained(checkpoint), DCMTokenizer.from_pretrained(checkpoint)
+    try:
+        return DCMForDenoising.from_pretrained(checkpoint), DCMTokenizer.from_pretrained(checkpoint)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"the weights of {checkpoint!r} cannot be loaded: damaged, or of another version of this package"
+        ) from error
 
 
 def conditions_of(path: Path, tokenizer: DCMTokenizer) -> dict[str, torch.Tensor | int]:

@@ -78,7 +78,7 @@ class CellGenerationMixin:
         x = self._start(N, len(gene_ids), observed)
         sizes = self._given_library_size(library_size, N, observed is not None)
         cells = []
-        with _dropout_off(self), tqdm(total=N, unit="cell", desc="sampling", disable=not progress) as bar:
+        with _dropout_off(self), _bar(N, progress) as bar:
             for chunk, rows in _chunks(N, batch_size):
                 generator = keyed_generator(seed, chunk, self.device)
                 conditions = self._of_rows(given, rows)
@@ -246,6 +246,11 @@ class CellGenerationMixin:
             conditions.get("covariate_ids"),
             generator,
         )
+
+
+def _bar(num_cells: int, progress: bool) -> tqdm:
+    """A bar on a terminal; in a log file it would be one endless line."""
+    return tqdm(total=num_cells, unit="cell", desc="sampling", disable=None if progress else True)
 
 
 @contextmanager
