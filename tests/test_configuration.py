@@ -1,8 +1,11 @@
 """Properties of the configuration: bad values are refused with a message, ids never collide, saving loses nothing."""
 
+from pathlib import Path
+
 import pytest
 
 from modeling_dcm import SIZES, DCMConfig
+from tests.count_parameters import count_parameters
 
 
 @pytest.mark.parametrize(
@@ -85,3 +88,9 @@ def test_two_configurations_do_not_share_their_covariates():
 def test_every_size_is_a_valid_configuration(size):
     config = DCMConfig(**SIZES[size])
     assert {name: getattr(config, name) for name in SIZES[size]} == SIZES[size]
+
+
+@pytest.mark.parametrize(("size", "millions"), [("5m", 5.6), ("10m", 11.8), ("20m", 21.3)])
+def test_sizes_have_the_parameter_counts_that_the_readme_says(size, millions):
+    assert count_parameters(size) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert f"{millions} M" in (Path(__file__).parents[1] / "README.md").read_text()
