@@ -6,6 +6,7 @@
 Knows nothing of training. The checkpoint is a folder or a Hub id.
 """
 
+import json
 import logging
 import time
 from pathlib import Path
@@ -61,13 +62,14 @@ def main(
         seed: The same seed and batch size give the same cells.
         batch_size: Cells drawn together.
     """
-    if like is not None and (cell_type or perturbation or covariates or num_cells):
+    if like is not None and (cell_type or perturbation or covariates or num_cells is not None):
         raise ValueError("--like takes conditions and number of cells from its file: leave out the other options")
     model, tokenizer = load_checkpoint(checkpoint)
     try:
         if like is None:
             wanted = _nones_left_out(cell_type=cell_type, perturbation=perturbation, covariates=covariates)
-            conditions = tokenizer.conditions(num_cells=num_cells or DEFAULT_NUM_CELLS, **wanted)
+            num_cells = DEFAULT_NUM_CELLS if num_cells is None else num_cells
+            conditions = tokenizer.conditions(num_cells=num_cells, **wanted)
         else:
             conditions = conditions_of(like, tokenizer)
     except ValueError as error:
@@ -126,6 +128,12 @@ def load_checkpoint(checkpoint: str) -> tuple[DCMForDenoising, DCMTokenizer]:
         raise FileNotFoundError(f"no checkpoint folder {checkpoint!r}")
     try:
         return DCMForDenoising.from_pretrained(checkpoint), DCMTokenizer.from_pretrained(checkpoint)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{checkpoint!r} holds a damaged JSON file ({error}): copy it again") from error
+    except OSError as error:
+        if folder.is_dir():
+            raise
+        raise FileNotFoundError(f"{checkpoint!r} is no checkpoint folder, and not found on the Hub: {error}") from error
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"the weights of {checkpoint!r} cannot be loaded: damaged, or of another version of this package"

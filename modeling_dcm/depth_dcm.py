@@ -28,17 +28,18 @@ class CellTotals(nn.Module):
         super().__init__()
         self.mask_token_id, self.pad_token_id = config.mask_token_id, config.pad_token_id
         self.register_buffer("gene_mean", torch.ones(config.num_genes))
-        self.register_buffer("count_value", count_values(config))
+        # twice the count: the middle of a bin is an integer or a half, and integers survive a cast of the model to bf16
+        self.register_buffer("twice_count", (2 * count_values(config)).long())
 
     def forward(self, input_ids: torch.Tensor, gene_ids: torch.Tensor) -> Progress:
         """The progress of cells ``input_ids`` (B, L) over genes ``gene_ids`` (B, L)."""
         is_masked = input_ids == self.mask_token_id
         is_measured = input_ids != self.pad_token_id
-        mean = self.gene_mean[gene_ids] * is_measured
+        mean = self.gene_mean[gene_ids].float() * is_measured
         expected_masked = (mean * is_masked).sum(dim=1)
         return Progress(
             t=is_masked.sum(dim=1) / is_measured.sum(dim=1).clamp(min=1),
-            observed_total=self.count_value[input_ids].sum(dim=1),
+            observed_total=self.twice_count[input_ids].sum(dim=1).float() / 2,
             expected_observed=mean.sum(dim=1) - expected_masked,
             expected_masked=expected_masked,
         )

@@ -139,6 +139,9 @@ class CellGenerationMixin:
     def embed(self, input_ids: torch.Tensor, *, batch_size: int = 256, **conditions) -> torch.Tensor:
         """Pooled hidden state (N, D) of cells with counts ``input_ids`` (N, L): mean over genes, or over latents."""
         check_conditions(self.config, conditions)
+        mask = conditions.pop("attention_mask", None)
+        if mask is not None:
+            input_ids = input_ids.masked_fill(mask == 0, self.config.pad_token_id)
         with _dropout_off(self):
             chunks = (
                 self._of_rows({"input_ids": input_ids, **conditions}, rows)
@@ -148,6 +151,7 @@ class CellGenerationMixin:
 
     def _of_rows(self, arguments: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
         """Arguments of a chunk of cells; ``gene_ids`` (L,) are those of every cell."""
+        arguments = {name: value for name, value in arguments.items() if value is not None}
         is_shared = {name: name == "gene_ids" and value.ndim == 1 for name, value in arguments.items()}
         return {name: (v if is_shared[name] else v[rows]).to(self.device) for name, v in arguments.items()}
 

@@ -173,7 +173,7 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
     def set_marginals(self, histogram: torch.Tensor) -> None:
         """Start at the training marginals: ``histogram`` (G, K+1), how many cells have each count of each gene."""
         self.head.set_marginals(histogram)
-        values = self.totals.count_value[: self.config.num_counts].double()
+        values = self.totals.twice_count[: self.config.num_counts].double() / 2
         self.totals.gene_mean.copy_(histogram.double() @ values / histogram.sum(dim=1).clamp(min=1))
 
     def _check_genes(self, input_ids: torch.Tensor, gene_ids: torch.Tensor | None) -> torch.Tensor:

@@ -19,6 +19,7 @@ from tokenization import DCMTokenizer
 from training.cells import Cells
 from training.config import TrainConfig
 from training.start import build_model, build_tokenizer
+from training.states import newest_state
 from training.train import build_optimizer, learning_rate, main, noised
 
 TINY = {
@@ -387,3 +388,37 @@ def test_training_lowers_the_loss(config):
     lines = [json.loads(line) for line in (config.out / "training.jsonl").read_text().splitlines()]
     losses = [line["elbo"] for line in lines if "elbo" in line]
     assert losses[-1] < losses[0] - 0.03
+
+
+def test_shards_without_validation_cells_can_be_trained_on(config, shards, tmp_path):
+    folder = tmp_path / "no_validation"
+    shutil.copytree(shards, folder, ignore=shutil.ignore_patterns("validation"))
+    out = main(replace(config, data=folder))
+    assert (out / "model.safetensors").exists()
+    assert "validation" not in (out / "training.jsonl").read_text()
+
+
+def test_resuming_with_another_number_of_processes_is_refused(config):
+    main(config)
+    with pytest.raises(ValueError, match="num_processes: 1 then, 2 now"):
+        newest_state(replace(config, resume=True), 2, log=None)
+
+
+def test_a_log_cut_off_in_its_last_line_does_not_stop_a_resumed_run(config):
+    out = main(config)
+    with (out / "training.jsonl").open("a") as file:
+        file.write('{"step": 1')
+    main(replace(config, resume=True))
+    for line in (out / "training.jsonl").read_text().splitlines():
+        assert "step" in json.loads(line)
+
+
+def test_the_controls_vector_is_learned_even_when_the_table_has_one(config, perturbation_table, tmp_path):
+    table = load_file(perturbation_table)
+    width = len(next(iter(table.values())))
+    save_file({**table, "control": torch.zeros(width)}, tmp_path / "with_control.safetensors")
+    out = main(replace(config, perturbation_embeddings=tmp_path / "with_control.safetensors"))
+    model, tokenizer = DCMForDenoising.from_pretrained(out), DCMTokenizer.from_pretrained(out)
+    has_vector = model.conditions.perturbation.has_vector
+    assert not has_vector[tokenizer.perturbations.index("control")]
+    assert has_vector.sum() == len(table)

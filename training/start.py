@@ -54,7 +54,7 @@ def _table_names(path: Path, perturbations: list[str], control: str | None) -> l
     """Names of the table that the training cells do not have: the model can be asked for them all the same."""
     if not perturbations:
         raise ValueError("perturbation_embeddings were given, but no perturbation is learned from these shards")
-    table = _read_table(path)
+    table = _read_table(path, control)
     missing = [name for name in perturbations if name not in table and name != control]
     if missing:
         shown = ", ".join(missing[:20]) + (", ..." if len(missing) > 20 else "")
@@ -64,7 +64,8 @@ def _table_names(path: Path, perturbations: list[str], control: str | None) -> l
     return sorted(set(table) - set(perturbations))
 
 
-def _read_table(path: Path) -> dict[str, torch.Tensor]:
+def _read_table(path: Path, control: str | None) -> dict[str, torch.Tensor]:
+    """Vectors by name, without the control's, whose vector is always learned."""
     if not path.is_file():
         raise FileNotFoundError(
             f"no perturbation table {str(path)!r}; expected a safetensors file of one vector per name"
@@ -73,6 +74,7 @@ def _read_table(path: Path) -> dict[str, torch.Tensor]:
         table = {name: vector.float().flatten() for name, vector in load_file(path).items()}
     except Exception as error:
         raise ValueError(f"{str(path)!r} is not a safetensors file ({error})") from error
+    table.pop(control, None)
     sizes = {len(vector) for vector in table.values()}
     if len(sizes) != 1:
         raise ValueError(f"{str(path)!r} holds vectors of lengths {sorted(sizes)}, expected one length")
@@ -87,7 +89,7 @@ def build_model(config: TrainConfig, tokenizer: DCMTokenizer, cells: Cells) -> D
     counts = cells.csr()
     library_size = torch.from_numpy(np.asarray(counts.sum(axis=1)).ravel())
     shape = SIZES[config.size] if config.size else {}
-    table = _read_table(config.perturbation_embeddings) if config.perturbation_embeddings else None
+    table = _read_table(config.perturbation_embeddings, tokenizer.control) if config.perturbation_embeddings else None
     own = ("backbone", "mlp_ratio", "num_latents", "dropout", "gene_output_bias", "library_size_conditioning")
     own += (
         "condition_tokens",

@@ -22,7 +22,7 @@ from training.config import TrainConfig
 FREE_TO_CHANGE = ("data", "out", "config", "resume", "log_every", "validate_every", "validation_cells", "save_every")
 
 
-def newest_state(config: TrainConfig, log: logging.Logger | None) -> Path | None:
+def newest_state(config: TrainConfig, num_processes: int, *, log: logging.Logger | None) -> Path | None:
     """The newest state of ``config.out`` when resuming; None starts afresh.
 
     Raises:
@@ -39,7 +39,7 @@ def newest_state(config: TrainConfig, log: logging.Logger | None) -> Path | None
             log.info("nothing to resume under %s: starting afresh", folder)
         return None
     before = json.loads((states[-1] / "options.json").read_text())
-    now = _options(config)
+    now = {**_options(config), "num_processes": num_processes}
     differ = [name for name in now if name not in FREE_TO_CHANGE and before.get(name) != now[name]]
     differ = [name for name in differ if name != "max_steps" or config.learning_rate_schedule != "constant"]
     if differ:
@@ -51,7 +51,12 @@ def newest_state(config: TrainConfig, log: logging.Logger | None) -> Path | None
 
 
 def save_state(
-    config: TrainConfig, step: int, model: DCMForDenoising, ema: list[torch.Tensor], optimizer: torch.optim.Optimizer
+    config: TrainConfig,
+    num_processes: int,
+    step: int,
+    model: DCMForDenoising,
+    ema: list[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
 ) -> None:
     """Write `checkpoints/step-N` and remove the states before it."""
     folder = config.out / "checkpoints"
@@ -62,7 +67,8 @@ def save_state(
     with written_aside(folder / f"step-{step}") as aside:
         aside.mkdir(parents=True)
         save_file({name: value.contiguous().clone() for name, value in tensors.items()}, aside / "state.safetensors")
-        (aside / "options.json").write_text(json.dumps(_options(config), indent=1))
+        options = {**_options(config), "num_processes": num_processes}
+        (aside / "options.json").write_text(json.dumps(options, indent=1))
         (aside / "step.json").write_text(json.dumps({"step": step}))
     for other in folder.glob("step-*"):
         if other.name != f"step-{step}":

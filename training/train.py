@@ -2,8 +2,9 @@
 
     accelerate launch training/train.py --config training/configs/demo.yaml --data shards/ --out checkpoint/
 
-One process or many, CPU or GPU: what `accelerate config` chose. Noise, order and label dropout are keyed by (seed,
-step, position in the global batch), so the result does not depend on how many processes share the work. Writes
+One process or many, CPU or GPU: what `accelerate config` chose. Order of cells, noise and label dropout are keyed by
+(seed, index of the batch) and drawn for the global batch, so processes that share one global batch do what a single
+process would do with all of it. Writes
 `OUT/model.safetensors` (averaged weights) with configuration and tokenizer, `OUT/training.jsonl`, and states to resume
 from under `OUT/checkpoints/`. Knows nothing of how cells are stored (`cells.py`) or drawn (`modeling_dcm`).
 """
@@ -57,7 +58,8 @@ def main(config: TrainConfig) -> Path:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         cpu=not torch.cuda.is_available(),
     )
-    state = newest_state(config, log=logger if accelerator.is_main_process else None)
+    world = accelerator.num_processes
+    state = newest_state(config, world, log=logger if accelerator.is_main_process else None)
     tokenizer = build_tokenizer(config)
     cells = Cells(config.data, "train", tokenizer)
     model = build_model(config, tokenizer, cells)
@@ -70,9 +72,7 @@ def main(config: TrainConfig) -> Path:
     batches = train_batches(cells, config, start, accelerator)
     for step in range(start, config.max_steps):
         # of dropout: keyed by the step as all other noise is, so that a resumed run draws what it would have drawn
-        torch.manual_seed(
-            keyed_generator(config.seed, step * accelerator.num_processes + accelerator.process_index).initial_seed()
-        )
+        torch.manual_seed(keyed_generator(config.seed, step * world + accelerator.process_index).initial_seed())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         loss = elbo = 0.0
@@ -95,7 +95,7 @@ def main(config: TrainConfig) -> Path:
         if accelerator.is_main_process and ((step + 1) % config.validate_every == 0 or last):
             log.write({"step": step + 1, **validate(accelerator.unwrap_model(model), ema, config, tokenizer)})
         if accelerator.is_main_process and ((step + 1) % config.save_every == 0 or last):
-            save_state(config, step + 1, accelerator.unwrap_model(model), ema, optimizer)
+            save_state(config, world, step + 1, accelerator.unwrap_model(model), ema, optimizer)
     log.close()
     if accelerator.is_main_process:
         with averaged_weights(accelerator.unwrap_model(model), ema) as averaged:
@@ -204,6 +204,8 @@ class averaged_weights:  # noqa: N801 (reads as a statement: `with averaged_weig
 @torch.no_grad()
 def validate(model: DCMForDenoising, ema: list[torch.Tensor], config: TrainConfig, tokenizer) -> dict[str, float]:
     """Loss and elbo (nats per gene) of the averaged weights on validation cells, always under the same noise."""
+    if not any((config.data / "validation").glob("*.parquet")):
+        return {}
     cells = Cells(config.data, "validation", tokenizer)
     rows = list(range(min(len(cells), config.validation_cells)))
     if not rows:
@@ -241,7 +243,7 @@ class TrainingLog:
         """Drop the lines of steps that will be taken again."""
         path = self.config.out / "training.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
+            lines = [line for line in path.read_text().splitlines() if _is_of_step_before(line, start)]
             with written_aside(path) as aside:
                 aside.write_text("".join(f"{line}\n" for line in lines))
 
@@ -273,6 +275,13 @@ class TrainingLog:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def _is_of_step_before(line: str, start: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= start
+    except json.JSONDecodeError:  # cut off when the run was killed
+        return False
 
 
 def parse(arguments: list[str]) -> TrainConfig:
