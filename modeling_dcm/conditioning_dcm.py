@@ -9,7 +9,7 @@ from torch import nn
 
 from .configuration_dcm import DCMConfig
 from .depth_dcm import Progress, log_ratio
-from .layers_dcm import TIME_FEATURES, sinusoidal
+from .layers_dcm import sinusoidal
 
 CONDITIONS = ("cell_type_ids", "perturbation_ids", "perturbation_embeds", "covariate_ids", "library_size")
 SMOOTH_FEATURES = 16
@@ -144,7 +144,7 @@ class ConditionEncoder(nn.Module):
         self.perturbation = PerturbationEncoder(config) if config.num_perturbations else None
         self.covariates = nn.ModuleDict({name: LabelEncoder(size, D) for name, size in config.covariates.items()})
         self.library_size = LibrarySizeEncoder(config) if config.library_size_conditioning else None
-        self.time = nn.Linear(TIME_FEATURES, D)
+        self.time = nn.Linear(SMOOTH_FEATURES + 1, D)
         self.summary = nn.Linear(D + SMOOTH_FEATURES + 1, D) if config.cell_summary else None
         num_vectors = 1 + len(config.condition_names) + config.cell_summary
         self.mlp = nn.Sequential(nn.Linear(D * num_vectors, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU())
@@ -175,7 +175,7 @@ class ConditionEncoder(nn.Module):
         if self.library_size is not None:
             vectors.append(self.library_size(missing if library_size is None else library_size, progress))
         tokens = torch.stack(vectors, dim=1) if vectors and self.config.condition_tokens else None
-        vectors.append(self.time(sinusoidal(1000 * progress.t, TIME_FEATURES).to(self.time.weight.dtype)))
+        vectors.append(self.time(smooth_features(2 * progress.t - 1).to(self.time.weight.dtype)))
         if self.summary is not None:
             depth = smooth_features(log_ratio(progress.observed_total, progress.expected_observed))
             vectors.append(self.summary(torch.cat([observed, depth.to(observed.dtype)], dim=-1)))

@@ -19,6 +19,7 @@ class Progress(NamedTuple):
     observed_total: torch.Tensor  # sum of the observed counts
     expected_observed: torch.Tensor  # what the observed genes sum to in a mean training cell
     expected_masked: torch.Tensor  # what the masked genes sum to in a mean training cell
+    depth: torch.Tensor  # factor between this cell's masked genes and a mean cell's, as far as it is known
 
 
 class CellTotals(nn.Module):
@@ -27,21 +28,42 @@ class CellTotals(nn.Module):
     def __init__(self, config: DCMConfig):
         super().__init__()
         self.mask_token_id, self.pad_token_id = config.mask_token_id, config.pad_token_id
-        self.register_buffer("gene_mean", torch.ones(config.num_genes))
+        # one row for each cell type, and a last one of all cells
+        self.register_buffer("gene_mean", torch.ones(config.num_cell_types + 1, config.num_genes))
         # twice the count: the middle of a bin is an integer or a half, and integers survive a cast of the model to bf16
         self.register_buffer("twice_count", (2 * count_values(config)).long())
 
-    def forward(self, input_ids: torch.Tensor, gene_ids: torch.Tensor) -> Progress:
+    def mean(self, gene_ids: torch.Tensor, cell_type_ids: torch.Tensor | None) -> torch.Tensor:
+        """Mean counts (B, L) of genes (B, L) in each cell's type, or in all cells where it is not given (-1)."""
+        if cell_type_ids is None:
+            return self.gene_mean[-1][gene_ids].float()
+        row = torch.where(cell_type_ids < 0, len(self.gene_mean) - 1, cell_type_ids)
+        return self.gene_mean[row[:, None], gene_ids].float()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        gene_ids: torch.Tensor,
+        cell_type_ids: torch.Tensor | None = None,
+        library_size: torch.Tensor | None = None,
+    ) -> Progress:
         """The progress of cells ``input_ids`` (B, L) over genes ``gene_ids`` (B, L)."""
         is_masked = input_ids == self.mask_token_id
         is_measured = input_ids != self.pad_token_id
-        mean = self.gene_mean[gene_ids].float() * is_measured
+        mean = self.mean(gene_ids, cell_type_ids) * is_measured
         expected_masked = (mean * is_masked).sum(dim=1)
+        expected_observed = mean.sum(dim=1) - expected_masked
+        observed_total = self.twice_count[input_ids].sum(dim=1).float() / 2
+        depth = log_ratio(observed_total, expected_observed)
+        if library_size is not None:
+            remainder = log_ratio(library_size.float() - observed_total, expected_masked)
+            depth = torch.where(library_size >= 0, remainder, depth)
         return Progress(
             t=is_masked.sum(dim=1) / is_measured.sum(dim=1).clamp(min=1),
-            observed_total=self.twice_count[input_ids].sum(dim=1).float() / 2,
-            expected_observed=mean.sum(dim=1) - expected_masked,
+            observed_total=observed_total,
+            expected_observed=expected_observed,
             expected_masked=expected_masked,
+            depth=depth.exp(),
         )
 
 

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from .conditioning_dcm import check_conditions
 from .diffusion_dcm import keyed_generator, mask_counts, num_masked
+from .law_dcm import FactoredLogits
 from .sampling_dcm import sample_counts
 
 
@@ -159,7 +160,7 @@ class CellGenerationMixin:
         gene_ids = self._check_genes(input_ids, gene_ids)
         targets = conditions.pop("target_gene_ids", None)
         embedded, condition, tokens, _ = self._embed(
-            input_ids, gene_ids, self.totals(input_ids, gene_ids), conditions, targets
+            input_ids, gene_ids, self._progress(input_ids, gene_ids, conditions), conditions, targets
         )
         if self.config.backbone == "latent":
             return self._latents(input_ids, embedded, condition, tokens).mean(dim=1)
@@ -170,25 +171,25 @@ class CellGenerationMixin:
     def _denoiser(self, gene_ids: torch.Tensor, conditions: dict[str, torch.Tensor], guidance_scale: float):
         """The sampler's callable: logits at the genes about to be revealed, guided when asked."""
 
-        def logits_at(x_t, positions, known, given):
+        def law_at(x_t, positions, known, given) -> FactoredLogits:
             B, L = x_t.shape
             genes = gene_ids.expand(B, L)
-            progress = self.totals(x_t, genes)
+            progress = self._progress(x_t, genes, given)
             targets = given.get("target_gene_ids")
             if self.config.backbone == "dit":
-                return self._denoise(x_t, genes, progress, given, targets, positions)
+                return self._law(x_t, genes, progress, given, targets, positions)
             # the latents read what is known and nothing else: the sequence is known genes, then queried ones
             subset = torch.cat([known, positions], dim=1)
             ids = torch.cat([x_t.gather(1, known), torch.full_like(positions, self.config.mask_token_id)], dim=1)
             asked = torch.arange(known.shape[1], subset.shape[1], device=x_t.device).expand(B, -1)
-            return self._denoise(ids, genes.gather(1, subset), progress, given, targets, asked)
+            return self._law(ids, genes.gather(1, subset), progress, given, targets, asked)
 
-        def guided(x_t, positions, known):
-            log_p = logits_at(x_t, positions, known, conditions)
+        def guided(x_t, positions, known) -> FactoredLogits | torch.Tensor:
+            law = law_at(x_t, positions, known, conditions)
             if guidance_scale == 0:
-                return log_p
-            null = logits_at(x_t, positions, known, {"library_size": conditions["library_size"]})
-            log_p, null = log_p.float().log_softmax(dim=-1), null.float().log_softmax(dim=-1)
+                return law
+            null = law_at(x_t, positions, known, {"library_size": conditions["library_size"]})
+            log_p, null = law.full().log_softmax(dim=-1), null.full().log_softmax(dim=-1)
             return (1 + guidance_scale) * log_p - guidance_scale * null
 
         return guided

@@ -12,11 +12,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_dcm import DCMConfig
+from .law_dcm import FactoredLogits
 
 NUM_SMALL_COUNTS = 8
 NUM_BUMPS = 24
 NUM_COUNT_FEATURES = NUM_SMALL_COUNTS + NUM_BUMPS
-TIME_FEATURES = 128
+LOWEST_LEVEL = 3e-3  # expected counts below are not told apart
 
 
 def count_features(num_counts: int, device: torch.device) -> torch.Tensor:
@@ -31,6 +32,14 @@ def count_features(num_counts: int, device: torch.device) -> torch.Tensor:
     bumps = torch.exp(-0.5 * ((x[:, None] - centres) / (centres[1] - centres[0])) ** 2)
     small = counts[:, None] == torch.arange(NUM_SMALL_COUNTS, device=device)
     return torch.cat([small.float(), bumps], dim=-1)
+
+
+def level_features(expected: torch.Tensor, max_count: int) -> torch.Tensor:
+    """Smooth bumps (.., 24) over the logarithm of expected counts (..)."""
+    lowest, highest = math.log(LOWEST_LEVEL), math.log(max(max_count, 2))
+    centres = torch.linspace(lowest, highest, NUM_BUMPS, device=expected.device)
+    z = (expected.float() + LOWEST_LEVEL).log()[..., None]
+    return torch.exp(-0.5 * ((z - centres) / (centres[1] - centres[0])) ** 2)
 
 
 def sinusoidal(x: torch.Tensor, dim: int, max_period: float = 10_000.0) -> torch.Tensor:
@@ -82,19 +91,20 @@ class Attention(nn.Module):
         self.heads = config.num_attention_heads
         self.head_dim = config.hidden_size // self.heads
         self.q = nn.Linear(config.hidden_size, config.hidden_size)
-        self.kv = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.k = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v = nn.Linear(config.hidden_size, config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor, keys: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
         """``key_mask`` (B, S), True at the keys to attend to; None: all of them."""
-        query = self.q(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
-        key, value = self.kv(keys).unflatten(-1, (2 * self.heads, self.head_dim)).transpose(1, 2).chunk(2, dim=1)
+        projected = (self.q(x), self.k(keys), self.v(keys))
+        query, key, value = (h.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2) for h in projected)
         implementation = self.config._attn_implementation or "eager"
         mask = key_mask
         if key_mask is not None and not ("flash" in implementation and query.shape[2] == key.shape[2]):
             # flash attention unpads by a (B, S) mask only where queries and keys are the same tokens
             implementation = "sdpa" if "flash" in implementation else implementation
-            mask = key_mask[:, None, None, :].expand(-1, 1, query.shape[2], -1)
+            mask = key_mask[:, None, None, :]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         dropout = self.config.dropout if self.training else 0.0
         attended, _ = attend(self, query, key, value, mask, dropout=dropout, scaling=self.head_dim**-0.5)
@@ -153,30 +163,40 @@ class CellEmbedding(nn.Module):
 
     def __init__(self, config: DCMConfig):
         super().__init__()
-        self.num_counts = config.num_counts
+        self.num_counts, self.max_count = config.num_counts, config.max_count
         self.gene = nn.Embedding(config.num_genes, config.hidden_size)
         self.gene_reading = nn.Embedding(config.num_genes, config.hidden_size)
         self.count = nn.Linear(NUM_COUNT_FEATURES, 2 * config.hidden_size, bias=False)
         self.mask_and_pad = nn.Embedding(2, 2 * config.hidden_size)
         self.target = nn.Embedding(1, config.hidden_size) if config.num_perturbations else None
+        self.level = nn.Linear(NUM_BUMPS, config.hidden_size) if config.cell_summary else None
 
-    def genes(self, gene_ids: torch.Tensor, is_target: torch.Tensor | None) -> torch.Tensor:
-        """Identity of the genes (.., L, D), flagged where they are the perturbation's target."""
+    def genes(
+        self, gene_ids: torch.Tensor, is_target: torch.Tensor | None, expected: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Identity of the genes (.., L, D), with their ``expected`` counts (.., L) where these are given, flagged where
+        they are the perturbation's target."""
         identity = self.gene(gene_ids)
+        if self.level is not None and expected is not None:
+            identity = identity + self.level(level_features(expected, self.max_count).to(identity.dtype))
         if is_target is None:
             return identity
         return identity + is_target[..., None].to(identity.dtype) * self.target.weight
 
     def forward(
-        self, input_ids: torch.Tensor, gene_ids: torch.Tensor, is_target: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor,
+        gene_ids: torch.Tensor,
+        is_target: torch.Tensor | None,
+        expected: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B, L, D), and the sum over the observed genes of what was counted (B, D)."""
         counts = self.count(count_features(self.num_counts, input_ids.device).to(self.count.weight.dtype))
         table = torch.cat([counts, self.mask_and_pad.weight.to(counts.dtype)])  # (V, 2D)
-        count, level = nn.functional.embedding(input_ids, table).chunk(2, dim=-1)  # (B, L, D) each
+        count, level = (nn.functional.embedding(input_ids, half.contiguous()) for half in table.chunk(2, dim=-1))
         reading = count + level * self.gene_reading(gene_ids)
         is_observed = (input_ids < self.num_counts).to(reading.dtype)
-        return self.genes(gene_ids, is_target) + reading, (is_observed[:, None] @ reading)[:, 0]
+        return self.genes(gene_ids, is_target, expected) + reading, (is_observed[:, None] @ reading)[:, 0]
 
 
 class DiTBackbone(nn.Module):
@@ -226,9 +246,13 @@ class LatentBackbone(nn.Module):
 
 
 class CountHead(nn.Module):
-    """Logits over counts 0..K of the queried genes; there is no output for MASK or PAD.
+    """The law over counts 0..K of the queried genes, in two stages; there is no output for MASK or PAD.
 
-    ``gene_bias`` has C columns: counts below C-1 have a bias of their own for each gene, all others share the last.
+    First which of the small counts it is, or that it is a large one; then which large one. Large counts are rare, so
+    the second stage, which has nearly all of the outputs, is hardly ever needed: not for the loss, nor for drawing.
+    ``gene_bias`` has C columns for each gene: one for each of the C-1 small counts, the last for all large ones.
+    With C = 0, or C > K, there is one stage.
+
     Only the weights of the counts start at zero. A modulation that started at zero too would be a saddle: once the bias
     holds the marginals, neither would have a gradient that knows the conditions.
     """
@@ -236,25 +260,32 @@ class CountHead(nn.Module):
     def __init__(self, config: DCMConfig):
         super().__init__()
         self.num_counts = config.num_counts
+        columns = min(config.gene_output_bias, config.num_counts)
+        self.num_small = columns - 1 if 0 < columns < config.num_counts else config.num_counts
         self.norm = layer_norm(config.hidden_size)
         self.modulation = nn.Linear(config.hidden_size, 2 * config.hidden_size)
         self.counts = ZeroLinear(NUM_COUNT_FEATURES, config.hidden_size, bias=False)
+        self.large = ZeroLinear(1, config.hidden_size, bias=False) if self.num_small < self.num_counts else None
         self.bias = CountBias(1, config.num_counts)
-        columns = min(config.gene_output_bias, config.num_counts)
         self.gene_bias = CountBias(config.num_genes, columns) if columns else None
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor, gene_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, condition: torch.Tensor, gene_ids: torch.Tensor) -> FactoredLogits:
+        """The law at genes ``gene_ids`` (B, Q) with hidden states ``x`` (B, Q, D)."""
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
         x = modulate(self.norm(x), shift, scale)
-        weight = self.counts(count_features(self.num_counts, x.device).to(self.counts.weight.dtype))  # (K+1, D)
-        logits = nn.functional.linear(x, weight.to(x.dtype), self.bias.weight[0].to(x.dtype))
-        if self.gene_bias is None:
-            return logits
-        bias = self.gene_bias(gene_ids).to(logits.dtype)  # (.., Q, C)
-        C = bias.shape[-1]
-        if self.num_counts == C:
-            return logits + bias
-        return torch.cat([logits[..., :C] + bias, logits[..., C:] + bias[..., -1:]], dim=-1)
+        weight = self.counts(count_features(self.num_counts, x.device).to(self.counts.weight.dtype)).to(x.dtype)
+        bias = self.bias.weight[0]
+        small, large = weight[: self.num_small], weight[self.num_small :]  # (S, D) and (K+1-S, D)
+        if self.large is not None:
+            small = torch.cat([small, self.large.weight.T.to(x.dtype)])
+        logits = nn.functional.linear(x, small).float()
+        if self.large is None:
+            logits = logits + bias
+            return FactoredLogits(logits if self.gene_bias is None else logits + self.gene_bias(gene_ids), x, None, None)
+        # zeros everywhere are the uniform law over counts: "a large count" then has as many shares as there are
+        shares = nn.functional.pad(bias.new_zeros(self.num_small), (0, 1), value=math.log(len(large)))
+        logits = logits + nn.functional.embedding(gene_ids, self.gene_bias.weight + shares)
+        return FactoredLogits(logits, x, large, bias[self.num_small :])
 
     @torch.no_grad()
     def set_marginals(self, histogram: torch.Tensor) -> None:
@@ -266,12 +297,13 @@ class CountHead(nn.Module):
         shared = histogram.sum(dim=0) + 1.0
         shared = shared / shared.sum()
         log_p = ((histogram + shared) / (histogram.sum(dim=1, keepdim=True) + 1.0)).log()
+        self.bias.weight.zero_()
         if self.gene_bias is None:
             self.bias.weight.copy_(shared.log()[None])
-            return
-        C = self.gene_bias.embedding_dim
-        tail = shared[C - 1 :] / shared[C - 1 :].sum()
-        self.bias.weight.zero_()
-        self.bias.weight[0, C - 1 :] = tail.log().to(self.bias.weight)
-        last = log_p[:, C - 1 :].logsumexp(dim=1, keepdim=True)
-        self.gene_bias.weight.copy_(torch.cat([log_p[:, : C - 1], last], dim=1))
+        elif self.large is None:
+            self.gene_bias.weight.copy_(log_p)
+        else:
+            S = self.num_small
+            self.bias.weight[0, S:] = (shared[S:] / shared[S:].sum()).log().to(self.bias.weight)
+            any_large = log_p[:, S:].logsumexp(dim=1, keepdim=True) - math.log(self.num_counts - S)
+            self.gene_bias.weight.copy_(torch.cat([log_p[:, :S], any_large], dim=1))

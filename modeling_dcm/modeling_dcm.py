@@ -12,11 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .conditioning_dcm import CONDITIONS, ConditionEncoder, LibrarySizes, check_conditions
+from .conditioning_dcm import CONDITIONS, ConditionEncoder, LabelEncoder, LibrarySizes, check_conditions
 from .configuration_dcm import DCMConfig
-from .depth_dcm import CellTotals
+from .depth_dcm import CellTotals, Progress
 from .diffusion_dcm import alpha, denoising_loss
 from .generation_dcm import CellGenerationMixin
+from .law_dcm import FactoredLogits
 from .layers_dcm import AdaLNZero, CountBias, CountHead, DiTBackbone, LatentBackbone, ZeroLinear
 
 AUTO_MAP = {
@@ -26,6 +27,9 @@ AUTO_MAP = {
 }
 
 
+PRIOR_CELLS = 10.0  # weight of all cells' mean in a cell type's
+
+
 @dataclass
 class DCMOutput(ModelOutput):
     """Output of :class:`DCMForDenoising`.
@@ -33,7 +37,7 @@ class DCMOutput(ModelOutput):
     Attributes:
         loss: the configured weighting of Eq. 6, a scalar; None without labels.
         elbo: upper bound on -log p in nats per gene, a scalar; None without labels.
-        logits: (B, L, K+1), or (B, Q, K+1) with ``query_positions``.
+        logits: (B, L, K+1), or (B, Q, K+1) with ``query_positions``; None where only the loss was asked for.
     """
 
     loss: torch.Tensor | None = None
@@ -65,6 +69,8 @@ class DCMPreTrainedModel(PreTrainedModel):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, LabelEncoder):
+            nn.init.normal_(module.weight)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
 
@@ -97,6 +103,7 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
         library_size: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         query_positions: torch.Tensor | None = None,
+        return_logits: bool | None = None,
     ) -> DCMOutput:
         """Logits over counts for each gene, and the loss at masked genes when ``labels`` are given.
 
@@ -112,6 +119,8 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
             library_size: total counts over the panel (B,); negative is not given.
             labels: clean ids (B, L).
             query_positions: positions (B, Q) of the sequence to compute logits for, -1 is padding.
+            return_logits: whether to compute logits besides the loss, which does not need all of them; default: only
+                outside training, or without labels.
 
         Raises:
             ValueError: shapes or ids do not fit the configuration.
@@ -131,18 +140,22 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
         }
         check_conditions(self.config, {**given, "target_gene_ids": target_gene_ids})
         positions = None if query_positions is None else query_positions.clamp(min=0)
-        logits = self._denoise(input_ids, gene_ids, self.totals(input_ids, gene_ids), given, target_gene_ids, positions)
+        law = self._law(
+            input_ids, gene_ids, self._progress(input_ids, gene_ids, given), given, target_gene_ids, positions
+        )
         if labels is None:
-            return DCMOutput(logits=logits)
+            return DCMOutput(logits=law.full())
         is_query = is_masked
         if query_positions is not None:
             labels = labels.gather(1, positions)
             is_query = is_masked.gather(1, positions) & (query_positions >= 0)
-        safe = labels.masked_fill(~is_query, 0)
-        cross_entropy = nn.functional.cross_entropy(logits.float().flatten(0, 1), safe.flatten(), reduction="none")
-        uniform, elbo = denoising_loss(cross_entropy.view_as(safe), is_query, k, n)
+        cross_entropy = law.cross_entropy(labels.masked_fill(~is_query, 0))
+        uniform, elbo = denoising_loss(cross_entropy, is_query, k, n)
+        wanted = not self.training if return_logits is None else return_logits
         return DCMOutput(
-            loss=elbo if self.config.loss_weighting == "elbo" else uniform, elbo=elbo.detach(), logits=logits
+            loss=elbo if self.config.loss_weighting == "elbo" else uniform,
+            elbo=elbo.detach(),
+            logits=law.full() if wanted else None,
         )
 
     @torch.no_grad()
@@ -171,10 +184,23 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
 
     @torch.no_grad()
     def set_marginals(self, histogram: torch.Tensor) -> None:
-        """Start at the training marginals: ``histogram`` (G, K+1), how many cells have each count of each gene."""
+        """Start at the training marginals: ``histogram`` (G, K+1), how many cells have each count of each gene.
+
+        Sets all cell types' means to those of all cells; :meth:`set_cell_type_means` tells them apart.
+        """
         self.head.set_marginals(histogram)
         values = self.totals.twice_count[: self.config.num_counts].double() / 2
         self.totals.gene_mean.copy_(histogram.double() @ values / histogram.sum(dim=1).clamp(min=1))
+
+    @torch.no_grad()
+    def set_cell_type_means(self, total: torch.Tensor, num_cells: torch.Tensor) -> None:
+        """Mean counts of each cell type's training cells: ``total`` (T, G) over ``num_cells`` (T,) cells.
+
+        Drawn to the mean of all cells as if :data:`PRIOR_CELLS` more cells had been seen.
+        """
+        overall = self.totals.gene_mean[-1].double()
+        means = (total.double() + PRIOR_CELLS * overall) / (num_cells.double()[:, None] + PRIOR_CELLS)
+        self.totals.gene_mean[:-1] = means.to(self.totals.gene_mean)
 
     def _check_genes(self, input_ids: torch.Tensor, gene_ids: torch.Tensor | None) -> torch.Tensor:
         B, L = input_ids.shape
@@ -188,6 +214,11 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
             raise ValueError(f"gene_ids has shape {tuple(gene_ids.shape)}, expected ({L},) or ({B}, {L})")
         return gene_ids.expand(B, L)
 
+    def _progress(self, input_ids, gene_ids, given) -> Progress:
+        """How far whole cells (B, L) are revealed, and how deep they are."""
+        size = given.get("library_size") if self.config.library_size_conditioning else None
+        return self.totals(input_ids, gene_ids, given.get("cell_type_ids"), size)
+
     def _embed(self, input_ids, gene_ids, progress, given, target_gene_ids):
         """Gene tokens (B, L, D), condition (B, D), condition tokens (B, E, D) or None, target flags (B, L) or None."""
         perturbation_ids = given.get("perturbation_ids")
@@ -196,13 +227,19 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
         is_target = None
         if target_gene_ids is not None:
             is_target = (gene_ids[..., None] == target_gene_ids[:, None, :]).any(dim=-1)
-        embedded, total = self.backbone.embedding(input_ids, gene_ids, is_target)
+        # tokens of "dit" are also queries, so they say what is expected; the latents read what was counted
+        expected = self._expected(gene_ids, progress, given) if self.config.backbone == "dit" else None
+        embedded, total = self.backbone.embedding(input_ids, gene_ids, is_target, expected)
         observed = total / self.config.num_genes**0.5
         condition, tokens = self.conditions(progress, observed, **{name: given.get(name) for name in CONDITIONS})
         return embedded, condition, tokens, is_target
 
-    def _denoise(self, input_ids, gene_ids, progress, given, target_gene_ids, positions) -> torch.Tensor:
-        """Logits (B, Q, K+1) at ``positions`` (B, Q), or at all genes. ``input_ids`` may be a part of the cell,
+    def _expected(self, gene_ids, progress, given) -> torch.Tensor:
+        """Counts (B, L) that genes (B, L) would have in a mean cell of this type and depth."""
+        return self.totals.mean(gene_ids, given.get("cell_type_ids")) * progress.depth[:, None]
+
+    def _law(self, input_ids, gene_ids, progress, given, target_gene_ids, positions) -> FactoredLogits:
+        """The law over counts at ``positions`` (B, Q), or at all genes. ``input_ids`` may be a part of the cell,
         ``progress`` is that of the whole."""
         embedded, condition, tokens, is_target = self._embed(input_ids, gene_ids, progress, given, target_gene_ids)
         queried = gene_ids if positions is None else gene_ids.gather(1, positions)
@@ -213,7 +250,8 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
         else:
             latents = self._latents(input_ids, embedded, condition, tokens)
             is_query_target = is_target if positions is None or is_target is None else is_target.gather(1, positions)
-            queries = self.backbone.embedding.genes(queried, is_query_target)
+            expected = self._expected(queried, progress, given)
+            queries = self.backbone.embedding.genes(queried, is_query_target, expected)
             hidden = self.backbone.write(queries, condition, latents)
         return self.head(hidden, condition, queried)
 

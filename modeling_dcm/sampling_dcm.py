@@ -10,9 +10,11 @@ from collections.abc import Callable
 
 import torch
 
-# denoise(x_t (B, L), positions (B, q), known (B, j)) -> logits (B, q, K+1). `known` are the positions that may hold a
-# count by now: all of them are among it, and what is not observed yet there is still MASK.
-Denoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+from .law_dcm import FactoredLogits, draw_counts
+
+# denoise(x_t (B, L), positions (B, q), known (B, j)) -> logits (B, q, K+1), whole or in two stages. `known` are the
+# positions that may hold a count by now: all of them are among it, and what is not observed yet there is still MASK.
+Denoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | FactoredLogits]
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda u: u,
@@ -44,12 +46,6 @@ def random_order(x: torch.Tensor, mask_token_id: int, pad_token_id: int, generat
     keys = torch.rand(x.shape, generator=generator, device=x.device)
     keys = keys.masked_fill((x != mask_token_id) & (x != pad_token_id), -1.0).masked_fill(x == pad_token_id, 2.0)
     return keys.argsort(dim=1, stable=True)
-
-
-def draw_counts(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
-    """One id for each row of ``logits`` (..., K+1), Gumbel-max in float32: the largest ``logits / T - log Exp(1)``."""
-    noise = torch.empty(logits.shape, device=logits.device).exponential_(generator=generator)
-    return (logits.float() / temperature - noise.log()).argmax(dim=-1)
 
 
 @torch.no_grad()
@@ -94,8 +90,12 @@ def sample_counts(
         is_own = index < stops[:, step + 1, None]
         positions = order.gather(1, index.clamp(max=L))  # (B, q)
         positions = positions.masked_fill(~is_own, L)
-        logits = denoise(x[:, :L], positions.clamp(max=L - 1), known)
-        x.scatter_(1, positions, draw_counts(logits, temperature, generator))
+        law = denoise(x[:, :L], positions.clamp(max=L - 1), known)
+        if isinstance(law, FactoredLogits):
+            drawn = law.draw(generator) if temperature == 1.0 else draw_counts(law.full(), temperature, generator)
+        else:
+            drawn = draw_counts(law, temperature, generator)
+        x.scatter_(1, positions, drawn)
         if on_step is not None:
             on_step(x[:, :L])
     return x[:, :L]

@@ -90,7 +90,7 @@ def test_every_size_is_a_valid_configuration(size):
     assert {name: getattr(config, name) for name in SIZES[size]} == SIZES[size]
 
 
-@pytest.mark.parametrize(("size", "millions"), [("5m", 5.6), ("10m", 11.8), ("20m", 21.3)])
+@pytest.mark.parametrize(("size", "millions"), [("5m", 5.6), ("10m", 11.8), ("20m", 21.2)])
 def test_sizes_have_the_parameter_counts_that_the_readme_says(size, millions):
     assert count_parameters(size) / 1e6 == pytest.approx(millions, abs=0.05)
     assert f"{millions} M" in (Path(__file__).parents[1] / "README.md").read_text()

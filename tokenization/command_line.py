@@ -5,6 +5,7 @@ help from the docstring. This file adds the one thing that tyro does not know: a
 stderr and exit code 2, never a traceback. Set ``DCM_TRACEBACK=1`` to see the traceback all the same.
 """
 
+import ctypes
 import logging
 import os
 import sys
@@ -23,6 +24,7 @@ def run(main: Callable[..., object]) -> None:
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Log to stderr, and end the program with one line and exit code 2 on a ``ValueError`` or ``OSError``."""
+    keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "datasets", "accelerate", "fsspec", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -34,3 +36,18 @@ def user_errors() -> Iterator[None]:
         message = " ".join(str(error).split())
         sys.stderr.write(f"error: {message}\n")
         sys.exit(2)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc, where there is one, reuse large freed blocks: a network asks for the same sizes again and again.
+
+    Handed back to the system, every page would be cleared again before its next use, about a tenth of the time of a
+    training step on a CPU.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(mmap_threshold, 2**25)  # the largest value that glibc accepts
+    mallopt(trim_threshold, 2**31 - 1)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from scipy.sparse import csr_matrix
 
 from modeling_dcm import SIZES, DCMConfig, DCMForDenoising
 from tokenization import DCMTokenizer
@@ -115,6 +116,10 @@ def build_model(config: TrainConfig, tokenizer: DCMTokenizer, cells: Cells) -> D
     model_config._attn_implementation = config.attn
     model = DCMForDenoising(model_config)
     model.set_marginals(_histogram(counts, tokenizer))
+    if tokenizer.cell_types:
+        model.set_cell_type_means(
+            *_cell_type_totals(counts, cells.conditions["cell_type_ids"], len(tokenizer.cell_types))
+        )
     model.target_gene_ids.copy_(torch.from_numpy(tokenizer.target_gene_ids))
     if config.library_size_conditioning:
         _set_library_sizes(model, cells, library_size)
@@ -143,6 +148,15 @@ def _histogram(counts, tokenizer: DCMTokenizer) -> torch.Tensor:
     histogram = np.bincount(flat, minlength=G * V).reshape(G, V)
     histogram[:, 0] += counts.shape[0] - histogram.sum(axis=1)
     return torch.from_numpy(histogram)
+
+
+def _cell_type_totals(counts, cell_type_ids, num_cell_types: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed counts (T, G) of the training cells of each type, and how many they are (T,)."""
+    given = np.flatnonzero(cell_type_ids >= 0)
+    shape = (num_cell_types, counts.shape[0])
+    of_type = csr_matrix((np.ones(len(given)), (np.asarray(cell_type_ids)[given], given)), shape=shape)
+    num_cells = np.asarray(of_type.sum(axis=1)).ravel()
+    return torch.from_numpy((of_type @ counts).toarray()), torch.from_numpy(num_cells)
 
 
 def _set_library_sizes(model: DCMForDenoising, cells: Cells, library_size: torch.Tensor) -> None:
