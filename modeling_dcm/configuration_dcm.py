@@ -38,6 +38,7 @@ class DCMConfig(PreTrainedConfig):
     mlp_ratio: int | float = 4  # width of the blocks' hidden layer over D
     dropout: int | float = 0.0  # in attention and MLP
     backbone: str = "dit"  # "dit": attention over genes (the paper); "latent": cost linear in genes
+    masked_keys: bool = True  # in "dit", genes attend to masked ones too (the paper); False: only to observed ones
     num_latents: int = 64  # learned latents of the "latent" backbone
     num_cell_types: int = 0  # 0: the condition does not exist; likewise below
     num_perturbations: int = 0  # single perturbations, the control among them

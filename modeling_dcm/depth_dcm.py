@@ -52,19 +52,33 @@ class CellTotals(nn.Module):
         is_measured = input_ids != self.pad_token_id
         mean = self.mean(gene_ids, cell_type_ids) * is_measured
         expected_masked = (mean * is_masked).sum(dim=1)
-        expected_observed = mean.sum(dim=1) - expected_masked
-        observed_total = self.twice_count[input_ids].sum(dim=1).float() / 2
-        depth = log_ratio(observed_total, expected_observed)
-        if library_size is not None:
-            remainder = log_ratio(library_size.float() - observed_total, expected_masked)
-            depth = torch.where(library_size >= 0, remainder, depth)
-        return Progress(
+        return progress_of(
             t=is_masked.sum(dim=1) / is_measured.sum(dim=1).clamp(min=1),
-            observed_total=observed_total,
-            expected_observed=expected_observed,
+            observed_total=self.total(input_ids),
+            expected_observed=mean.sum(dim=1) - expected_masked,
             expected_masked=expected_masked,
-            depth=depth.exp(),
+            library_size=library_size,
         )
+
+    def total(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Sum (B,) of the counts among ids (B, L)."""
+        return self.twice_count[input_ids].sum(dim=1).float() / 2
+
+
+def progress_of(
+    t: torch.Tensor,
+    observed_total: torch.Tensor,
+    expected_observed: torch.Tensor,
+    expected_masked: torch.Tensor,
+    library_size: torch.Tensor | None,
+) -> Progress:
+    """The progress of cells with these sums, each (B,). The depth is told by what is left of the library size, or else
+    (None, or negative) by the observed counts."""
+    depth = log_ratio(observed_total, expected_observed)
+    if library_size is not None:
+        remainder = log_ratio(library_size.float() - observed_total, expected_masked)
+        depth = torch.where(library_size >= 0, remainder, depth)
+    return Progress(t, observed_total, expected_observed, expected_masked, depth.exp())
 
 
 def count_values(config: DCMConfig) -> torch.Tensor:

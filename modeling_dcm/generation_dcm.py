@@ -1,23 +1,24 @@
-"""What a trained model is used for: generate and complete cells, bound their likelihood, embed them.
+"""Generate and complete cells with a trained model.
 
 The loops over chunks of cells and the meaning of the arguments live here; the sampler itself (`sampling_dcm.py`) knows
 nothing of the network. Letters: B cells of a chunk, N all cells, L genes in the sequence, G all genes.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from tqdm.auto import tqdm
 
+from .chunks_dcm import dropout_off, of_rows, row_chunks
 from .conditioning_dcm import check_conditions
-from .diffusion_dcm import keyed_generator, mask_counts, num_masked
-from .law_dcm import FactoredLogits
+from .denoisers_dcm import denoiser
+from .diffusion_dcm import keyed_generator
 from .sampling_dcm import sample_counts
+from .schedule_dcm import as_curve
 
 
 class CellGenerationMixin:
-    """`generate`, `log_likelihood` and `embed` of :class:`DCMForDenoising`."""
+    """`generate` of :class:`DCMForDenoising`."""
 
     @torch.no_grad()
     def generate(
@@ -32,12 +33,13 @@ class CellGenerationMixin:
         library_size: torch.Tensor | int | str | None = None,
         observed: torch.Tensor | None = None,
         gene_ids: torch.Tensor | None = None,
-        steps: int = 20,
+        steps: int | str = 20,
         schedule: str = "cubic",
-        guidance_scale: float = 0.0,
+        guidance_scale: float | dict[str, float] = 0.0,
         temperature: float = 1.0,
         seed: int = 0,
         batch_size: int = 256,
+        chunks: Sequence[int] | None = None,
         progress: bool = False,
     ) -> torch.Tensor:
         """Draw cells.
@@ -49,12 +51,15 @@ class CellGenerationMixin:
                 condition (with ``observed``: not given); ``"null"``: not given.
             observed: counts (N, L), -1 where unknown; given genes come back unchanged.
             gene_ids: genes of the panel (L,) to generate; default: all.
-            steps: network calls for each chunk of cells.
-            schedule: how many genes each step reveals: ``linear``, ``cosine``, ``cubic``.
-            guidance_scale: w of ``(1+w) log p(x|c) - w log p(x|null)``; 0 draws from the model.
+            steps: network calls for each chunk of cells; ``"auto"``: as few as the entropy curve allows.
+            schedule: how many genes each step reveals: ``linear``, ``cosine``, ``cubic``, or ``optimal`` by the
+                model's entropy curve.
+            guidance_scale: w of ``(1+w) log p(x|c) - w log p(x|null)``, one for all conditions or
+                ``{"perturbation": w}`` for each; 0 draws from the model.
             temperature: divides the logits; 1.0 draws from the model.
             seed: the same seed and ``batch_size`` give the same cells.
             batch_size: cells of a chunk.
+            chunks: draw only these of the ``ceil(N / batch_size)`` chunks; they are the same cells as in a whole run.
             progress: show a bar with cells/s.
 
         Returns:
@@ -76,123 +81,33 @@ class CellGenerationMixin:
             raise ValueError(f"temperature={temperature}, expected above 0")
         N = _num_cells(num_cells, {**given, "observed": observed})
         gene_ids = self._panel(gene_ids)
-        x = self._start(N, len(gene_ids), observed)
+        if observed is not None:
+            self._check_observed(observed, N, len(gene_ids))
         sizes = self._given_library_size(library_size, N, observed is not None)
+        options = {
+            "steps": steps,
+            "schedule": schedule,
+            "curve": as_curve(self.config.entropy_curve),
+            "temperature": temperature,
+            "mask_token_id": self.config.mask_token_id,
+            "pad_token_id": self.config.pad_token_id,
+        }
+        wanted = list(row_chunks(N, batch_size))
+        wanted = wanted if chunks is None else [wanted[chunk] for chunk in chunks]
         cells = []
-        with _dropout_off(self), _bar(N, progress) as bar:
-            for chunk, rows in _chunks(N, batch_size):
+        with dropout_off(self), _bar(sum(rows.stop - rows.start for _, rows in wanted), progress) as bar:
+            for chunk, rows in wanted:
                 generator = keyed_generator(seed, chunk, self.device)
-                conditions = self._of_rows(given, rows)
+                conditions = of_rows(given, rows, self.device)
                 conditions["library_size"] = self._library_size(sizes, rows, conditions, generator)
-                denoise = self._denoiser(gene_ids.to(self.device), conditions, guidance_scale)
-                drawn = sample_counts(
-                    denoise,
-                    x[rows].to(self.device),
-                    steps=steps,
-                    schedule=schedule,
-                    temperature=temperature,
-                    mask_token_id=self.config.mask_token_id,
-                    pad_token_id=self.config.pad_token_id,
-                    generator=generator,
+                x = self._start(rows, len(gene_ids), observed)
+                denoise = denoiser(
+                    self, gene_ids.to(self.device), conditions, guidance_scale, from_nothing=observed is None
                 )
+                drawn = sample_counts(denoise, x.to(self.device), generator=generator, **options)
                 cells.append(drawn.cpu())
                 bar.update(len(drawn))
         return torch.cat(cells)
-
-    @torch.no_grad()
-    def log_likelihood(
-        self, input_ids: torch.Tensor, *, num_samples: int = 16, seed: int = 0, batch_size: int = 64, **conditions
-    ) -> torch.Tensor:
-        """ELBO in nats per cell: a lower bound on ``log p(x | c)``, by Monte Carlo over the number of masked genes.
-
-        Args:
-            input_ids: clean ids (N, L), PAD where not measured.
-            num_samples: masked versions of each cell; their mask counts are stratified.
-            seed: keyed with the chunk, as in :meth:`generate`.
-            conditions: the other arguments of :meth:`forward`.
-
-        Returns:
-            (N,) float64 on the CPU.
-        """
-        ids = {"mask_token_id": self.config.mask_token_id, "pad_token_id": self.config.pad_token_id}
-        mask = conditions.pop("attention_mask", None)
-        if mask is not None:
-            input_ids = input_ids.masked_fill(mask == 0, self.config.pad_token_id)
-        total = torch.zeros(len(input_ids), dtype=torch.float64)
-        with _dropout_off(self):
-            for chunk, rows in _chunks(len(input_ids), batch_size):
-                generator = keyed_generator(seed, chunk, self.device)
-                x_0 = input_ids[rows].to(self.device)
-                given = self._of_rows(conditions, rows)
-                n = (x_0 != self.config.pad_token_id).sum(dim=1)
-                shift = torch.rand(len(x_0), generator=generator, device=self.device, dtype=torch.float64)
-                for sample in range(num_samples):
-                    k = num_masked((shift + sample / num_samples) % 1.0, n)
-                    x_t = mask_counts(x_0, k, generator, **ids)
-                    log_p = self(x_t, **given).logits.float().log_softmax(dim=-1)
-                    is_masked = x_t == self.config.mask_token_id
-                    nats = log_p.gather(-1, x_0.masked_fill(~is_masked, 0)[..., None])[..., 0]
-                    nats = (nats * is_masked).sum(dim=1).double() * n / k.clamp(min=1)
-                    total[rows] += (nats / num_samples).cpu()
-        return total
-
-    @torch.no_grad()
-    def embed(self, input_ids: torch.Tensor, *, batch_size: int = 256, **conditions) -> torch.Tensor:
-        """Pooled hidden state (N, D) of cells with counts ``input_ids`` (N, L): mean over genes, or over latents."""
-        check_conditions(self.config, conditions)
-        mask = conditions.pop("attention_mask", None)
-        if mask is not None:
-            input_ids = input_ids.masked_fill(mask == 0, self.config.pad_token_id)
-        with _dropout_off(self):
-            chunks = (
-                self._of_rows({"input_ids": input_ids, **conditions}, rows)
-                for _, rows in _chunks(len(input_ids), batch_size)
-            )
-            return torch.cat([self._pooled(**chunk).cpu() for chunk in chunks])
-
-    def _of_rows(self, arguments: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
-        """Arguments of a chunk of cells; ``gene_ids`` (L,) are those of every cell."""
-        arguments = {name: value for name, value in arguments.items() if value is not None}
-        is_shared = {name: name == "gene_ids" and value.ndim == 1 for name, value in arguments.items()}
-        return {name: (v if is_shared[name] else v[rows]).to(self.device) for name, v in arguments.items()}
-
-    def _pooled(self, input_ids: torch.Tensor, gene_ids: torch.Tensor | None = None, **conditions) -> torch.Tensor:
-        gene_ids = self._check_genes(input_ids, gene_ids)
-        targets = conditions.pop("target_gene_ids", None)
-        embedded, condition, tokens, _ = self._embed(
-            input_ids, gene_ids, self._progress(input_ids, gene_ids, conditions), conditions, targets
-        )
-        if self.config.backbone == "latent":
-            return self._latents(input_ids, embedded, condition, tokens).mean(dim=1)
-        measured = (input_ids != self.config.pad_token_id)[..., None]
-        hidden = self._dit_hidden(input_ids, embedded, condition, tokens)
-        return (hidden * measured).sum(dim=1) / measured.sum(dim=1).clamp(min=1)
-
-    def _denoiser(self, gene_ids: torch.Tensor, conditions: dict[str, torch.Tensor], guidance_scale: float):
-        """The sampler's callable: logits at the genes about to be revealed, guided when asked."""
-
-        def law_at(x_t, positions, known, given) -> FactoredLogits:
-            B, L = x_t.shape
-            genes = gene_ids.expand(B, L)
-            progress = self._progress(x_t, genes, given)
-            targets = given.get("target_gene_ids")
-            if self.config.backbone == "dit":
-                return self._law(x_t, genes, progress, given, targets, positions)
-            # the latents read what is known and nothing else: the sequence is known genes, then queried ones
-            subset = torch.cat([known, positions], dim=1)
-            ids = torch.cat([x_t.gather(1, known), torch.full_like(positions, self.config.mask_token_id)], dim=1)
-            asked = torch.arange(known.shape[1], subset.shape[1], device=x_t.device).expand(B, -1)
-            return self._law(ids, genes.gather(1, subset), progress, given, targets, asked)
-
-        def guided(x_t, positions, known) -> FactoredLogits | torch.Tensor:
-            law = law_at(x_t, positions, known, conditions)
-            if guidance_scale == 0:
-                return law
-            null = law_at(x_t, positions, known, {"library_size": conditions["library_size"]})
-            log_p, null = law.full().log_softmax(dim=-1), null.full().log_softmax(dim=-1)
-            return (1 + guidance_scale) * log_p - guidance_scale * null
-
-        return guided
 
     def _panel(self, gene_ids: torch.Tensor | None) -> torch.Tensor:
         """Genes (L,) to generate, on the CPU."""
@@ -206,10 +121,14 @@ class CellGenerationMixin:
             raise ValueError(f"gene_ids are {gene_ids.tolist()[:10]}, expected genes 0..{G - 1}")
         return gene_ids
 
-    def _start(self, N: int, L: int, observed: torch.Tensor | None) -> torch.Tensor:
-        """Ids (N, L) to start from: MASK everywhere but at observed genes."""
+    def _start(self, rows: slice, L: int, observed: torch.Tensor | None) -> torch.Tensor:
+        """Ids (B, L) to start from: MASK everywhere but at observed genes."""
+        mask = self.config.mask_token_id
         if observed is None:
-            return torch.full((N, L), self.config.mask_token_id)
+            return torch.full((rows.stop - rows.start, L), mask)
+        return torch.where(observed[rows] < 0, mask, observed[rows]).long().cpu()
+
+    def _check_observed(self, observed: torch.Tensor, N: int, L: int) -> None:
         if observed.shape != (N, L):
             raise ValueError(f"observed has shape {tuple(observed.shape)}, expected ({N}, {L}): cells x genes")
         if bool((observed != observed.long()).any()):
@@ -219,7 +138,6 @@ class CellGenerationMixin:
                 f"observed holds values from {int(observed.min())} to {int(observed.max())}, expected counts "
                 f"0..{self.config.num_counts - 1}, or -1 where unknown"
             )
-        return torch.where(observed < 0, self.config.mask_token_id, observed).long().cpu()
 
     def _given_library_size(self, library_size, N: int, is_imputation: bool) -> torch.Tensor | None:
         """(N,) sizes, -1 for the null; None: to be drawn for each chunk."""
@@ -256,23 +174,6 @@ class CellGenerationMixin:
 def _bar(num_cells: int, progress: bool) -> tqdm:
     """A bar on a terminal; in a log file it would be one endless line."""
     return tqdm(total=num_cells, unit="cell", desc="sampling", disable=None if progress else True)
-
-
-@contextmanager
-def _dropout_off(model: torch.nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-def _chunks(num_cells: int, batch_size: int) -> Iterator[tuple[int, slice]]:
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}, expected at least 1")
-    for chunk, start in enumerate(range(0, num_cells, batch_size)):
-        yield chunk, slice(start, min(start + batch_size, num_cells))
 
 
 def _num_cells(num_cells: int | None, arguments: dict[str, torch.Tensor | None]) -> int:

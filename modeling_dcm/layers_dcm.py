@@ -97,8 +97,17 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, keys: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
         """``key_mask`` (B, S), True at the keys to attend to; None: all of them."""
-        projected = (self.q(x), self.k(keys), self.v(keys))
-        query, key, value = (h.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2) for h in projected)
+        return self.attend(x, *self.keys_and_values(keys), key_mask)
+
+    def keys_and_values(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What queries attend to (B, H, S, D/H), twice."""
+        return self._heads(self.k(keys)), self._heads(self.v(keys))
+
+    def attend(
+        self, x: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attention of queries ``x`` (B, Q, D) over keys and values (B, H, S, D/H)."""
+        query = self._heads(self.q(x))
         implementation = self.config._attn_implementation or "eager"
         mask = key_mask
         if key_mask is not None and not ("flash" in implementation and query.shape[2] == key.shape[2]):
@@ -109,6 +118,9 @@ class Attention(nn.Module):
         dropout = self.config.dropout if self.training else 0.0
         attended, _ = attend(self, query, key, value, mask, dropout=dropout, scaling=self.head_dim**-0.5)
         return self.out(attended.flatten(2))
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -147,12 +159,19 @@ class Block(GradientCheckpointingLayer):
         condition: torch.Tensor,
         keys: torch.Tensor | None = None,
         key_mask: torch.Tensor | None = None,
+        cached: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
+        """``cached`` are keys and values of :meth:`keys_and_values`, in place of ``keys``."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=-1)
         h = modulate(self.norm_attention(x), shift_a, scale_a)
-        keys = h if keys is None else self.norm_keys(keys)
-        x = x + (self.open_gate + gate_a[:, None]) * self.attention(h, keys, key_mask)
+        if cached is None:
+            cached = self.attention.keys_and_values(h) if keys is None else self.keys_and_values(keys)
+        x = x + (self.open_gate + gate_a[:, None]) * self.attention.attend(h, *cached, key_mask)
         return x + (self.open_gate + gate_m[:, None]) * self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
+
+    def keys_and_values(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (B, H, S, D/H) of a cross-attention block: the same at every noise level."""
+        return self.attention.keys_and_values(self.norm_keys(keys))
 
 
 class CellEmbedding(nn.Module):
@@ -200,20 +219,28 @@ class CellEmbedding(nn.Module):
 
 
 class DiTBackbone(nn.Module):
-    """Full bidirectional attention over all measured genes (the paper's)."""
+    """Full bidirectional attention over all measured genes (the paper's), or over the observed ones alone.
+
+    Without ``config.masked_keys`` nobody attends to a masked gene, so those that are not queried can be left out.
+    """
 
     def __init__(self, config: DCMConfig):
         super().__init__()
         self.embedding = CellEmbedding(config)
+        # always among the keys where masked genes are not: nothing observed is defined
+        self.nothing = None if config.masked_keys else nn.Embedding(1, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, tokens, condition, extra_tokens, key_mask) -> torch.Tensor:
-        """Hidden states (B, E+L, D) of the E extra tokens and L genes; ``key_mask`` (B, L) or None."""
-        x = tokens
+        """Hidden states (B, .., D), those of the L genes last; ``key_mask`` (B, L) or None."""
+        parts = [tokens]
         if extra_tokens is not None:
-            x = torch.cat([extra_tokens, x], dim=1)
-            if key_mask is not None:
-                key_mask = nn.functional.pad(key_mask, (extra_tokens.shape[1], 0), value=True)
+            parts.insert(0, extra_tokens)
+        if self.nothing is not None:
+            parts.insert(0, self.nothing.weight.expand(len(tokens), -1, -1).to(tokens.dtype))
+        x = torch.cat(parts, dim=1) if len(parts) > 1 else tokens
+        if key_mask is not None:
+            key_mask = nn.functional.pad(key_mask, (x.shape[1] - tokens.shape[1], 0), value=True)
         for block in self.blocks:
             x = block(x, condition, None, key_mask)
         return x
@@ -233,13 +260,16 @@ class LatentBackbone(nn.Module):
 
     def forward(self, tokens, condition, extra_tokens, is_observed) -> torch.Tensor:
         """Latents (B, E+M, D) after reading the observed ones among ``tokens`` (B, L, D)."""
-        B = len(condition)
-        keys = torch.cat([self.nothing.weight.expand(B, -1, -1).to(tokens.dtype), tokens], dim=1)
+        keys = torch.cat([self.nothing.weight.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
         key_mask = None if is_observed is None else nn.functional.pad(is_observed, (1, 0), value=True)
-        x = self.latents.weight.expand(B, -1, -1)
+        return self.think(condition, extra_tokens, keys=keys, key_mask=key_mask)
+
+    def think(self, condition, extra_tokens, **read) -> torch.Tensor:
+        """Latents (B, E+M, D) after reading; ``read`` says from where, see :class:`Block`."""
+        x = self.latents.weight.expand(len(condition), -1, -1)
         if extra_tokens is not None:
             x = torch.cat([extra_tokens, x], dim=1)
-        x = self.read(x, condition, keys, key_mask)
+        x = self.read(x, condition, **read)
         for block in self.blocks:
             x = block(x, condition)
         return x
@@ -280,8 +310,8 @@ class CountHead(nn.Module):
             small = torch.cat([small, self.large.weight.T.to(x.dtype)])
         logits = nn.functional.linear(x, small).float()
         if self.large is None:
-            logits = logits + bias
-            return FactoredLogits(logits if self.gene_bias is None else logits + self.gene_bias(gene_ids), x, None, None)
+            logits = logits + bias if self.gene_bias is None else logits + bias + self.gene_bias(gene_ids)
+            return FactoredLogits(logits, x, None, None)
         # zeros everywhere are the uniform law over counts: "a large count" then has as many shares as there are
         shares = nn.functional.pad(bias.new_zeros(self.num_small), (0, 1), value=math.log(len(large)))
         logits = logits + nn.functional.embedding(gene_ids, self.gene_bias.weight + shares)

@@ -19,6 +19,7 @@ from .diffusion_dcm import alpha, denoising_loss
 from .generation_dcm import CellGenerationMixin
 from .law_dcm import FactoredLogits
 from .layers_dcm import AdaLNZero, CountBias, CountHead, DiTBackbone, LatentBackbone, ZeroLinear
+from .scoring_dcm import CellScoringMixin
 
 AUTO_MAP = {
     "AutoConfig": "configuration_dcm.DCMConfig",
@@ -75,7 +76,7 @@ class DCMPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
 
 
-class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
+class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin):
     """Discrete Cell Model: the denoiser ``p(x_i | x_t, c)`` of absorbing diffusion over counts, and its sampler."""
 
     def __init__(self, config: DCMConfig):
@@ -125,28 +126,27 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
         Raises:
             ValueError: shapes or ids do not fit the configuration.
         """
-        gene_ids = self._check_genes(input_ids, gene_ids)
         if attention_mask is not None:
             input_ids = input_ids.masked_fill(attention_mask == 0, self.config.pad_token_id)
         is_masked = input_ids == self.config.mask_token_id
         k = is_masked.sum(dim=1)
         n = (input_ids != self.config.pad_token_id).sum(dim=1)
-        given = {
-            "cell_type_ids": cell_type_ids,
-            "perturbation_ids": perturbation_ids,
-            "perturbation_embeds": perturbation_embeds,
-            "covariate_ids": covariate_ids,
-            "library_size": library_size,
-        }
-        check_conditions(self.config, {**given, "target_gene_ids": target_gene_ids})
-        positions = None if query_positions is None else query_positions.clamp(min=0)
-        law = self._law(
-            input_ids, gene_ids, self._progress(input_ids, gene_ids, given), given, target_gene_ids, positions
+        law = self.law(
+            input_ids,
+            gene_ids,
+            query_positions,
+            cell_type_ids=cell_type_ids,
+            perturbation_ids=perturbation_ids,
+            perturbation_embeds=perturbation_embeds,
+            target_gene_ids=target_gene_ids,
+            covariate_ids=covariate_ids,
+            library_size=library_size,
         )
         if labels is None:
             return DCMOutput(logits=law.full())
         is_query = is_masked
         if query_positions is not None:
+            positions = query_positions.clamp(min=0)
             labels = labels.gather(1, positions)
             is_query = is_masked.gather(1, positions) & (query_positions >= 0)
         cross_entropy = law.cross_entropy(labels.masked_fill(~is_query, 0))
@@ -157,6 +157,24 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
             elbo=elbo.detach(),
             logits=law.full() if wanted else None,
         )
+
+    def law(
+        self,
+        input_ids: torch.Tensor,
+        gene_ids: torch.Tensor | None = None,
+        query_positions: torch.Tensor | None = None,
+        **conditions: torch.Tensor | None,
+    ) -> FactoredLogits:
+        """The law over counts of each queried gene, in two stages: not all of the logits are computed.
+
+        Arguments are those of :meth:`forward`, which see; ``law.full()`` are its logits.
+        """
+        gene_ids = self._check_genes(input_ids, gene_ids)
+        check_conditions(self.config, conditions)
+        targets = conditions.pop("target_gene_ids", None)
+        progress = self._progress(input_ids, gene_ids, conditions)
+        positions = None if query_positions is None else query_positions.clamp(min=0)
+        return self._law(input_ids, gene_ids, progress, conditions, targets, positions)
 
     @torch.no_grad()
     def concrete_score(self, input_ids: torch.Tensor, t: torch.Tensor | float, **conditions) -> torch.Tensor:
@@ -219,46 +237,61 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin):
         size = given.get("library_size") if self.config.library_size_conditioning else None
         return self.totals(input_ids, gene_ids, given.get("cell_type_ids"), size)
 
-    def _embed(self, input_ids, gene_ids, progress, given, target_gene_ids):
-        """Gene tokens (B, L, D), condition (B, D), condition tokens (B, E, D) or None, target flags (B, L) or None."""
+    def _is_target(self, gene_ids, given, target_gene_ids) -> torch.Tensor | None:
+        """Which genes (B, L) the cells' perturbations target; None when that is not known."""
         perturbation_ids = given.get("perturbation_ids")
         if target_gene_ids is None and perturbation_ids is not None and self.config.num_perturbations:
             target_gene_ids = self.target_gene_ids[perturbation_ids.clamp(min=0)].masked_fill(perturbation_ids < 0, -1)
-        is_target = None
-        if target_gene_ids is not None:
-            is_target = (gene_ids[..., None] == target_gene_ids[:, None, :]).any(dim=-1)
+        if target_gene_ids is None:
+            return None
+        return (gene_ids[..., None] == target_gene_ids[:, None, :]).any(dim=-1)
+
+    def _condition(self, progress, total, given) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Condition (B, D) and condition tokens (B, E, D) or None; ``total`` (B, D): the observed genes' readings."""
+        observed = total / self.config.num_genes**0.5
+        return self.conditions(progress, observed, **{name: given.get(name) for name in CONDITIONS})
+
+    def _embed(self, input_ids, gene_ids, progress, given, target_gene_ids):
+        """Gene tokens (B, L, D), condition (B, D), condition tokens (B, E, D) or None, target flags (B, L) or None."""
+        is_target = self._is_target(gene_ids, given, target_gene_ids)
         # tokens of "dit" are also queries, so they say what is expected; the latents read what was counted
         expected = self._expected(gene_ids, progress, given) if self.config.backbone == "dit" else None
         embedded, total = self.backbone.embedding(input_ids, gene_ids, is_target, expected)
-        observed = total / self.config.num_genes**0.5
-        condition, tokens = self.conditions(progress, observed, **{name: given.get(name) for name in CONDITIONS})
-        return embedded, condition, tokens, is_target
+        return embedded, *self._condition(progress, total, given), is_target
 
     def _expected(self, gene_ids, progress, given) -> torch.Tensor:
         """Counts (B, L) that genes (B, L) would have in a mean cell of this type and depth."""
         return self.totals.mean(gene_ids, given.get("cell_type_ids")) * progress.depth[:, None]
 
-    def _law(self, input_ids, gene_ids, progress, given, target_gene_ids, positions) -> FactoredLogits:
+    def _law(
+        self, input_ids, gene_ids, progress, given, target_gene_ids, positions, *, no_pad: bool = False
+    ) -> FactoredLogits:
         """The law over counts at ``positions`` (B, Q), or at all genes. ``input_ids`` may be a part of the cell,
-        ``progress`` is that of the whole."""
+        ``progress`` is that of the whole. ``no_pad`` promises that every gene was measured."""
         embedded, condition, tokens, is_target = self._embed(input_ids, gene_ids, progress, given, target_gene_ids)
         queried = gene_ids if positions is None else gene_ids.gather(1, positions)
         if self.config.backbone == "dit":
-            hidden = self._dit_hidden(input_ids, embedded, condition, tokens)
+            hidden = self._dit_hidden(input_ids, embedded, condition, tokens, no_pad=no_pad)
             if positions is not None:  # gathered before the head: logits nobody reads are never computed
                 hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
-        else:
-            latents = self._latents(input_ids, embedded, condition, tokens)
-            is_query_target = is_target if positions is None or is_target is None else is_target.gather(1, positions)
-            expected = self._expected(queried, progress, given)
-            queries = self.backbone.embedding.genes(queried, is_query_target, expected)
-            hidden = self.backbone.write(queries, condition, latents)
-        return self.head(hidden, condition, queried)
+            return self.head(hidden, condition, queried)
+        latents = self._latents(input_ids, embedded, condition, tokens)
+        is_query_target = is_target if positions is None or is_target is None else is_target.gather(1, positions)
+        return self._ask(latents, condition, queried, is_query_target, self._expected(queried, progress, given))
 
-    def _dit_hidden(self, input_ids, embedded, condition, tokens) -> torch.Tensor:
-        """Hidden states (B, L, D); a mask is made only where something is PAD (it disqualifies flash kernels)."""
-        measured = input_ids != self.config.pad_token_id
-        hidden = self.backbone(embedded, condition, tokens, None if bool(measured.all()) else measured)
+    def _ask(self, latents, condition, queried, is_target, expected) -> FactoredLogits:
+        """The law at genes ``queried`` (B, Q) by latents (B, E+M, D) that have read the observed ones."""
+        queries = self.backbone.embedding.genes(queried, is_target, expected)
+        return self.head(self.backbone.write(queries, condition, latents), condition, queried)
+
+    def _dit_hidden(self, input_ids, embedded, condition, tokens, *, no_pad: bool = False) -> torch.Tensor:
+        """Hidden states (B, L, D); a mask is made only where it is needed (it disqualifies flash kernels)."""
+        if not self.config.masked_keys:
+            key_mask = input_ids < self.config.num_counts
+        else:
+            measured = input_ids != self.config.pad_token_id
+            key_mask = None if no_pad or bool(measured.all()) else measured
+        hidden = self.backbone(embedded, condition, tokens, key_mask)
         return hidden[:, -input_ids.shape[1] :]
 
     def _latents(self, input_ids, embedded, condition, tokens) -> torch.Tensor:

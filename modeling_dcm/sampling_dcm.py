@@ -5,40 +5,16 @@ second: the number of genes revealed in a step is the schedule's, and no count, 
 Letters: B cells, L genes in the sequence, q genes revealed in a step, S steps, K largest count.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 
 from .law_dcm import FactoredLogits, draw_counts
+from .schedule_dcm import Curve, reveal_schedule
 
 # denoise(x_t (B, L), positions (B, q), known (B, j)) -> logits (B, q, K+1), whole or in two stages. `known` are the
 # positions that may hold a count by now: all of them are among it, and what is not observed yet there is still MASK.
 Denoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | FactoredLogits]
-
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "linear": lambda u: u,
-    "cosine": lambda u: 1 - math.cos(math.pi * u / 2),
-    "cubic": lambda u: u**3,
-}
-
-
-def reveal_schedule(num_genes: int, steps: int, schedule: str = "cubic") -> list[int]:
-    """Genes revealed after each step, ``k_0 = 0 < k_1 < ... < k_S = num_genes``; at most one step for each gene.
-
-    Raises:
-        ValueError: unknown schedule or fewer than one step.
-    """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule={schedule!r}, expected one of {sorted(SCHEDULES)}")
-    if steps < 1:
-        raise ValueError(f"steps={steps}, expected at least 1")
-    steps = min(steps, num_genes)
-    revealed = [0]
-    for step in range(1, steps + 1):
-        target = round(num_genes * SCHEDULES[schedule](step / steps))
-        revealed.append(max(revealed[-1] + 1, min(target, num_genes - (steps - step))))
-    return revealed
 
 
 def random_order(x: torch.Tensor, mask_token_id: int, pad_token_id: int, generator: torch.Generator) -> torch.Tensor:
@@ -53,8 +29,9 @@ def sample_counts(
     denoise: Denoiser,
     x: torch.Tensor,
     *,
-    steps: int,
+    steps: int | str,
     schedule: str = "cubic",
+    curve: Curve | None = None,
     temperature: float = 1.0,
     mask_token_id: int,
     pad_token_id: int,
@@ -66,8 +43,8 @@ def sample_counts(
     Args:
         denoise: the denoiser, see :data:`Denoiser`.
         x: ids (B, L), MASK where a count is wanted.
-        steps: calls of the denoiser at most. A cell with n masked genes follows the schedule scaled to its own n.
-        schedule: ``linear``, ``cosine`` or ``cubic``.
+        steps: calls of the denoiser at most, or ``"auto"``. Each cell follows the schedule for its number of masks.
+        schedule: see :func:`reveal_schedule`; likewise ``curve``.
         temperature: divides the logits; 1.0 draws from the model.
         generator: source of every draw, on the device of ``x``.
         on_step: called with x_t after each step.
@@ -77,11 +54,12 @@ def sample_counts(
     """
     L = x.shape[1]
     order = random_order(x, mask_token_id, pad_token_id, generator)
-    given = ((x != mask_token_id) & (x != pad_token_id)).sum(dim=1)  # (B,)
-    bounds = _reveal_bounds((x == mask_token_id).sum(dim=1), steps, schedule)  # (B, S+1)
-    stops = (given[:, None].cpu() + bounds).to(x.device)  # positions of `order` that are known after each step
+    is_masked = x == mask_token_id
+    given = (~is_masked & (x != pad_token_id)).sum(dim=1).cpu()  # (B,)
+    bounds = _reveal_bounds(is_masked.sum(dim=1).cpu(), given, steps, schedule, curve)  # (B, S+1)
     widths = bounds.diff(dim=1).amax(dim=0).tolist()
-    num_known = (given[:, None].cpu() + bounds).amax(dim=0).tolist()
+    num_known = (given[:, None] + bounds).amax(dim=0).tolist()
+    stops = (given[:, None] + bounds).to(x.device)  # positions of `order` that are known after each step
     order = torch.cat([order, order.new_full((len(x), 1), L)], dim=1)  # (B, L+1), the last is nobody's
     x = torch.cat([x, x.new_full((len(x), 1), pad_token_id)], dim=1)
     for step, width in enumerate(widths):
@@ -101,10 +79,12 @@ def sample_counts(
     return x[:, :L]
 
 
-def _reveal_bounds(num_masked: torch.Tensor, steps: int, schedule: str) -> torch.Tensor:
+def _reveal_bounds(
+    num_masked: torch.Tensor, num_given: torch.Tensor, steps: int | str, schedule: str, curve: Curve | None
+) -> torch.Tensor:
     """Genes revealed after each step (B, S+1); cells with fewer masked genes than steps are done early."""
-    sizes, cell_size = num_masked.cpu().unique(return_inverse=True)
-    schedules = [reveal_schedule(n, steps, schedule) if n else [0] for n in sizes.tolist()]
+    sizes, cell_size = torch.stack([num_masked, num_given], dim=1).unique(dim=0, return_inverse=True)
+    schedules = [reveal_schedule(n, steps, schedule, curve, known) if n else [0] for n, known in sizes.tolist()]
     length = max(len(revealed) for revealed in schedules)
     padded = [revealed + [revealed[-1]] * (length - len(revealed)) for revealed in schedules]
     return torch.tensor(padded)[cell_size]

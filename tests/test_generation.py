@@ -11,6 +11,10 @@ import pytest
 import torch
 from scipy import stats
 
+from modeling_dcm import generation_dcm
+from modeling_dcm.denoisers_dcm import RevealedGenes, denoiser
+from modeling_dcm.diffusion_dcm import keyed_generator
+
 MASK, PAD = 5, 6  # of the tiny models
 
 
@@ -61,6 +65,12 @@ def test_chunks_of_cells_do_not_depend_on_how_many_follow(model):
     assert torch.equal(model.generate(**first, steps=3, batch_size=4), all_cells[:8])
 
 
+def test_some_chunks_are_the_same_cells_as_in_a_whole_run(model):
+    whole = model.generate(**conditions(10), steps=3, batch_size=4)
+    some = model.generate(**conditions(10), steps=3, batch_size=4, chunks=[2, 0])
+    assert torch.equal(some, torch.cat([whole[8:], whole[:4]]))
+
+
 def test_chunks_differ_from_each_other(model):
     cells = model.generate(8, steps=3, batch_size=4)
     assert not torch.equal(cells[:4], cells[4:])
@@ -100,13 +110,12 @@ def test_any_subset_of_the_panel_can_be_generated_in_any_order(model):
 
 def test_library_size_is_drawn_from_the_training_cells_given_or_null(model, monkeypatch):
     seen = []
-    denoiser = type(model)._denoiser
 
-    def spied(self, gene_ids, conditions, guidance_scale):
+    def spied(model, gene_ids, conditions, guidance_scale, *, from_nothing):
         seen.append(conditions["library_size"])
-        return denoiser(self, gene_ids, conditions, guidance_scale)
+        return denoiser(model, gene_ids, conditions, guidance_scale, from_nothing=from_nothing)
 
-    monkeypatch.setattr(type(model), "_denoiser", spied)
+    monkeypatch.setattr(generation_dcm, "denoiser", spied)
     model.generate(cell_type_ids=torch.tensor([0, 1, 1, 2]), steps=1)
     assert [size >= 1000 for size in seen[-1]] == [False, True, True, False]
     model.generate(3, steps=1, library_size="null")
@@ -180,13 +189,44 @@ def test_a_library_size_for_a_model_without_is_refused(make_model):
 @torch.no_grad()
 def test_logits_while_sampling_are_those_of_the_full_sequence(model):
     """The latent backbone reads a compact subset of the sequence: known genes, then queried ones."""
-    x_t = torch.tensor([[0, 1, MASK, MASK, 2, MASK, PAD], [MASK] * 7, [3, MASK, PAD, PAD, MASK, MASK, MASK]])
-    known = torch.tensor([[4, 0, 1, 2], [1, 6, 3, 0], [0, 1, 5, 6]])  # some are still masked
-    positions = torch.tensor([[5, 3], [2, 4], [4, 6]])
+    x_t = torch.tensor([[0, 1, MASK, MASK, 2, MASK, MASK], [MASK] * 7, [3, MASK, 0, 4, MASK, MASK, MASK]])
+    known = torch.tensor([[4, 0, 1, 2], [1, 6, 3, 0], [0, 2, 3, 6]])  # some are still masked
+    positions = torch.tensor([[5, 3], [2, 4], [4, 5]])
     given = {**conditions(3), "library_size": torch.tensor([5.0, -1.0, 80.0])}
-    compact = model._denoiser(torch.arange(7), given, 0.0)(x_t, positions, known).full()
+    compact = denoiser(model, torch.arange(7), given, 0.0, from_nothing=False)(x_t, positions, known).full()
     full = model(x_t, **given).logits.gather(1, positions[..., None].expand(-1, -1, 5))
     torch.testing.assert_close(compact, full, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("genes", [torch.arange(7), torch.tensor([6, 2, 0, 5])])
+def test_genes_embedded_once_give_the_logits_of_the_full_sequence(make_model, genes):
+    model = make_model("latent", conditioned=True, seed=3)
+    given = {**conditions(3), "library_size": torch.tensor([5.0, -1.0, 80.0])}
+    ask = denoiser(model, genes, given, 0.0, from_nothing=True)
+    assert isinstance(ask, RevealedGenes)
+    L = len(genes)
+    order = torch.stack([torch.randperm(L, generator=keyed_generator(0, row)) for row in range(3)])
+    x_0 = torch.randint(0, 5, (3, L), generator=keyed_generator(1, 0))
+    x_t = torch.full((3, L), MASK)
+    for start, end in [(0, 1), (1, 3), (3, L)]:
+        positions = order[:, start:end]
+        law = ask(x_t, positions, order[:, :start]).full()
+        full = model(x_t, gene_ids=genes, **given).logits.gather(1, positions[..., None].expand(-1, -1, 5))
+        torch.testing.assert_close(law, full, atol=2e-5, rtol=1e-5)
+        x_t = x_t.scatter(1, positions, x_0.gather(1, positions))
+
+
+@torch.no_grad()
+def test_without_masked_keys_a_masked_gene_has_no_influence(make_model):
+    model = make_model("dit", conditioned=True, masked_keys=False)
+    x_t = torch.tensor([[0, 1, MASK, MASK, 2, MASK, MASK]])
+    kept = torch.tensor([4, 0, 1, 3])
+    progress = model._progress(x_t, torch.arange(7)[None], {})
+    part = model._law(x_t[:, kept], kept[None], progress, {}, None, None).full()
+    torch.testing.assert_close(part, model(x_t).logits[:, kept], atol=2e-5, rtol=1e-5)
+    nothing_observed = model(torch.full((1, 7), MASK)).logits
+    assert bool(nothing_observed.isfinite().all())
 
 
 @torch.no_grad()
@@ -196,7 +236,8 @@ def test_guided_law_is_the_formula_of_the_design(model, scale):
     known, positions = torch.tensor([[0, 1, 4, 6]]), torch.tensor([[2, 3, 5]])
     library_size = torch.tensor([50.0])
     given = {**{name: ids[2:3] for name, ids in conditions(3).items()}, "library_size": library_size}
-    guided = model._denoiser(torch.arange(7), given, scale)(x_t, positions, known).log_softmax(dim=-1)
+    ask = denoiser(model, torch.arange(7), given, scale, from_nothing=False)
+    guided = ask(x_t, positions, known).log_softmax(dim=-1)
     conditional = model(x_t, **given).logits[:, positions[0]].log_softmax(dim=-1)
     null = model(x_t, library_size=library_size).logits[:, positions[0]].log_softmax(dim=-1)
     expected = ((1 + scale) * conditional - scale * null).log_softmax(dim=-1)

@@ -10,7 +10,9 @@ import pytest
 import torch
 from scipy import stats
 
-from modeling_dcm.sampling_dcm import SCHEDULES, draw_counts, random_order, reveal_schedule, sample_counts
+from modeling_dcm.law_dcm import draw_counts
+from modeling_dcm.sampling_dcm import random_order, sample_counts
+from modeling_dcm.schedule_dcm import SHAPES, reveal_schedule
 
 MASK, PAD = 3, 4  # three counts
 IDS = {"mask_token_id": MASK, "pad_token_id": PAD}
@@ -28,34 +30,7 @@ def masked(B: int, L: int) -> torch.Tensor:
     return torch.full((B, L), MASK)
 
 
-# --- schedule --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
-@pytest.mark.parametrize(("num_genes", "steps"), [(1, 1), (7, 3), (10, 10), (10, 50), (500, 20), (500, 499)])
-def test_schedule_goes_from_nothing_to_everything_and_every_step_reveals_a_gene(schedule, num_genes, steps):
-    revealed = reveal_schedule(num_genes, steps, schedule)
-    assert revealed[0] == 0
-    assert revealed[-1] == num_genes
-    assert len(revealed) == min(steps, num_genes) + 1
-    assert min(np.diff(revealed)) >= 1
-
-
-@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
-def test_schedule_follows_its_formula_where_steps_are_few(schedule):
-    revealed = reveal_schedule(10_000, 10, schedule)
-    expected = [10_000 * SCHEDULES[schedule](step / 10) for step in range(11)]
-    np.testing.assert_allclose(revealed, expected, atol=1)
-
-
-def test_bad_schedules_say_what_was_expected():
-    with pytest.raises(ValueError, match=r"schedule='quadratic', expected one of \['cosine', 'cubic', 'linear'\]"):
-        reveal_schedule(5, 5, "quadratic")
-    with pytest.raises(ValueError, match="steps=0, expected at least 1"):
-        reveal_schedule(5, 0)
-
-
-@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+@pytest.mark.parametrize("schedule", sorted(SHAPES))
 def test_masked_fraction_after_every_step_is_the_schedules(schedule):
     fractions = []
     drawn = sample_counts(

@@ -1,0 +1,91 @@
+"""Properties of reveal schedules: fixed shapes, the optimal one against enumeration, and its predicted cost."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from modeling_dcm import schedule_dcm
+from modeling_dcm.schedule_dcm import SHAPES, as_curve, entropies, predicted_kl, reveal_schedule
+
+
+def decaying(num_genes: int, tau: float = 5.0):
+    observed = list(range(num_genes))
+    return as_curve({"observed": observed, "entropy": [0.3 + 0.5 * np.exp(-j / tau) for j in observed]})
+
+
+@pytest.mark.parametrize("schedule", sorted(SHAPES))
+@pytest.mark.parametrize(("num_genes", "steps"), [(1, 1), (7, 3), (10, 10), (10, 50), (500, 20), (500, 499)])
+def test_schedule_goes_from_nothing_to_everything_and_every_step_reveals_a_gene(schedule, num_genes, steps):
+    revealed = reveal_schedule(num_genes, steps, schedule)
+    assert revealed[0] == 0
+    assert revealed[-1] == num_genes
+    assert len(revealed) == min(steps, num_genes) + 1
+    assert min(np.diff(revealed)) >= 1
+
+
+@pytest.mark.parametrize("schedule", sorted(SHAPES))
+def test_schedule_follows_its_formula_where_steps_are_few(schedule):
+    revealed = reveal_schedule(10_000, 10, schedule)
+    expected = [10_000 * SHAPES[schedule](step / 10) for step in range(11)]
+    np.testing.assert_allclose(revealed, expected, atol=1)
+
+
+def test_bad_schedules_say_what_was_expected():
+    with pytest.raises(ValueError, match="schedule='quadratic', expected one of cosine, cubic, linear, optimal"):
+        reveal_schedule(5, 5, "quadratic")
+    with pytest.raises(ValueError, match="steps=0, expected at least 1"):
+        reveal_schedule(5, 0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("known", [0, 3])
+@pytest.mark.parametrize("tau", [0.7, 5.0, 30.0])
+def test_optimal_schedule_is_the_best_of_all_schedules(steps, known, tau):
+    num_genes = 12
+    curve = decaying(num_genes + known, tau)
+    inner = itertools.combinations(range(1, num_genes), steps - 1)
+    costs = [predicted_kl([0, *between, num_genes], curve, known) for between in inner]
+    optimal = reveal_schedule(num_genes, steps, "optimal", curve, known)
+    assert len(optimal) == steps + 1
+    assert predicted_kl(optimal, curve, known) == pytest.approx(min(costs), abs=1e-12)
+
+
+def test_predicted_kl_is_the_sum_of_the_design():
+    curve = decaying(10)
+    h = entropies(curve, 10)
+    k = [0, 2, 5, 10]
+    by_hand = sum(h[k[s]] - h[j] for s in range(3) for j in range(k[s], k[s + 1]))
+    assert predicted_kl(k, curve) == pytest.approx(by_hand)
+    assert predicted_kl(list(range(11)), curve) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("num_genes", [1, 2, 40, 500, 17_002])
+@pytest.mark.parametrize("steps", [1, 8, 100])
+def test_optimal_schedule_reveals_everything_in_as_many_steps_and_loses_less_than_the_shapes(num_genes, steps):
+    curve = decaying(num_genes, tau=num_genes / 10)
+    optimal = reveal_schedule(num_genes, steps, "optimal", curve)
+    assert (optimal[0], optimal[-1], len(optimal)) == (0, num_genes, min(steps, num_genes) + 1)
+    assert min(np.diff(optimal)) >= 1
+    if steps * 3 < num_genes:
+        losses = {shape: predicted_kl(reveal_schedule(num_genes, steps, shape), curve) for shape in SHAPES}
+        assert predicted_kl(optimal, curve) <= min(losses.values()) * 1.01
+
+
+@pytest.mark.parametrize("schedule", [*sorted(SHAPES), "optimal"])
+def test_auto_takes_the_fewest_steps_within_the_tolerance(schedule, monkeypatch):
+    monkeypatch.setattr(schedule_dcm, "AUTO_TOLERANCE", 1.2345)
+    curve = decaying(300, tau=20.0)
+    revealed = reveal_schedule(300, "auto", schedule, curve)
+    steps = len(revealed) - 1
+    assert steps > 1
+    assert predicted_kl(revealed, curve) <= 1.2345
+    assert predicted_kl(reveal_schedule(300, steps - 1, schedule, curve), curve) > 1.2345
+
+
+def test_without_a_curve_the_way_out_is_named():
+    for steps, schedule, asked in [(5, "optimal", "schedule='optimal'"), ("auto", "cubic", "steps='auto'")]:
+        with pytest.raises(ValueError, match=f"{asked} needs the model's entropy curve.*dcm-benchmark entropy"):
+            reveal_schedule(5, steps, schedule)
+    with pytest.raises(ValueError, match="steps='all', expected at least 1, or 'auto'"):
+        reveal_schedule(5, "all")
