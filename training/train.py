@@ -39,6 +39,7 @@ from tokenization.command_line import user_errors
 from tokenization.files import written_aside
 from training.cells import Cells, GlobalBatchSampler
 from training.config import TrainConfig, read_config
+from training.entropy import validation_entropy
 from training.start import build_model, build_tokenizer
 from training.states import newest_state, restore_state, save_final, save_state
 
@@ -99,6 +100,8 @@ def main(config: TrainConfig) -> Path:
     log.close()
     if accelerator.is_main_process:
         with averaged_weights(accelerator.unwrap_model(model), ema) as averaged:
+            if has_validation_cells(config):
+                averaged.config.entropy_curve = validation_entropy(averaged, config.data, tokenizer, seed=config.seed)[1]
             save_final(config, averaged, tokenizer)
         logger.info("checkpoint: %s", config.out)
     accelerator.wait_for_everyone()
@@ -201,10 +204,14 @@ class averaged_weights:  # noqa: N801 (reads as a statement: `with averaged_weig
         self._swap()
 
 
+def has_validation_cells(config: TrainConfig) -> bool:
+    return any((config.data / "validation").glob("*.parquet"))
+
+
 @torch.no_grad()
 def validate(model: DCMForDenoising, ema: list[torch.Tensor], config: TrainConfig, tokenizer) -> dict[str, float]:
     """Loss and elbo (nats per gene) of the averaged weights on validation cells, always under the same noise."""
-    if not any((config.data / "validation").glob("*.parquet")):
+    if not has_validation_cells(config):
         return {}
     cells = Cells(config.data, "validation", tokenizer)
     rows = list(range(min(len(cells), config.validation_cells)))
