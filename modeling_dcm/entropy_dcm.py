@@ -15,10 +15,10 @@ POINTS = 24
 QUERIES = 64
 
 
-def curve_points(num_genes: int, points: int = POINTS) -> list[int]:
-    """Numbers of observed genes from 0 to ``num_genes - 1``, spaced like logarithms."""
-    spaced = np.geomspace(1, max(num_genes - 1, 1), points - 1).round().astype(int)
-    return sorted({0, *spaced.tolist(), num_genes - 1})
+def curve_points(largest: int, points: int = POINTS) -> list[int]:
+    """Numbers of observed genes from 0 to ``largest``, spaced like logarithms."""
+    spaced = np.geomspace(1, max(largest, 1), points - 1).round().astype(int)
+    return sorted({0, *np.minimum(spaced, largest).tolist(), largest})
 
 
 @torch.no_grad()
@@ -27,8 +27,9 @@ def measure_entropy(
 ) -> dict[str, list[float]]:
     """Mean cross-entropy of a masked gene given j random observed genes of its cell.
 
-    Each cell has one random order of its genes. The first j of them are observed and up to :data:`QUERIES` of the last
-    ones are asked, so that the points of the curve share genes and orders, and differences between them are not noise.
+    Each cell has one random order of its genes. The first j of them are observed and the last :data:`QUERIES` (at most a
+    quarter of the panel) are asked, so that all points of the curve share genes and orders, and differences between
+    them are not noise. The curve ends where those begin.
 
     Args:
         model: a :class:`DCMForDenoising`.
@@ -53,14 +54,15 @@ def measure_entropy(
         B, L = x_0.shape
         if bool((x_0 >= model.config.num_counts).any()):
             raise ValueError("the entropy curve needs cells in which every gene of the panel was measured")
-        observed = curve_points(L, points)
+        num_queries = min(QUERIES, -(-L // 4))
+        observed = curve_points(L - num_queries, points)
         keys = torch.rand(B, L, generator=keyed_generator(seed, index, model.device), device=model.device)
         order = keys.argsort(dim=1)
+        queries = order[:, L - num_queries :]
+        labels = x_0.gather(1, queries)
         of_batch = []
         for j in observed:
             masked = torch.zeros_like(x_0, dtype=torch.bool).scatter_(1, order[:, j:], True)
-            queries = order[:, max(j, L - QUERIES) :]
-            labels = x_0.gather(1, queries)
             x_t = x_0.masked_fill(masked, model.config.mask_token_id)
             law = model.law(x_t, query_positions=queries, **batch)
             of_batch.append(law.cross_entropy(labels).double().mean(dim=1))
@@ -100,5 +102,5 @@ def fit_entropy(measured: dict[str, list[float]], num_genes: int, points: int = 
         return np.concatenate([np.ones((len(at), 1)), np.exp(-at[:, None] / tau)], axis=1)
 
     weights, _ = nnls(basis(j), h)
-    at = np.asarray(curve_points(num_genes, points), dtype=float)
+    at = np.asarray(curve_points(num_genes - 1, points), dtype=float)
     return {"observed": at.tolist(), "entropy": (basis(at) @ weights).tolist()}

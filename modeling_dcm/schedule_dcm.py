@@ -21,8 +21,8 @@ SCHEDULES = (*sorted(SHAPES), "optimal")
 GRID_POINTS = 256
 # Errors of the first genes are shared by all later ones (the cell's state and depth), so a nat there weighs more than
 # the KL says: the cost of a step that begins with k genes known is multiplied by ((k + 1) / G) ** -EARLY_WEIGHT.
-EARLY_WEIGHT = 0.0
-AUTO_TOLERANCE = 0.5  # nats per cell that steps="auto" may lose
+EARLY_WEIGHT = 0.5
+AUTO_TOLERANCE = 0.75  # nats per cell that steps="auto" may lose
 MAX_AUTO_STEPS = 100
 
 Curve = tuple[tuple[float, ...], tuple[float, ...]]
