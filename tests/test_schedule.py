@@ -38,17 +38,46 @@ def test_bad_schedules_say_what_was_expected():
         reveal_schedule(5, 0)
 
 
+@pytest.fixture(params=[0.0, 0.5])
+def early_weight(request, monkeypatch) -> float:
+    monkeypatch.setattr(schedule_dcm, "EARLY_WEIGHT", request.param)
+    schedule_dcm._optimal.cache_clear()
+    yield request.param
+    schedule_dcm._optimal.cache_clear()
+
+
+def weighted_cost(revealed, curve, known, weight) -> float:
+    total = known + revealed[-1]
+    h = entropies(curve, total)
+    cost = 0.0
+    for start, end in itertools.pairwise(revealed):
+        lost = sum(h[known + start] - h[known + j] for j in range(start, end))
+        cost += lost * ((known + start + 1) / total) ** -weight
+    return cost
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
 @pytest.mark.parametrize("known", [0, 3])
 @pytest.mark.parametrize("tau", [0.7, 5.0, 30.0])
-def test_optimal_schedule_is_the_best_of_all_schedules(steps, known, tau):
+def test_optimal_schedule_is_the_best_of_all_schedules(steps, known, tau, early_weight):
     num_genes = 12
     curve = decaying(num_genes + known, tau)
     inner = itertools.combinations(range(1, num_genes), steps - 1)
-    costs = [predicted_kl([0, *between, num_genes], curve, known) for between in inner]
+    costs = [weighted_cost([0, *between, num_genes], curve, known, early_weight) for between in inner]
     optimal = reveal_schedule(num_genes, steps, "optimal", curve, known)
     assert len(optimal) == steps + 1
-    assert predicted_kl(optimal, curve, known) == pytest.approx(min(costs), abs=1e-12)
+    assert weighted_cost(optimal, curve, known, early_weight) == pytest.approx(min(costs), abs=1e-12)
+
+
+def test_a_larger_early_weight_spends_more_steps_on_the_first_genes(monkeypatch):
+    curve = decaying(200, tau=40.0)
+    first = []
+    for weight in (0.0, 0.5, 1.0):
+        monkeypatch.setattr(schedule_dcm, "EARLY_WEIGHT", weight)
+        schedule_dcm._optimal.cache_clear()
+        first.append(reveal_schedule(200, 8, "optimal", curve)[1])
+    schedule_dcm._optimal.cache_clear()
+    assert first[0] > first[1] > first[2]
 
 
 def test_predicted_kl_is_the_sum_of_the_design():
@@ -62,7 +91,11 @@ def test_predicted_kl_is_the_sum_of_the_design():
 
 @pytest.mark.parametrize("num_genes", [1, 2, 40, 500, 17_002])
 @pytest.mark.parametrize("steps", [1, 8, 100])
-def test_optimal_schedule_reveals_everything_in_as_many_steps_and_loses_less_than_the_shapes(num_genes, steps):
+def test_optimal_schedule_reveals_everything_in_as_many_steps_and_loses_less_than_the_shapes(
+    num_genes, steps, monkeypatch
+):
+    monkeypatch.setattr(schedule_dcm, "EARLY_WEIGHT", 0.0)
+    schedule_dcm._optimal.cache_clear()
     curve = decaying(num_genes, tau=num_genes / 10)
     optimal = reveal_schedule(num_genes, steps, "optimal", curve)
     assert (optimal[0], optimal[-1], len(optimal)) == (0, num_genes, min(steps, num_genes) + 1)
