@@ -304,12 +304,47 @@ def test_log_likelihood_is_the_enumerated_elbo_and_below_the_log_of_the_law(make
     assert torch.equal(model.log_likelihood(x_0, num_samples=2), model.log_likelihood(x_0, num_samples=2))
 
 
-def test_log_likelihood_of_a_uniform_network_is_exact_with_one_sample(make_model, backbone):
+@torch.no_grad()
+def enumerated_elbo(model, x_0: torch.Tensor) -> float:
+    """The bound of one cell (7,) by all of its 2^7 - 1 masks."""
+    masks = torch.tensor(list(itertools.product([False, True], repeat=7)))[1:]
+    cross_entropy = model.law(x_0.masked_fill(masks, MASK)).cross_entropy(x_0.expand_as(masks)).double() * masks
+    k = masks.sum(dim=1).tolist()
+    return -sum((7 / j) * nats / (7 * math.comb(7, j)) for j, nats in zip(k, cross_entropy.sum(dim=1).tolist()))
+
+
+def test_the_error_of_the_log_likelihood_covers_the_enumerated_elbo_at_its_rate(make_model, backbone):
+    model, repeats = make_model(backbone, seed=1), 100
+    cells = torch.randint(0, 5, (6, 7), generator=generator())
+    elbo = torch.tensor([enumerated_elbo(model, x_0) for x_0 in cells], dtype=torch.float64)
+    for num_samples in (16, 128):
+        estimates, errors = model.log_likelihood(
+            cells.repeat_interleave(repeats, dim=0), num_samples=num_samples, batch_size=600, return_error=True
+        )
+        off = estimates - elbo.repeat_interleave(repeats)
+        assert off.square().mean().item() == pytest.approx(errors.square().mean().item(), rel=0.15)
+    covered = [(off.abs() < z * errors).double().mean().item() for z in (1, 2)]
+    assert covered == pytest.approx([0.68, 0.95], abs=0.03)  # 64 strata: nearly normal
+
+
+def test_log_likelihood_of_a_uniform_network_is_exact_and_says_so(make_model, backbone):
     model = make_model(backbone, fresh=True)
     x_0 = torch.randint(0, 5, (9, 7), generator=generator())
     x_0[3:, :4], x_0[8] = PAD, PAD
     expected = torch.tensor([7.0] * 3 + [3.0] * 5 + [0.0], dtype=torch.float64) * -math.log(5)
-    torch.testing.assert_close(model.log_likelihood(x_0, num_samples=1), expected, rtol=1e-6, atol=1e-6)
+    bound, error = model.log_likelihood(x_0, num_samples=2, return_error=True)
+    torch.testing.assert_close(bound, expected, rtol=1e-6, atol=1e-6)
+    assert error.max() < 1e-5
+    assert model.log_likelihood(x_0[8:], num_samples=2).tolist() == [0.0]
+
+
+def test_log_likelihood_refuses_masked_cells_and_samples_without_pairs(make_model):
+    model, x_0 = make_model(), torch.zeros(2, 7, dtype=torch.long)
+    with pytest.raises(ValueError, match="num_samples=3, expected an even number of at least 2"):
+        model.log_likelihood(x_0, num_samples=3)
+    x_0[1, 2] = MASK
+    with pytest.raises(ValueError, match=r"input_ids hold MASK \(5\), expected counts"):
+        model.log_likelihood(x_0)
 
 
 def test_genes_outside_the_attention_mask_do_not_count(make_model, backbone):

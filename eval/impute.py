@@ -1,0 +1,256 @@
+"""Complete measured cells with a checkpoint: genes that a file lacks, and entries that are masked to try it out.
+
+    dcm-impute checkpoint/ cells.h5ad --out complete.h5ad
+    dcm-impute checkpoint/ cells.h5ad --out complete.h5ad --mask-fraction 0.1
+
+Given counts are kept exactly. All matrices of the output are sparse and written chunk by chunk, so memory does not grow
+with the number of cells beyond the input's own sparse counts. Knows nothing of training. Letters: N cells, B cells of a
+chunk, G genes of the model, M filled entries of a chunk, D draws.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+import tyro
+from anndata.io import sparse_dataset, write_elem
+from scipy import sparse
+
+from eval.imputation_score import MaskedEntries
+from eval.panel_cells import PanelCells, chunk_seed, read_panel_cells
+from eval.progress import ProgressReport
+from eval.sample import load_checkpoint
+from modeling_dcm import DCMForDenoising
+from modeling_dcm.chunks_dcm import row_chunks
+from tokenization.command_line import run
+from tokenization.files import written_aside
+from tokenization.labels_dcm import unknown_label_error
+
+logger = logging.getLogger(__name__)
+
+X, IMPUTED, ORIGINAL = "X", "layers/imputed", "layers/original"
+MEAN, VARIANCE = "layers/posterior_mean", "layers/posterior_variance"
+
+
+def main(
+    checkpoint: Annotated[str, tyro.conf.Positional],
+    cells: Annotated[Path, tyro.conf.Positional],
+    *,
+    out: Path,
+    mask_fraction: float | None = None,
+    genes_to_mask: Path | None = None,
+    draws: int = 20,
+    steps: int | Literal["auto"] = 20,
+    schedule: str = "cubic",
+    layer: str | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Path:
+    """Fill in the model's genes that a file of cells lacks, and entries that are masked.
+
+    The output has all genes of the model, in its order. X holds the given counts and, elsewhere, one draw; the layers
+    posterior_mean and posterior_variance are over all draws (the count and 0 where it was given); the layer imputed is
+    1 where filled; var["measured"] says which genes the file has. With masking, the layer original holds the counts of
+    the file, and the log and uns["dcm_imputation"]["masked"] say how well masked entries were filled. The library size
+    is not given to the model. Columns of var and other layers of the file are left out.
+
+    Args:
+        checkpoint: Folder of a checkpoint, or its id on the Hub.
+        cells: The h5ad file of cells to complete; genes are matched by name, conditions by the names of obs columns.
+        out: The h5ad file to write.
+        mask_fraction: Mask this fraction of each cell's measured genes, and fill them too.
+        genes_to_mask: A file of gene names, one per line, to mask in all cells.
+        draws: Completions of each cell, over which mean and variance are taken.
+        steps: Network calls of each completion, or auto.
+        schedule: How many genes each step reveals: linear, cosine, cubic or optimal.
+        layer: Layer of the counts; default: X.
+        seed: The same seed and batch size give the same numbers.
+        batch_size: Cells completed together.
+    """
+    _check_options(mask_fraction, draws)
+    model, tokenizer = load_checkpoint(checkpoint)
+    panel = read_panel_cells(cells, tokenizer, layer)
+    masked_genes = _masked_genes(genes_to_mask, tokenizer.genes)
+    is_masking = bool(mask_fraction) or bool((masked_genes & panel.measured).any())
+    if panel.measured.all() and not is_masking:
+        raise ValueError(
+            f"nothing to fill: {str(cells)!r} has all {len(tokenizer.genes):,} genes of the model; "
+            "mask some with --mask-fraction or --genes-to-mask"
+        )
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    masks = Masks(panel.measured, masked_genes, mask_fraction or 0.0, seed)
+    options = {"steps": steps, "schedule": schedule, "draws": draws, "seed": seed, "batch_size": batch_size}
+    masked = MaskedEntries(len(tokenizer.genes), seed) if is_masking else None
+    with (
+        written_aside(out) as aside,
+        ProgressReport(len(panel) * draws, task="imputing", unit="completions") as progress,
+    ):
+        chunks = impute(model, panel, masks, **options, masked=masked, progress=progress)
+        described = {"checkpoint": Path(checkpoint).name, **options, "mask_fraction": mask_fraction or 0.0}
+        _write(aside, panel, chunks, described, masked)
+    lacking = int((~panel.measured).sum())
+    logger.info(
+        "%s: %d cells, %d genes that were not measured, %d draws; %.3g completions/s",
+        out,
+        len(panel),
+        lacking,
+        draws,
+        progress.rate,
+    )
+    if masked is not None:
+        logger.info(masked.summary())
+    return out
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Which measured entries are hidden from the model.
+
+    Attributes:
+        measured: (G,) genes of the file.
+        genes: (G,) genes that are hidden in all cells.
+        fraction: of each cell's other measured genes, rounded to a number of genes, at least one; 0: none.
+        seed: keyed with the chunk.
+    """
+
+    measured: np.ndarray
+    genes: np.ndarray
+    fraction: float
+    seed: int
+
+    def draw(self, chunk: int, num_cells: int) -> np.ndarray:
+        """Hidden entries (B, G) of a chunk."""
+        open_ = np.flatnonzero(self.measured & ~self.genes)
+        hidden = np.tile(self.measured & self.genes, (num_cells, 1))
+        if self.fraction and len(open_):
+            keys = np.random.default_rng([self.seed, chunk]).random((num_cells, len(open_)))
+            number = max(1, round(self.fraction * len(open_)))
+            hidden[np.arange(num_cells)[:, None], open_[keys.argsort(axis=1)[:, :number]]] = True
+        return hidden
+
+
+def impute(
+    model: DCMForDenoising,
+    cells: PanelCells,
+    masks: Masks,
+    *,
+    steps: int | str,
+    schedule: str,
+    draws: int,
+    seed: int,
+    batch_size: int,
+    masked: MaskedEntries | None,
+    progress: ProgressReport,
+) -> Iterator[dict[str, sparse.csr_matrix]]:
+    """Yield the output's matrices (B, G) of each chunk by their names in the file; ``masked`` is told what was hidden.
+
+    Raises:
+        ValueError: options that the model's :meth:`generate` refuses.
+    """
+    for chunk, rows in row_chunks(len(cells), batch_size):
+        counts = cells.counts[rows].toarray()
+        hidden = masks.draw(chunk, len(counts))
+        fill = hidden | ~cells.measured
+        observed = torch.from_numpy(np.where(fill, -1, cells.count_ids(counts)))
+        drawn = np.empty((draws, int(fill.sum())), dtype=np.int32)  # (D, M)
+        for draw in range(draws):
+            ids = model.generate(
+                observed=observed,
+                **cells.conditions_of(rows),
+                steps=steps,
+                schedule=schedule,
+                seed=chunk_seed(seed, chunk, draw),
+                batch_size=batch_size,
+            )
+            complete = cells.tokenizer.decode(ids, seed=chunk_seed(seed, chunk, draw)).X.toarray()
+            drawn[draw] = complete[fill]
+            progress.update(len(counts))
+        if masked is not None:
+            masked.add(counts, hidden, drawn[:, hidden[fill]])
+        matrices = {
+            X: _with_filled(counts, fill, drawn[0]),
+            MEAN: _with_filled(counts, fill, drawn.mean(axis=0)),
+            VARIANCE: _with_filled(np.zeros_like(counts), fill, drawn.var(axis=0, ddof=1)),
+            IMPUTED: fill,
+        }
+        if masked is not None:
+            matrices[ORIGINAL] = counts
+        yield {name: sparse.csr_matrix(values) for name, values in matrices.items()}
+
+
+def _with_filled(given: np.ndarray, fill: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """``given`` (B, G) with ``values`` (M,) at the entries ``fill`` (B, G)."""
+    filled = given.astype(np.result_type(given, values))
+    filled[fill] = values
+    return filled
+
+
+def _write(
+    path: Path,
+    cells: PanelCells,
+    chunks: Iterator[dict[str, sparse.csr_matrix]],
+    options: dict[str, object],
+    masked: MaskedEntries | None,
+) -> None:
+    """Write the annotations, append the matrices chunk by chunk, and say at the end how they were made."""
+    tokenizer, annotations = cells.tokenizer, cells.annotations
+    var = pd.DataFrame({"measured": cells.measured}, index=tokenizer.genes)
+    uns: dict[str, object] = {"dcm_conditions": np.array(cells.conditions, dtype=object)}
+    if "perturbation" in cells.conditions and tokenizer.control is not None:
+        uns["dcm_control"] = tokenizer.control
+    uns |= annotations.uns  # the file knows its own conditions best
+    kept = anndata.AnnData(obs=annotations.obs, var=var, obsm=annotations.obsm, obsp=annotations.obsp, uns=uns)
+    kept.write_h5ad(path, compression="gzip")
+    dtypes = {X: cells.counts.dtype, MEAN: np.float32, VARIANCE: np.float32, IMPUTED: np.int8}
+    if masked is not None:
+        dtypes[ORIGINAL] = cells.counts.dtype
+    with h5py.File(path, "r+") as file:
+        for name, dtype in dtypes.items():
+            empty = sparse.csr_matrix((0, len(tokenizer.genes)), dtype=dtype)
+            empty.indptr = empty.indptr.astype(np.int64)
+            write_elem(file, name, empty, dataset_kwargs={"compression": "gzip", "compression_opts": 1})
+        for matrices in chunks:
+            for name, matrix in matrices.items():
+                sparse_dataset(file[name]).append(matrix.astype(dtypes[name]))
+        score = {} if masked is None else {"masked": masked.scores()}
+        write_elem(file["uns"], "dcm_imputation", {**options, **score})
+
+
+def _masked_genes(path: Path | None, genes: list[str]) -> np.ndarray:
+    """(G,) which genes a file of names lists."""
+    if path is None:
+        return np.zeros(len(genes), dtype=bool)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {str(path)!r}; expected gene names, one per line")
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    unknown = [name for name in names if name not in set(genes)]
+    if not names:
+        raise ValueError(f"{str(path)!r} lists no genes; expected names, one per line")
+    if unknown:
+        raise unknown_label_error("gene to mask", unknown, genes)
+    return np.isin(genes, names)
+
+
+def _check_options(mask_fraction: float | None, draws: int) -> None:
+    if mask_fraction is not None and not 0 < mask_fraction < 1:
+        raise ValueError(f"--mask-fraction {mask_fraction}: expected a number between 0 and 1")
+    if draws < 2:
+        raise ValueError(f"--draws {draws}: expected at least 2, as the variance is over draws")
+
+
+def cli() -> None:
+    """Entry point of ``dcm-impute``."""
+    transformers.utils.logging.disable_progress_bar()
+    run(main)
+
+
+if __name__ == "__main__":
+    cli()
