@@ -1,30 +1,34 @@
-"""Score generated cells against held-out real ones, beside the real-vs-real floor and the marginals baseline.
+"""Score generated cells against held-out real ones, beside the real-vs-real floor and the baselines.
 
-Takes any generator's h5ad with integer counts. Writes ``results.json`` (every number), ``results.md`` (the tables) and
-``figure.png``. Knows nothing of models or checkpoints, and reads test cells only to score.
+Takes any generator's h5ad with integer counts, or checkpoints, which are drawn from first. Writes ``results.json``
+(every number), ``results.csv`` (the same), ``results.md`` (the tables), ``figure.png`` and ``report.html`` (tables and
+figures in one file). Reads test cells only to score.
 
     dcm-evaluate generated.h5ad --real shards/test.h5ad --train shards/train.h5ad --out results/
+    dcm-evaluate checkpoint/ scvi.h5ad --real shards/test.h5ad --train shards/train.h5ad --out results/ --baselines all
 """
 
+import dataclasses
 import importlib.metadata
 import inspect
 import logging
 import platform
 import re
 import shlex
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import anndata
 import numpy as np
 import tyro
 from scipy import sparse
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from eval.baselines import Sampler, independent_marginals
-from eval.labelled_counts import LabelledCounts, condition_columns, from_anndata
+from eval import cell_eval_scores, scvi_baseline
+from eval.baselines import Sampler, additive, independent_marginals, needs_control, perturbation_mean
+from eval.compared_cells import Cells, drawn_files, is_checkpoint, read_cells, warn_of_gaps
+from eval.html_report import html_report
+from eval.labelled_counts import LabelledCounts
 from eval.plots import comparison_figure
 from eval.protocols import (
     FLOOR_DRAWS,
@@ -33,30 +37,40 @@ from eval.protocols import (
     Score,
     evaluate_pair,
     floor_draws,
-    missing_cells,
     prepare_reference,
 )
-from eval.report import FLOOR, Row, results_json, results_markdown, summary_rows, summary_table
+from eval.report import (
+    FLOOR,
+    Row,
+    biased_floor_notes,
+    results_csv,
+    results_json,
+    results_markdown,
+    summary_rows,
+    summary_table,
+)
 from tokenization.command_line import run
-from tokenization.files import read_h5ad, written_aside
+from tokenization.files import written_aside
 
 logger = logging.getLogger(__name__)
 
 BASELINE_DRAWS = 3
 FIGURE_CELLS = 2000
 PACKAGES = ("discrete-cell-models", "anndata", "numpy", "POT", "scipy", "torch")
-BASELINE = independent_marginals.__name__
-RESERVED_NAMES = (FLOOR, BASELINE)
-
-
-@dataclass(frozen=True)
-class Cells:
-    """Everything that is compared: genes and condition columns are the same in all of it."""
-
-    real: LabelledCounts
-    train: LabelledCounts
-    generated: dict[str, list[LabelledCounts]]
-    checkpoint: str | None
+MARGINALS = independent_marginals.__name__
+BASELINES: dict[str, Callable[[LabelledCounts], Sampler]] = {
+    fit.__name__: fit
+    for fit in (
+        independent_marginals,
+        perturbation_mean,
+        additive,
+        scvi_baseline.scvi_prior,
+        scvi_baseline.scvi_aggregated_posterior,
+    )
+}
+FROM_CONTROL = (perturbation_mean.__name__, additive.__name__)
+FROM_SCVI = (scvi_baseline.scvi_prior.__name__, scvi_baseline.scvi_aggregated_posterior.__name__)
+RESERVED_NAMES = (FLOOR, *BASELINES, cell_eval_scores.MEAN_BASELINE)
 
 
 def main(
@@ -65,38 +79,72 @@ def main(
     train: Path,
     out: Path,
     protocol: str = "paper,log",
+    baselines: str = "default",
+    per_condition: bool = True,
+    cell_eval: bool = False,
     name: str | None = None,
     condition_keys: str | None = None,
+    control: str | None = None,
     layer: str | None = None,
     dataset: str | None = None,
     split: str | None = None,
     checkpoint: str | None = None,
+    sampling_seeds: int = 3,
+    device: str | None = None,
     seed: int = 0,
+    umap: bool = True,
 ) -> None:
-    """Score generated cells against held-out real cells, with the floor and the marginals baseline.
+    """Score generated cells against held-out real cells, with the floor and baselines.
 
-    Several files of one generator are its sampling seeds. Writes results.json, results.md and figure.png.
+    Several files of one generator are its sampling seeds. Writes results.json, results.csv, results.md, figure.png and
+    report.html.
 
     Args:
-        generated: h5ad files of generated cells with integer counts; genes are matched by name.
+        generated: h5ad files of generated cells with integer counts (genes are matched by name), or checkpoints
+            (folders or ids on the Hub), from which the conditions of the real test cells are drawn first.
         real: h5ad of the real test cells.
-        train: h5ad of the real training cells, for the floor and the baseline.
+        train: h5ad of the real training cells, for the floor and the baselines.
         out: folder to write to.
-        protocol: names of protocols, with commas between.
-        name: the generator's name; by default what each file says in uns["generator"].
+        protocol: names of protocols, with commas between: paper, log, scldm, cfgen.
+        baselines: names with commas between (independent_marginals, perturbation_mean, additive, scvi_prior,
+            scvi_aggregated_posterior), or default (those that need no other package), all, or none.
+        per_condition: score each condition by itself, too.
+        cell_eval: add the metrics of the cell-eval package, in each cell type, with its mean baseline and real training
+            cells as the ceiling.
+        name: the generator's name, or one for each file with commas between; by default what each file says in
+            uns["generator"], or the checkpoint's name.
         condition_keys: columns of obs that make up a condition, with commas between, or none for pooled scores only;
             by default what the real file says in uns["dcm_conditions"], else cell_type and perturbation where present.
+        control: the label of control cells in the column perturbation; by default what the real file says in
+            uns["dcm_control"].
         layer: layer of the generated files that holds the counts; by default X.
         dataset: the data set's name; by default that of the folder of the real file.
         split: the split's name; by default that of the real file.
         checkpoint: the checkpoint's name; by default the one that dcm-sample wrote into the files.
-        seed: of every draw (floor, baseline, thinning).
+        sampling_seeds: how many samples are drawn from each checkpoint.
+        device: where to multiply matrices, such as cuda; by default the CPU.
+        seed: of every draw (floor, baselines, thinning).
+        umap: embed by UMAP in the report (takes up to a minute) where umap-learn is installed, else by PCA.
     """
     command = _command(dict(locals()))
-    protocols = _parse_protocols(protocol)
+    protocols = _parse_protocols(protocol, per_condition=per_condition)
     _check_paths(generated, out)
-    cells = _read_cells(generated, real, train, name=name, condition_keys=condition_keys, layer=layer)
-    _warn_of_gaps(cells)
+    names = _parse_names(name, len(generated))
+    chosen = _parse_baselines(baselines)
+    if cell_eval:
+        cell_eval_scores.check_installed()
+    files, names = drawn_files(generated, names, real=real, out=out, seeds=sampling_seeds)
+    cells = read_cells(
+        files,
+        real,
+        train,
+        names=names,
+        reserved_names=RESERVED_NAMES,
+        condition_keys=condition_keys,
+        layer=layer,
+        control=control,
+    )
+    warn_of_gaps(cells)
     header = {
         "dataset": dataset or real.resolve().parent.name,
         "split": split or real.stem,
@@ -104,32 +152,46 @@ def main(
         "versions": {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES},
         "command": command,
     }
-    rows = evaluate(cells, protocols, seed=seed)
-    _write_text(out / "results.json", results_json(header, rows))
-    _write_text(out / "results.md", results_markdown(header, rows))
-    figures = _write_figures(out, cells, header["dataset"], seed=seed)
-    for chosen in protocols:
-        pooled = [row for row in rows if row["protocol"] == chosen.name and row["grouping"] == "pooled"]
-        logger.info("\nprotocol %s, all cells pooled (mean ± sd):\n%s", chosen.name, summary_table(pooled))
-    logger.info("\nnumbers: %s\ntables:  %s\nfigure:  %s", out / "results.json", out / "results.md", figures[0])
+    samplers = fitted_baselines(cells, chosen, required=baselines not in ("default", "all"))
+    rows = evaluate(cells, protocols, samplers, seed=seed, device=device)
+    if cell_eval:
+        rows += cell_eval_scores.rows(cells, seed=seed)
+    _write(out, header, rows, cells, samplers, umap=umap, seed=seed)
+    for found in protocols:
+        shown = [row for row in rows if row["protocol"] == found.name and row["condition"] is None]
+        grouping = "pooled" if any(row["grouping"] == "pooled" for row in shown) else "per_condition"
+        shown = [row for row in shown if row["grouping"] == grouping]
+        what = "all cells pooled" if grouping == "pooled" else "mean over conditions"
+        logger.info("\nprotocol %s, %s (mean ± sd):\n%s", found.name, what, summary_table(shown))
+    for note in biased_floor_notes(rows):
+        logger.warning("%s", note)
+    logger.info(
+        "\nnumbers: %s\nreport:  %s\nfigure:  %s", out / "results.json", out / "report.html", out / "figure.png"
+    )
 
 
-def evaluate(cells: Cells, protocols: Sequence[Protocol], *, seed: int = 0) -> list[Row]:
-    """Rows of every protocol: the floor first, then every generator, then the baseline.
+def evaluate(
+    cells: Cells,
+    protocols: Sequence[Protocol],
+    samplers: dict[str, Sampler],
+    *,
+    seed: int = 0,
+    device: str | None = None,
+) -> list[Row]:
+    """Rows of every protocol: the floor first, then every generator, then the baselines.
 
     Raises:
-        ValueError: fewer than two test cells, or no training cell of any of their conditions.
+        ValueError: fewer than two test cells, no training cell of any of their conditions, or a protocol that groups by
+            a column that is none of the conditions.
     """
-    sample = independent_marginals(cells.train)
     sources: dict[str, Iterable[LabelledCounts]] = {
         FLOOR: floor_draws(cells.train, cells.real, seed=seed),
         **cells.generated,
-        BASELINE: (_baseline_cells(sample, cells.real, seed=seed, draw=draw) for draw in range(BASELINE_DRAWS)),
+        **{name: _baseline_draws(sample, cells.real, seed=seed) for name, sample in samplers.items()},
     }
-    test_cells = {condition: found.size for condition, found in cells.real.rows_by_condition.items()}
     references = [prepare_reference(cells.real, protocol, seed=seed) for protocol in protocols]
     rows: dict[str, list[Row]] = {protocol.name: [] for protocol in protocols}
-    repeats = FLOOR_DRAWS + BASELINE_DRAWS + sum(len(files) for files in cells.generated.values())
+    repeats = FLOOR_DRAWS + BASELINE_DRAWS * len(samplers) + sum(len(files) for files in cells.generated.values())
     # most matrices are small (one condition): a second BLAS thread makes it slower, on a busy machine fivefold
     with (
         threadpool_limits(limits=1, user_api="blas"),
@@ -140,121 +202,128 @@ def evaluate(cells: Cells, protocols: Sequence[Protocol], *, seed: int = 0) -> l
             scores: dict[str, list[list[Score]]] = {protocol.name: [] for protocol in protocols}
             for drawn in samples:
                 for reference in references:
-                    scores[reference.protocol.name].append(evaluate_pair(drawn, reference, seed=seed))
+                    scores[reference.protocol.name].append(evaluate_pair(drawn, reference, seed=seed, device=device))
                     bar.update()
-            for protocol, found in scores.items():
-                rows[protocol] += summary_rows(model, protocol, found, test_cells=test_cells)
+            for reference in references:
+                protocol = reference.protocol.name
+                test_cells = {group.condition: group.n for group in reference.groups if group.condition is not None}
+                rows[protocol] += summary_rows(model, protocol, scores[protocol], test_cells=test_cells)
     return [row for found in rows.values() for row in found]
 
 
-def _baseline_cells(sample: Sampler, real: LabelledCounts, *, seed: int, draw: int) -> LabelledCounts:
-    """One draw of the baseline, with the conditions of the test cells."""
-    return LabelledCounts(sample(real.labels, np.random.default_rng([seed, draw])), real.labels)
+def fitted_baselines(cells: Cells, names: Sequence[str], *, required: bool) -> dict[str, Sampler]:
+    """Fit baselines on the training cells; one that cannot be is an error if ``required``, else left out (logged)."""
+    samplers = {}
+    for name in names:
+        reason = needs_control(cells.train) if name in FROM_CONTROL else None
+        if reason is not None and not required:
+            logger.info("baseline %s is left out: %s", name, reason)
+            continue
+        samplers[name] = BASELINES[name](cells.train)
+    return samplers
 
 
-def _parse_protocols(names: str) -> list[Protocol]:
-    """Protocols by their names."""
+def _baseline_draws(sample: Sampler, real: LabelledCounts, *, seed: int) -> Iterator[LabelledCounts]:
+    for draw in range(BASELINE_DRAWS):
+        yield baseline_cells(sample, real, seed=seed, draw=draw)
+
+
+def baseline_cells(sample: Sampler, real: LabelledCounts, *, seed: int, draw: int) -> LabelledCounts:
+    """One draw of a baseline, with the conditions of the test cells."""
+    return LabelledCounts(sample(real.labels, np.random.default_rng([seed, draw])), real.labels, real.control)
+
+
+def _parse_protocols(names: str, *, per_condition: bool) -> list[Protocol]:
+    """Protocols by their names; without conditions only those groupings that are not a condition of their own."""
     wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     unknown = [name for name in wanted if name not in PROTOCOLS]
     if unknown or not wanted:
         raise ValueError(f"--protocol {names!r}: expected one or more of {', '.join(PROTOCOLS)}, with commas between")
-    return [PROTOCOLS[name] for name in wanted]
+    protocols = [PROTOCOLS[name] for name in wanted]
+    if per_condition:
+        return protocols
+    return [
+        dataclasses.replace(protocol, condition_metrics=()) if protocol.pooled_metrics else protocol
+        for protocol in protocols
+    ]
+
+
+def _parse_baselines(names: str) -> list[str]:
+    """Names of baselines; the words default, all and none stand for lists."""
+    lists = {"default": [name for name in BASELINES if name not in FROM_SCVI], "all": list(BASELINES), "none": []}
+    wanted = lists.get(names)
+    if wanted is None:
+        wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+        unknown = [name for name in wanted if name not in BASELINES]
+        if unknown or not wanted:
+            known = ", ".join(BASELINES)
+            raise ValueError(
+                f"--baselines {names!r}: expected default, all, none, or some of {known}, with commas between"
+            )
+    if set(wanted) & set(FROM_SCVI) and not scvi_baseline.is_installed():
+        raise ValueError(scvi_baseline.MISSING)
+    return wanted
+
+
+def _parse_names(name: str | None, number: int) -> list[str | None]:
+    """One name for each generated file or checkpoint."""
+    if name is None:
+        return [None] * number
+    names = [part.strip() for part in name.split(",")]
+    if len(names) not in (1, number) or not all(names):
+        raise ValueError(f"--name {name!r} holds {len(names)} names: expected one, or one for each of {number} files")
+    taken = [part for part in names if part in RESERVED_NAMES]
+    if taken:
+        raise ValueError(f"--name {taken[0]!r} is the name of a row of every table; expected another name")
+    return names if len(names) == number else names * number
 
 
 def _check_paths(generated: Sequence[Path], out: Path) -> None:
-    """Refuse an empty or repeated list of files, and an ``--out`` that cannot be a folder."""
+    """Refuse an empty or repeated list of files, a file that is not there, and an ``--out`` that cannot be a folder."""
     if not generated:
-        raise ValueError("no generated file given; expected one or more h5ad files")
+        raise ValueError("no generated file given; expected one or more h5ad files or checkpoints")
     repeated = [path for path in generated if list(generated).count(path) > 1]
     if repeated:
         raise ValueError(f"{str(repeated[0])!r} is given more than once: each file counts as one sampling seed")
+    absent = [path for path in generated if not path.exists() and not is_checkpoint(path)]
+    if absent:
+        raise FileNotFoundError(f"no file {str(absent[0])!r}; expected an h5ad file or a checkpoint")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {str(out)!r} is a file; expected the name of a folder to write to")
 
 
-def _read_cells(
-    generated: Sequence[Path],
-    real: Path,
-    train: Path,
+def _write(
+    out: Path,
+    header: dict[str, object],
+    rows: list[Row],
+    cells: Cells,
+    samplers: dict[str, Sampler],
     *,
-    name: str | None,
-    condition_keys: str | None,
-    layer: str | None,
-) -> Cells:
-    """Read all files, with the genes of the real one and one set of condition columns."""
-    if name in RESERVED_NAMES:
-        raise ValueError(f"--name {name!r} is the name of a row of every table; expected another name")
-    real_file = read_h5ad(real)
-    files = [read_h5ad(path) for path in generated]
-    conditions = condition_columns(condition_keys, real_file, files)
-    genes = real_file.var_names
-    real_cells = from_anndata(real_file, name=str(real), conditions=conditions)
-    by_model: dict[str, list[LabelledCounts]] = {}
-    for path, file in zip(generated, files):
-        cells = from_anndata(file, name=str(path), conditions=conditions, genes=genes, layer=layer)
-        if not set(cells.rows_by_condition) & set(real_cells.rows_by_condition):
-            raise ValueError(
-                f"{str(path)!r} has none of the conditions of {str(real)!r} (columns {', '.join(conditions)}); it has "
-                f"{next(iter(cells.rows_by_condition))!r}, the other {next(iter(real_cells.rows_by_condition))!r}, ..."
-            )
-        by_model.setdefault(name or _generator(file, path), []).append(cells)
-    train_cells = from_anndata(read_h5ad(train), name=str(train), conditions=conditions, genes=genes)
-    named = [file.uns.get("dcm_sampling", {}).get("checkpoint") for file in files]
-    checkpoints = list(dict.fromkeys(str(checkpoint) for checkpoint in named if checkpoint is not None))
-    return Cells(real_cells, train_cells, by_model, ", ".join(checkpoints) or None)
+    umap: bool,
+    seed: int,
+) -> None:
+    """Write every file of the evaluation."""
+    _write_text(out / "results.json", results_json(header, rows))
+    _write_text(out / "results.csv", results_csv(header, rows))
+    _write_text(out / "results.md", results_markdown(header, rows))
+    marginals = samplers.get(MARGINALS) or independent_marginals(cells.train)
+    baseline = baseline_cells(marginals, cells.real, seed=seed, draw=0)
+    _write_figures(out, cells, baseline, str(header["dataset"]), seed=seed)
+    page = html_report(header, rows, cells, baseline, baseline_name=MARGINALS, umap=umap, seed=seed)
+    _write_text(out / "report.html", page)
 
 
-def _generator(file: anndata.AnnData, path: Path) -> str:
-    """The generator's name as the file tells it."""
-    if "generator" not in file.uns:
-        raise ValueError(f"{str(path)!r} does not say what generated it (uns['generator']); pass --name NAME")
-    if str(file.uns["generator"]) in RESERVED_NAMES:
-        raise ValueError(
-            f"{str(path)!r}: uns['generator'] is {file.uns['generator']!r}, a row of every table; pass --name"
-        )
-    return str(file.uns["generator"])
-
-
-def _warn_of_gaps(cells: Cells) -> None:
-    """Say which test cells have no generated partner, and which generated cells are never compared."""
-    for model, files in cells.generated.items():
-        for position, file in enumerate(files, start=1):
-            number, short, unmatched = missing_cells(file, cells.real)
-            if number:
-                logger.warning(
-                    "%s, file %d: %d of %d test cells have no generated partner, in %d conditions (%s, ...); it is "
-                    "compared on fewer cells than the floor",
-                    model,
-                    position,
-                    number,
-                    len(cells.real),
-                    len(short),
-                    short[0],
-                )
-            if unmatched:
-                logger.warning(
-                    "%s, file %d: %d conditions are not among the test cells and are left out (%s, ...)",
-                    model,
-                    position,
-                    len(unmatched),
-                    unmatched[0],
-                )
-
-
-def _write_figures(out: Path, cells: Cells, dataset: str, *, seed: int) -> list[Path]:
+def _write_figures(out: Path, cells: Cells, baseline: LabelledCounts, dataset: str, *, seed: int) -> None:
     """One figure per generator, of its first file: ``figure.png``, and ``figure_NAME.png`` from the second on."""
     rng = np.random.default_rng(seed)
-    baseline = _baseline_cells(independent_marginals(cells.train), cells.real, seed=seed, draw=0).counts
-    real, baseline = _thinned(cells.real.counts, rng), _thinned(baseline, rng)
-    paths = []
-    for model, files in cells.generated.items():
+    real, thinned = _thinned(cells.real.counts, rng), _thinned(baseline.counts, rng)
+    for position, (model, files) in enumerate(cells.generated.items()):
         figure = comparison_figure(
-            real, _thinned(files[0].counts, rng), baseline, dataset=dataset, model=model, baseline_name=BASELINE
+            real, _thinned(files[0].counts, rng), thinned, dataset=dataset, model=model, baseline_name=MARGINALS
         )
-        paths.append(out / ("figure.png" if not paths else f"figure_{re.sub(r'[^A-Za-z0-9._-]+', '_', model)}.png"))
-        with written_aside(paths[-1]) as aside:
+        path = out / ("figure.png" if not position else f"figure_{re.sub(r'[^A-Za-z0-9._-]+', '_', model)}.png")
+        with written_aside(path) as aside:
             figure.savefig(aside, format="png", dpi=130)
-    return paths
 
 
 def _thinned(counts: sparse.csr_matrix, rng: np.random.Generator) -> sparse.csr_matrix:
@@ -281,8 +350,11 @@ def _command(arguments: dict[str, object]) -> str:
     defaults = {name: parameter.default for name, parameter in inspect.signature(main).parameters.items()}
     words = ["dcm-evaluate", *map(str, arguments.pop("generated"))]
     for name, value in arguments.items():
-        if value != defaults[name]:
-            words += [f"--{name.replace('_', '-')}", str(value)]
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words += [f"--{option}" if value else f"--no-{option}"] * (value != defaults[name])
+        elif value != defaults[name]:
+            words += [f"--{option}", str(value)]
     return shlex.join(words)
 
 

@@ -18,12 +18,13 @@ from tokenization.counts_dcm import CountCheck
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_CONDITIONS = ("cell_type", "perturbation")
+PERTURBATION = "perturbation"
+DEFAULT_CONDITIONS = ("cell_type", PERTURBATION)
 SEPARATOR = " | "
 NAMES_SHOWN = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LabelledCounts:
     """Counts (n, G) of the same genes in the same order for everything that is compared, and the cells' labels.
 
@@ -31,10 +32,12 @@ class LabelledCounts:
         counts: (n, G) CSR, integer.
         labels: n rows, one string column per condition (cell type, perturbation, covariates); no column is
             unconditional.
+        control: the label of unperturbed cells in the column ``perturbation``; None if there are none.
     """
 
     counts: sparse.csr_matrix
     labels: pd.DataFrame
+    control: str | None = None
 
     def __post_init__(self) -> None:
         if self.counts.shape[0] != len(self.labels):
@@ -57,7 +60,24 @@ class LabelledCounts:
 
     def take(self, rows: np.ndarray) -> "LabelledCounts":
         """The cells of some rows, in that order."""
-        return LabelledCounts(self.counts[rows], self.labels.iloc[rows].reset_index(drop=True))
+        return LabelledCounts(self.counts[rows], self.labels.iloc[rows].reset_index(drop=True), self.control)
+
+    def control_rows(self, condition: str | None) -> np.ndarray | None:
+        """Rows of the control cells that share every other label with a condition.
+
+        None for the control's own condition, for a name that is no condition (such as that of all cells together), and
+        where there are no such cells.
+        """
+        rows = self.rows_by_condition.get(condition)
+        if rows is None or self.control is None or PERTURBATION not in self.labels:
+            return None
+        wanted = self.labels.iloc[rows[0]]
+        if wanted[PERTURBATION] == self.control:
+            return None
+        matches = (self.labels[PERTURBATION] == self.control).to_numpy()
+        for column in self.labels.columns.drop(PERTURBATION):
+            matches = matches & (self.labels[column] == wanted[column]).to_numpy()
+        return np.flatnonzero(matches) if matches.any() else None
 
 
 def from_anndata(
@@ -67,6 +87,7 @@ def from_anndata(
     conditions: Sequence[str],
     genes: Sequence[str] | None = None,
     layer: str | None = None,
+    control: str | None = None,
 ) -> LabelledCounts:
     """Take the counts and the condition columns of ``obs``; genes are matched by name and put in order.
 
@@ -76,6 +97,7 @@ def from_anndata(
         conditions: columns of ``obs``.
         genes: the wanted genes in order; None keeps the file's own. Other genes are dropped, which is logged.
         layer: where the counts are; None is ``X``.
+        control: the label of unperturbed cells.
 
     Raises:
         ValueError: values that are not counts, duplicate or missing genes, a missing column or label, no cells.
@@ -99,7 +121,7 @@ def from_anndata(
     counts = _integer_counts(adata, name, layer)
     if genes is not None:
         counts = counts[:, _gene_positions(adata.var_names, genes, name)]
-    return LabelledCounts(counts.tocsr(), labels.astype(str))
+    return LabelledCounts(counts.tocsr(), labels.astype(str), control)
 
 
 def condition_columns(requested: str | None, real: anndata.AnnData, generated: Sequence[anndata.AnnData]) -> list[str]:

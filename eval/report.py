@@ -1,8 +1,10 @@
-"""Rows of numbers, and the two files that carry them: ``results.json`` and ``results.md``.
+"""Rows of numbers, and the files that carry them: ``results.json``, ``results.csv`` and ``results.md``.
 
 Knows nothing of cells or of how a metric is computed: it takes scores, and says which numbers are at the floor.
 """
 
+import csv
+import io
 import json
 import math
 from collections import defaultdict
@@ -13,6 +15,7 @@ import numpy as np
 from eval.protocols import FEW_CELLS, METRICS, PROTOCOLS, Score
 
 FLOOR = "floor"
+FLOOR_DOMINATES = 0.5
 ROW_KEYS = ("model", "protocol", "grouping", "condition", "metric", "mean", "std", "n", "seeds")
 
 Row = dict[str, str | float | int | None]
@@ -60,6 +63,41 @@ def results_json(header: dict[str, object], rows: Iterable[Row]) -> str:
     return f'{top[:-2]},\n  "rows": [\n{lines}\n  ]\n}}\n'
 
 
+def results_csv(header: dict[str, object], rows: Iterable[Row]) -> str:
+    """The rows as a table with commas, each with its data set and split; an empty field where there is no number."""
+    text = io.StringIO()
+    columns = ("dataset", "split", *ROW_KEYS)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({"dataset": header["dataset"], "split": header["split"], **row})
+    return text.getvalue()
+
+
+def biased_floor_notes(rows: Sequence[Row]) -> list[str]:
+    """One sentence for each model and grouping whose biased MMD² is half the floor's own bias or more.
+
+    A biased MMD² of two samples of one law is about ``(1/n + 1/m)`` times a constant near the number of kernels, not 0.
+    """
+    notes = []
+    for row in rows:
+        if row["metric"] != "mmd2" or row["condition"] is not None or row["model"] == FLOOR or row["mean"] is None:
+            continue
+        floor = next((f for f in rows if _place(f) == _place(row) and f["model"] == FLOOR), None)
+        known = row["protocol"] in PROTOCOLS and PROTOCOLS[row["protocol"]].biased_mmd2
+        if known and floor and floor["mean"] is not None and floor["mean"] >= FLOOR_DOMINATES * row["mean"]:
+            notes.append(
+                f"{row['protocol']}, {row['grouping']}: of {row['model']}'s biased MMD² ({row['mean']:.3g}) the floor "
+                f"({floor['mean']:.3g}, n = {floor['n']:,}) is most: read the difference, or compare more cells"
+            )
+    return notes
+
+
+def _place(row: Row) -> tuple[object, ...]:
+    """What must be equal for two models' rows to be compared."""
+    return tuple(row[key] for key in ("protocol", "grouping", "condition", "metric"))
+
+
 def results_markdown(header: dict[str, object], rows: Sequence[Row]) -> str:
     """The numbers for a reader: one section per protocol, pooled and mean over conditions, the floor first."""
     parts = [
@@ -72,16 +110,42 @@ def results_markdown(header: dict[str, object], rows: Sequence[Row]) -> str:
     ]
     for protocol in dict.fromkeys(row["protocol"] for row in rows):
         ours = [row for row in rows if row["protocol"] == protocol]
-        parts.append(f"## Protocol `{protocol}`\n\nSpace and metrics: {PROTOCOLS[protocol].description}.")
-        parts.append("All cells pooled:\n\n" + summary_table([row for row in ours if row["grouping"] == "pooled"]))
+        parts.append(f"## Protocol `{protocol}`\n\nSpace and metrics: {protocol_description(protocol)}.")
+        pooled = [row for row in ours if row["grouping"] == "pooled"]
+        if pooled:
+            parts.append("All cells pooled:\n\n" + summary_table(pooled))
         averaged = [row for row in ours if row["grouping"] == "per_condition"]
         if averaged:
-            number = len({r["condition"] for r in ours if r["grouping"] == "condition" and not _is_few(r["condition"])})
-            parts.append(
-                f"Mean over the {number} conditions with {FEW_CELLS} or more test cells (n is their median):\n\n"
-                + summary_table(averaged)
-            )
+            parts.append(f"{averaged_over(ours)}:\n\n" + summary_table(averaged))
+        parts += [f"Note. {note}." for note in biased_floor_notes(ours)]
     return "\n\n".join(parts) + "\n"
+
+
+def protocol_description(protocol: str) -> str:
+    """What a reader of a table must know of a protocol."""
+    if protocol in PROTOCOLS:
+        return PROTOCOLS[protocol].description
+    return (
+        "metrics of the cell-eval package (profile vcc) on log1p(CP10k) in each cell type; the floor is its ceiling, "
+        "one draw of real training cells"
+    )
+
+
+def averaged_over(rows: Sequence[Row]) -> str:
+    """Over which conditions a protocol's mean is taken, as the words above its table."""
+    protocol = PROTOCOLS.get(rows[0]["protocol"])
+    fewest = 1 if protocol is None else protocol.fewest_cells
+    counted = {
+        r["condition"] for r in rows if r["grouping"] == "condition" and (fewest == 1 or not _is_few(r["condition"]))
+    }
+    what = "conditions" if protocol is None or protocol.group_by is None else f"values of {protocol.group_by}"
+    enough = f" with {fewest} or more test cells" if fewest > 1 else ""
+    return f"Mean over the {len(counted)} {what}{enough} (n is their median)"
+
+
+def metric_label(metric: str) -> tuple[str, str]:
+    """A metric's name in a table, and which way is better (empty where it is not ours)."""
+    return (METRICS[metric].label, METRICS[metric].better) if metric in METRICS else (metric, "")
 
 
 def summary_table(rows: Sequence[Row]) -> str:
@@ -98,7 +162,7 @@ def summary_table(rows: Sequence[Row]) -> str:
     for metric in dict.fromkeys(row["metric"] for row in rows):
         floor = by_cell.get((metric, FLOOR))
         cells = [_number(by_cell.get((metric, model)), floor) for model in models]
-        lines.append([METRICS[metric].label, METRICS[metric].better, *cells])
+        lines.append([*metric_label(metric), *cells])
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     padded = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"

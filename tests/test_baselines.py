@@ -1,4 +1,4 @@
-"""Independent marginals: every gene as in training, nothing between genes, nothing invented."""
+"""Baselines: each predicts what it says, in whole counts, for the conditions asked for and in their order."""
 
 import logging
 
@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from eval import baselines
-from eval.baselines import independent_marginals
+from eval import baselines, scvi_baseline
+from eval.baselines import additive, independent_marginals, needs_control, perturbation_mean
 from eval.labelled_counts import LabelledCounts
 
 
@@ -67,3 +67,102 @@ def test_one_generator_state_gives_one_sample_for_any_block_of_genes(train, monk
     a, b = (sample(conditions("a", "x", 20), np.random.default_rng(3)) for _ in range(2))
     assert (a != b).nnz == 0
     assert a.shape == (20, 3)
+
+
+MEANS = {  # of three genes; B undoes A in gene 0, both raise gene 1, gene 2 is never on
+    ("a", "control"): [8.0, 3.0, 0.0],
+    ("a", "A"): [2.0, 7.0, 0.0],
+    ("a", "B"): [26.0, 3.0, 0.0],
+    ("b", "control"): [1.0, 1.0, 0.0],
+    ("b", "A"): [1.0, 5.0, 0.0],
+}
+
+
+@pytest.fixture
+def screen() -> LabelledCounts:
+    """Cells whose counts are those of their condition's mean times 0, 1 or 2: all genes move together."""
+    labels = pd.DataFrame([pair for pair in MEANS for _ in range(300)], columns=["cell_type", "perturbation"])
+    level = np.repeat(np.array(list(MEANS.values())), 300, axis=0) * np.tile([0, 1, 2], 500)[:, None]
+    return LabelledCounts(sparse.csr_matrix(level.astype(np.int32)), labels, "control")
+
+
+def mean_of(sampler, cell_type: str, perturbation: str) -> np.ndarray:
+    cells = sampler(conditions(cell_type, perturbation), np.random.default_rng(0))
+    assert cells.dtype.kind == "i"
+    assert cells.min() >= 0
+    return np.asarray(cells.mean(axis=0)).ravel()
+
+
+def test_perturbation_mean_is_one_prediction_for_every_perturbation_and_control_stays_itself(screen):
+    sampler = perturbation_mean(screen)
+    for perturbation in ("A", "B", "A+B", "never seen"):
+        assert mean_of(sampler, "a", perturbation) == pytest.approx([14.0, 5.0, 0.0], abs=0.5)
+    assert mean_of(sampler, "b", "A") == pytest.approx([1.0, 5.0, 0.0], abs=0.2)
+    assert mean_of(sampler, "a", "control") == pytest.approx([8.0, 3.0, 0.0], abs=0.4)
+
+
+def test_additive_adds_the_log_fold_changes_of_the_parts(screen):
+    sampler = additive(screen)
+    for name in ("control", "A", "B"):
+        assert mean_of(sampler, "a", name) == pytest.approx(MEANS["a", name], abs=0.7)
+    together = [(3 / 9) * (27 / 9) * 9 - 1, (8 / 4) * 1 * 4 - 1, 0.0]
+    for name in ("A+B", "B+A", "A+control+B"):
+        assert mean_of(sampler, "a", name) == pytest.approx(together, abs=0.7)
+
+
+def test_additive_takes_a_perturbation_seen_in_other_cell_types_from_there_and_says_what_it_never_saw(screen, caplog):
+    sampler = additive(screen)
+    assert mean_of(sampler, "b", "B") == pytest.approx([2 * 3 - 1, 1.0, 0.0], abs=0.4)
+    with caplog.at_level(logging.WARNING):
+        assert mean_of(sampler, "b", "A+C") == pytest.approx(MEANS["b", "A"], abs=0.2)
+    assert "additive: no training cell of C by itself; it, and any other such part, is taken to" in caplog.text
+
+
+def test_moved_control_cells_keep_their_spread_and_their_correlation(screen):
+    cells = additive(screen)(conditions("a", "A+B"), np.random.default_rng(0)).toarray()
+    assert np.corrcoef(cells[:, 0], cells[:, 1])[0, 1] > 0.6
+    assert (cells.sum(axis=1) == 0).mean() == pytest.approx(1 / 3, abs=0.05)
+
+
+@pytest.mark.parametrize("fit", [independent_marginals, perturbation_mean, additive])
+def test_every_baseline_answers_in_the_order_asked_for_and_repeats_itself(screen, fit):
+    wanted = pd.concat([conditions("b", "A", 30), conditions("a", "B", 30), conditions("b", "control", 30)])
+    cells, again = (fit(screen)(wanted, np.random.default_rng(5)) for _ in range(2))
+    assert (cells != again).nnz == 0
+    means = np.asarray(cells[:, 0].todense()).reshape(3, 30).mean(axis=1)
+    assert means[1] > 3 * max(means[0], means[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda s: LabelledCounts(s.counts, s.labels[["cell_type"]], "control"),
+            r"\(cell_type\) have no 'perturbation'",
+        ),
+        (lambda s: LabelledCounts(s.counts, s.labels), "no label of control cells is known .* pass --control LABEL"),
+        (lambda s: LabelledCounts(s.counts, s.labels, "ntc"), r"no training cell is labelled 'ntc' \(control\)"),
+    ],
+)
+def test_without_control_cells_the_mean_baselines_say_why_they_cannot_start(screen, change, message):
+    changed = change(screen)
+    assert needs_control(screen) is None
+    for fit in (perturbation_mean, additive):
+        with pytest.raises(ValueError, match=message):
+            fit(changed)
+
+
+def test_scvi_names_its_extra_where_it_is_not_installed(screen, monkeypatch):
+    monkeypatch.setattr(scvi_baseline, "is_installed", lambda: False)
+    for fit in (scvi_baseline.scvi_prior, scvi_baseline.scvi_aggregated_posterior):
+        with pytest.raises(ValueError, match=r"scvi-tools: pip install 'discrete-cell-models\[baselines\]'"):
+            fit(screen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fit", [scvi_baseline.scvi_prior, scvi_baseline.scvi_aggregated_posterior])
+def test_scvi_knows_the_conditions(screen, fit):
+    pytest.importorskip("scvi")
+    sampler = fit(screen)
+    assert mean_of(sampler, "a", "B")[0] > 2 * mean_of(sampler, "b", "A")[0]
+    assert mean_of(sampler, "a", "control")[2] < 0.1

@@ -1,19 +1,31 @@
 """``dcm-evaluate`` from files to files: the rows, and every mistake a user can make."""
 
+import csv
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
 import pytest
 from PIL import Image
 
+from eval import cell_eval_scores, evaluate, sample, scvi_baseline
 from eval.evaluate import main
-from eval.protocols import METRICS, Score
-from eval.report import ROW_KEYS, at_floor, results_json, summary_rows, summary_table
+from eval.protocols import POOLED_METRICS, Score
+from eval.report import ROW_KEYS, at_floor, biased_floor_notes, results_json, summary_rows, summary_table
 from eval.simulate import simulate
+
+DEFAULT_BASELINES = ("independent_marginals", "perturbation_mean", "additive")
+
+
+@pytest.fixture(autouse=True)
+def quick_report(monkeypatch):
+    """The report has tests of its own and takes seconds: here only the fixture ``results`` writes a real one."""
+    monkeypatch.setattr(evaluate, "html_report", lambda *args, **options: "<!doctype html>")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +60,7 @@ def _generated(train: anndata.AnnData, test: anndata.AnnData, seed: int) -> annd
 
 def run_main(folder: Path, out: Path, *names: str, **options: object) -> dict:
     paths = tuple(folder / name for name in names or ("generated_0.h5ad", "generated_1.h5ad"))
-    main(paths, real=folder / "test.h5ad", train=folder / "train.h5ad", out=out, **options)
+    main(paths, real=folder / "test.h5ad", train=folder / "train.h5ad", out=out, umap=False, **options)
     return json.loads((out / "results.json").read_text(), parse_constant=lambda word: pytest.fail(f"JSON holds {word}"))
 
 
@@ -72,11 +84,11 @@ def test_results_json_is_the_contract(results):
     assert (found["split"], found["checkpoint"]) == ("test", "small")
     assert found["command"].startswith("dcm-evaluate ")
     assert all(tuple(row) == ROW_KEYS for row in found["rows"])
-    assert {row["model"] for row in found["rows"]} == {"floor", "thinned", "independent_marginals"}
+    assert list(dict.fromkeys(row["model"] for row in found["rows"])) == ["floor", "thinned", *DEFAULT_BASELINES]
     assert {row["protocol"] for row in found["rows"]} == {"paper", "log"}
     assert {row["grouping"] for row in found["rows"]} == {"pooled", "per_condition", "condition"}
     assert {row["metric"] for row in found["rows"] if row["protocol"] == "log" and row["grouping"] == "pooled"} == set(
-        METRICS
+        POOLED_METRICS
     )
     assert all((row["condition"] is None) == (row["grouping"] != "condition") for row in found["rows"])
     keys = [tuple(row[key] for key in ROW_KEYS[:5]) for row in found["rows"]]
@@ -89,7 +101,7 @@ def test_every_row_says_n_and_over_how_many_seeds(results):
     assert {model: row["seeds"] for model, row in pooled.items()} == {
         "floor": 10,
         "thinned": 2,
-        "independent_marginals": 3,
+        **dict.fromkeys(DEFAULT_BASELINES, 3),
     }
     assert {row["n"] for row in pooled.values()} == {240}
     assert all(row["std"] > 0 for row in pooled.values())
@@ -117,7 +129,13 @@ def test_the_marginals_lose_the_correlations_and_the_floor_keeps_them(results):
 
 def test_tables_and_figure_are_written_and_nothing_else(results):
     _, out = results
-    assert sorted(path.name for path in out.iterdir()) == ["figure.png", "results.json", "results.md"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "figure.png",
+        "report.html",
+        "results.csv",
+        "results.json",
+        "results.md",
+    ]
     text = (out / "results.md").read_text()
     assert "floor (n = 240, 10 draws)" in text
     assert "thinned (n = 240, 2 seeds)" in text
@@ -167,6 +185,7 @@ def test_pooled_only_and_files_of_different_generators_are_different_models(fold
         out=tmp_path / "out",
         condition_keys="none",
         protocol="paper",
+        umap=False,
     )
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert {row["model"] for row in rows} == {"floor", "thinned", "other/one", "independent_marginals"}
@@ -209,7 +228,7 @@ def test_a_bad_generated_file_is_refused_and_nothing_is_written(folder, tmp_path
 
 def test_layer_takes_the_counts_of_a_log_normalised_file(folder, tmp_path):
     path = _changed(folder, tmp_path, _log_normalised)
-    options = {"real": folder / "test.h5ad", "train": folder / "train.h5ad", "protocol": "paper"}
+    options = {"real": folder / "test.h5ad", "train": folder / "train.h5ad", "protocol": "paper", "umap": False}
     main((path,), out=tmp_path / "layer", layer="counts", **options)
     main((folder / "generated_0.h5ad",), out=tmp_path / "plain", **options)
     layer, plain = (json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("layer", "plain"))
@@ -266,3 +285,131 @@ def test_at_the_floor_is_within_two_standard_deviations_and_bold():
     table = summary_table([floor, near, far])
     assert "**1.3**" in table
     assert "**2**" not in table
+
+
+def test_results_csv_holds_the_rows_of_results_json(results):
+    found, out = results
+    with (out / "results.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(found["rows"])
+    for line, row in zip(lines, found["rows"]):
+        assert (line.pop("dataset"), line.pop("split")) == (found["dataset"], found["split"])
+        assert line == {key: "" if value is None else str(value) for key, value in row.items()}
+
+
+def test_the_report_is_whole(results):
+    _, out = results
+    page = (out / "report.html").read_text()
+    assert "independent_marginals" in page
+    assert page.count("<figure>") == 5
+
+
+def test_every_file_can_have_a_name_of_its_own(folder, tmp_path):
+    found = run_main(folder, tmp_path / "out", name="one,two", protocol="paper", baselines="none", per_condition=False)
+    assert [row["model"] for row in found["rows"] if row["metric"] == "w2"] == ["floor", "one", "two"]
+    assert {row["grouping"] for row in found["rows"]} == {"pooled"}
+    assert "--no-per-condition" in found["command"]
+
+
+def test_a_checkpoint_is_drawn_from_with_every_seed_and_takes_its_folders_name(folder, tmp_path, monkeypatch):
+    (tmp_path / "small").mkdir()
+    asked = []
+
+    def draw(checkpoint: str, *, out: Path, like: Path, seed: int) -> Path:
+        asked.append((checkpoint, like, seed))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes((folder / f"generated_{seed}.h5ad").read_bytes())
+        return out
+
+    monkeypatch.setattr(sample, "main", draw)
+    options = {"protocol": "scldm", "baselines": "none", "sampling_seeds": 2}
+    found = run_main(folder, tmp_path / "out", str(tmp_path / "small"), "generated_0.h5ad", **options)
+    assert asked == [(str(tmp_path / "small"), folder / "test.h5ad", seed) for seed in (0, 1)]
+    seeds = {row["model"]: row["seeds"] for row in found["rows"] if row["metric"] == "w2"}
+    assert seeds == {"floor": 10, "small": 2, "thinned": 1}
+
+
+def test_all_four_protocols_in_one_run(folder, tmp_path):
+    found = run_main(folder, tmp_path / "out", protocol="paper,log,scldm,cfgen", baselines="additive")
+    groupings = {}
+    for row in found["rows"]:
+        groupings.setdefault(row["protocol"], set()).add(row["grouping"])
+    assert groupings["scldm"] == {"pooled"}
+    assert groupings["cfgen"] == {"per_condition", "condition"}
+    assert {row["condition"] for row in found["rows"] if row["protocol"] == "cfgen"} == {None, "type0", "type1"}
+    assert "Mean over the 2 values of cell_type" in (tmp_path / "out" / "results.md").read_text()
+    assert any(row["metric"] == "pearson_delta" and row["grouping"] == "per_condition" for row in found["rows"])
+
+
+def test_the_default_leaves_out_baselines_that_cannot_start_and_a_wish_for_one_says_why(folder, tmp_path):
+    options = {"protocol": "paper", "condition_keys": "cell_type"}
+    found = run_main(folder, tmp_path / "out", **options)
+    assert {row["model"] for row in found["rows"]} == {"floor", "thinned", "independent_marginals"}
+    with pytest.raises(ValueError, match=r"starts from control cells, and the condition columns \(cell_type\)"):
+        run_main(folder, tmp_path / "asked", baselines="additive", **options)
+    assert not (tmp_path / "asked").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"baselines": "mean"}, "--baselines 'mean': expected default, all, none, or some of independent_marginals"),
+        ({"baselines": "scvi_prior"}, r"scvi-tools: pip install 'discrete-cell-models\[baselines\]'"),
+        ({"baselines": "all"}, r"scvi-tools: pip install 'discrete-cell-models\[baselines\]'"),
+        ({"cell_eval": True}, r"cell-eval: pip install 'discrete-cell-models\[baselines\]'"),
+        ({"name": "a,b,c"}, "--name 'a,b,c' holds 3 names: expected one, or one for each of 2 files"),
+        ({"name": "additive"}, "--name 'additive' is the name of a row of every table"),
+        (
+            {"protocol": "cfgen", "condition_keys": "perturbation"},
+            "compares each cell_type by itself, and the condition",
+        ),
+    ],
+)
+def test_more_bad_options_are_refused_before_anything_is_written(folder, tmp_path, options, message, monkeypatch):
+    monkeypatch.setattr(scvi_baseline, "is_installed", lambda: False)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cell_eval" else find(name))
+    with pytest.raises(ValueError, match=message):
+        run_main(folder, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+class StandInEvaluator:
+    """In place of the cell-eval package: scores a perturbation by the number of its predicted cells."""
+
+    def __init__(self, *, adata_pred, adata_real, control_pert, pert_col, outdir):
+        for adata in (adata_pred, adata_real):
+            assert (adata.obs[pert_col] == control_pert).any()
+            assert not np.array_equal(adata.X.data, np.round(adata.X.data))
+        assert set(adata_pred.obs[pert_col]) == set(adata_real.obs[pert_col])
+        self.sizes = adata_pred.obs[pert_col].value_counts().drop(control_pert)
+
+    def compute(self, *, profile, write_csv):
+        lines = [{"perturbation": name, "size": float(size), "none": None} for name, size in self.sizes.items()]
+        return SimpleNamespace(to_dicts=lambda: lines), None
+
+
+def test_cell_eval_is_given_each_cell_type_with_its_mean_baseline_and_ceiling(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(cell_eval_scores, "check_installed", lambda: None)
+    monkeypatch.setitem(sys.modules, "cell_eval", SimpleNamespace(MetricsEvaluator=StandInEvaluator))
+    found = run_main(folder, tmp_path / "out", "generated_0.h5ad", cell_eval=True, protocol="paper", baselines="none")
+    ours = [row for row in found["rows"] if row["protocol"] == "cell-eval"]
+    assert {row["model"] for row in ours} == {"floor", "thinned", "cell_eval_mean"}
+    test = anndata.read_h5ad(folder / "test.h5ad").obs
+    sizes = (test["cell_type"].astype(str) + " | " + test["perturbation"].astype(str)).value_counts()
+    for row in ours:
+        if row["grouping"] == "condition":
+            assert row["mean"] == sizes[row["condition"].removesuffix(" (under 20 cells)")]
+            assert not row["condition"].startswith("type0 | control")
+    assert "metrics of the cell-eval package" in (tmp_path / "out" / "results.md").read_text()
+
+
+@pytest.mark.parametrize(("model_value", "noted"), [(0.11, True), (0.9, False)])
+def test_a_small_n_whose_biased_floor_dominates_is_said(model_value, noted):
+    floor, model, unbiased = (
+        summary_rows(name, protocol, [[Score("pooled", None, "mmd2", value, 50)]], test_cells={})[0]
+        for name, protocol, value in (("floor", "scldm", 0.1), ("dcm", "scldm", model_value), ("dcm", "log", 0.11))
+    )
+    notes = biased_floor_notes([floor, model, unbiased])
+    assert len(notes) == noted
+    assert not noted or "the floor (0.1, n = 50) is most" in notes[0]

@@ -1,16 +1,20 @@
 """Metrics against independent implementations, closed forms and brute force."""
 
+import tracemalloc
 from itertools import permutations
 
 import numpy as np
 import ot
 import pytest
+import torch
 from scipy import linalg, sparse, stats
 from scipy.spatial.distance import pdist
 from sklearn.metrics import r2_score
 from sklearn.neighbors import NearestNeighbors
 
 from eval import metrics
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 @pytest.fixture
@@ -58,6 +62,20 @@ def test_unbiased_mmd2_has_expectation_zero_for_equal_laws_and_the_biased_one_ha
     biased = np.array([metrics.mmd2(x, y, bandwidths=[1.5], biased=True) for x, y in pairs])
     assert abs(unbiased.mean()) < 3 * unbiased.std() / np.sqrt(unbiased.size)
     assert biased.mean() > 10 * biased.std() / np.sqrt(biased.size)
+
+
+def test_biased_mmd2_of_one_law_is_what_its_docstring_says(rng):
+    """(1/n + 1/m) (kernels - mean kernel sum of two cells): the floor that a small n puts under every model."""
+    sigmas, n, m = [1.0, 2.0], 12, 15
+    biased = np.mean([metrics.mmd2(*two_normal_samples(rng, n, m), bandwidths=sigmas, biased=True) for _ in range(500)])
+    far = rng.normal(size=(4000, 3)), rng.normal(size=(4000, 3))
+    squared = ((far[0] - far[1]) ** 2).sum(axis=1)
+    mean_kernels = sum(np.exp(-squared / (2 * sigma**2)).mean() for sigma in sigmas)
+    assert biased == pytest.approx((1 / n + 1 / m) * (len(sigmas) - mean_kernels), rel=0.03)
+
+
+def two_normal_samples(rng: np.random.Generator, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+    return rng.normal(size=(n, 3)), rng.normal(size=(m, 3))
 
 
 def test_biased_mmd2_of_a_sample_with_itself_is_zero(counts):
@@ -112,9 +130,59 @@ def test_gaussian_w2_is_the_same_on_the_wide_and_on_the_tall_side(rng):
     assert metrics.w2_gaussian(wide_x[:4], wide_y) == pytest.approx(metrics.w2_gaussian(x[:4], y), rel=1e-9)
 
 
+def test_gaussian_w2_of_many_cells_equals_that_of_the_singular_values(rng, monkeypatch):
+    """The faster way through the squared matrix; where cells repeat it is left, and a sample is at 0 from itself."""
+    x, y = (rng.poisson(np.exp(rng.normal(size=90)), (60, 90)) for _ in range(2))
+    expected = gaussian_w2_by_square_roots(x, y)
+    monkeypatch.setattr(metrics, "SQUARED_FROM", 1)
+    assert metrics.w2_gaussian(x, y) == pytest.approx(expected, rel=1e-6)
+    repeated = np.concatenate([x[:20], x[:20], x[:20]])
+    assert metrics.w2_gaussian(repeated, repeated) == pytest.approx(0, abs=1e-5)
+    monkeypatch.setattr(metrics.linalg, "svdvals", None)
+    assert metrics.w2_gaussian(x, y) == pytest.approx(expected, rel=1e-6)
+
+
+def test_quiet_and_loud_genes_are_multiplied_alike(rng, monkeypatch):
+    x, y = (rng.poisson(np.linspace(0.01, 3, 40), (30, 40)) for _ in range(2))
+    expected = [metrics.mmd2(x, y), metrics.w2(x, y), metrics.w2_gaussian(x, y)]
+    for share in (0.0, 0.5, 1.1):
+        monkeypatch.setattr(metrics, "LOUD_SHARE", share)
+        a, b = sparse.csr_matrix(x), sparse.csr_matrix(y)
+        found = [metrics.mmd2(a, b), metrics.w2(a, b), metrics.w2_gaussian(a, b)]
+        assert found == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_the_device_does_not_matter(counts, form, device):
+    x, y = (form(cells) for cells in counts)
+    for metric in (metrics.mmd2, metrics.w2, metrics.w2_gaussian, metrics.nearest_neighbour_accuracy):
+        assert metric(x, y, device=device) == pytest.approx(metric(x, y), rel=1e-9)
+
+
+def test_memory_does_not_grow_with_the_number_of_pairs(monkeypatch):
+    """All distances of 3,000 cells would be 72 MB; blocks of 100 cells need a small part of it."""
+    monkeypatch.setattr(metrics, "BLOCK_CELLS", 100)
+    cells = sparse.random(3000, 50, density=0.1, format="csr", random_state=0)
+    tracemalloc.start()
+    metrics.mmd2(cells, cells, bandwidths=[1.0])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6
+
+
 def test_gaussian_w2_of_a_shift_is_its_length(rng):
     x = rng.normal(size=(30, 3))
     assert metrics.w2_gaussian(x, x + np.array([2.0, 0.0, 0.0])) == pytest.approx(2.0)
+
+
+def test_gaussian_w2_of_commuting_covariances_is_the_distance_of_their_roots(rng):
+    """Uncorrelated genes of two scales: W2^2 is the squared distance of means and of standard deviations."""
+    base = linalg.qr(rng.normal(size=(50, 4)) - 0.0, mode="economic")[0]
+    base = linalg.qr(base - base.mean(axis=0), mode="economic")[0] * np.sqrt(49)  # exact unit covariance
+    scale_x, scale_y, shift = np.array([1, 2, 3, 4.0]), np.array([2, 2, 1, 5.0]), np.array([0, 1, 0, -1.0])
+    expected = np.sqrt((shift**2).sum() + ((scale_x - scale_y) ** 2).sum())
+    assert metrics.w2_gaussian(base * scale_x + shift, base * scale_y) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(
