@@ -305,10 +305,10 @@ def remove_counts(cells: anndata.AnnData) -> anndata.AnnData:
     ("spoil", "message"),
     [
         (spoil_value(np.nan), r"X of cells.h5ad: 2 of .* are NaN or infinite"),
-        (spoil_value(-3), r"2 of .* are negative \(smallest -3\)"),
+        (spoil_value(-3), r"2 of .* are negative \(smallest -3, largest \d+\)"),
         (spoil_value(0.5), r"2 of .* are not integers"),
         (log_normalise, "looks log-normalised: pass --layer counts"),
-        (repeat_name("var"), r"1 gene names stand more than once \(g0\); sum or drop"),
+        (repeat_name("var"), r"1 gene names stand more than once \(g0\); --duplicate-genes sum adds"),
         (repeat_name("obs"), r"1 cell names stand more than once \(cell0\); adata.obs_names_make_unique"),
         (remove_labels, "column 'line' has no label for 2 of 300 cells"),
         (remove_counts, "has no count above 0 in the 216 training cells"),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from training.gene_panel import GeneTotals, seurat_v3_variances, top_genes
+from training.gene_panel import GeneTotals, read_gene_list, seurat_v3_variances, top_genes
 
 
 @pytest.fixture
@@ -55,3 +55,33 @@ def test_too_few_cells_or_genes_are_refused(counts):
         ValueError, match="cannot fit variance on mean for 1 variable genes of 700 training cells; expected at"
     ):
         variances(counts[:, 9:12], 700)
+
+
+def test_genes_that_some_cells_did_not_measure_are_judged_by_the_others(counts):
+    dense = counts.toarray()
+    dense[:300, :50] = 0
+    measured = np.arange(400) >= 50
+    totals = GeneTotals(400)
+    totals.add(csr_matrix(dense[:300]), measured)
+    totals.add(csr_matrix(dense[300:]))
+    ours = seurat_v3_variances(totals, [csr_matrix(dense)])
+    alone = variances(csr_matrix(dense[300:]), 700)
+    assert np.corrcoef(ours[:50], alone[:50])[0, 1] > 0.99
+    naive = variances(csr_matrix(dense), 700)
+    assert np.abs(ours[:50] - alone[:50]).mean() < 0.5 * np.abs(naive[:50] - alone[:50]).mean()
+
+
+def test_a_list_of_genes_is_read_in_order(tmp_path):
+    path = tmp_path / "genes.txt"
+    path.write_text("g2\n\n g1 \n")
+    assert read_gene_list(path) == ["g2", "g1"]
+    for content, message in (
+        ("\n", "names no gene"),
+        ("a\nb\na\n", r"names 1 genes twice \(a\)"),
+        ("\xff", "not a text"),
+    ):
+        path.write_bytes(content.encode("latin-1"))
+        with pytest.raises(ValueError, match=message):
+            read_gene_list(path)
+    with pytest.raises(FileNotFoundError, match=r"no file .*absent.txt' \(--genes\)"):
+        read_gene_list(tmp_path / "absent.txt")

@@ -130,7 +130,7 @@ def test_conditions_of_an_anndata_come_from_its_canonical_columns(tokenizer, cel
     [
         (np.log1p(np.arange(8.0)).reshape(2, 4), r"7 of 8 values .* not integers \(largest 2.079\).*log-normalised"),
         (np.array([[0.5, 1000.0, 2, 3]]), "looks normalised"),
-        (np.array([[-2, 1, 0, -1]]), r"2 of 4 values \(50.00%\) are negative \(smallest -2\)"),
+        (np.array([[-2, 1, 0, -1]]), r"2 of 4 values \(50.00%\) are negative \(smallest -2, largest 1\)"),
         (np.array([[-2.5, 1, 0, 1]]), "looks scaled"),
         (np.array([[np.nan, np.inf, 0, 1]]), "2 of 4 values .* NaN or infinite"),
         (np.array([["1", "2", "3", "4"]]), "expected counts, got values of type"),

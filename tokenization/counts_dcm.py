@@ -71,13 +71,15 @@ class CountCheck:
         """
         if self.is_clean:
             return
+        extremes = f"(smallest {self.minimum:.4g}, largest {self.maximum:.4g})"
         if self.not_finite:
-            count, what, hint = self.not_finite, "are NaN or infinite", "remove or repair them"
+            count, what = self.not_finite, f"are NaN or infinite (largest of the others {self.maximum:.4g})"
+            hint = "remove or repair them"
         elif self.negative and self.fractional:
-            count, what = self.negative, f"are negative (smallest {self.minimum:.4g}) and others are not integers"
+            count, what = self.negative, f"are negative {extremes} and others are not integers"
             hint = "looks scaled; counts are needed"
         elif self.negative:
-            count, what, hint = self.negative, f"are negative (smallest {self.minimum:.4g})", "counts are needed"
+            count, what, hint = self.negative, f"are negative {extremes}", "counts are needed"
         else:
             count, what = self.fractional, f"are not integers (largest {self.maximum:.4g})"
             hint = "looks log-normalised" if self.maximum <= LARGEST_LOG_COUNT else "looks normalised"

@@ -5,7 +5,7 @@ stands alone) and the covariates under their own names. Knows nothing of counts,
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from tokenization.labels_dcm import factorize, join_perturbation, split_perturba
 logger = logging.getLogger(__name__)
 
 USUAL_CONTROLS = ("control", "non-targeting")
-RESERVED = (CELL_TYPE, PERTURBATION, "genes", "expressions")
+RESERVED = (CELL_TYPE, PERTURBATION, "genes", "expressions", "panel")
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,22 @@ class ConditionColumns:
             strata = np.unique(strata * len(column.categories) + column.codes, return_inverse=True)[1]
         return strata
 
-    def canonical_obs(self, obs: pd.DataFrame) -> pd.DataFrame:
-        """``obs`` with the canonical columns first; a column that stood in their place is kept as ``original_...``."""
-        canonical = pd.DataFrame(dict(self.columns), index=obs.index)
+    def canonical_obs(self, obs: pd.DataFrame, others: Mapping[str, pd.Categorical] | None = None) -> pd.DataFrame:
+        """``obs`` with the canonical columns (and ``others``) first.
+
+        A column that stood in their place is kept as ``original_...``.
+        """
+        columns = self.columns | dict(others or {})
+        canonical = pd.DataFrame(columns, index=obs.index)
         replaced = {}
-        for name in self.columns:
-            if name in obs and not _same_labels(obs[name], self.columns[name]):
+        for name in columns:
+            if name in obs and not _same_labels(obs[name], columns[name]):
                 replaced[name] = f"original_{name}"
                 while replaced[name] in obs:
                     replaced[name] = f"original_{replaced[name]}"
                 logger.info("obs column %r of the input is kept as %r", name, replaced[name])
-        others = obs.rename(columns=replaced)
-        return canonical.join(others.drop(columns=[name for name in self.columns if name in others]))
+        rest = obs.rename(columns=replaced)
+        return canonical.join(rest.drop(columns=[name for name in columns if name in rest]))
 
 
 def read_conditions(

@@ -1,13 +1,15 @@
-"""Read the counts of one h5ad file in blocks of cells, and write h5ad files block by block.
+"""Counts on disk in blocks of cells, and h5ad files written block by block.
 
-Counts are never all in memory (except for a CSC matrix, which cannot be read by rows); ``obs`` and ``var`` are. Knows
-nothing of labels, splits, gene panels and Parquet.
+Counts are never all in memory: matrices stored by cell (CSR, dense) are read in place; those stored by gene (CSC) or in
+any order (Matrix Market) go through temporary buckets on disk once (:class:`CellBuckets`). ``obs`` and ``var`` are in
+memory. Knows nothing of file formats other than the HDF5 arrays themselves, labels, splits, gene panels and Parquet.
+
+Shapes: n cells, G genes of the file.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import anndata
@@ -15,110 +17,238 @@ import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse
-from anndata.io import read_elem, sparse_dataset, write_elem
 from tqdm import tqdm
 
 from tokenization.counts_dcm import CountCheck
-from tokenization.files import damage_explained, open_h5ad
-
-logger = logging.getLogger(__name__)
+from tokenization.files import damage_explained
 
 BLOCK_CELLS = 4096
-BLOCK_VALUES = 2**25  # of a dense matrix
+BLOCK_STORED = 2**22  # stored values of a sparse matrix
+BLOCK_VALUES = 2**24  # values of a dense matrix
+STORED_CHUNK = 2**16  # stored values that are compressed together
+LARGEST_COUNT = 2**31 - 1
+
+
+class DenseRows:
+    """A dense matrix (n, G) in an HDF5 file, read by cell."""
+
+    def __init__(self, values: h5py.Dataset):
+        self.values = values
+        self.shape = values.shape
+
+    def stop(self, start: int) -> int:
+        """End of the block of cells that begins at ``start``."""
+        return min(start + max(1, min(BLOCK_CELLS, BLOCK_VALUES // max(1, self.shape[1]))), self.shape[0])
+
+    def read(self, rows: slice) -> np.ndarray:
+        """Values of these cells (m, G)."""
+        return self.values[rows]
+
+
+class StoredRows:
+    """A CSR matrix (n, G) whose three arrays are in an HDF5 file, read by cell.
+
+    Raises:
+        ValueError: the index pointers contradict the shape or the number of stored values.
+    """
+
+    def __init__(self, data: h5py.Dataset, indices: h5py.Dataset, indptr: h5py.Dataset, shape: tuple[int, int]):
+        self.data = data
+        self.indices = indices
+        self.indptr = checked_pointers(indptr[:], lines=shape[0], stored=min(len(data), len(indices)))
+        self.shape = tuple(int(size) for size in shape)
+
+    def stop(self, start: int) -> int:
+        """End of the block of cells that begins at ``start``."""
+        within = int(np.searchsorted(self.indptr, self.indptr[start] + BLOCK_STORED, side="right")) - 1
+        return min(max(within, start + 1), start + BLOCK_CELLS, self.shape[0])
+
+    def read(self, rows: slice) -> scipy.sparse.csr_matrix:
+        """Stored values of these cells (m, G)."""
+        pointers = self.indptr[rows.start : rows.stop + 1]
+        stored = slice(int(pointers[0]), int(pointers[-1]))
+        indices = checked_indices(self.indices[stored], self.shape[1])
+        return scipy.sparse.csr_matrix(
+            (self.data[stored], indices, pointers - pointers[0]), shape=(rows.stop - rows.start, self.shape[1])
+        )
+
+
+class CellBuckets:
+    """A matrix (n, G) whose values arrive in any order, sorted by cell through temporary files.
+
+    Args:
+        folder: where the temporary files go; made here, removed by the caller.
+        shape: n and G.
+        dtype: of the values.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, int], dtype: np.dtype):
+        self.folder = folder
+        self.folder.mkdir(parents=True)
+        self.shape = shape
+        self.bucket_cells = BLOCK_CELLS
+        self.record = np.dtype([("cell", np.int32), ("gene", np.int32), ("value", dtype)])
+
+    def add(self, cells: np.ndarray, genes: np.ndarray, values: np.ndarray) -> None:
+        """Take the values of some pairs of cell and gene, three arrays of one length."""
+        records = np.empty(len(values), dtype=self.record)
+        records["cell"], records["gene"], records["value"] = cells, genes, values
+        buckets = cells // self.bucket_cells
+        order = np.argsort(buckets, kind="stable")
+        edges = np.flatnonzero(np.diff(buckets[order])) + 1
+        for part in np.split(order, edges):
+            if len(part):
+                with self._path(int(buckets[part[0]])).open("ab") as file:
+                    records[part].tofile(file)
+
+    def stop(self, start: int) -> int:
+        """End of the block of cells that begins at ``start``, a multiple of the bucket's size."""
+        return min(start + self.bucket_cells, self.shape[0])
+
+    def read(self, rows: slice) -> scipy.sparse.csr_matrix:
+        """Stored values of one bucket of cells (m, G)."""
+        path = self._path(rows.start // self.bucket_cells)
+        records = np.fromfile(path, dtype=self.record) if path.exists() else np.empty(0, dtype=self.record)
+        cells = records["cell"] - rows.start
+        order = np.argsort(cells, kind="stable")
+        pointers = np.concatenate([[0], np.cumsum(np.bincount(cells, minlength=rows.stop - rows.start))])
+        return scipy.sparse.csr_matrix(
+            (records["value"][order], records["gene"][order], pointers), shape=(len(pointers) - 1, self.shape[1])
+        )
+
+    def _path(self, bucket: int) -> Path:
+        return self.folder / f"{bucket:06d}"
+
+
+def sorted_by_cell(
+    data: h5py.Dataset, indices: h5py.Dataset, indptr: h5py.Dataset, shape: tuple[int, int], folder: Path
+) -> CellBuckets:
+    """Transpose a CSC matrix (n, G) on disk, reading its arrays once.
+
+    Raises:
+        ValueError: the arrays contradict the shape or each other.
+    """
+    pointers = checked_pointers(indptr[:], lines=shape[1], stored=min(len(data), len(indices)))
+    buckets = CellBuckets(folder, tuple(int(size) for size in shape), data.dtype)
+    starts = range(0, int(pointers[-1]), BLOCK_STORED)
+    for start in tqdm(starts, desc="sorting counts by cell", delay=1, disable=None):
+        stop = min(start + BLOCK_STORED, int(pointers[-1]))
+        cells = checked_indices(indices[start:stop], shape[0])
+        genes = np.searchsorted(pointers, np.arange(start, stop), side="right") - 1
+        buckets.add(cells, genes, data[start:stop])
+    return buckets
+
+
+def checked_pointers(pointers: np.ndarray, *, lines: int, stored: int) -> np.ndarray:
+    """Index pointers of a compressed matrix, if they can be true."""
+    pointers = pointers.astype(np.int64)
+    whole = len(pointers) == lines + 1 and pointers[0] == 0 and bool((np.diff(pointers) >= 0).all())
+    if not whole or pointers[-1] > stored:
+        raise ValueError(
+            f"the index pointers of the sparse matrix are damaged (expected {lines + 1:,} ascending numbers from 0 to "
+            f"at most {stored:,}); write or copy the file again"
+        )
+    return pointers
+
+
+def checked_indices(indices: np.ndarray, size: int) -> np.ndarray:
+    """Row or column indices of a sparse matrix, if all are in 0..size-1."""
+    if len(indices) and not (indices.min() >= 0 and indices.max() < size):
+        raise ValueError(
+            f"the indices of the sparse matrix are damaged (from {indices.min():,} to {indices.max():,}, expected 0 to "
+            f"{size - 1:,}); write or copy the file again"
+        )
+    return indices
 
 
 @dataclass(frozen=True)
 class CountFile:
-    """An open h5ad file of n cells and their genes.
+    """An open file of n cells and their genes.
 
     Attributes:
-        path: the file.
+        path: the file or folder.
         source: what the counts are called in messages, such as ``"X of cells.h5ad"``.
         obs: annotations of the cells, indexed by cell name.
         var: annotations of the genes, indexed by gene name.
-        layers: names of the file's layers.
-        matrix: the counts, on disk (or a CSR matrix in memory); anything that gives rows for a slice.
+        matrix: the counts on disk (n, G).
+        layers: what ``--layer`` could name instead.
+        are_genes: (G,) which columns are genes; others (antibodies, guides) are no gene expression.
     """
 
     path: Path
     source: str
     obs: pd.DataFrame
     var: pd.DataFrame
-    layers: list[str]
-    matrix: object
+    matrix: DenseRows | StoredRows | CellBuckets
+    layers: list[str] = field(default_factory=list)
+    are_genes: np.ndarray | None = None
 
-    def blocks(self, task: str, check: CountCheck | None = None) -> Iterator[tuple[slice, scipy.sparse.csr_matrix]]:
+    def blocks(self, bar: tqdm, check: CountCheck | None = None) -> Iterator[tuple[slice, scipy.sparse.csr_matrix]]:
         """Yield slices of cells and their counts, CSR int64, with sorted genes and no stored zeros.
 
         Args:
-            task: what the progress bar says.
+            bar: progress bar, moved by one for every cell.
             check: is given every value as it is stored, and raises at the end of the file if one was no count. After
                 a value that is no count, blocks are still read but no longer yielded.
 
         Raises:
             ValueError: with ``check``, some value is not a count; or the file is damaged.
         """
-        n = len(self.obs)
-        dense_rows = max(1, BLOCK_VALUES // max(1, len(self.var)))
-        step = min(BLOCK_CELLS, dense_rows) if isinstance(self.matrix, h5py.Dataset) else BLOCK_CELLS
-        with tqdm(total=n, desc=task, unit=" cells", unit_scale=True, delay=1, disable=None) as bar:
-            for start in range(0, n, step):
-                rows = slice(start, min(start + step, n))
-                with damage_explained(self.path):
-                    block = self.matrix[rows]
-                if check is not None:
-                    check.add(block.data if scipy.sparse.issparse(block) else block)
-                if check is None or check.is_clean:
-                    counts = scipy.sparse.csr_matrix(block).astype(np.int64)
-                    counts.sum_duplicates()
-                    counts.eliminate_zeros()
-                    yield rows, counts
-                bar.update(rows.stop - rows.start)
+        start = 0
+        while start < self.matrix.shape[0]:
+            rows = slice(start, self.matrix.stop(start))
+            with damage_named(self.path):
+                block = self.matrix.read(rows)
+            if check is not None:
+                check.add(block.data if scipy.sparse.issparse(block) else block)
+                if check.is_clean and check.maximum > LARGEST_COUNT:
+                    raise ValueError(f"{self.source} has the value {check.maximum:.4g}; expected counts below 2^31")
+            if check is None or check.is_clean:
+                counts = scipy.sparse.csr_matrix(block).astype(np.int64)
+                counts.sum_duplicates()
+                counts.eliminate_zeros()
+                yield rows, counts
+            bar.update(rows.stop - rows.start)
+            start = rows.stop
         if check is not None:
             check.raise_if_bad(self.source, layers=self.layers, layer_option="--layer {}")
 
 
 @contextmanager
-def opened_counts(path: Path, layer: str | None = None) -> Iterator[CountFile]:
-    """Open the counts of an h5ad file: ``X``, or a layer.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not a readable h5ad, has no cells or genes, or lacks the matrix asked for.
-    """
-    with open_h5ad(path) as file:
-        layers = sorted(file.get("layers", ()))
-        if layer is not None and layer not in layers:
-            raise ValueError(f"{str(path)!r} has no layer {layer!r}; layers there: {', '.join(layers) or 'none'}")
-        if layer is None and "X" not in file:
-            raise ValueError(f"{str(path)!r} has no X; pass --layer with one of: {', '.join(layers)}")
+def damage_named(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while reading ``path`` inside the block into one ValueError that names the file."""
+    try:
         with damage_explained(path):
-            obs, var = read_elem(file["obs"]), read_elem(file["var"])
-            element = file["X"] if layer is None else file["layers"][layer]
-            matrix = element if isinstance(element, h5py.Dataset) else sparse_dataset(element)
-            if getattr(matrix, "format", None) == "csc":
-                logger.info("counts are stored by gene (CSC): loading them all to read them by cell")
-                matrix = matrix.to_memory().tocsr()
-        if matrix.shape != (len(obs), len(var)):
-            raise ValueError(f"{str(path)!r} has counts of shape {matrix.shape} for {len(obs)} cells, {len(var)} genes")
-        if not len(obs) or not len(var):
-            raise ValueError(f"{str(path)!r} has {len(obs)} cells and {len(var)} genes; expected some of both")
-        obs.index, var.index = obs.index.astype(str), var.index.astype(str)
-        source = f"{'X' if layer is None else f'layer {layer!r}'} of {path.name}"
-        yield CountFile(path=path, source=source, obs=obs, var=var, layers=layers, matrix=matrix)
+            yield
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{str(path)!r}: {error}") from error
 
 
 class CountWriter:
     """Write an h5ad file whose counts (CSR int32) arrive in blocks of cells, in the order of ``obs``."""
 
     def __init__(self, path: Path, *, obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, object]):
-        self.path = path
         anndata.AnnData(obs=obs, var=var, uns=uns).write_h5ad(path)
-        with h5py.File(path, "r+") as file:
-            empty = scipy.sparse.csr_matrix((0, len(var)), dtype=np.int32)
-            write_elem(file, "X", empty, dataset_kwargs={"compression": "gzip", "compression_opts": 1})
+        self.file = h5py.File(path, "r+")
+        if "X" in self.file:
+            del self.file["X"]
+        group = self.file.create_group("X")
+        group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": (len(obs), len(var))})
+        options = {"maxshape": (None,), "chunks": (STORED_CHUNK,), "compression": "gzip", "compression_opts": 1}
+        self.arrays = {name: group.create_dataset(name, (0,), np.int32, **options) for name in ("data", "indices")}
+        self.lengths = [np.zeros(1, dtype=np.int64)]  # stored values of each cell, after a 0
 
     def add(self, counts: scipy.sparse.csr_matrix) -> None:
         """Append cells (m, genes)."""
-        with h5py.File(self.path, "r+") as file:
-            sparse_dataset(file["X"]).append(counts.astype(np.int32))
+        for name, array in self.arrays.items():
+            values = getattr(counts, name)
+            array.resize(len(array) + len(values), axis=0)
+            array[len(array) - len(values) :] = values
+        self.lengths.append(np.diff(counts.indptr).astype(np.int64))
+
+    def finish(self) -> None:
+        """Write where each cell begins, and close the file."""
+        self.file["X"]["indptr"] = np.cumsum(np.concatenate(self.lengths))
+        self.file.close()

@@ -7,6 +7,7 @@ of a cell's expressed genes, ascending) and one ``ClassLabel`` per condition. Kn
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -19,6 +20,48 @@ from tqdm import tqdm
 
 ROW_GROUP_CELLS = 4096
 BUCKET_CELLS = 4 * ROW_GROUP_CELLS
+PANEL = "panel"  # column that says which genes were measured in a cell, where that differs
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Which genes were measured in which files, where files differ.
+
+    Attributes:
+        missing: name of each panel to the genes that were *not* measured in its cells, and its files: what
+            ``panels.json`` holds.
+        measured: name of each panel to (G,) bool.
+        of_file: (F,) the panel of each file.
+    """
+
+    missing: dict[str, dict[str, list[str]]]
+    measured: dict[str, np.ndarray]
+    of_file: np.ndarray
+
+
+def find_panels(measured: np.ndarray, files: Sequence[str], genes: Sequence[str]) -> Panels | None:
+    """Group files that measured the same genes; None where every file measured all.
+
+    Args:
+        measured: (F, G) whether a file has a gene.
+        files: F names.
+        genes: G names.
+    """
+    if measured.all():
+        return None
+    patterns, first, of_file = np.unique(measured, axis=0, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    of_file = np.argsort(order)[of_file.ravel()]
+    names = [f"panel{i}" for i in range(len(patterns))]
+    patterns = dict(zip(names, patterns[order]))
+    missing = {
+        name: {
+            "files": [file for file, panel in zip(files, of_file) if panel == i],
+            "missing_genes": [genes[j] for j in np.flatnonzero(~patterns[name])],
+        }
+        for i, name in enumerate(names)
+    }
+    return Panels(missing=missing, measured=patterns, of_file=of_file)
 
 
 def shard_features(num_genes: int, largest_count: int, labels: Mapping[str, Sequence[str]]) -> datasets.Features:
@@ -128,7 +171,7 @@ def dataset_card(split: Mapping[str, object]) -> str:
     config = "\n".join(f"  - split: {name}\n    path: {name}/*.parquet" for name in numbers)
     rows = "\n".join(f"| {name} | {number:,} |" for name, number in numbers.items())
     conditions = ", ".join(f"`{name}`" for name in split["conditions"]) or "none"
-    source = split["source"]
+    files = ", ".join(source["file"] for source in split["sources"])
     return f"""---
 configs:
 - config_name: default
@@ -139,7 +182,7 @@ tags:
 - gene-expression
 ---
 
-# Cells of {source["file"]}
+# Cells of {files}
 
 Counts of {len(split["genes"]["panel"]):,} genes, written by `dcm-convert` of Discrete Cell Models.
 Conditions: {conditions}.

@@ -1,0 +1,119 @@
+"""A conversion that is killed leaves nothing that looks finished, and the next one has the same bytes and tidies up."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_convert_h5ad import files_of, made_up
+
+from training.work_folders import folder_written_aside, remove_leftovers, scratch_folder
+
+# Imports once, then forks a process for each conversion that it is told to start.
+STARTER = """
+import os, sys
+from pathlib import Path
+from training.convert_h5ad import main
+from training import h5ad_blocks, shards
+h5ad_blocks.BLOCK_CELLS, shards.BUCKET_CELLS = 100, 300
+for _ in sys.stdin:
+    child = os.fork()
+    if not child:
+        main(Path("cells.h5ad"), out=Path("out/shards"), cell_type_key="line", n_top_genes=20)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture
+def starter(tmp_path) -> Iterator[subprocess.Popen]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HOME": str(tmp_path / "hf")}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTER], cwd=tmp_path, env=environment, text=True, **pipes
+    ) as process:
+        yield process
+        process.kill()
+
+
+def convert(starter: subprocess.Popen, kill_after: float | None = None) -> float:
+    """Convert in a process of its own and kill that after so many seconds; returns how long it ran."""
+    starter.stdin.write("go\n")
+    starter.stdin.flush()
+    child = int(starter.stdout.readline())
+    start = time.perf_counter()
+    if kill_after is not None:
+        time.sleep(kill_after)
+        with contextlib.suppress(ProcessLookupError):  # it was faster this time
+            os.kill(child, signal.SIGKILL)
+    status = int(starter.stdout.readline())
+    assert kill_after is not None or status == 0
+    return time.perf_counter() - start
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_nothing_looks_finished_and_a_rerun_has_identical_bytes(tmp_path, starter):
+    cells = made_up(n=700)
+    cells.X = cells.X.tocsc()
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    out = tmp_path / "out" / "shards"
+    out.parent.mkdir()
+    convert(starter)
+    expected = files_of(out)
+    seconds = convert(starter)
+    unfinished = 0
+    for moment in np.random.default_rng(0).permutation(np.linspace(0.02, 0.98, 10)):
+        shutil.rmtree(out, ignore_errors=True)
+        convert(starter, kill_after=moment * seconds)
+        unfinished += not out.exists()
+        assert not out.exists() or files_of(out) == expected
+    assert unfinished > 3
+    shutil.rmtree(out, ignore_errors=True)
+    convert(starter)
+    assert files_of(out) == expected
+    assert [path.name for path in out.parent.iterdir()] == ["shards"]
+
+
+@pytest.mark.slow
+def test_killed_while_replacing_the_earlier_conversion_stays_whole(tmp_path, starter):
+    made_up(n=700).write_h5ad(tmp_path / "cells.h5ad")
+    out = tmp_path / "out" / "shards"
+    convert(starter)
+    expected, seconds = files_of(out), convert(starter)
+    for moment in (0.3, 0.6, 0.9):
+        convert(starter, kill_after=moment * seconds)
+        assert files_of(out) == expected
+
+
+def test_leftovers_are_removed_but_not_the_folders_of_living_processes(tmp_path):
+    out = tmp_path / "shards"
+    left = tmp_path / ".shards.0123abcd.part"
+    left.mkdir()
+    other = tmp_path / ".other.0123abcd.part"
+    other.mkdir()
+    with scratch_folder(out) as scratch, folder_written_aside(out) as folder:
+        remove_leftovers(out)
+        assert scratch.is_dir()
+        assert folder.is_dir()
+        assert not left.exists()
+        assert other.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.0123abcd.part", "shards"]
+
+
+def test_a_folder_that_fails_is_removed_and_the_earlier_one_stays(tmp_path):
+    out = tmp_path / "new" / "shards"
+    with folder_written_aside(out) as folder:
+        (folder / "a").touch()
+    with pytest.raises(RuntimeError), folder_written_aside(out) as folder:
+        (folder / "b").touch()
+        raise RuntimeError
+    assert [path.name for path in out.parent.iterdir()] == ["shards"]
+    assert [path.name for path in out.iterdir()] == ["a"]
