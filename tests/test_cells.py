@@ -1,19 +1,27 @@
 """Properties of the loader: batches are the cells of the file, and every process gets its piece of one order."""
 
+import json
 import logging
+import pickle
+import shutil
 from itertools import chain
+from pathlib import Path
 
 import anndata
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import scipy.sparse
 import torch
 
 from tokenization import DCMTokenizer
 from training import shards
 from training.cells import Cells, GlobalBatchSampler
 from training.convert_h5ad import main
+from training.sparse_rows import SparseRows, to_csr
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +103,76 @@ def test_a_dataloader_takes_whole_batches_and_one_epoch_is_every_cell(folder):
     assert rows_of(counts.numpy()) == rows_of(cells.csr()[np.concatenate(list(sampler))].toarray())
 
 
+def test_batches_go_on_where_a_run_was_stopped_and_every_process_has_its_piece(folder):
+    cells = Cells(folder, "train")
+
+    def counts_of(number: int, **options) -> torch.Tensor:
+        batches = cells.batches(seed=3, **options)
+        return torch.stack([next(batches)["counts"] for _ in range(number)])
+
+    whole = counts_of(40, batch_size=16)  # two epochs of 18 batches, and the start of a third
+    for start in (0, 5, 18, 39):
+        assert torch.equal(counts_of(40 - start, batch_size=16, start=start), whole[start:])
+    pieces = [counts_of(40, batch_size=8, rank=rank, world_size=2) for rank in (0, 1)]
+    assert torch.equal(torch.cat(pieces, dim=1), whole)
+
+
+def test_another_process_opens_the_files_anew(folder):
+    cells = Cells(folder, "train")
+    sent = pickle.dumps(cells)
+    assert len(sent) < 20_000
+    assert torch.equal(pickle.loads(sent)[[5, 1]]["counts"], cells[[5, 1]]["counts"])
+
+
+@pytest.mark.parametrize("index", [-1, 288])
+def test_a_cell_that_is_not_there_is_an_error(folder, index):
+    with pytest.raises(IndexError, match="of 288; expected 0 to 287"):
+        Cells(folder, "train")[[0, index]]
+
+
+def one_file_copy(folder, tmp_path) -> tuple[Path, Path, pa.Table]:
+    """A copy of the shards to tamper with, the only file of its training cells, and what to write there."""
+    copy = tmp_path / "shards"
+    shutil.copytree(folder, copy)
+    files = sorted((copy / "train").glob("*.parquet"))
+    table = pa.concat_tables(map(pq.read_table, files))
+    for file in files:
+        file.unlink()
+    return copy, files[0], table
+
+
+def test_genes_that_were_not_measured_are_pad(folder, tmp_path):
+    copy, file, table = one_file_copy(folder, tmp_path)
+    # cells of two panels in turn; the second lacks genes that the file has counts of: PAD must replace them
+    features = datasets.Features.from_arrow_schema(table.schema)
+    features["panel"] = datasets.ClassLabel(names=["all", "few"])
+    panel = np.arange(len(table)) % 2
+    columns = [*(table.column(name) for name in table.column_names), pa.array(panel)]
+    pq.write_table(pa.Table.from_arrays(columns, schema=features.arrow_schema), file, row_group_size=64)
+    with pytest.raises(FileNotFoundError, match=r"no panels\.json in"):
+        Cells(copy, "train")
+    panels = {"all": {"files": ["a"], "missing_genes": []}, "few": {"files": ["b"], "missing_genes": ["g3", "g19"]}}
+    (copy / "panels.json").write_text(json.dumps(panels))
+    cells, plain = Cells(copy, "train"), Cells(folder, "train")
+    indices = [1, 0, 7, 6]
+    expected = plain[indices]["counts"]
+    expected[::2, [3, 19]] = cells.tokenizer.pad_token_id
+    assert torch.equal(cells[indices]["counts"], expected)
+    assert cells.not_measured(indices).sum(axis=1).tolist() == [2, 0, 2, 0]
+    assert plain.not_measured(indices) is None
+    assert set(cells[indices]) == set(plain[indices])
+    with pytest.raises(ValueError, match="no condition 'panel' in the shards; they have: cell_type, perturbation, day"):
+        cells.labels("panel")
+
+
+def test_a_missing_label_is_not_given(folder, tmp_path):
+    copy, file, table = one_file_copy(folder, tmp_path)
+    codes = [None, -1, *table.column("cell_type").to_pylist()[2:]]
+    index = table.schema.get_field_index("cell_type")
+    pq.write_table(table.set_column(index, table.schema.field(index), pa.array(codes)), file)
+    assert Cells(copy, "train")[[0, 1, 2]]["cell_type_ids"].tolist() == [-1, -1, codes[2]]
+
+
 def lowered(folder, max_count: int, count_bins: list[int] | None = None) -> DCMTokenizer:
     full = DCMTokenizer.from_pretrained(folder / "tokenizer")
     return DCMTokenizer(
@@ -155,6 +233,55 @@ def test_folders_and_conditions_that_are_not_there_are_refused(folder, tmp_path)
 def test_conditions_that_the_tokenizer_does_not_know_are_left_out(folder):
     plain = DCMTokenizer.from_labels(genes=[f"g{i}" for i in range(20)], max_count=99)
     assert set(Cells(folder, "train", plain)[[0, 1]]) == {"counts", "library_size"}
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def matrix():
+    counts = scipy.sparse.random(50, 9, density=0.3, format="csr", random_state=0, dtype=np.float64)
+    counts.data = np.arange(1, counts.nnz + 1)
+    dense = counts.toarray().astype(np.uint16)
+    dense[[0, 7, 49]] = 0
+    return scipy.sparse.csr_matrix(dense)
+
+
+def list_columns(matrix, cuts: list[int]) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """The matrix as two columns of lists, in chunks that end at ``cuts``."""
+    offsets = pa.array(matrix.indptr, pa.int32())
+    pieces = list(zip([0, *cuts], [*cuts, matrix.shape[0]]))
+    return tuple(
+        pa.chunked_array([pa.ListArray.from_arrays(offsets, values)[a:b] for a, b in pieces])
+        for values in (matrix.indices.astype(np.uint16), matrix.data)
+    )
+
+
+@pytest.mark.parametrize("cuts", [[], [25], [1, 2, 30, 49]])
+def test_rows_of_list_columns_are_the_rows_of_the_matrix(matrix, cuts):
+    rows_ = SparseRows(*list_columns(matrix, cuts))
+    assert len(rows_) == 50
+    for wanted in ([0], [49, 0, 7], [3, 4, 5, 5, 4, 24, 25, 26, 1, 2], list(range(50)), []):
+        indptr, positions, values = rows_.take(np.array(wanted, dtype=np.int64))
+        assert (to_csr(indptr, positions, values, 9) != matrix[wanted]).nnz == 0
+        if len(values):
+            assert values.dtype == positions.dtype == np.uint16
+
+
+def test_rows_are_views_of_the_arrow_buffers_until_they_are_asked_for(matrix):
+    columns = list_columns(matrix, [25])
+    before = pa.total_allocated_bytes()
+    rows_ = SparseRows(*columns)
+    assert pa.total_allocated_bytes() == before
+    assert all(not view.flags.owndata for views in rows_._views for view in views)
+
+
+def test_rows_with_other_numbers_of_genes_than_of_counts_are_refused(matrix):
+    genes, _ = list_columns(matrix, [])
+    wrong = matrix.toarray()
+    wrong[1] = 1
+    with pytest.raises(ValueError, match="the shards are damaged; convert again"):
+        SparseRows(genes, list_columns(scipy.sparse.csr_matrix(wrong), [])[1])
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

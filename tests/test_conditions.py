@@ -9,8 +9,10 @@ import pytest
 import torch
 from scipy import stats
 
+from modeling_dcm import DCMForDenoising
 from modeling_dcm.conditioning_dcm import LIBRARY_QUANTILES, LibrarySizes
 from modeling_dcm.configuration_dcm import DCMConfig
+from tokenization import DCMTokenizer
 
 CONTROL = 0  # an ordinary label
 DIFFERENT = 1e-5  # of logits of order 1; what has no influence changes nothing, or nothing but rounding (1e-7)
@@ -305,3 +307,99 @@ def test_every_group_has_ascending_quantiles_and_the_last_matches_everything():
 def test_a_model_without_library_sizes_says_what_to_give():
     with pytest.raises(ValueError, match="stores no library sizes of its training cells: give library_size="):
         LibrarySizes(DCMConfig()).draw(2, None, None, None, torch.Generator())
+
+
+# --- new perturbations -----------------------------------------------------------------------------------------------
+
+NEW = {"X": torch.tensor([1.0, -1, 0, 2, 0, 1]), "Y": torch.tensor([0.0, 3, 1, 0, 0, -2])}
+
+
+@pytest.fixture
+def labels() -> DCMTokenizer:
+    """The labels of ``with_table``: the control, three perturbations, and a gene named as one that is new."""
+    return DCMTokenizer(
+        genes=["X", *"abcdef"], max_count=4, perturbations=["control", "p1", "p2", "p3"], control="control"
+    )
+
+
+@torch.no_grad()
+def test_an_added_perturbation_is_the_same_as_its_vector_given_by_hand(with_table, labels):
+    x_t = torch.full((2, 7), 5)
+    by_hand = {
+        name: with_table(
+            x_t, perturbation_embeds=vector.expand(2, 1, -1), target_gene_ids=torch.tensor([[target], [target]])
+        ).logits
+        for (name, vector), target in zip(NEW.items(), (0, -1))
+    }
+    ids = labels.add_perturbations(NEW)
+    assert with_table.add_perturbations(NEW, labels.target_gene_ids[ids]).tolist() == ids.tolist() == [4, 5]
+    for name, expected in by_hand.items():
+        added = with_table(x_t, perturbation_ids=labels.perturbation_ids([name, name])).logits
+        torch.testing.assert_close(added, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_adding_perturbations_changes_nothing_that_was_known(with_table):
+    x_t = torch.full((2, 7), 5)
+    known = [perturbed(-1), perturbed(CONTROL), perturbed(1, 3), perturbed(2, -1)]
+    before = [with_table(x_t, perturbation_ids=ids).logits for ids in known]
+    trainable = sum(p.numel() for p in with_table.parameters() if p.requires_grad)
+    with_table.add_perturbations(NEW)
+    for ids, logits in zip(known, before):
+        assert torch.equal(with_table(x_t, perturbation_ids=ids).logits, logits)
+    assert sum(p.numel() for p in with_table.parameters() if p.requires_grad) == trainable + 2 * 16
+
+
+@torch.no_grad()
+def test_added_perturbations_survive_saving(with_table, labels, tmp_path):
+    ids = labels.add_perturbations(NEW)
+    with_table.add_perturbations(NEW, labels.target_gene_ids[ids])
+    with_table.save_pretrained(tmp_path)
+    labels.save_pretrained(tmp_path)
+    model, tokenizer = DCMForDenoising.from_pretrained(tmp_path).eval(), DCMTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.perturbations == labels.perturbations
+    x_t, pair = torch.full((2, 7), 5), tokenizer.perturbation_ids(["X+p1", "Y"])
+    assert torch.equal(model(x_t, perturbation_ids=pair).logits, with_table(x_t, perturbation_ids=pair).logits)
+    assert model.target_gene_ids[4:].tolist() == [0, -1]
+
+
+def test_added_perturbations_can_be_sampled(with_table, labels):
+    labels.add_perturbations(NEW)
+    with_table.add_perturbations(NEW)
+    cells = with_table.generate(**labels.conditions(perturbation="Y+p2", num_cells=3), library_size="null", steps=2)
+    assert cells.shape == (3, 7)
+
+
+@pytest.mark.parametrize(
+    ("table", "targets", "message"),
+    [
+        ({"X": torch.ones(5)}, None, r"the vector of 'X' has shape \(5,\), expected \(6,\)"),
+        ({"X": torch.zeros(6)}, None, "the vector of 'X' is not finite, or all zero"),
+        ({"X": torch.full((6,), math.nan)}, None, "the vector of 'X' is not finite, or all zero"),
+        ({"X": torch.ones(6)}, torch.tensor([7]), r"1 vectors with target_gene_ids \[7\], expected .* -1..6"),
+        ({"X": torch.ones(6)}, torch.tensor([1, 2]), r"1 vectors with target_gene_ids \[1, 2\]"),
+        ({}, None, "0 vectors"),
+    ],
+)
+def test_vectors_that_do_not_fit_are_not_added(with_table, table, targets, message):
+    with pytest.raises(ValueError, match=message):
+        with_table.add_perturbations(table, targets)
+    assert with_table.config.num_perturbations == len(with_table.target_gene_ids) == 4
+
+
+def test_a_model_without_frozen_vectors_cannot_be_given_any(make_model):
+    for options in ({}, {"conditioned": True}):
+        with pytest.raises(ValueError, match="has no frozen vectors of perturbations: train it with a perturbation"):
+            make_model(**options).add_perturbations(NEW)
+
+
+def test_names_that_are_known_or_no_names_are_not_added(labels):
+    for names, message in (
+        (["X", "p1"], "1 perturbations are known already: p1; leave them out"),
+        (["X", "X"], "perturbations has 1 names more than once: X"),
+        (["X+Y"], r"'X\+Y' contains the separator"),
+        ([""], "perturbations has the name ''"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            labels.add_perturbations(names)
+        assert labels.perturbations == ["control", "p1", "p2", "p3"]

@@ -6,7 +6,7 @@ Shapes: n cells, P perturbations of a combination (padded with -1 on the right),
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -98,6 +98,30 @@ class ConditionLabels:
             row[: len(names)] = np.sort(flat[start : start + len(names)])
             start += len(names)
         return torch.from_numpy(table[codes])
+
+    def add_perturbations(self, names: Iterable[str]) -> np.ndarray:
+        """Learn the names of perturbations that the model has new vectors for, and return their ids (n,) int64.
+
+        Known names keep their ids. See ``add_perturbations`` of the model, which takes the vectors in the same order.
+
+        Raises:
+            ValueError: a name is known, repeated, empty, or contains the separator; then nothing has been learned.
+        """
+        names = list(names)
+        self._require(self.perturbations, PERTURBATION)
+        known = [name for name in names if name in self.perturbations]
+        if known:
+            raise ValueError(f"{len(known)} perturbations are known already: {', '.join(known[:5])}; leave them out")
+        before, checked = len(self.perturbations), ConditionLabels()
+        checked._set_labels(
+            cell_types=self.cell_types,
+            perturbations=[*self.perturbations, *names],
+            control=self.control,
+            covariates=self.covariates,
+            separator=self.separator,
+        )
+        self.perturbations = checked.perturbations
+        return np.arange(before, len(self.perturbations), dtype=np.int64)
 
     def covariate_ids(self, labels: Mapping[str, object]) -> torch.Tensor:
         """Ids (n, C) of n cells, columns in the order of ``covariates``; -1 where a label or a covariate is missing.

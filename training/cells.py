@@ -1,11 +1,13 @@
 """Read shards: whole batches of cells as tensors, and the batch sampler that says which cells.
 
 Parquet becomes a memory-mapped Arrow table (cached by ``datasets``); the buffers of its two list columns *are* a sparse
-matrix, so a batch is made without a Python loop over cells. Knows nothing of models, noise and devices.
+matrix, so a batch is made without a Python loop over values. Knows nothing of models, noise and devices. What is too
+large for a second copy on disk is read by ``stream.py``, whose ``open_cells`` opens either.
 
 Shapes: N cells of the split, B cells of a batch, G genes of the panel, P perturbations of a combination, C covariates.
 """
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,13 +20,17 @@ from scipy.sparse import csr_matrix
 
 from tokenization import DCMTokenizer
 from tokenization.conditions_dcm import CELL_TYPE, PERTURBATION
+from training.shards import PANEL
+from training.sparse_rows import SparseRows, to_csr
 
 logger = logging.getLogger(__name__)
 
+COUNTS = ("genes", "expressions")
+
 
 class Cells(torch.utils.data.Dataset):
-    """One split of a shards folder. Indices in whole batches: ``cells[[3, 1, 4]]``, or a DataLoader with
-    ``batch_sampler=GlobalBatchSampler(...)`` and ``collate_fn=Cells.collate``.
+    """One split of a shards folder. Indices in whole batches: ``cells[[3, 1, 4]]``, ``cells.batches(...)``, or a
+    DataLoader with ``batch_sampler=GlobalBatchSampler(...)`` and ``collate_fn=Cells.collate``.
 
     Args:
         folder: what ``dcm-convert`` wrote.
@@ -34,7 +40,7 @@ class Cells(torch.utils.data.Dataset):
     Attributes:
         tokenizer: the vocabularies.
         conditions: int64 tensors of the whole split: ``cell_type_ids`` (N,), ``perturbation_ids`` (N, P) and
-            ``covariate_ids`` (N, C), those that the data have.
+            ``covariate_ids`` (N, C), those that the data have; -1 where a cell has no label.
 
     Raises:
         FileNotFoundError: the folder has no such split.
@@ -42,21 +48,26 @@ class Cells(torch.utils.data.Dataset):
     """
 
     def __init__(self, folder: str | Path, split: str, tokenizer: DCMTokenizer | None = None):
-        files = sorted(str(path) for path in (Path(folder) / split).glob("*.parquet"))
+        folder = Path(folder)
+        files = sorted((folder / split).glob("*.parquet"))
         if not files:
             raise FileNotFoundError(
                 f"no {split}/*.parquet in {str(folder)!r}; expected a folder that dcm-convert wrote"
             )
+        self.folder = folder
         self.split = split
-        self.tokenizer = tokenizer or DCMTokenizer.from_pretrained(Path(folder) / "tokenizer")
-        table = datasets.load_dataset("parquet", data_files={split: files}, split=split)
-        self._features = table.features
-        self._table = table.with_format("arrow")
+        self.tokenizer = tokenizer or DCMTokenizer.from_pretrained(folder / "tokenizer")
+        self._features, self._codes = self._open(files)
         self.conditions = self._condition_ids()
+        self._not_measured = self._read_panels() if PANEL in self._codes else None
         self._warned = False
 
+    def __reduce__(self) -> tuple:
+        """Another process opens the files anew: what is memory-mapped here is not sent."""
+        return type(self), (self.folder, self.split, self.tokenizer)
+
     def __len__(self) -> int:
-        return len(self._table)
+        return self._num_cells
 
     def __getitem__(self, index: int | Sequence[int]) -> dict[str, torch.Tensor]:
         """A batch for several indices; for one index, one cell without the batch dimension."""
@@ -68,43 +79,107 @@ class Cells(torch.utils.data.Dataset):
         """A batch.
 
         Returns:
-            ``counts`` (B, G) count ids, ``library_size`` (B,) the totals before clipping, and the ``conditions`` of
-            these cells. All int64.
+            ``counts`` (B, G) count ids, PAD where a gene was not measured, ``library_size`` (B,) the totals before
+            clipping, and the ``conditions`` of these cells. All int64.
 
         Raises:
+            IndexError: an index is not one of the split's cells.
             ValueError: a training cell has a count above the tokenizer's ``max_count``; elsewhere such counts are
                 clipped, with one warning.
         """
-        indices = np.asarray(indices, dtype=np.int64)
-        counts = self._to_csr(self._table[indices], np.int64)
-        library_size = np.asarray(counts.sum(axis=1)).ravel()
-        if counts.nnz:
-            self._clip(counts.data)
-            counts.data = self.tokenizer.count_ids(counts.data)
-        batch = {"counts": torch.from_numpy(counts.toarray()), "library_size": torch.from_numpy(library_size)}
-        rows = torch.from_numpy(indices)
-        return batch | {name: ids[rows] for name, ids in self.conditions.items()}
+        rows = self._checked(indices)
+        indptr, genes, expressions = self._take(rows)
+        totals = np.zeros(len(rows), dtype=np.int64)
+        expressed = np.flatnonzero(np.diff(indptr))  # reduceat has no empty sums
+        if len(expressed):
+            totals[expressed] = np.add.reduceat(expressions, indptr[expressed], dtype=np.int64)
+        if len(expressions):
+            self._clip(expressions)
+        ids = self.tokenizer.count_ids(expressions)
+        counts = to_csr(indptr, genes, ids, len(self.tokenizer.genes)).toarray()
+        not_measured = self.not_measured(rows)
+        if not_measured is not None:
+            counts[not_measured] = self.tokenizer.pad_token_id
+        batch = {"counts": torch.from_numpy(counts), "library_size": torch.from_numpy(totals)}
+        index = torch.from_numpy(rows)
+        return batch | {name: ids[index] for name, ids in self.conditions.items()}
 
     @staticmethod
     def collate(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """For a DataLoader's ``collate_fn``: batches arrive whole from the data set."""
         return batch
 
-    def csr(self) -> csr_matrix:
-        """Counts of the whole split (N, G), int32, before clipping."""
-        return self._to_csr(self._table[:], np.int32)
+    def batches(
+        self, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches of this process, epoch after epoch without end.
+
+        Args:
+            batch_size: cells per process and batch.
+            seed: seeds the order of every epoch.
+            rank: this process.
+            world_size: number of processes.
+            start: batches to leave out, of all epochs: where a run that is resumed goes on. They are not read.
+        """
+        sampler = self._sampler(batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+        epoch, skip = divmod(start, len(sampler))
+        while True:
+            sampler.set_epoch(epoch)
+            for index, rows in enumerate(sampler):
+                if index >= skip:
+                    yield self[rows]
+            epoch, skip = epoch + 1, 0
+
+    def csr(self, rows: Sequence[int] | None = None) -> csr_matrix:
+        """Counts of some cells, or of the whole split (N, G), int32, before clipping; 0 where not measured."""
+        rows = np.arange(len(self)) if rows is None else self._checked(rows)
+        indptr, genes, expressions = self._take(rows)
+        return to_csr(indptr, genes, expressions.astype(np.int32), len(self.tokenizer.genes))
+
+    def not_measured(self, rows: Sequence[int]) -> np.ndarray | None:
+        """Which genes (B, G) were not measured in cells ``rows`` (B,); None where all were, in every cell."""
+        return None if self._not_measured is None else self._not_measured[self._codes[PANEL][rows]]
 
     def labels(self, condition: str) -> np.ndarray:
-        """Full labels (N,) of a condition: ``cell_type``, ``perturbation`` or a covariate's name.
+        """Full labels (N,) of a condition: ``cell_type``, ``perturbation`` or a covariate's name; None if missing.
 
         Raises:
             ValueError: the shards have no such condition.
         """
-        known = [name for name in self._features if name not in ("genes", "expressions")]
+        known = [name for name in self._codes if name != PANEL]
         if condition not in known:
             raise ValueError(f"no condition {condition!r} in the shards; they have: {', '.join(known) or 'none'}")
-        codes = self._table.with_format("numpy", columns=[condition])[:][condition]
-        return np.array(self._features[condition].names, dtype=object)[codes]
+        return np.array([*self._features[condition].names, None], dtype=object)[self._codes[condition]]
+
+    def _open(self, files: Sequence[Path]) -> tuple[datasets.Features, dict[str, np.ndarray]]:
+        """Features of the shards and the label code of each cell; sets the number of cells and what ``_take`` reads."""
+        shards = datasets.load_dataset("parquet", data_files={self.split: list(map(str, files))}, split=self.split)
+        table = shards.data.table
+        self._num_cells = len(table)
+        self._rows = SparseRows(*(table.column(name) for name in COUNTS))
+        return shards.features, label_codes(table)
+
+    def _take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Row pointers (B + 1,), genes and counts of cells (B,), as :meth:`SparseRows.take`."""
+        return self._rows.take(rows)
+
+    def _sampler(self, **options: int) -> "GlobalBatchSampler":
+        return GlobalBatchSampler(len(self), **options)
+
+    def _checked(self, rows: Sequence[int]) -> np.ndarray:
+        rows = np.asarray(rows, dtype=np.int64)
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
+            raise IndexError(f"cells {rows.min()} to {rows.max()} of {len(self):,}; expected 0 to {len(self) - 1:,}")
+        return rows
+
+    def _read_panels(self) -> np.ndarray:
+        """Which genes (panels, G) were not measured in the cells of each panel."""
+        path = self.folder / "panels.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"no panels.json in {str(self.folder)!r}, though cells have panels; convert again")
+        panels = json.loads(path.read_text(encoding="utf-8"))
+        names = self._features[PANEL].names
+        return np.stack([np.isin(self.tokenizer.genes, panels[name]["missing_genes"]) for name in names])
 
     def _condition_ids(self) -> dict[str, torch.Tensor]:
         known = {
@@ -112,7 +187,7 @@ class Cells(torch.utils.data.Dataset):
             *([PERTURBATION] * bool(self.tokenizer.perturbations)),
         }
         known |= set(self.tokenizer.covariates)
-        here = set(self._features) - {"genes", "expressions"}
+        here = set(self._codes) - {PANEL}
         if not known <= here:
             raise ValueError(f"the shards have the conditions {sorted(here)} but the tokenizer {sorted(known)}")
         ids = {}
@@ -124,14 +199,6 @@ class Cells(torch.utils.data.Dataset):
             columns = {name: self.labels(name) for name in self.tokenizer.covariates}
             ids["covariate_ids"] = self.tokenizer.covariate_ids(columns)
         return ids
-
-    def _to_csr(self, table: pa.Table, dtype: type) -> csr_matrix:
-        """The sparse matrix (rows, G) that the two list columns are."""
-        genes, expressions = (_one_array(table.column(name)) for name in ("genes", "expressions"))
-        offsets = genes.offsets.to_numpy()
-        indices = genes.flatten().to_numpy(zero_copy_only=True).astype(np.int32)
-        data = expressions.flatten().to_numpy(zero_copy_only=True).astype(dtype)
-        return csr_matrix((data, indices, offsets - offsets[0]), shape=(len(genes), len(self.tokenizer.genes)))
 
     def _clip(self, counts: np.ndarray) -> None:
         """Clip counts at ``max_count`` in place; raise instead for training cells."""
@@ -149,8 +216,10 @@ class Cells(torch.utils.data.Dataset):
         np.minimum(counts, limit, out=counts)
 
 
-def _one_array(column: pa.ChunkedArray) -> pa.ListArray:
-    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+def label_codes(table: pa.Table) -> dict[str, np.ndarray]:
+    """Codes (N,) of every label column of a table of shards, -1 where missing."""
+    names = [name for name in table.column_names if name not in COUNTS]
+    return {name: table.column(name).fill_null(-1).to_numpy() for name in names}
 
 
 class GlobalBatchSampler(torch.utils.data.Sampler[list[int]]):
