@@ -5,6 +5,8 @@ draws nothing (apart from dropout, off by default). Files, names of genes and la
 Letters: B cells, L genes in the sequence, Q queried genes, P perturbations of a cell, D width, K largest count.
 """
 
+from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,7 @@ from .diffusion_dcm import alpha, denoising_loss
 from .generation_dcm import CellGenerationMixin
 from .law_dcm import FactoredLogits
 from .layers_dcm import AdaLNZero, CountBias, CountHead, DiTBackbone, LatentBackbone, ZeroLinear
+from .pipeline_dcm import CUSTOM_PIPELINES
 from .scoring_dcm import CellScoringMixin
 
 AUTO_MAP = {
@@ -90,6 +93,7 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         self.register_buffer("target_gene_ids", torch.full((config.num_perturbations,), -1))
         self.post_init()
         config.auto_map = dict(AUTO_MAP)
+        config.custom_pipelines = deepcopy(CUSTOM_PIPELINES)  # transformers changes that mapping in place
 
     def forward(
         self,
@@ -219,6 +223,53 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         overall = self.totals.gene_mean[-1].double()
         means = (total.double() + PRIOR_CELLS * overall) / (num_cells.double()[:, None] + PRIOR_CELLS)
         self.totals.gene_mean[:-1] = means.to(self.totals.gene_mean)
+
+    @torch.no_grad()
+    def add_perturbations(
+        self, table: Mapping[str, torch.Tensor], target_gene_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Give perturbations that training has not seen ids of their own, after the known ones.
+
+        The tokenizer learns their names, in the same order: ``ids = tokenizer.add_perturbations(table)``, then
+        ``model.add_perturbations(table, tokenizer.target_gene_ids[ids])``. Known ids keep their meaning.
+
+        Args:
+            table: vector (``config.perturbation_dim``,) of each new name, from where the training table's came.
+            target_gene_ids: (n,) the gene that each of them targets, -1 for none, which is the default.
+
+        Returns:
+            The new ids (n,).
+
+        Raises:
+            ValueError: the model has no frozen vectors, or a vector or a target does not fit it.
+        """
+        config, encoder = self.config, self.conditions.perturbation
+        if encoder is None or encoder.linear is None:
+            raise ValueError("this model has no frozen vectors of perturbations: train it with a perturbation table")
+        for name, vector in table.items():
+            if tuple(vector.shape) != (config.perturbation_dim,):
+                shape = tuple(vector.shape)
+                raise ValueError(f"the vector of {name!r} has shape {shape}, expected ({config.perturbation_dim},)")
+            if not bool(vector.isfinite().all()) or not bool(vector.any()):
+                raise ValueError(f"the vector of {name!r} is not finite, or all zero")
+        n, known = len(table), config.num_perturbations
+        targets = torch.full((n,), -1) if target_gene_ids is None else torch.as_tensor(target_gene_ids).long()
+        if not n or targets.shape != (n,) or targets.min() < -1 or targets.max() >= config.num_genes:
+            raise ValueError(
+                f"{n} vectors with target_gene_ids {targets.tolist()}, expected as many genes as vectors, and some: "
+                f"-1..{config.num_genes - 1}"
+            )
+        vectors = torch.stack([vector.to(encoder.table) for vector in table.values()])
+        encoder.table = torch.cat([encoder.table, vectors])
+        encoder.has_vector = torch.cat([encoder.has_vector, encoder.has_vector.new_ones(n)])
+        self.target_gene_ids = torch.cat([self.target_gene_ids, targets.to(self.target_gene_ids)])
+        old, weight = encoder.learned, encoder.learned.weight
+        encoder.learned = LabelEncoder(known + n, config.hidden_size).to(weight)
+        # rows beside a frozen vector are never read; the last row stays the null
+        encoder.learned.weight.copy_(torch.cat([weight[:-1], weight.new_zeros(n, weight.shape[1]), weight[-1:]]))
+        encoder.learned.train(old.training).requires_grad_(weight.requires_grad)
+        config.num_perturbations = known + n
+        return torch.arange(known, known + n)
 
     def _check_genes(self, input_ids: torch.Tensor, gene_ids: torch.Tensor | None) -> torch.Tensor:
         B, L = input_ids.shape

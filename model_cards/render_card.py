@@ -1,0 +1,290 @@
+"""Render a model card from what is known: a file of facts, the checkpoint's own files, and results.json.
+
+    python -m model_cards.render_card model_cards/dcm-replogle.yaml --out README.md
+    python -m model_cards.render_card facts.yaml --checkpoint checkpoint/ --results results.json --out README.md
+
+A fact that is missing is an error, never a blank. Without ``--checkpoint`` the card says plainly that the weights are
+still to be trained, without ``--results`` that nothing was evaluated. Numbers come from results.json alone. Knows
+nothing of networks: it reads JSON and YAML.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Annotated
+
+import tyro
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from model_cards.results_table import evaluation_table, labelled, row_value
+from tokenization.command_line import run
+from tokenization.files import written_aside
+
+HERE = Path(__file__).parent
+FACTS = (
+    "title",
+    "summary",
+    "license",
+    "datasets",
+    "tags",
+    "data",
+    "split",
+    "intended_use",
+    "limits",
+    "train",
+    "example",
+    "citation",
+    "dataset_name",
+)
+PLAN = ("num_genes", "conditions", "example_gene", "hyperparameters")  # what a checkpoint would say by itself
+CONFIG_ROWS = (
+    "backbone",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_count",
+    "noise_schedule",
+    "loss_weighting",
+    "label_dropout",
+)
+OPTION_ROWS = ("batch_size", "max_steps", "learning_rate", "ema_decay", "mixed_precision", "seed")
+
+
+def main(
+    facts: Annotated[Path, tyro.conf.Positional],
+    *,
+    out: Path,
+    repo_id: str = "org/name",
+    checkpoint: Path | None = None,
+    results: Path | None = None,
+    example_output: str | None = None,
+) -> Path:
+    """Write a model card.
+
+    Args:
+        facts: YAML file of facts; those in model_cards/ are examples.
+        out: The Markdown file to write.
+        repo_id: The model's id on the Hub, as in org/name.
+        checkpoint: Folder of the trained checkpoint; without it the card announces weights that are to be trained.
+        results: results.json of dcm-evaluate.
+        example_output: What the checkpoint answered to the facts' example; needed with a checkpoint.
+    """
+    text = render(
+        read_facts(facts), repo_id=repo_id, checkpoint=checkpoint, results=results, example_output=example_output
+    )
+    with written_aside(out) as aside:
+        aside.write_text(text, encoding="utf-8")
+    return out
+
+
+def render(
+    facts: Mapping[str, object],
+    *,
+    repo_id: str,
+    checkpoint: Path | None = None,
+    results: Path | None = None,
+    example_output: str | None = None,
+    figures: Sequence[str] = (),
+) -> str:
+    """The card as Markdown with YAML front matter that huggingface_hub reads back as it was meant.
+
+    Args:
+        facts: from :func:`read_facts`.
+        repo_id: the model's id on the Hub.
+        checkpoint: a trained checkpoint; None for one that is planned.
+        results: results.json of dcm-evaluate; None says that nothing was evaluated.
+        example_output: what the checkpoint answered to ``facts["example"]``; needed with a checkpoint.
+        figures: paths of pictures inside the repository, shown under the evaluation.
+
+    Raises:
+        ValueError: a fact is missing; the message names all that are.
+    """
+    own = _planned(facts) if checkpoint is None else _of_checkpoint(checkpoint)
+    if checkpoint is not None and not example_output:
+        raise ValueError("the card of a trained checkpoint shows its answer to the example: example_output is missing")
+    measured = None if results is None else _read_results(results)
+    example = json.dumps(facts["example"], ensure_ascii=False)
+    values = {
+        **{name: str(facts[name]).strip() for name in FACTS},
+        **{name: str(value) for name, value in own.items()},
+        "usage": _usage(repo_id, example),
+        "status": _status(facts, checkpoint, measured),
+        "evaluation": _evaluation(measured, figures),
+    }
+    data = ModelCardData(
+        license=facts["license"],
+        library_name="transformers",
+        pipeline_tag="other",
+        tags=["single-cell", "gene-expression", "discrete-diffusion", "cell-generation", "custom_code", *facts["tags"]],
+        datasets=facts["datasets"] or None,
+        model_name=repo_id.split("/")[-1],
+        eval_results=_eval_results(measured, str(facts["dataset_name"])) if measured else None,
+        **({"widget": [_widget(example, example_output)]} if checkpoint is not None else {}),
+    )
+    body = Template((HERE / "card_template.md").read_text(encoding="utf-8")).substitute(values)
+    text = f"---\n{data.to_yaml()}\n---\n\n{body}"
+    ModelCard(text, ignore_metadata_errors=False)  # raises where the front matter does not read back
+    return text
+
+
+def read_facts(path: Path) -> dict[str, object]:
+    """Facts of a YAML file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a mapping, or facts that are missing, empty or unknown; the message names them all.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file of facts {str(path)!r} for the card; it needs {', '.join(FACTS)}")
+    try:
+        facts = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{str(path)!r} is not YAML ({error})") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{str(path)!r} holds {type(facts).__name__}, expected a mapping of facts")
+    may_be_empty = ("datasets", "tags", "example")
+    missing = [name for name in FACTS if name not in facts or (not facts[name] and name not in may_be_empty)]
+    if missing:
+        raise ValueError(f"{str(path)!r} lacks facts for the card: {', '.join(missing)}")
+    unknown = sorted(set(facts) - {*FACTS, "plan"})
+    if unknown:
+        raise ValueError(f"{str(path)!r} has unknown facts {', '.join(unknown)}; expected {', '.join(FACTS)}, plan")
+    if not isinstance(facts["example"], dict):
+        raise ValueError(f"{str(path)!r}: example is {facts['example']!r}, expected a request of the pipeline")
+    return facts
+
+
+def _planned(facts: Mapping[str, object]) -> dict[str, object]:
+    """What stands in for a checkpoint's own files before it is trained."""
+    plan = facts.get("plan") or {}
+    missing = [name for name in PLAN if not plan.get(name)]
+    if missing:
+        raise ValueError(f"a card without a checkpoint needs a plan; facts missing under 'plan': {', '.join(missing)}")
+    table = _table(["planned", "value"], list(plan["hyperparameters"].items()))
+    return {**{name: plan[name] for name in PLAN[:3]}, "hyperparameters": table}
+
+
+def _of_checkpoint(folder: Path) -> dict[str, object]:
+    """What a trained checkpoint says of itself."""
+    config, options = (_read_json(folder / name) for name in ("config.json", "training_options.json"))
+    labels = _read_json(folder / "conditions.json")
+    genes = (folder / "genes.txt").read_text(encoding="utf-8").split("\n")
+    missing = [name for name in CONFIG_ROWS if name not in config] + [n for n in OPTION_ROWS if n not in options]
+    if missing:
+        raise ValueError(f"{str(folder)!r} lacks facts for the card: {', '.join(missing)}")
+    known = {"cell_type": labels["cell_types"], "perturbation": labels["perturbations"], **labels["covariates"]}
+    names = [f"`{name}` ({len(values):,} labels)" for name, values in known.items() if values]
+    names += ["library size"] * bool(config["library_size_conditioning"])
+    rows = [(name, config[name]) for name in CONFIG_ROWS] + [(name, options[name]) for name in OPTION_ROWS]
+    return {
+        "num_genes": f"{config['num_genes']:,}",
+        "conditions": ", ".join(names) or "none",
+        "example_gene": genes[0],
+        "hyperparameters": _table(["option", "value"], rows),
+    }
+
+
+def _usage(repo_id: str, example: str) -> str:
+    return f"""from transformers import pipeline
+
+pipe = pipeline("cell-generation", model="{repo_id}", trust_remote_code=True)
+drawn = pipe({example}, seed=0)
+print(drawn["counts"].shape, drawn["genes"][:5])
+print(drawn["counts"].sum(axis=1).mean())  # counts per cell"""
+
+
+def _status(facts: Mapping[str, object], checkpoint: Path | None, measured: object) -> str:
+    if checkpoint is None:
+        return (
+            "> **No weights yet.** This card was prepared before training: the weights are to be trained with the "
+            "command under *Training*, and nothing here was measured. The data must be fetched as *Training data and "
+            "split* says."
+        )
+    if measured is None:
+        return "> **Not evaluated.** Weights are here, but no results were given when they were pushed."
+    return f"Evaluated on {facts['dataset_name']}; every number below stands beside its real-against-real floor."
+
+
+def _evaluation(measured: Mapping | None, figures: Sequence[str]) -> str:
+    if measured is None:
+        return (
+            "No results yet. They will come from `dcm-evaluate`, beside the floor (real training cells against real "
+            "test cells) and the independent marginals, with mean and standard deviation over seeds."
+        )
+    parts = [
+        f"`{measured['split']}` cells of `{measured['dataset']}`, by `{measured['command']}`. *floor*: real training "
+        "cells against the real test cells, as many in each condition; no generator can be expected to do better. "
+        "Mean ± standard deviation over seeds or draws; n: cells on each side.",
+        evaluation_table(measured["rows"]),
+        *(f"![evaluation]({figure})" for figure in figures),
+    ]
+    return "\n\n".join(parts)
+
+
+def _eval_results(measured: Mapping, dataset_name: str) -> list[EvalResult]:
+    """The model's pooled and averaged rows as a model index; the floor stands beside each number."""
+    rows = measured["rows"]
+    floors = {(r["protocol"], r["grouping"], r["metric"]): r["mean"] for r in rows if r["model"] == "floor"}
+    ours = [r for r in rows if r["model"] == "dcm" and r["grouping"] != "condition" and row_value(r) is not None]
+    if not ours:
+        models = sorted({str(row["model"]) for row in rows})
+        raise ValueError(f"the results have no rows of the model 'dcm', only of {', '.join(models)}")
+    return [
+        EvalResult(
+            task_type="cell-generation",
+            task_name="Cell generation",
+            dataset_type=str(measured["dataset"]),
+            dataset_name=dataset_name,
+            dataset_split=str(measured["split"]),
+            metric_type=row["metric"],
+            metric_name=f"{labelled(row['metric'])}, protocol {row['protocol']}, {row['grouping'].replace('_', ' ')}",
+            metric_value=row["mean"],
+            metric_args={
+                **{name: row[name] for name in ("std", "n", "seeds")},
+                "floor": floors[row["protocol"], row["grouping"], row["metric"]],
+            },
+        )
+        for row in ours
+    ]
+
+
+def _widget(example: str, answer: str | None) -> dict[str, object]:
+    return {"text": example, "example_title": "cells on request", "output": {"text": answer}}
+
+
+def _read_results(path: Path) -> dict:
+    """results.json, checked for what a card says of it."""
+    measured = _read_json(path)
+    missing = [name for name in ("dataset", "split", "command", "rows") if not measured.get(name)]
+    if missing:
+        raise ValueError(f"{str(path)!r} lacks facts for the card: {', '.join(missing)}; expected dcm-evaluate's file")
+    kinds = {(r["protocol"], r["grouping"], r["metric"]) for r in measured["rows"] if r["model"] == "floor"}
+    lonely = {(r["protocol"], r["grouping"], r["metric"]) for r in measured["rows"] if r["model"] == "dcm"} - kinds
+    if lonely:
+        raise ValueError(f"{str(path)!r} has no floor for {sorted(lonely)[0]}: a number without it says nothing")
+    return measured
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {str(path)!r}, which the card takes facts from")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not JSON ({error})") from error
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def cli() -> None:
+    """Entry point of ``python -m model_cards.render_card``."""
+    run(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,263 @@
+"""A Hub on the loopback: as much of the Hub's HTTP as the real client needs to push and to pull a model.
+
+Repositories live in memory, one list of commits each; a token is ``name:rights`` in ``tokens``. Speaks only what the
+client asks; knows nothing of models.
+"""
+
+import base64
+import hashlib
+import json
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+import yaml
+
+
+@dataclass
+class Commit:
+    """A state of a repository: file contents by path."""
+
+    files: dict[str, bytes]
+    oid: str = ""
+
+    def __post_init__(self):
+        content = b"".join(name.encode() + hashlib.sha256(data).digest() for name, data in sorted(self.files.items()))
+        self.oid = hashlib.sha1(content).hexdigest()
+
+
+@dataclass
+class Repository:
+    """A model on the Hub; ``commits`` from the first to the newest."""
+
+    private: bool
+    commits: list[Commit] = field(default_factory=lambda: [Commit({".gitattributes": b""})])
+
+
+class LoopbackHub:
+    """Context manager that serves; ``url`` is its address.
+
+    Attributes:
+        tokens: token to ``"read"`` or ``"write"``.
+        repositories: ``org/name`` to :class:`Repository`.
+        requests: ``METHOD path`` of each request so far.
+        drop: path fragment to how many requests with it are still to be cut off without an answer.
+    """
+
+    def __init__(self, tokens: dict[str, str]):
+        self.tokens = tokens
+        self.repositories: dict[str, Repository] = {}
+        self.large: dict[str, bytes] = {}
+        self.requests: list[str] = []
+        self.drop: dict[str, int] = {}
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Requests,), {"hub": self}))
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def __enter__(self) -> "LoopbackHub":
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def files(self, repo_id: str) -> dict[str, bytes]:
+        """Files of a repository's newest commit."""
+        return self.repositories[repo_id].commits[-1].files
+
+
+class _Requests(BaseHTTPRequestHandler):
+    hub: LoopbackHub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._handle()
+
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def _handle(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        body = self._body()
+        self.hub.requests.append(f"{self.command} {path}")
+        for part, left in self.hub.drop.items():
+            if part in path and left:
+                self.hub.drop[part] = left - 1
+                self.close_connection = True
+                return
+        if self.command == "PUT":
+            return self._store(path, body)
+        data = json.loads(body) if body and "ndjson" not in self.headers.get("Content-Type", "") else {}
+        if path == "/api/validate-yaml":
+            return self._validate(data["content"])
+        if path == "/api/repos/create":
+            return self._create(data)
+        if path.endswith("/info/lfs/objects/batch"):
+            return self._batch(data)
+        parts = path.removeprefix("/api/models").strip("/").split("/")
+        repo_id, rest = "/".join(parts[:2]), parts[2:]
+        repository = self.hub.repositories.get(repo_id)
+        if repository is None or (repository.private and self._rights() is None):
+            return self._refuse(401 if self._rights() is None else 404, "RepoNotFound", "Repository not found")
+        if rest[:1] == ["preupload"]:
+            return self._preupload(repository, data)
+        if rest[:1] == ["commit"]:
+            return self._commit(repository, repo_id, body)
+        return self._read(repository, repo_id, rest)
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            chunks = []
+            while size := int(self.rfile.readline(), 16):
+                chunks.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(chunks)
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _rights(self) -> str | None:
+        return self.hub.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+
+    def _may_not_write(self) -> bool:
+        if self._rights() == "write":
+            return False
+        if self._rights() is None:
+            self._refuse(401, None, "Invalid credentials in Authorization header")
+        else:
+            self._refuse(403, None, "You have read access only")
+        return True
+
+    def _create(self, data: dict) -> None:
+        if self._may_not_write():
+            return None
+        repo_id = f"{data['organization']}/{data['name']}"
+        answer = {"url": f"{self.hub.url}/{repo_id}"}
+        if repo_id in self.hub.repositories:
+            return self._json({**answer, "error": "You already created this model repo"}, 409)
+        private = bool(data.get("private")) or data.get("visibility") == "private"
+        self.hub.repositories[repo_id] = Repository(private)
+        return self._json(answer)
+
+    def _validate(self, content: str) -> None:
+        """What the Hub checks of a model card's front matter."""
+        errors = []
+        try:
+            data = yaml.safe_load(content.split("---\n")[1])
+        except (IndexError, yaml.YAMLError) as error:
+            data = {}
+            errors.append(f"no YAML ({error})")
+        expected = {"license": str, "library_name": str, "pipeline_tag": str, "tags": list}
+        errors += [
+            f'"{name}" must be of {kind.__name__}' for name, kind in expected.items() if not _is(data, name, kind)
+        ]
+        for index in data.get("model-index", []):
+            for result in index["results"]:
+                errors += [f"results lack {name}" for name in ("task", "dataset", "metrics") if name not in result]
+                errors += ["metrics lack a value" for metric in result["metrics"] if "value" not in metric]
+        self._json({"errors": [{"message": e} for e in errors], "warnings": []}, 400 if errors else 200)
+
+    def _preupload(self, repository: Repository, data: dict) -> None:
+        if self._may_not_write():
+            return None
+        files = repository.commits[-1].files
+        answers = []
+        for file in data["files"]:
+            is_large = file["path"].endswith(".safetensors")
+            answer = {"path": file["path"], "uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False}
+            if file["path"] in files:
+                content = files[file["path"]]
+                answer["oid"] = hashlib.sha256(content).hexdigest() if is_large else _git_oid(content)
+            answers.append(answer)
+        return self._json({"files": answers})
+
+    def _batch(self, data: dict) -> None:
+        if self._may_not_write():
+            return None
+        objects = []
+        for wanted in data["objects"]:
+            answer = {"oid": wanted["oid"], "size": wanted["size"]}
+            if wanted["oid"] not in self.hub.large:
+                answer["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{wanted['oid']}"}}
+            objects.append(answer)
+        return self._json({"transfer": "basic", "objects": objects}, kind="application/vnd.git-lfs+json")
+
+    def _store(self, path: str, body: bytes) -> None:
+        oid = path.removeprefix("/lfs/")
+        if hashlib.sha256(body).hexdigest() != oid:
+            return self._refuse(400, None, "content does not match its oid")
+        self.hub.large[oid] = body
+        return self._json({})
+
+    def _commit(self, repository: Repository, repo_id: str, body: bytes) -> None:
+        if self._may_not_write():
+            return None
+        files = dict(repository.commits[-1].files)
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.large[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+        repository.commits.append(Commit(files))
+        oid = repository.commits[-1].oid
+        return self._json({"commitUrl": f"{self.hub.url}/{repo_id}/commit/{oid}", "commitOid": oid, "success": True})
+
+    def _read(self, repository: Repository, repo_id: str, rest: list[str]) -> None:
+        kind, revision, name = (*rest[:2], "/".join(rest[2:])) if len(rest) > 1 else ("", "main", "")
+        commit = _commit_of(repository, revision)
+        if commit is None:
+            return self._refuse(404, "RevisionNotFound", f"no revision {revision}")
+        if kind == "tree":
+            return self._json([_entry(path, content) for path, content in sorted(commit.files.items())])
+        if kind == "resolve":
+            if name not in commit.files:
+                return self._refuse(404, "EntryNotFound", f"no file {name}", {"X-Repo-Commit": commit.oid})
+            content = commit.files[name]
+            etag = _entry(name, content)
+            headers = {"ETag": f'"{etag.get("lfs", etag)["oid"]}"', "X-Repo-Commit": commit.oid}
+            return self._send(200, content, "application/octet-stream", headers)
+        siblings = [{"rfilename": path} for path in sorted(commit.files)]
+        info = {"_id": repo_id, "id": repo_id, "modelId": repo_id, "sha": commit.oid, "private": repository.private}
+        return self._json({**info, "siblings": siblings, "tags": [], "downloads": 0, "likes": 0})
+
+    def _json(self, data: object, status: int = 200, kind: str = "application/json") -> None:
+        self._send(status, json.dumps(data).encode(), kind)
+
+    def _refuse(self, status: int, code: str | None, message: str, headers: dict[str, str] | None = None) -> None:
+        headers = {**(headers or {}), "X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
+        self._send(status, json.dumps({"error": message}).encode(), "application/json", headers)
+
+    def _send(self, status: int, content: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+
+def _commit_of(repository: Repository, revision: str) -> Commit | None:
+    if revision == "main":
+        return repository.commits[-1]
+    return next((commit for commit in repository.commits if commit.oid == revision), None)
+
+
+def _entry(path: str, content: bytes) -> dict[str, object]:
+    entry = {"type": "file", "path": path, "size": len(content), "oid": _git_oid(content)}
+    if path.endswith(".safetensors"):
+        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 100}
+    return entry
+
+
+def _git_oid(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _is(data: object, name: str, kind: type) -> bool:
+    return isinstance(data, dict) and isinstance(data.get(name), kind)

@@ -1,0 +1,173 @@
+"""Properties of the endpoint handler over real HTTP on the loopback: right answers, bounds, hostile input."""
+
+import http.client
+import importlib.util
+import json
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.sparse import csr_matrix
+
+from modeling_dcm import DCMForDenoising
+from tests.tiny_checkpoint import GENES, write_tiny_checkpoint
+from tokenization import DCMTokenizer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_model, tmp_path_factory) -> Path:
+    model = make_model("latent", conditioned=True)
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("handler") / "checkpoint", model)
+
+
+@pytest.fixture(scope="module")
+def handler_module(checkpoint):
+    """``handler.py`` of the checkpoint, imported from there by its path as an endpoint does."""
+    spec = importlib.util.spec_from_file_location("handler", checkpoint / "handler.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def endpoint(handler_module, checkpoint):
+    """Address of a server that does what the Hub's inference toolkit does: body to handler, errors to status 400."""
+    handler = handler_module.EndpointHandler(str(checkpoint))
+
+    class Toolkit(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            try:
+                status, answer = 200, handler(json.loads(body))
+            except (ValueError, RuntimeError, RecursionError) as error:
+                status, answer = 400, {"error": str(error)}
+            content = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Toolkit)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_address
+    server.shutdown()
+    server.server_close()
+
+
+def post(endpoint, body: object) -> tuple[int, dict]:
+    """Status and answer; ``body`` is sent as it is when it is bytes."""
+    connection = http.client.HTTPConnection(*endpoint, timeout=60)
+    connection.request("POST", "/", body if isinstance(body, bytes) else json.dumps(body))
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    connection.close()
+    return response.status, answer
+
+
+def dense(result: dict) -> np.ndarray:
+    return csr_matrix((result["counts"], result["indices"], result["indptr"]), shape=result["shape"]).toarray()
+
+
+def test_the_answer_is_the_models_cells_in_sparse_form(endpoint, checkpoint):
+    asked = {"cell_type": "k562", "perturbation": "KLF1+TGFBR2", "num_cells": 10}
+    status, answer = post(endpoint, {"inputs": asked, "parameters": {"seed": 4, "steps": 3}})
+    tokenizer, model = DCMTokenizer.from_pretrained(checkpoint), DCMForDenoising.from_pretrained(checkpoint)
+    ours = model.generate(**tokenizer.conditions(**asked), seed=4, steps=3)
+    assert status == 200
+    assert answer["genes"] == GENES
+    assert np.array_equal(dense(answer["results"][0]), ours.numpy())
+    assert answer["results"][0]["conditions"] == {"cell_type": "k562", "perturbation": "KLF1+TGFBR2"}
+
+
+def test_a_list_has_one_result_per_request_and_observed_genes_are_kept(endpoint):
+    status, answer = post(endpoint, {"inputs": [{"observed": {"HBB": 2}, "num_cells": 3}, {"observed": {"FOS": 0}}]})
+    assert status == 200
+    first, second = map(dense, answer["results"])
+    assert first.shape == (3, len(GENES))
+    assert set(first[:, GENES.index("HBB")]) == {2}
+    assert second[0, GENES.index("FOS")] == 0
+
+
+def test_requests_at_the_same_time_get_the_cells_that_they_would_get_alone(endpoint):
+    bodies = [{"inputs": {"num_cells": 20 + seed}, "parameters": {"seed": seed}} for seed in range(12)]
+    alone = [post(endpoint, body) for body in bodies]
+    with ThreadPoolExecutor(12) as pool:
+        together = list(pool.map(lambda body: post(endpoint, body), bodies))
+    assert alone == together
+    assert {status for status, _ in alone} == {200}
+
+
+HOSTILE = {
+    "unknown label": ({"inputs": {"cell_type": "k5622"}}, "near matches: 'k562'"),
+    "unknown field": ({"inputs": {"num_cell": 3}}, "near matches: num_cells"),
+    "unknown option": ({"inputs": {}, "parameters": {"step": 3}}, "near matches: steps"),
+    "unknown part": ({"inputs": {}, "options": {}}, "expected {"),
+    "no inputs": ({"parameters": {}}, "expected {"),
+    "a list": ([1, 2], "expected {"),
+    "null": (None, "expected {"),
+    "inputs of text": ({"inputs": "k562"}, "inputs must be"),
+    "inputs of nothing": ({"inputs": []}, "inputs must be"),
+    "parameters of text": ({"inputs": {}, "parameters": "fast"}, "parameters must be"),
+    "many cells": ({"inputs": {"num_cells": 10**9}}, "cells: 1,000,000,000 asked for"),
+    "many cells in parts": ({"inputs": [{"num_cells": 1900}, {"num_cells": 1900}]}, "cells: 3,800 asked for"),
+    "many cells by labels": ({"inputs": {"cell_type": ["k562"] * 2001}}, "cells: 2,001 asked for"),
+    "many cells observed": ({"inputs": {"observed": [{}] * 2001}}, "cells: 2,001 asked for"),
+    "many cells by covariates": ({"inputs": {"covariates": {"donor": ["d1"] * 2001}}}, "cells: 2,001 asked for"),
+    "many cells against fewer": ({"inputs": [{"num_cells": -5000}, {"num_cells": 4000}]}, "cells: 4,001 asked for"),
+    "many requests": ({"inputs": [{}] * 65}, "requests: 65 asked for"),
+    "many steps": ({"inputs": {}, "parameters": {"steps": 10**6}}, "steps: 1,000,000 asked for"),
+    "large batch": ({"inputs": {}, "parameters": {"batch_size": 10**6}}, "batch_size: 1,000,000 asked for"),
+    "strong guidance": ({"inputs": {}, "parameters": {"guidance_scale": {"cell_type": -1e6}}}, "guidance_scale"),
+    "huge integer": (b'{"inputs": {"num_cells": 1' + b"0" * 300 + b"}}", "too large"),
+    "unreadable integer": (b'{"inputs": {"num_cells": 1' + b"0" * 5000 + b"}}", "digits"),
+    "infinity": (b'{"inputs": {"library_size": Infinity}}', "too large or not finite"),
+    "not a number": (b'{"inputs": {"library_size": NaN}}', "too large or not finite"),
+    "huge float": ({"inputs": {"library_size": 1e300}}, "too large"),
+    "negative cells": ({"inputs": {"num_cells": -3}}, "num_cells=-3, expected a whole number"),
+    "cells of text": ({"inputs": {"num_cells": "ten"}}, "num_cells='ten', expected a whole number"),
+    "label of a number": ({"inputs": {"cell_type": 7}}, "expected a label"),
+    "label of an object": ({"inputs": {"perturbation": {"$gt": ""}}}, "expected a label"),
+    "long label": ({"inputs": {"cell_type": "x" * 10**6}}, "a text has 1,000,000 characters"),
+    "long field": ({"inputs": {"x" * 10**5: 1}}, "a text has 100,000 characters"),
+    "deep": ({"inputs": {"covariates": {"a": [[[[1]]]]}}}, "nested too deeply"),
+    "very deep": (b'{"inputs": ' + b"[" * 900 + b"]" * 900 + b"}", "nested too deeply"),
+    "observed nonsense": ({"inputs": {"observed": {"HBB": "many"}}}, "observed count of HBB='many'"),
+    "observed unknown": ({"inputs": {"observed": {"HBBB": 1}}}, "near matches: HBB"),
+    "not JSON": (b"{inputs", "Expecting property name"),
+    "path": ({"inputs": {"cell_type": "../../etc/passwd"}}, "unknown cell_type"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_input_is_refused_in_one_short_line_that_says_why(endpoint, name):
+    body, message = HOSTILE[name]
+    status, answer = post(endpoint, body)
+    assert status == 400
+    assert set(answer) == {"error"}
+    assert message in answer["error"]
+    assert len(answer["error"]) < 600
+    assert "\n" not in answer["error"]
+    assert "Traceback" not in answer["error"]
+    assert post(endpoint, {"inputs": {}})[0] == 200  # and it goes on serving
+
+
+def test_a_failure_inside_is_logged_and_says_nothing_to_a_stranger(handler_module, checkpoint, caplog, monkeypatch):
+    handler = handler_module.EndpointHandler(str(checkpoint))
+
+    def fail(*args, **kwargs):
+        raise KeyError("secret path")
+
+    monkeypatch.setattr(handler, "pipeline", fail)
+    with caplog.at_level(logging.ERROR), pytest.raises(RuntimeError, match="could not be answered") as info:
+        handler({"inputs": {}})
+    assert str(info.value) == "the request could not be answered"
+    assert info.value.__suppress_context__
+    assert "secret path" in caplog.text

@@ -1,0 +1,33 @@
+"""Write a tiny checkpoint folder with random weights, as training writes them. Knows nothing of any property."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from modeling_dcm import DCMForDenoising
+from tokenization import DCMTokenizer
+from training.config import TrainConfig
+from training.shipped_files import add_shipped_files
+
+GENES = ["KLF1", "TGFBR2", "GATA1", "ACTB", "HBB", "MYC", "FOS"]
+LABELS = {
+    "cell_types": ["k562", "hepg2", "rpe1"],
+    "perturbations": ["KLF1", "TGFBR2", "GATA1", "control"],
+    "control": "control",
+    "covariates": {"donor": ["d1", "d2"], "day": ["0", "1", "2"]},
+}
+
+
+def write_tiny_checkpoint(folder: Path, model: DCMForDenoising, *, count_bins: list[int] | None = None) -> Path:
+    """Save ``model``, which ``make_model(conditioned=True)`` made, and a tokenizer that fits it."""
+    K, sizes = model.config.max_count, model.library_sizes
+    sizes.keys, sizes.quantiles = sizes.from_cells(sizes.group_keys(20, None, None, None), torch.arange(20), 1)
+    model.config.library_size_groups = len(sizes.keys)
+    model.save_pretrained(folder)
+    DCMTokenizer(genes=GENES, max_count=K, count_bins=count_bins, **LABELS).save_pretrained(folder)
+    options = asdict(TrainConfig(data=Path("home/me/shards"), out=Path("home/me/checkpoint")))
+    (folder / "training_options.json").write_text(json.dumps(options, default=str))
+    add_shipped_files(folder)
+    return folder

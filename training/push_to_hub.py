@@ -1,0 +1,233 @@
+"""Push a checkpoint to the Hugging Face Hub: code, weights, vocabularies, handler, model card, in one commit.
+
+    dcm-push checkpoint/ org/name --results results/results.json
+    dcm-push checkpoint/ org/name --dry-run
+
+The folder that is pushed is built aside from a list of files, and loaded in a fresh process before anything is sent:
+states of the optimiser, logs and whatever else lies in the checkpoint are never uploaded. Knows nothing of training.
+"""
+
+import fnmatch
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path, PurePath
+from typing import Annotated, TypeVar
+
+import tyro
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+
+from model_cards.render_card import read_facts, render
+from tokenization.command_line import run
+from training import fresh_check
+from training.shipped_files import add_shipped_files
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+CARDS = Path(__file__).resolve().parent.parent / "model_cards"
+NEEDED = ("config.json", "genes.txt", "conditions.json", "tokenizer_config.json", "training_options.json")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
+LISTED = (*NEEDED, *WEIGHTS, "*_dcm.py", "handler.py", "special_tokens_map.json", "added_tokens.json")
+OWN = (*LISTED, "README.md", "results.json", "figure.png")  # what a push may replace or remove on the Hub
+PATHS = ("data", "out", "config", "perturbation_embeddings")  # options that would tell where the files of a user lie
+ATTEMPTS = 3  # when the connection drops
+PAUSE = 2.0  # seconds, longer each time
+
+
+def main(
+    checkpoint: Annotated[Path, tyro.conf.Positional],
+    repo_id: Annotated[str, tyro.conf.Positional],
+    *,
+    private: bool = False,
+    dry_run: bool = False,
+    results: Path | None = None,
+    card: Path | None = None,
+) -> str:
+    """Push a checkpoint to the Hub and print its address.
+
+    Args:
+        checkpoint: Folder of a trained checkpoint.
+        repo_id: Where to, as in org/name.
+        private: Make the repository private; an existing public one is then refused.
+        dry_run: Build, check and list what would be uploaded, and send nothing.
+        results: results.json of dcm-evaluate for the card; the figure.png beside it is shown.
+        card: YAML file of the card's facts; default: the one of that name among the prepared cards, or card.yaml
+            in the checkpoint.
+    """
+    _check_repo_id(repo_id)
+    facts = read_facts(card or _facts_of(checkpoint, repo_id))
+    with tempfile.TemporaryDirectory(prefix="dcm-push-") as aside:
+        folder = Path(aside) / "checkpoint"
+        stage(checkpoint, folder)
+        answer = answer_of(folder, facts["example"])
+        figures = _add_results(results, folder)
+        text = render(
+            facts, repo_id=repo_id, checkpoint=folder, results=results, example_output=answer, figures=figures
+        )
+        (folder / "README.md").write_text(text, encoding="utf-8")
+        files = sorted(folder.iterdir())
+        for file in files:
+            logger.info("%12s  %s", f"{file.stat().st_size:,}", file.name)
+        if dry_run:
+            logger.info("dry run: %d files would be pushed to %s; nothing was sent", len(files), repo_id)
+            return ""
+        address = push(folder, repo_id, private=private)
+    sys.stdout.write(address + "\n")
+    return address
+
+
+def stage(checkpoint: Path, folder: Path) -> None:
+    """Copy the listed files of a checkpoint into ``folder`` and add what is shipped with them.
+
+    Raises:
+        FileNotFoundError: no such checkpoint, or files that it lacks.
+    """
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(f"no checkpoint folder {str(checkpoint)!r}")
+    missing = [name for name in NEEDED if not (checkpoint / name).is_file()]
+    if not any((checkpoint / name).is_file() for name in WEIGHTS[:2]):
+        missing.append(WEIGHTS[0])
+    if missing:
+        raise FileNotFoundError(f"{str(checkpoint)!r} is no complete checkpoint: it has no {', '.join(missing)}")
+    folder.mkdir()
+    names = sorted(path.name for path in checkpoint.iterdir())
+    for name in names:
+        if _is_listed(name, LISTED) and (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, folder / name)
+    left = [name for name in names if not (folder / name).exists()]
+    if left:
+        logger.info("not uploaded: %s", ", ".join(left))
+    add_shipped_files(folder)
+    options = json.loads((folder / "training_options.json").read_text())
+    options |= {name: PurePath(options[name]).name for name in PATHS if options.get(name)}
+    (folder / "training_options.json").write_text(json.dumps(options, indent=1))
+
+
+def answer_of(folder: Path, request: object) -> str:
+    """What the folder answers to a request in a fresh process that has neither our packages' path nor a token.
+
+    Raises:
+        ValueError: it cannot be loaded or does not answer; the message is the last line of the error.
+    """
+    with tempfile.TemporaryDirectory(prefix="dcm-fresh-") as home:
+        secrets = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+        environment = {name: value for name, value in os.environ.items() if name not in secrets}
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": home, "HF_MODULES_CACHE": str(Path(home) / "modules")}
+        command = [sys.executable, "-I", fresh_check.__file__, str(folder), json.dumps(request)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        raise ValueError(f"a fresh process cannot use this checkpoint ({lines[-1]}); nothing was uploaded")
+    return done.stdout.strip()
+
+
+def push(folder: Path, repo_id: str, *, private: bool) -> str:
+    """Upload a folder in one commit, and return its address on the Hub.
+
+    Files of an earlier push that are not in ``folder`` are removed in the same commit; files of other kinds stay.
+
+    Raises:
+        ValueError: no token, one that is refused, or a public repository where a private one was asked for.
+        ConnectionError: the Hub cannot be reached, or the connection dropped in every attempt.
+    """
+    token = get_token()
+    if not token:
+        raise ValueError("no token of the Hub: log in with 'hf auth login', or set HF_TOKEN to one that may write")
+    api = HfApi(token=token)
+    try:
+        url = _again_when_dropped(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
+        info = _again_when_dropped(lambda: api.model_info(repo_id))
+        if private and not info.private:
+            raise ValueError(f"{repo_id} exists and is public: make it private on the Hub, or leave out --private")
+        there = {file.rfilename for file in info.siblings or ()}
+        _again_when_dropped(lambda: api.create_commit(repo_id, _operations(folder, there), commit_message="dcm-push"))
+    except HTTPError as error:
+        raise _explained(error, repo_id, token) from None
+    return str(url)
+
+
+def _operations(folder: Path, there: set[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
+    here = {file.name for file in folder.iterdir()}
+    stale = sorted(name for name in there - here if _is_listed(name, OWN))
+    added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in sorted(here)]
+    return [*added, *(CommitOperationDelete(path_in_repo=name) for name in stale)]
+
+
+def _again_when_dropped(call: Callable[[], Result]) -> Result:
+    """Call, and call again after a pause when the connection drops; what was sent already is not sent twice."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return call()
+        except HTTPError as error:
+            is_answer = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
+            if is_answer or attempt == ATTEMPTS:
+                raise
+            logger.warning("the connection to the Hub failed (%s); trying again", type(error).__name__)
+            time.sleep(PAUSE * attempt)
+
+
+def _explained(error: HTTPError, repo_id: str, token: str) -> Exception:
+    """What an error of the Hub means for a push, without the token."""
+    said = str(error).replace(token, "***").strip()
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if status in (401, 403):
+        return ValueError(
+            f"the Hub refused the token for {repo_id} ({status}): it needs write access to {repo_id.split('/')[0]}; "
+            "log in again with 'hf auth login'"
+        )
+    if status is not None and status < 500:
+        return ValueError(f"the Hub refused the push to {repo_id}: {said}")
+    return ConnectionError(f"the Hub cannot be reached ({type(error).__name__}: {said}); push again, nothing is lost")
+
+
+def _add_results(results: Path | None, folder: Path) -> list[str]:
+    """Copy results.json and the figure beside it; the figures' names."""
+    if results is None:
+        return []
+    if not results.is_file():
+        raise FileNotFoundError(f"no results {str(results)!r}; expected the results.json of dcm-evaluate")
+    shutil.copyfile(results, folder / "results.json")
+    figure = results.with_name("figure.png")
+    if not figure.is_file():
+        return []
+    shutil.copyfile(figure, folder / "figure.png")
+    return ["figure.png"]
+
+
+def _facts_of(checkpoint: Path, repo_id: str) -> Path:
+    prepared = CARDS / f"{repo_id.split('/')[-1]}.yaml"
+    own = checkpoint / "card.yaml"
+    if not own.is_file() and not prepared.is_file():
+        raise FileNotFoundError(
+            f"no facts for the model card of {repo_id}: write {str(own)!r} as {str(CARDS / 'dcm-demo.yaml')!r} is "
+            "written, or name a file with --card"
+        )
+    return own if own.is_file() else prepared
+
+
+def _check_repo_id(repo_id: str) -> None:
+    if repo_id.count("/") != 1:
+        raise ValueError(f"repo_id={repo_id!r}, expected org/name")
+    validate_repo_id(repo_id)
+
+
+def _is_listed(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def cli() -> None:
+    """Entry point of ``dcm-push``."""
+    run(main)
+
+
+if __name__ == "__main__":
+    cli()
