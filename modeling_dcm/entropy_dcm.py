@@ -27,8 +27,8 @@ def measure_entropy(
 ) -> dict[str, list[float]]:
     """Mean cross-entropy of a masked gene given j random observed genes of its cell.
 
-    Each cell has one random order of its genes. The first j of them are observed and the last :data:`QUERIES` (at most a
-    quarter of the panel) are asked, so that all points of the curve share genes and orders, and differences between
+    Each cell has one random order of its genes. The first j of them are observed and the last :data:`QUERIES` (at most
+    a quarter of the panel) are asked, so that all points of the curve share genes and orders, and differences between
     them are not noise. The curve ends where those begin.
 
     Args:

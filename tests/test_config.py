@@ -3,9 +3,13 @@
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
+from eval.simulate import main as simulate
 from training.config import TrainConfig, read_config
-from training.train import parse
+from training.convert_h5ad import main as convert
+from training.processes import build_accelerator
+from training.train import parse, prepare_run, take_step
 
 
 def test_an_unknown_option_in_a_file_names_the_nearest(tmp_path):
@@ -31,6 +35,7 @@ def test_a_file_that_is_no_mapping_or_not_there_is_refused(tmp_path):
         ("learning_rate: fast", "learning_rate='fast', expected float"),
         ("resume: 1", "resume=1, expected bool"),
         ("backbone: unet", r"backbone='unet', expected \('dit', 'latent'\)"),
+        ("size: 7m", r"size='7m', expected \('5m', '10m', '20m'\) or null"),
         ("query_genes: all", "query_genes='all', expected int or null"),
         ("batch_size: [", "is not YAML"),
     ],
@@ -77,3 +82,83 @@ def test_configurations_of_the_repository_are_valid():
 def test_bad_options_are_refused_with_the_value_and_what_was_expected(options, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(data=Path("d"), out=Path("o"), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": "10m", "hidden_size": 32}, "hidden_size=32 contradicts size='10m', which sets it: leave one out"),
+        ({"hidden_size": 30}, "hidden_size=30, expected a multiple of num_attention_heads=4"),
+        ({"size": "5m", "init_from": "org/dcm"}, "size='5m' contradicts init_from, which brings its own shape"),
+        ({"keep_last": 0}, "keep_last=0, expected at least 1"),
+        ({"max_time": 0.0}, "max_time=0.0, expected minutes above 0, or none for no limit"),
+        ({"label_dropout": 1.0}, r"label_dropout=1.0, expected in \[0, 1\)"),
+    ],
+)
+def test_contradictions_and_new_options_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(data=Path("d"), out=Path("o"), **options)
+
+
+def test_a_size_on_the_command_line_wins_over_the_shape_in_a_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("hidden_size: 48\nnum_hidden_layers: 2\n")
+    arguments = ["--config", str(tmp_path / "run.yaml"), "--data", "d", "--out", "o", "--size"]
+    config = parse([*arguments, "10m"])
+    assert config.size == "10m"
+    assert not config.is_set("hidden_size")
+    assert parse([*arguments, "None"]).hidden_size == 48
+
+
+def test_an_unknown_option_on_the_command_line_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(["--data", "d", "--out", "o", "--learning-rat", "1"])
+    assert end.value.code == 2
+    assert "--learning-rate" in capsys.readouterr().err
+
+
+FILES = sorted((Path(__file__).parent.parent / "training" / "configs").glob("*.yaml"))
+OVERRIDES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_latents": 4, "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    """Shards with as many genes as a configuration is for, and their table of vectors; made once for each number."""
+    made = {}
+
+    def make(num_genes: int) -> Path:
+        if num_genes not in made:
+            folder = tmp_path_factory.mktemp(f"genes{num_genes}")
+            sizes = {"num_cells": 60, "num_genes": num_genes, "num_cell_types": 2, "num_perturbations": 3}
+            simulate(folder / "cells.h5ad", num_pairs=0, vector_dim=4, **sizes)
+            keys = {"cell_type_key": "cell_type", "perturbation_key": "perturbation"}
+            made[num_genes] = convert(folder / "cells.h5ad", out=folder / "shards", **keys)
+        return made[num_genes]
+
+    return make
+
+
+@pytest.fixture
+def other_precision():
+    """Accelerate allows one precision in a process, and other tests train in another."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("other_precision")
+@pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
+def test_every_configuration_builds_and_takes_two_steps(file, simulated, tmp_path):
+    """Width and numbers of layers and cells are small; genes, backbone, precision and all else are the file's."""
+    num_genes = {"dentate-gyrus-5m": 17_002, "demo": 100}.get(file.stem, 2_000)
+    shards = simulated(num_genes)
+    vectors = shards.parent / "cells.perturbations.safetensors" if file.stem.startswith("replogle") else None
+    options = {**read_config(file), **OVERRIDES, "size": None, "trackers": "none"}
+    config = TrainConfig(data=shards, out=tmp_path / "out", perturbation_embeddings=vectors, **options)
+    accelerator = build_accelerator(config)
+    run, model, start = prepare_run(config, accelerator)
+    batches = run.train_batches.starting_at(start)
+    for _ in range(2):
+        measured = take_step(model, run.optimizer, batches, accelerator, config)
+        assert all(bool(value.isfinite()) for value in measured)
+    assert run.network.config.num_genes == num_genes

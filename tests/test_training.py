@@ -18,9 +18,11 @@ from modeling_dcm import DCMForDenoising
 from tokenization import DCMTokenizer
 from training.cells import Cells
 from training.config import TrainConfig
+from training.noise import noised
+from training.optimisation import build_optimizer, learning_rate
 from training.start import build_model, build_tokenizer
 from training.states import newest_state
-from training.train import build_optimizer, learning_rate, main, noised
+from training.train import main
 
 TINY = {
     "hidden_size": 16,
@@ -312,7 +314,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(config, tmp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.train.validate", interrupted)
+        patch.setattr("training.train.Validation.losses", interrupted)
         with pytest.raises(KeyboardInterrupt):
             main(broken)
     assert [path.name for path in (broken.out / "checkpoints").iterdir()] == ["step-3"]
@@ -374,11 +376,12 @@ def test_a_finished_run_is_a_checkpoint_with_model_tokenizer_options_and_log(fin
 
 
 def test_the_checkpoint_holds_the_averaged_weights(finished):
-    state = load_file(finished.out / "checkpoints" / "step-6" / "state.safetensors")
+    state = finished.out / "checkpoints" / "step-6"
     model = DCMForDenoising.from_pretrained(finished.out)
-    for index, (name, parameter) in enumerate(model.named_parameters()):
-        assert torch.equal(parameter, state[f"ema.{index}"]), name
-    moved = [not torch.equal(state[f"model.{name}"], p) for name, p in model.named_parameters()]
+    averages, latest = load_file(state / "model.safetensors"), load_file(state / "state.safetensors")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, averages[name]), name
+    moved = [not torch.equal(latest[f"model.{name}"], p) for name, p in model.named_parameters()]
     assert any(moved)
 
 

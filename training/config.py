@@ -7,7 +7,7 @@ import difflib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
-from typing import Literal, get_args, get_origin
+from typing import Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -24,6 +24,8 @@ class TrainConfig:
     """YAML file with any of these options."""
     resume: bool = False
     """Go on from the newest state under OUT/checkpoints, if there is one."""
+    init_from: str | None = None
+    """Checkpoint folder or Hub id to start from: genes and labels are matched by name, the shape is its own."""
     perturbation_embeddings: Path | None = None
     """Safetensors table, one vector for each perturbation's name; frozen. Without it vectors are learned."""
 
@@ -70,6 +72,8 @@ class TrainConfig:
     """Batches summed before the optimiser steps."""
     max_steps: int = 2000
     """Steps of the optimiser."""
+    max_time: float | None = None
+    """Minutes after which training ends as if at max_steps; --resume goes on."""
     learning_rate: float = 2e-3
     """Peak of AdamW's rate."""
     learning_rate_schedule: Literal["cosine", "constant"] = "cosine"
@@ -82,12 +86,14 @@ class TrainConfig:
     """Largest norm of the gradient."""
     ema_decay: float = 0.999
     """Of the averaged weights, which are what is evaluated and saved."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Precision of the forward pass."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """Precision of the forward pass; default what accelerate was told, else no."""
     gradient_checkpointing: bool = False
     """Recompute activations to save memory."""
-    attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation."""
+    compile: bool = False
+    """Compile the blocks with torch.compile, for static shapes."""
+    attn: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation; auto: the fastest that is installed and fits device and precision."""
     seed: int = 0
     """Of weights, order of cells, noise and label dropout."""
 
@@ -98,27 +104,59 @@ class TrainConfig:
     """Steps between validations."""
     validation_cells: int = 512
     """Validation cells looked at, at most."""
+    score_every: int | None = None
+    """Steps between small scores of generated cells (MMD^2, correlation slope) on validation cells; none: never."""
+    score_cells: int = 256
+    """Cells generated for a score, at most."""
+    score_steps: int = 20
+    """Sampling steps of a score."""
     save_every: int = 500
     """Steps between states under OUT/checkpoints."""
+    keep_last: int = 1
+    """Newest states to keep."""
+    keep_best: int = 1
+    """States to keep besides: those of the lowest validation loss, among states saved right after a validation."""
+    trackers: str = "auto"
+    """Accelerate's trackers (tensorboard, wandb, trackio, ...) by name, separated by commas; auto: tensorboard where it
+    is installed; none."""
 
     def __post_init__(self):
-        for name in (
-            "batch_size",
-            "gradient_accumulation_steps",
-            "max_steps",
-            "log_every",
-            "validate_every",
-            "save_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
-        if self.query_genes is not None and self.query_genes < 1:
-            raise ValueError(f"query_genes={self.query_genes}, expected at least 1, or none for all")
+        counted = ("batch_size", "gradient_accumulation_steps", "max_steps", "log_every", "validate_every")
+        counted += ("validation_cells", "score_cells", "score_steps", "save_every", "keep_last")
+        for name in counted:
+            self._expect(name, getattr(self, name) >= 1, "at least 1")
+        self._expect("warmup_steps", self.warmup_steps >= 0, "0 or more")
+        self._expect("keep_best", self.keep_best >= 0, "0 or more")
+        self._expect("query_genes", self.query_genes is None or self.query_genes >= 1, "at least 1, or none for all")
+        self._expect("score_every", self.score_every is None or self.score_every >= 1, "at least 1, or none for never")
+        self._expect("max_time", self.max_time is None or self.max_time > 0, "minutes above 0, or none for no limit")
         for name in ("learning_rate", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}, expected above 0")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay}, expected in [0, 1)")
+            self._expect(name, getattr(self, name) > 0, "above 0")
+        for name in ("ema_decay", "dropout", "label_dropout"):
+            self._expect(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._check_contradictions()
+
+    def _expect(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{name}={getattr(self, name)}, expected {expected}")
+
+    def _check_contradictions(self) -> None:
+        if self.size is not None:
+            for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+                if self.is_set(name):
+                    value = getattr(self, name)
+                    raise ValueError(f"{name}={value} contradicts size={self.size!r}, which sets it: leave one out")
+            if self.init_from is not None:
+                raise ValueError(
+                    f"size={self.size!r} contradicts init_from, which brings its own shape: leave size out"
+                )
+        elif self.hidden_size % self.num_attention_heads:
+            heads = self.num_attention_heads
+            raise ValueError(f"hidden_size={self.hidden_size}, expected a multiple of num_attention_heads={heads}")
+
+    def is_set(self, name: str) -> bool:
+        """Whether an option differs from its default."""
+        return getattr(self, name) != next(field.default for field in fields(self) if field.name == name)
 
 
 def read_config(path: Path) -> dict[str, object]:
@@ -147,7 +185,8 @@ def read_config(path: Path) -> dict[str, object]:
 
 def _typed(path: Path, name: str, value: object, annotation: object) -> object:
     """The value of a YAML file as the option's type; YAML reads paths, and numbers such as 2e-3, as text."""
-    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    is_union = get_origin(annotation) in (Union, UnionType)
+    kinds = get_args(annotation) if is_union else (annotation,)
     for kind in kinds:
         if get_origin(kind) is Literal:
             if value in get_args(kind):

@@ -8,16 +8,60 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 from scipy.sparse import csr_matrix
+from transformers.utils import is_flash_attn_2_available
 
 from modeling_dcm import SIZES, DCMConfig, DCMForDenoising
+from modeling_dcm.layers_dcm import Block
 from tokenization import DCMTokenizer
 from training.cells import Cells
 from training.config import TrainConfig
+from training.fine_tune import Source, transfer
 
 logger = logging.getLogger(__name__)
+
+
+def open_cells(config: TrainConfig, split: str, tokenizer: DCMTokenizer) -> Cells:
+    """One split of the shards.
+
+    Raises:
+        ValueError: a shard is damaged; the message names it.
+    """
+    try:
+        return Cells(config.data, split, tokenizer)
+    except FileNotFoundError:
+        raise
+    except Exception:  # whatever datasets and Arrow make of broken bytes
+        for file in sorted((config.data / split).glob("*.parquet")):
+            try:
+                for _ in pq.ParquetFile(file).iter_batches():
+                    pass
+            except Exception as why:
+                reason = " ".join(str(why).split())
+                raise ValueError(
+                    f"the shard {str(file)!r} is damaged ({reason}): copy it again, or run dcm-convert again"
+                ) from why
+        raise
+
+
+def attention_implementation(config: TrainConfig, device: torch.device, mixed_precision: str) -> str:
+    """What ``attn`` says, or for ``auto`` the fastest implementation that is installed and fits.
+
+    Raises:
+        ValueError: flash attention was asked for and is not installed.
+    """
+    has_flash = is_flash_attn_2_available()
+    if config.attn == "auto":
+        fits = device.type == "cuda" and mixed_precision in ("bf16", "fp16")
+        return "flash_attention_2" if fits and has_flash else "sdpa"
+    if config.attn == "flash_attention_2" and not has_flash:
+        raise ValueError(
+            "attn='flash_attention_2', but it is not installed: pip install flash-attn, or take attn='sdpa'"
+        )
+    return config.attn
 
 
 def build_tokenizer(config: TrainConfig) -> DCMTokenizer:
@@ -85,8 +129,13 @@ def _read_table(path: Path, control: str | None) -> dict[str, torch.Tensor]:
     return table
 
 
-def build_model(config: TrainConfig, tokenizer: DCMTokenizer, cells: Cells) -> DCMForDenoising:
-    """A fresh network whose head emits the training marginals and that knows the training cells' library sizes."""
+def build_model(
+    config: TrainConfig, tokenizer: DCMTokenizer, cells: Cells, source: Source | None = None
+) -> DCMForDenoising:
+    """A fresh network whose head emits the training marginals and that knows the training cells' library sizes.
+
+    With a ``source`` the weights are then taken over from there, see :func:`transfer`.
+    """
     counts = cells.csr()
     library_size = torch.from_numpy(np.asarray(counts.sum(axis=1)).ravel())
     shape = SIZES[config.size] if config.size else {}
@@ -100,6 +149,11 @@ def build_model(config: TrainConfig, tokenizer: DCMTokenizer, cells: Cells) -> D
         *(() if shape else tuple(SIZES["5m"])),
     )
     labels = cells.conditions.get("perturbation_ids")
+    vector_size = None if table is None else len(next(iter(table.values())))
+    table_sha256 = table and hashlib.sha256(config.perturbation_embeddings.read_bytes()).hexdigest()
+    if source is not None and table is None and tokenizer.perturbations:
+        vector_size = source.model.config.perturbation_dim
+        table_sha256 = source.model.config.perturbation_table_sha256
     model_config = DCMConfig(
         **{name: getattr(config, name) for name in own},
         **shape,
@@ -110,10 +164,11 @@ def build_model(config: TrainConfig, tokenizer: DCMTokenizer, cells: Cells) -> D
         num_perturbations=len(tokenizer.perturbations),
         max_perturbations_per_cell=1 if labels is None else labels.shape[1],
         covariates={name: len(names) for name, names in tokenizer.covariates.items()},
-        perturbation_dim=None if table is None else len(next(iter(table.values()))),
-        perturbation_table_sha256=table and hashlib.sha256(config.perturbation_embeddings.read_bytes()).hexdigest(),
+        perturbation_dim=vector_size,
+        perturbation_table_sha256=table_sha256,
+        masked_keys=True if source is None else source.model.config.masked_keys,
     )
-    model_config._attn_implementation = config.attn
+    model_config._attn_implementation = None if config.attn == "auto" else config.attn
     model = DCMForDenoising(model_config)
     model.set_marginals(_histogram(counts, tokenizer))
     if tokenizer.cell_types:
@@ -128,11 +183,14 @@ def build_model(config: TrainConfig, tokenizer: DCMTokenizer, cells: Cells) -> D
             if name in table:
                 model.conditions.perturbation.table[index] = table[name]
                 model.conditions.perturbation.has_vector[index] = True
+    if source is not None:
+        transfer(source, model, tokenizer)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     logger.info(
-        "model: %s, %s parameters; %d genes, counts to %d; conditions: %s",
+        "model: %s, %s attention, %s parameters; %d genes, counts to %d; conditions: %s",
         config.backbone,
+        model.config._attn_implementation,
         f"{sum(p.numel() for p in model.parameters()):,}",
         len(tokenizer.genes),
         tokenizer.max_count,
@@ -169,3 +227,10 @@ def _set_library_sizes(model: DCMForDenoising, cells: Cells, library_size: torch
     group_keys, quantiles = sizes.from_cells(keys, library_size, num_context=1 + sizes.num_covariates)
     sizes.keys, sizes.quantiles = group_keys, quantiles
     model.config.library_size_groups = len(group_keys)
+
+
+def compile_blocks(model: DCMForDenoising, backend: str = "inductor") -> None:
+    """Compile each block in place, for static shapes; the rest of the network depends on the data (rare counts)."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.compile(backend=backend, dynamic=False)

@@ -5,17 +5,17 @@
 One process or many, CPU or GPU: what `accelerate config` chose. Order of cells, noise and label dropout are keyed by
 (seed, index of the batch) and drawn for the global batch, so processes that share one global batch do what a single
 process would do with all of it. Writes
-`OUT/model.safetensors` (averaged weights) with configuration and tokenizer, `OUT/training.jsonl`, and states to resume
-from under `OUT/checkpoints/`. Knows nothing of how cells are stored (`cells.py`) or drawn (`modeling_dcm`).
+`OUT/model.safetensors` (averaged weights) with configuration and tokenizer, `OUT/training.jsonl` and its picture, and
+states to resume from under `OUT/checkpoints/`; on SIGTERM it saves a state and exits with code 75. Knows nothing of how
+cells are stored (`cells.py`) or drawn (`modeling_dcm`).
 """
 
 import argparse
-import json
 import logging
-import math
+import os
 import sys
-import time
-from dataclasses import asdict
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -23,280 +23,240 @@ import torch
 import transformers
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from tqdm.auto import tqdm
+from accelerate.utils import gather_object, set_seed
+from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
 
 from modeling_dcm import DCMForDenoising
-from modeling_dcm.diffusion_dcm import (
-    choose_queries,
-    drop_labels,
-    keyed_generator,
-    mask_smallest,
-    num_masked,
-    stratified_uniform,
-)
+from modeling_dcm.diffusion_dcm import keyed_generator
+from tokenization import DCMTokenizer
 from tokenization.command_line import user_errors
 from tokenization.files import written_aside
-from training.cells import Cells, GlobalBatchSampler
+from training.cells import Cells
 from training.config import TrainConfig, read_config
+from training.curves import draw_curves
 from training.entropy import validation_entropy
-from training.start import build_model, build_tokenizer
-from training.states import newest_state, restore_state, save_final, save_state
+from training.fine_tune import load_source, merged_tokenizer, shaped_like
+from training.noise import TrainBatches
+from training.optimisation import averaged_weights, build_optimizer, learning_rate, update_average
+from training.processes import build_accelerator, start_trackers
+from training.start import attention_implementation, build_model, build_tokenizer, compile_blocks, open_cells
+from training.states import (
+    all_states,
+    load_state_model,
+    newest_state,
+    remove_leftovers,
+    restore_state,
+    run_facts,
+    save_final,
+    save_state,
+)
+from training.stopping import SAVED_AFTER_SIGNAL, Stopping
+from training.throughput import peak_flops, training_flops
+from training.training_log import NotFinite, TrainingLog
+from training.validation import Validation, has_validation_cells
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run works with."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    network: DCMForDenoising  # as it is saved; the accelerator wraps it for the forward pass
+    ema: list[torch.Tensor]  # averages of its parameters
+    optimizer: torch.optim.Optimizer
+    tokenizer: DCMTokenizer
+    train_batches: TrainBatches
+    validation: Validation | None  # of the main process
+    log: TrainingLog
+    facts: dict[str, object]  # see `run_facts`
 
 
 def main(config: TrainConfig) -> Path:
     """Train, and return the checkpoint folder.
 
     Raises:
-        ValueError: options, data and an earlier state do not fit together.
+        ValueError: options, data and an earlier state do not fit together, or the loss is no longer finite.
         FileNotFoundError: no shards, no state to resume from, no embeddings.
+        SystemExit: with code 75 after SIGTERM, when the state has been saved.
     """
     set_seed(config.seed)
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        cpu=not torch.cuda.is_available(),
-    )
-    world = accelerator.num_processes
-    state = newest_state(config, world, log=logger if accelerator.is_main_process else None)
-    tokenizer = build_tokenizer(config)
-    cells = Cells(config.data, "train", tokenizer)
-    model = build_model(config, tokenizer, cells)
-    optimizer = build_optimizer(model, config)
-    ema = [parameter.detach().clone().float() for parameter in model.parameters()]
-    start = restore_state(state, model, ema, optimizer) if state else 0
-    model, optimizer = accelerator.prepare(model, optimizer)
-    ema = [average.to(accelerator.device) for average in ema]
-    log = TrainingLog(config, start, accelerator.is_main_process)
-    batches = train_batches(cells, config, start, accelerator)
-    for step in range(start, config.max_steps):
-        # of dropout: keyed by the step as all other noise is, so that a resumed run draws what it would have drawn
-        torch.manual_seed(keyed_generator(config.seed, step * world + accelerator.process_index).initial_seed())
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
-        loss = elbo = 0.0
-        for _ in range(config.gradient_accumulation_steps):
-            batch = next(batches)
-            with accelerator.accumulate(model):
-                output = model(**batch)
-                accelerator.backward(output.loss)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            loss += output.loss.detach() / config.gradient_accumulation_steps
-            elbo += output.elbo / config.gradient_accumulation_steps
-        update_average(ema, model, step, config.ema_decay)
-        log.step(
-            step, {"loss": loss, "elbo": elbo, "gradient_norm": norm, "learning_rate": learning_rate(step, config)}
-        )
-        last = step + 1 == config.max_steps
-        if accelerator.is_main_process and ((step + 1) % config.validate_every == 0 or last):
-            log.write({"step": step + 1, **validate(accelerator.unwrap_model(model), ema, config, tokenizer)})
-        if accelerator.is_main_process and ((step + 1) % config.save_every == 0 or last):
-            save_state(config, world, step + 1, accelerator.unwrap_model(model), ema, optimizer)
-    log.close()
+    accelerator = build_accelerator(config)
+    run, model, start = prepare_run(config, accelerator)
+    config, world = run.config, accelerator.num_processes
+    batches = run.train_batches.starting_at(start * config.gradient_accumulation_steps)
+    done, reason = start, None
+    with Stopping(accelerator, config.max_time) as stopping:
+        for step in range(start, config.max_steps):
+            # of dropout: keyed by the step as all other noise is, so that a resumed run draws what it would have drawn
+            torch.manual_seed(keyed_generator(config.seed, step * world + accelerator.process_index).initial_seed())
+            rate = learning_rate(step, config)
+            for group in run.optimizer.param_groups:
+                group["lr"] = rate
+            measured = take_step(model, run.optimizer, batches, accelerator, config)
+            update_average(run.ema, run.network, step, config.ema_decay)
+            run.log.note(measured, rate)
+            done, reason = step + 1, stopping.reason(step + 1)
+            write_what_is_due(run, done, reason)
+            if reason:
+                break
+    run.log.close()
+    accelerator.wait_for_everyone()
+    if reason == "signal":
+        logger.info("SIGTERM: the state of step %d is saved; go on with --resume", done)
+        accelerator.end_training()
+        sys.exit(SAVED_AFTER_SIGNAL)
+    if reason == "time":
+        logger.info("%g minutes are over at step %d of %d; --resume goes on", config.max_time, done, config.max_steps)
     if accelerator.is_main_process:
-        with averaged_weights(accelerator.unwrap_model(model), ema) as averaged:
+        with averaged_weights(run.network, run.ema) as averaged:
             if has_validation_cells(config):
-                averaged.config.entropy_curve = validation_entropy(averaged, config.data, tokenizer, seed=config.seed)[1]
-            save_final(config, averaged, tokenizer)
+                curve = validation_entropy(averaged, config.data, run.tokenizer, seed=config.seed)[1]
+                averaged.config.entropy_curve = curve
+            save_final(config, averaged, run.tokenizer)
         logger.info("checkpoint: %s", config.out)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return config.out
 
 
-def build_optimizer(model: DCMForDenoising, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only, neither on biases nor on embeddings."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in embeddings]
-    others = [p for p in model.parameters() if p.ndim <= 1 or id(p) in embeddings]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then cosine to zero at ``max_steps`` or constant."""
-    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    if config.learning_rate_schedule == "constant":
-        return config.learning_rate * warmup
-    return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
-
-
-def train_batches(cells: Cells, config: TrainConfig, start_step: int, accelerator: Accelerator):
-    """Endless noised batches of this process, from the batch where ``start_step`` begins."""
-    rank, world = accelerator.process_index, accelerator.num_processes
-    sampler = GlobalBatchSampler(
-        len(cells), batch_size=config.batch_size, seed=config.seed, rank=rank, world_size=world
+def prepare_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Run, torch.nn.Module, int]:
+    """What the loop works with, the network as it is called, and the number of steps already done."""
+    attn = attention_implementation(config, accelerator.device, accelerator.mixed_precision)
+    config = replace(config, attn=attn, mixed_precision=accelerator.mixed_precision)
+    network, tokenizer, cells, state = prepare_start(config, accelerator)
+    facts = run_facts(config, accelerator.num_processes)
+    if len(set(gather_object([facts["hashes"]["data"]]))) > 1:
+        raise ValueError(f"processes see different files in {str(config.data)!r}: copy the same shards to every node")
+    optimizer = build_optimizer(network, config)
+    ema = [parameter.detach().clone().float() for parameter in network.parameters()]
+    start = restore_state(state, network, ema, optimizer, accelerator.scaler) if state else 0
+    if config.compile:
+        compile_blocks(network)
+    # buffers are the same everywhere: no need to send them around at each step
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        network, [n for n, _ in network.named_buffers()]
     )
-    done = start_step * config.gradient_accumulation_steps
-    epoch, skip = divmod(done, len(sampler))
-    while True:
-        sampler.set_epoch(epoch)
-        for index, rows in enumerate(sampler):
-            if index >= skip:
-                yield noised(
-                    cells[rows], config, cells.tokenizer, epoch * len(sampler) + index, rank, world, accelerator.device
-                )
-        epoch, skip = epoch + 1, 0
+    model, optimizer = accelerator.prepare(network, optimizer)
+    ema = [average.to(accelerator.device) for average in ema]
+    rank, world = accelerator.process_index, accelerator.num_processes
+    train_batches = TrainBatches(cells, config, rank=rank, world=world, device=accelerator.device)
+    validation = Validation(config, tokenizer, cells) if accelerator.is_main_process else None
+    log = TrainingLog(config, start, accelerator, utilisation_per_cell(network, train_batches, accelerator.device))
+    start_trackers(accelerator, config)
+    run = Run(config, accelerator, network, ema, optimizer, tokenizer, train_batches, validation, log, facts)
+    return run, model, start
 
 
-def noised(batch, config: TrainConfig, tokenizer, index: int, rank: int, world: int, device) -> dict[str, torch.Tensor]:
-    """Arguments of the model's forward for one batch: genes masked, some conditions dropped.
+def prepare_start(
+    config: TrainConfig, accelerator: Accelerator
+) -> tuple[DCMForDenoising, DCMTokenizer, Cells, Path | None]:
+    """Network, tokenizer and training cells, of the state to resume from or new ones, and that state."""
+    if accelerator.is_main_process:
+        remove_leftovers(config.out)
+    with accelerator.local_main_process_first():
+        state = newest_state(config, accelerator.num_processes, log=logger if accelerator.is_main_process else None)
+        if state is not None:
+            model, tokenizer = load_state_model(
+                state, attn=config.attn, gradient_checkpointing=config.gradient_checkpointing
+            )
+            return model, tokenizer, open_cells(config, "train", tokenizer), state
+        source = load_source(config.init_from) if config.init_from else None
+        if source is not None:
+            config = shaped_like(config, source)
+        tokenizer = build_tokenizer(config)
+        if source is not None:
+            tokenizer = merged_tokenizer(tokenizer, source.tokenizer)
+        cells = open_cells(config, "train", tokenizer)
+        return build_model(config, tokenizer, cells, source), tokenizer, cells, None
 
-    Noise is drawn for the whole global batch from (seed, index of the batch), and this process takes its rows.
+
+def take_step(model, optimizer, batches, accelerator: Accelerator, config: TrainConfig) -> tuple[torch.Tensor, ...]:
+    """One step of the optimiser over one global batch; loss, elbo and gradient norm of this process."""
+    loss = elbo = 0.0
+    for _ in range(config.gradient_accumulation_steps):
+        batch = next(batches)
+        with accelerator.accumulate(model):
+            output = model(**batch)
+            accelerator.backward(output.loss)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        loss += output.loss.detach() / config.gradient_accumulation_steps
+        elbo += output.elbo / config.gradient_accumulation_steps
+    return loss, elbo, norm
+
+
+def write_what_is_due(run: Run, done: int, reason: str | None) -> None:
+    """Log, validate, score and save after step number ``done``, which is the last one if there is a ``reason``.
+
+    Raises:
+        ValueError: a loss or gradient since the last look was not finite; what was saved before is good.
     """
-    generator = keyed_generator(config.seed, index)
-    x_0 = batch["counts"]
-    B, L = x_0.shape
-    own = slice(rank * B, (rank + 1) * B)
-    u = stratified_uniform(B * world, generator)[own]
-    keys = torch.rand(B * world, L, generator=generator)[own]
-    ids = {"mask_token_id": tokenizer.mask_token_id, "pad_token_id": tokenizer.pad_token_id}
-    k = num_masked(u, (x_0 != tokenizer.pad_token_id).sum(dim=1))
-    inputs = {"input_ids": mask_smallest(x_0, k, keys, **ids), "labels": x_0}
-    if config.query_genes is not None and config.query_genes < L:
-        inputs["query_positions"] = choose_queries(
-            inputs["input_ids"], keys, config.query_genes, mask_token_id=tokenizer.mask_token_id
-        )
-    for name in ("cell_type_ids", "perturbation_ids"):
-        if name in batch:
-            drop = torch.rand(B * world, generator=generator)[own]
-            inputs[name] = drop_labels(batch[name], drop, config.label_dropout)
-    if "covariate_ids" in batch:
-        columns = batch["covariate_ids"].unbind(dim=1)
-        drops = torch.rand(len(columns), B * world, generator=generator)[:, own]
-        dropped = [drop_labels(column, u, config.label_dropout) for column, u in zip(columns, drops, strict=True)]
-        inputs["covariate_ids"] = torch.stack(dropped, dim=1)
-    if config.library_size_conditioning:
-        drop = torch.rand(B * world, generator=generator)[own]
-        inputs["library_size"] = drop_labels(batch["library_size"].float(), drop, config.label_dropout)
-    return {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
-
-
-@torch.no_grad()
-def update_average(ema: list[torch.Tensor], model: torch.nn.Module, step: int, decay: float) -> None:
-    """Exponential moving average of the weights in float32, faster at the start."""
-    decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(ema, [parameter.detach().float() for parameter in model.parameters()], 1 - decay)
-
-
-class averaged_weights:  # noqa: N801 (reads as a statement: `with averaged_weights(model, ema)`)
-    """Context in which the model has the averaged weights."""
-
-    def __init__(self, model: DCMForDenoising, ema: list[torch.Tensor]):
-        self.model, self.ema = model, ema
-
-    def _swap(self) -> None:
-        for parameter, average in zip(self.model.parameters(), self.ema, strict=True):
-            kept = parameter.detach().clone()
-            parameter.data.copy_(average)
-            average.copy_(kept)
-
-    def __enter__(self) -> DCMForDenoising:
-        self._swap()
-        return self.model
-
-    def __exit__(self, *error) -> None:
-        self._swap()
-
-
-def has_validation_cells(config: TrainConfig) -> bool:
-    return any((config.data / "validation").glob("*.parquet"))
-
-
-@torch.no_grad()
-def validate(model: DCMForDenoising, ema: list[torch.Tensor], config: TrainConfig, tokenizer) -> dict[str, float]:
-    """Loss and elbo (nats per gene) of the averaged weights on validation cells, always under the same noise."""
-    if not has_validation_cells(config):
-        return {}
-    cells = Cells(config.data, "validation", tokenizer)
-    rows = list(range(min(len(cells), config.validation_cells)))
-    if not rows:
-        return {}
-    quiet = TrainConfig(**{**asdict(config), "label_dropout": 0.0, "query_genes": None})
-    sums = {"validation_loss": 0.0, "validation_elbo": 0.0}
-    with averaged_weights(model, ema):
-        model.eval()
-        for index in range(0, len(rows), config.batch_size):
-            batch = cells[rows[index : index + config.batch_size]]
-            output = model(**noised(batch, quiet, tokenizer, index, 0, 1, model.device))
-            sums["validation_loss"] += output.loss.item() * len(batch["counts"]) / len(rows)
-            sums["validation_elbo"] += output.elbo.item() * len(batch["counts"]) / len(rows)
-        model.train()
-    return sums
-
-
-class TrainingLog:
-    """`training.jsonl`, a bar on a terminal, and one readable line per interval elsewhere."""
-
-    def __init__(self, config: TrainConfig, start: int, is_main: bool):
-        self.config, self.is_main = config, is_main
-        self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=config.max_steps, initial=start, unit="step", desc="training", disable=not (is_main and self.terminal)
-        )
-        self.recent: list[dict] = []
-        self.since = time.perf_counter()
-        self.last_line = 0.0
-        if is_main:
-            config.out.mkdir(parents=True, exist_ok=True)
-            self._forget_after(start)
-
-    def _forget_after(self, start: int) -> None:
-        """Drop the lines of steps that will be taken again."""
-        path = self.config.out / "training.jsonl"
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _is_of_step_before(line, start)]
-            with written_aside(path) as aside:
-                aside.write_text("".join(f"{line}\n" for line in lines))
-
-    def step(self, step: int, values: dict[str, object]) -> None:
-        """Note one step; every ``log_every`` of them are averaged, checked to be finite, and written."""
-        self.recent.append(values)
-        self.bar.update(1)
-        if (step + 1) % self.config.log_every and step + 1 < self.config.max_steps:
-            return
-        means = {name: sum(float(values[name]) for values in self.recent) / len(self.recent) for name in values}
-        if not math.isfinite(means["loss"]):
-            raise ValueError(f"the loss is {means['loss']} near step {step + 1}: lower learning_rate, or use bf16")
-        now = time.perf_counter()
-        cells = len(self.recent) * self.config.batch_size * self.config.gradient_accumulation_steps
-        cells_per_second = cells / (now - self.since)
-        self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {cells_per_second:.0f} cells/s")
-        self.write({"step": step + 1, **means, "cells_per_second_per_process": cells_per_second})
-        self.recent, self.since = [], now
-
-    def write(self, values: dict[str, object]) -> None:
-        if not self.is_main:
-            return
-        with (self.config.out / "training.jsonl").open("a") as file:
-            file.write(json.dumps(values) + "\n")
-        now = time.perf_counter()
-        if not self.terminal and ("validation_loss" in values or now - self.last_line > 30):
-            logger.info(", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-            self.last_line = now
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-def _is_of_step_before(line: str, start: int) -> bool:
+    config, log = run.config, run.log
+    last = done == config.max_steps or reason == "time"
+    validate = done % config.validate_every == 0 or last
+    save = done % config.save_every == 0 or last or reason == "signal"
     try:
-        return json.loads(line)["step"] <= start
-    except json.JSONDecodeError:  # cut off when the run was killed
-        return False
+        if done % config.log_every == 0 or last:
+            log.line(done)
+        elif validate or save:
+            log.check(done)
+    except NotFinite as error:
+        raise ValueError(explain(error, run)) from error
+    if not run.accelerator.is_main_process:
+        return
+    with log.paused():
+        losses = run.validation.losses(run.network, run.ema) if validate else {}
+        if validate:
+            log.write({"step": done, **losses})
+        if config.score_every is not None and (done % config.score_every == 0 or last):
+            log.write({"step": done, **run.validation.score(run.network, run.ema)})
+        if save:
+            scaler, loss = run.accelerator.scaler, losses.get("validation_loss")
+            parts = (run.network, run.ema, run.optimizer, run.tokenizer)
+            save_state(config, run.facts, done, *parts, scaler=scaler, validation_loss=loss)
+            draw_curves(config.out)
+
+
+def explain(error: NotFinite, run: Run) -> str:
+    """Write the batches of the step that went wrong, and say where, and what can be done."""
+    config, of_run = run.config, run.train_batches
+    first = (error.step - 1) * config.gradient_accumulation_steps
+    batches = list(islice(of_run.starting_at(first), config.gradient_accumulation_steps))
+    tensors = {name: torch.cat([batch[name] for batch in batches]).cpu().contiguous() for name in batches[0]}
+    of_process = f"-process-{of_run.rank}" if of_run.world > 1 else ""
+    file = config.out / f"not-finite-step-{error.step}{of_process}.safetensors"
+    with written_aside(file) as aside:
+        save_file(tensors, aside)
+    states = all_states(config.out)
+    way_out = f"go on from the last good state with --init-from {states[-1]}" if states else "start again"
+    return f"{error}; its noised batch is in {str(file)!r}; {way_out}, a lower --learning-rate and another --out"
+
+
+def utilisation_per_cell(network: DCMForDenoising, train_batches: TrainBatches, device: torch.device) -> float | None:
+    """Share of one second of the device's peak that a cell needs; None where the peak is not known."""
+    peak = peak_flops(device)
+    if peak is None:
+        return None
+    batch = next(train_batches.starting_at(0))
+    return training_flops(network, batch) / len(batch["input_ids"]) / peak
 
 
 def parse(arguments: list[str]) -> TrainConfig:
     """Options from the command line over those of ``--config`` over the defaults."""
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
+    first.add_argument("--size")
     known, _ = first.parse_known_args(arguments)
     from_file = read_config(known.config) if known.config else {}
+    if known.size not in (None, "None"):  # the command line's size wins over the file's shape
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+            from_file.pop(name, None)
     defaults = {"data": tyro.MISSING, "out": tyro.MISSING, **from_file}
     return tyro.cli(TrainConfig, default=TrainConfig(**defaults), args=arguments)
 
@@ -306,6 +266,8 @@ def cli() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     with user_errors():
+        if os.environ.get("RANK", "0") != "0":
+            logging.getLogger().setLevel(logging.WARNING)  # one process speaks
         main(parse(sys.argv[1:]))
 
 

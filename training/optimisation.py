@@ -1,0 +1,55 @@
+"""The optimiser, its rate, and the averaged weights.
+
+Knows nothing of data, noise and processes.
+"""
+
+import math
+
+import torch
+
+from modeling_dcm import DCMForDenoising
+from training.config import TrainConfig
+
+
+def build_optimizer(model: DCMForDenoising, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only, neither on biases nor on embeddings."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in embeddings]
+    others = [p for p in model.parameters() if p.ndim <= 1 or id(p) in embeddings]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then cosine to zero at ``max_steps`` or constant."""
+    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.learning_rate_schedule == "constant":
+        return config.learning_rate * warmup
+    return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
+
+
+@torch.no_grad()
+def update_average(ema: list[torch.Tensor], model: torch.nn.Module, step: int, decay: float) -> None:
+    """Exponential moving average of the weights in float32, faster at the start."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(ema, [parameter.detach().float() for parameter in model.parameters()], 1 - decay)
+
+
+class averaged_weights:  # noqa: N801 (reads as a statement: `with averaged_weights(model, ema)`)
+    """Context in which the model has the averaged weights."""
+
+    def __init__(self, model: DCMForDenoising, ema: list[torch.Tensor]):
+        self.model, self.ema = model, ema
+
+    def _swap(self) -> None:
+        for parameter, average in zip(self.model.parameters(), self.ema, strict=True):
+            kept = parameter.detach().clone()
+            parameter.data.copy_(average)
+            average.copy_(kept)
+
+    def __enter__(self) -> DCMForDenoising:
+        self._swap()
+        return self.model
+
+    def __exit__(self, *error) -> None:
+        self._swap()

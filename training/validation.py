@@ -1,0 +1,91 @@
+"""Look at validation cells during training: the loss, and a small score of generated cells.
+
+The shards are opened once; noise and seeds are always the same, so that numbers of different steps can be compared.
+Never looks at test cells. Letters: N cells.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from eval.metrics import correlation_agreement, median_bandwidth, mmd2
+from modeling_dcm import DCMForDenoising
+from tokenization import DCMTokenizer
+from training.cells import Cells
+from training.config import TrainConfig
+from training.noise import noised
+from training.optimisation import averaged_weights
+from training.start import open_cells
+
+
+def has_validation_cells(config: TrainConfig) -> bool:
+    """Whether the shards have any."""
+    return any((config.data / "validation").glob("*.parquet"))
+
+
+class Validation:
+    """Validation cells of a run, for the averaged weights of its model."""
+
+    def __init__(self, config: TrainConfig, tokenizer: DCMTokenizer, training_cells: Cells):
+        self.config, self.tokenizer, self.training_cells = config, tokenizer, training_cells
+        self.cells = open_cells(config, "validation", tokenizer) if has_validation_cells(config) else None
+        self.quiet = replace(config, label_dropout=0.0, query_genes=None)
+        self.reference: tuple[np.ndarray, float, dict[str, float]] | None = None
+
+    @torch.no_grad()
+    def losses(self, model: DCMForDenoising, ema: list[torch.Tensor]) -> dict[str, float]:
+        """``validation_loss`` and ``validation_elbo`` (nats per gene), under the same noise; none without cells."""
+        if not self.cells:
+            return {}
+        rows = list(range(min(len(self.cells), self.config.validation_cells)))
+        sums = {"validation_loss": 0.0, "validation_elbo": 0.0}
+        with averaged_weights(model, ema):
+            model.eval()
+            for index in range(0, len(rows), self.config.batch_size):
+                batch = self.cells[rows[index : index + self.config.batch_size]]
+                inputs = noised(batch, self.quiet, self.tokenizer, index, 0, 1, model.device)
+                output = model(**inputs, return_logits=False)
+                sums["validation_loss"] += output.loss.item() * len(batch["counts"]) / len(rows)
+                sums["validation_elbo"] += output.elbo.item() * len(batch["counts"]) / len(rows)
+            model.train()
+        return sums
+
+    def score(self, model: DCMForDenoising, ema: list[torch.Tensor]) -> dict[str, float]:
+        """Generated cells of the validation cells' conditions against these cells, on log1p counts.
+
+        ``score_mmd2`` (Eq. 7, unbiased, one RBF with the median width of the validation cells), and
+        ``score_correlation`` and ``score_correlation_slope`` of the 100 most variable genes; each also as
+        ``..._floor``, of as many training cells. None with fewer than two cells.
+        """
+        if not self.cells or len(self.cells) < 2:
+            return {}
+        number = min(len(self.cells), self.config.score_cells)
+        if self.reference is None:
+            real = _log1p(self.cells.csr(range(number)))
+            width = median_bandwidth(real)
+            rows = np.random.default_rng(self.config.seed).permutation(len(self.training_cells))[:number]
+            floor = _agreement(_log1p(self.training_cells.csr(np.sort(rows))), real, width)
+            self.reference = real, width, {f"{name}_floor": value for name, value in floor.items()}
+        real, width, floor = self.reference
+        conditions = {name: ids[:number] for name, ids in self.cells.conditions.items()}
+        with averaged_weights(model, ema) as averaged:
+            ids = averaged.generate(
+                number,
+                **conditions,
+                steps=self.config.score_steps,
+                seed=self.config.seed,
+                batch_size=self.config.batch_size,
+            )
+        return _agreement(_log1p(self.tokenizer.decode(ids).X), real, width) | floor
+
+
+def _log1p(counts) -> np.ndarray:
+    return np.log1p(np.asarray(counts.todense(), dtype=np.float64))
+
+
+def _agreement(x: np.ndarray, real: np.ndarray, width: float) -> dict[str, float]:
+    correlation, slope = correlation_agreement(x, real)
+    distance = mmd2(x, real, bandwidths=[width])
+    scores = {"score_mmd2": distance, "score_correlation": correlation, "score_correlation_slope": slope}
+    return {name: value for name, value in scores.items() if np.isfinite(value)}
