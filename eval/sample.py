@@ -136,7 +136,7 @@ def load_checkpoint(checkpoint: str) -> tuple[DCMForDenoising, DCMTokenizer]:
     """Model and tokenizer of a folder or a Hub id.
 
     Raises:
-        ValueError: weights that are damaged or do not fit this version.
+        ValueError: weights that are damaged, incomplete, or do not fit this version.
         FileNotFoundError: a folder that lacks the weights or the tokenizer; the message says which.
     """
     folder = Path(checkpoint)
@@ -154,7 +154,8 @@ def load_checkpoint(checkpoint: str) -> tuple[DCMForDenoising, DCMTokenizer]:
     elif checkpoint.startswith((".", "/")) or checkpoint.endswith("/") or checkpoint.count("/") > 1:
         raise FileNotFoundError(f"no checkpoint folder {checkpoint!r}")
     try:
-        return DCMForDenoising.from_pretrained(checkpoint), DCMTokenizer.from_pretrained(checkpoint)
+        model, loading = DCMForDenoising.from_pretrained(checkpoint, output_loading_info=True)
+        tokenizer = DCMTokenizer.from_pretrained(checkpoint)
     except json.JSONDecodeError as error:
         raise ValueError(f"{checkpoint!r} holds a damaged JSON file ({error}): copy it again") from error
     except OSError as error:
@@ -165,6 +166,14 @@ def load_checkpoint(checkpoint: str) -> tuple[DCMForDenoising, DCMTokenizer]:
         raise ValueError(
             f"the weights of {checkpoint!r} cannot be loaded: damaged, or of another version of this package"
         ) from error
+    missing = sorted(loading["missing_keys"])  # transformers would only warn, and draw them at random
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ValueError(
+            f"the weights of {checkpoint!r} lack {len(missing)} tensors of this network ({shown}): they are of another "
+            "version of this package"
+        )
+    return model, tokenizer
 
 
 def _check_options(

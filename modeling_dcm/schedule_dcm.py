@@ -1,4 +1,4 @@
-"""How many genes each sampling step reveals: fixed shapes, and the schedule that loses least by an entropy curve.
+"""How many genes each sampling step reveals: fixed shapes, and the schedule of least weighted loss by an entropy curve.
 
 Genes revealed in one step are drawn independently of each other, which costs ``sum_j (h(k_s) - h(j))`` nats for the
 genes j = k_s .. k_(s+1)-1 of step s, exactly, when the order is random: h(j) is the cross-entropy of a gene given j
@@ -20,7 +20,8 @@ SHAPES: dict[str, Callable[[float], float]] = {
 SCHEDULES = (*sorted(SHAPES), "optimal")
 GRID_POINTS = 256
 # Errors of the first genes are shared by all later ones (the cell's state and depth), so a nat there weighs more than
-# the KL says: the cost of a step that begins with k genes known is multiplied by ((k + 1) / G) ** -EARLY_WEIGHT.
+# the KL says: the cost of a step that begins with k genes known is multiplied by ((k + 1) / G) ** -EARLY_WEIGHT. So an
+# "optimal" schedule may have a larger predicted KL than another one; eval/results/README.md has the comparison.
 EARLY_WEIGHT = 0.5
 AUTO_TOLERANCE = 0.75  # nats per cell that steps="auto" may lose
 MAX_AUTO_STEPS = 100

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy import sparse
 
 from eval.sample import load_checkpoint, main
@@ -265,6 +266,15 @@ def test_an_incomplete_checkpoint_says_what_is_missing(checkpoint, tmp_path, mis
     (copy / missing).unlink()
     with pytest.raises(FileNotFoundError, match=message):
         main(str(copy), out=tmp_path / "cells.h5ad")
+
+
+def test_weights_that_lack_a_tensor_are_refused_and_not_drawn_at_random(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if name not in ("totals.gene_mean", "head.bias.weight")}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lack 2 tensors of this network \(head.bias.weight, totals.gene_mean\)"):
+        load_checkpoint(str(folder))
 
 
 def test_a_folder_that_is_not_there_is_not_looked_up_on_the_hub(tmp_path):
