@@ -153,7 +153,7 @@ def take_and_die(self, chunk):
     is_taken = take(self, chunk)
     if os.environ["RANK"] == "1" and is_taken:
         os.kill(os.getpid(), signal.SIGKILL)
-    while os.environ["RANK"] == "0" and len(list(self.folder.glob("*.taken"))) < 2:
+    while os.environ["RANK"] == "0" and is_taken and len(list(self.folder.glob("*.taken"))) < 2:
         time.sleep(0.01)
     return is_taken
 
@@ -175,7 +175,7 @@ def test_a_process_that_dies_neither_hangs_the_others_nor_leaves_an_output_and_i
         env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **own)
         processes.append(subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True))
     try:
-        messages = [process.communicate(timeout=300)[1] for process in processes]
+        messages = [process.communicate(timeout=120)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -42,6 +42,8 @@ class TrainConfig:
     """Heads of each attention."""
     mlp_ratio: float = 4.0
     """Hidden width of the blocks' MLP over the width."""
+    masked_keys: bool = True
+    """In dit, genes attend to masked ones too (the paper's); False: to observed ones only, and sampling is cheaper."""
     num_latents: int = 64
     """Latents of the latent backbone."""
     dropout: float = 0.0

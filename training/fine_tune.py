@@ -18,7 +18,7 @@ from training.head_transfer import refit_counts, take_head
 logger = logging.getLogger(__name__)
 
 SHAPE = ("backbone", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "num_latents")
-SHAPE += ("cell_summary", "gene_output_bias", "condition_tokens")
+SHAPE += ("masked_keys", "cell_summary", "gene_output_bias", "condition_tokens")
 
 
 @dataclass(frozen=True)

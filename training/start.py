@@ -140,7 +140,15 @@ def build_model(
     library_size = torch.from_numpy(np.asarray(counts.sum(axis=1)).ravel())
     shape = SIZES[config.size] if config.size else {}
     table = _read_table(config.perturbation_embeddings, tokenizer.control) if config.perturbation_embeddings else None
-    own = ("backbone", "mlp_ratio", "num_latents", "dropout", "gene_output_bias", "library_size_conditioning")
+    own = (
+        "backbone",
+        "masked_keys",
+        "mlp_ratio",
+        "num_latents",
+        "dropout",
+        "gene_output_bias",
+        "library_size_conditioning",
+    )
     own += (
         "condition_tokens",
         "cell_summary",
@@ -166,7 +174,6 @@ def build_model(
         covariates={name: len(names) for name, names in tokenizer.covariates.items()},
         perturbation_dim=vector_size,
         perturbation_table_sha256=table_sha256,
-        masked_keys=True if source is None else source.model.config.masked_keys,
     )
     model_config._attn_implementation = None if config.attn == "auto" else config.attn
     model = DCMForDenoising(model_config)
