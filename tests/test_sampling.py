@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from modeling_dcm.law_dcm import draw_counts
+from modeling_dcm.law_dcm import FactoredLogits, draw_counts
 from modeling_dcm.sampling_dcm import random_order, sample_counts
 from modeling_dcm.schedule_dcm import SHAPES, reveal_schedule
 
@@ -81,6 +81,24 @@ def test_counts_are_drawn_from_the_law_of_the_logits_over_the_temperature(temper
     drawn = draw_counts(logits.expand(20_000, 4), temperature, generator())
     expected = 20_000 * (logits.double() / temperature).softmax(dim=0).numpy()
     assert stats.chisquare(drawn.bincount(minlength=4), expected).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("two_stages", [False, True])
+def test_a_count_of_probability_1e_5_appears_at_its_rate_in_ten_million_draws(two_stages):
+    """Expected 100 times in each of three laws; five standard deviations of a Poisson count are allowed."""
+    p = torch.tensor([0.6, 0.39997, 1e-5, 1e-5, 1e-5]).double()
+    logits, draws, batch = p.log().float(), 10_000_000, 500_000
+    law = logits.expand(batch, 5)
+    if two_stages:  # small counts 0, 1; the large ones 2, 3, 4 come from the bias of the second stage
+        small = torch.cat([logits[:2], logits[2:].logsumexp(0, keepdim=True)]).expand(batch, 3)
+        law = FactoredLogits(small, torch.zeros(batch, 1), torch.zeros(3, 1), torch.zeros(3))
+    source = generator(3)
+    counted = torch.zeros(5, dtype=torch.long)
+    for _ in range(draws // batch):
+        drawn = law.draw(source) if two_stages else draw_counts(law, 1.0, source)
+        counted += drawn.bincount(minlength=5)
+    expected = p * draws
+    assert bool(((counted - expected).abs() < 5 * expected.sqrt()).all()), counted.tolist()
 
 
 def test_rare_large_counts_keep_their_probability_over_many_steps():
