@@ -3,6 +3,7 @@
 A server process imports the package once; each run is forked from it, so that a run does not cost a start of Python.
 """
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -73,7 +74,10 @@ def work(config: TrainConfig, cache: str, environment: dict[str, str], kill_at: 
     datasets.config.HF_DATASETS_CACHE = cache
     if kill_at is not None:
         killed_at(kill_at)
+    faulthandler.dump_traceback_later(90)  # where it waits, should it wait for ever
     training.train.main(config)
+    sys.stderr.flush()
+    os._exit(0)  # threads of the server are not in its forks: at their end nobody waits for them
 
 
 def start(config: TrainConfig, processes: int, kill_at: int | None = None) -> list[multiprocessing.Process]:
