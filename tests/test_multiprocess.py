@@ -87,7 +87,7 @@ def start(config: TrainConfig, processes: int, kill_at: int | None = None) -> li
         port = free.getsockname()[1]
     workers = []
     for rank in range(processes):
-        environment = {"ACCELERATE_USE_CPU": "true"}
+        environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # OpenMP and forks do not go together
         if processes > 1:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
