@@ -3,15 +3,11 @@
 Knows nothing of schedules and draws. Letters: B cells, L genes in the sequence, q genes asked, j known genes, H heads.
 """
 
-from collections.abc import Callable
-
 import torch
 
 from .depth_dcm import progress_of
 from .law_dcm import FactoredLogits
-
-Law = FactoredLogits | torch.Tensor
-AskedFor = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Law]
+from .sampling_dcm import Denoiser
 
 
 def denoiser(
@@ -21,7 +17,7 @@ def denoiser(
     guidance_scale: float | dict[str, float],
     *,
     from_nothing: bool,
-) -> AskedFor:
+) -> Denoiser:
     """The sampler's callable for one chunk of cells.
 
     Args:
@@ -35,7 +31,7 @@ def denoiser(
         ValueError: guidance for a condition that was not given.
     """
 
-    def asked_under(given: dict[str, torch.Tensor]) -> AskedFor:
+    def asked_under(given: dict[str, torch.Tensor]) -> Denoiser:
         if model.config.backbone == "latent" and from_nothing:
             return RevealedGenes(model, gene_ids, given)
         return WholeCells(model, gene_ids, given)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from .chunks_dcm import dropout_off
 from .diffusion_dcm import keyed_generator
 
 POINTS = 24
@@ -44,31 +45,28 @@ def measure_entropy(
     Raises:
         ValueError: no cells, or cells with genes that were not measured.
     """
-    was_training = model.training
-    model.eval()
     nats: list[np.ndarray] = []
     observed: list[int] = []
-    for index, batch in enumerate(batches):
-        batch = {name: value.to(model.device) for name, value in batch.items()}
-        x_0 = batch.pop("input_ids")
-        B, L = x_0.shape
-        if bool((x_0 >= model.config.num_counts).any()):
-            raise ValueError("the entropy curve needs cells in which every gene of the panel was measured")
-        num_queries = min(QUERIES, -(-L // 4))
-        observed = curve_points(L - num_queries, points)
-        keys = torch.rand(B, L, generator=keyed_generator(seed, index, model.device), device=model.device)
-        order = keys.argsort(dim=1)
-        queries = order[:, L - num_queries :]
-        labels = x_0.gather(1, queries)
-        of_batch = []
-        for j in observed:
-            masked = torch.zeros_like(x_0, dtype=torch.bool).scatter_(1, order[:, j:], True)
-            x_t = x_0.masked_fill(masked, model.config.mask_token_id)
-            law = model.law(x_t, query_positions=queries, **batch)
-            of_batch.append(law.cross_entropy(labels).double().mean(dim=1))
-        nats.append(torch.stack(of_batch, dim=1).cpu().numpy())  # (B, J)
-    if was_training:
-        model.train()
+    with dropout_off(model):
+        for index, batch in enumerate(batches):
+            batch = {name: value.to(model.device) for name, value in batch.items()}
+            x_0 = batch.pop("input_ids")
+            B, L = x_0.shape
+            if bool((x_0 >= model.config.num_counts).any()):
+                raise ValueError("the entropy curve needs cells in which every gene of the panel was measured")
+            num_queries = min(QUERIES, -(-L // 4))
+            observed = curve_points(L - num_queries, points)
+            keys = torch.rand(B, L, generator=keyed_generator(seed, index, model.device), device=model.device)
+            order = keys.argsort(dim=1)
+            queries = order[:, L - num_queries :]
+            labels = x_0.gather(1, queries)
+            of_batch = []
+            for j in observed:
+                masked = torch.zeros_like(x_0, dtype=torch.bool).scatter_(1, order[:, j:], True)
+                x_t = x_0.masked_fill(masked, model.config.mask_token_id)
+                law = model.law(x_t, query_positions=queries, **batch)
+                of_batch.append(law.cross_entropy(labels).double().mean(dim=1))
+            nats.append(torch.stack(of_batch, dim=1).cpu().numpy())  # (B, J)
     if not nats:
         raise ValueError("no cells to measure the entropy curve on: convert with --validation-fraction above 0")
     all_nats = np.concatenate(nats)

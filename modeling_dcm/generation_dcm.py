@@ -47,8 +47,9 @@ class CellGenerationMixin:
         Args:
             num_cells: N; may be left out when a condition or ``observed`` says it.
             cell_type_ids: (N,), -1 is not given; likewise the other conditions, as in :meth:`forward`.
-            library_size: total counts wanted, one for all or (N,); None draws them from the training cells of the same
-                condition (with ``observed``: not given); ``"null"``: not given.
+            library_size: total counts wanted over ``gene_ids``, one for all or (N,); None draws them from the training
+                cells of the same condition (for some genes of the panel: times their share of a mean cell's counts;
+                with ``observed``: not given); ``"null"``: not given.
             observed: counts (N, L), -1 where unknown; given genes come back unchanged.
             gene_ids: genes of the panel (L,) to generate; default: all.
             steps: network calls for each chunk of cells; ``"auto"``: as few as the entropy curve allows.
@@ -99,7 +100,7 @@ class CellGenerationMixin:
             for chunk, rows in wanted:
                 generator = keyed_generator(seed, chunk, self.device)
                 conditions = of_rows(given, rows, self.device)
-                conditions["library_size"] = self._library_size(sizes, rows, conditions, generator)
+                conditions["library_size"] = self._library_size(sizes, rows, conditions, gene_ids, generator)
                 x = self._start(rows, len(gene_ids), observed)
                 denoise = denoiser(
                     self, gene_ids.to(self.device), conditions, guidance_scale, from_nothing=observed is None
@@ -159,16 +160,20 @@ class CellGenerationMixin:
             raise ValueError(f"library_size of shape {tuple(sizes.shape)}, expected one number or {N}, all 0 or more")
         return sizes.expand(N)
 
-    def _library_size(self, sizes, rows: slice, conditions, generator) -> torch.Tensor:
+    def _library_size(self, sizes, rows: slice, conditions, gene_ids: torch.Tensor, generator) -> torch.Tensor:
+        """Library sizes (B,) over genes ``gene_ids`` (L,), as given or drawn."""
         if sizes is not None:
             return sizes[rows].to(self.device)
-        return self.library_sizes.draw(
-            rows.stop - rows.start,
-            conditions.get("cell_type_ids"),
-            conditions.get("perturbation_ids"),
-            conditions.get("covariate_ids"),
-            generator,
+        B = rows.stop - rows.start
+        cell_type_ids = conditions.get("cell_type_ids")
+        size = self.library_sizes.draw(
+            B, cell_type_ids, conditions.get("perturbation_ids"), conditions.get("covariate_ids"), generator
         )
+        if len(gene_ids) == self.config.num_genes:
+            return size
+        mean = self.totals.mean(torch.arange(self.config.num_genes, device=self.device).expand(B, -1), cell_type_ids)
+        share = mean[:, gene_ids.to(self.device)].sum(dim=1) / mean.sum(dim=1).clamp(min=1e-9)
+        return (size * share).round()
 
 
 def _bar(num_cells: int, progress: bool) -> tqdm:

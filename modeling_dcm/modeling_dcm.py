@@ -30,7 +30,6 @@ AUTO_MAP = {
     "AutoModelForMaskedLM": "modeling_dcm.DCMForDenoising",
 }
 
-
 PRIOR_CELLS = 10.0  # weight of all cells' mean in a cell type's
 
 
@@ -57,6 +56,8 @@ class DCMPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
+    # mean counts and library sizes are data, not weights: bfloat16 would round 2,003 counts to 2,000
+    _keep_in_fp32_modules_strict = ["totals", "library_sizes"]  # noqa: RUF012
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -65,7 +66,10 @@ class DCMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Zeros where AdaLN-zero and the head want them; unit-norm embeddings; Xavier for the rest (DiT's choice)."""
+        """Zeros where AdaLN-zero and the head want them; Xavier for other linear layers (DiT's choice).
+
+        Labels' vectors have unit variance, those of other embeddings unit norm in the mean.
+        """
         if isinstance(module, AdaLNZero | ZeroLinear | CountBias):
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)

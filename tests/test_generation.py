@@ -128,6 +128,22 @@ def test_library_size_is_drawn_from_the_training_cells_given_or_null(model, monk
     assert [size.tolist() for size in seen[-2:]] == [[1, 2], [3]]
 
 
+def test_library_size_of_some_genes_is_their_share_of_a_mean_cell(model, monkeypatch):
+    seen = []
+
+    def spied(model, gene_ids, conditions, guidance_scale, *, from_nothing):
+        seen.append(conditions["library_size"])
+        return denoiser(model, gene_ids, conditions, guidance_scale, from_nothing=from_nothing)
+
+    monkeypatch.setattr(generation_dcm, "denoiser", spied)
+    monkeypatch.setattr(model.totals, "gene_mean", torch.tensor([[1.0, 2, 3, 4, 5, 6, 4]]).expand(4, 7).clone())
+    model.generate(cell_type_ids=torch.tensor([0, 1]), steps=1)
+    model.generate(cell_type_ids=torch.tensor([0, 1]), steps=1, gene_ids=torch.tensor([4, 0]))  # 6 of 25 counts
+    assert seen[1].tolist() == (seen[0] * 6 / 25).round().tolist()
+    model.generate(2, steps=1, gene_ids=torch.tensor([4, 0]), library_size=12)
+    assert seen[-1].tolist() == [12, 12]
+
+
 def test_guidance_of_0_is_no_guidance_and_more_of_it_is_another_law(model):
     plain = model.generate(**conditions(20), steps=2)
     assert torch.equal(model.generate(**conditions(20), steps=2, guidance_scale=0.0), plain)

@@ -390,3 +390,17 @@ def test_every_size_has_a_network_of_the_size_it_is_named_after(size, paper):
     with torch.device("meta"):
         model = DCMForDenoising(DCMConfig(**SIZES[size], num_genes=17_002 if size == "5m" else 2000))
     assert 0.5 * paper < model.num_parameters() < 2 * paper
+
+
+def test_loaded_in_bfloat16_the_data_in_the_model_stay_exact(make_model, tmp_path):
+    model = make_model("latent", conditioned=True)
+    model.totals.gene_mean.normal_(2000, 3)
+    model.library_sizes.quantiles.normal_(2000, 3)
+    model.save_pretrained(tmp_path)
+    half = DCMForDenoising.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half.totals.gene_mean, model.totals.gene_mean)
+    assert torch.equal(half.library_sizes.quantiles, model.library_sizes.quantiles)
+    _, x_t = masked_cells(half)
+    logits = half.eval()(x_t, **all_conditions()).logits
+    assert logits.isfinite().all()
