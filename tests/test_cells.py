@@ -2,7 +2,6 @@
 
 import json
 import logging
-import pickle
 import shutil
 from itertools import chain
 from pathlib import Path
@@ -52,6 +51,18 @@ def folder(tmp_path_factory):
 
 def rows_of(dense: np.ndarray, *labels: np.ndarray) -> list[tuple]:
     return sorted(zip(*dense.T.tolist(), *labels))
+
+
+def test_no_epoch_puts_cells_back_into_the_order_of_their_file(folder):
+    """Conversion and loader both shuffle, from the same seed by default: the one must not undo the other."""
+    file = anndata.read_h5ad(folder / "train.h5ad").X.toarray()
+    place = {row.tobytes(): index for index, row in enumerate(file.astype(np.int64))}
+    cells = Cells(folder, "train", DCMTokenizer.from_pretrained(folder / "tokenizer"))
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        sampler = GlobalBatchSampler(len(cells), batch_size=8, seed=seed)
+        sampler.set_epoch(epoch)
+        places = [place[row.tobytes()] for rows in sampler for row in cells[rows]["counts"].numpy()]
+        assert abs(np.corrcoef(places, np.arange(len(places)))[0, 1]) < 0.25  # 1 in the order of the file
 
 
 # --- cells -----------------------------------------------------------------------------------------------------------
@@ -118,10 +129,26 @@ def test_batches_go_on_where_a_run_was_stopped_and_every_process_has_its_piece(f
 
 
 def test_another_process_opens_the_files_anew(folder):
-    cells = Cells(folder, "train")
-    sent = pickle.dumps(cells)
-    assert len(sent) < 20_000
-    assert torch.equal(pickle.loads(sent)[[5, 1]]["counts"], cells[[5, 1]]["counts"])
+    cells = Cells(folder, "train", narrow=True)
+    rebuild, arguments = cells.__reduce__()
+    assert arguments == (folder, "train", cells.tokenizer)  # nothing of what is memory-mapped
+    again = rebuild(*arguments)
+    assert again._rows is not cells._rows
+    assert again[[5, 1]]["counts"].dtype == torch.int8
+    assert torch.equal(again[[5, 1]]["counts"], cells[[5, 1]]["counts"])
+
+
+@pytest.mark.parametrize(
+    ("max_count", "narrowest"), [(125, torch.int8), (126, torch.int16), (32_765, torch.int16), (32_766, torch.int32)]
+)
+def test_narrow_counts_are_the_same_in_the_narrowest_type_that_holds_mask_and_pad(folder, max_count, narrowest):
+    tokenizer = lowered(folder, max_count)
+    rows = [7, 0, 200]
+    narrow, wide = (Cells(folder, "train", tokenizer, narrow=narrow)[rows] for narrow in (True, False))
+    assert narrow["counts"].dtype == narrowest
+    assert torch.iinfo(narrowest).max >= tokenizer.pad_token_id
+    assert torch.equal(narrow.pop("counts").long(), wide.pop("counts"))
+    assert all(torch.equal(narrow[name], values) and values.dtype == torch.int64 for name, values in wide.items())
 
 
 @pytest.mark.parametrize("index", [-1, 288])
@@ -158,6 +185,7 @@ def test_genes_that_were_not_measured_are_pad(folder, tmp_path):
     expected = plain[indices]["counts"]
     expected[::2, [3, 19]] = cells.tokenizer.pad_token_id
     assert torch.equal(cells[indices]["counts"], expected)
+    assert torch.equal(Cells(copy, "train", narrow=True)[indices]["counts"].long(), expected)
     assert cells.not_measured(indices).sum(axis=1).tolist() == [2, 0, 2, 0]
     assert plain.not_measured(indices) is None
     assert set(cells[indices]) == set(plain[indices])

@@ -1,5 +1,7 @@
 """Properties of streaming: the same cells as memory-mapped, shuffled by blocks, shared and resumed without loss."""
 
+import shutil
+
 import datasets
 import numpy as np
 import pytest
@@ -69,6 +71,30 @@ def test_streamed_cells_are_the_memory_mapped_cells(folder, streamed):
         assert (streamed.labels(name) == mapped.labels(name)).all()
     for rows in ([0], [300, 3, 3, 0, 161, 31, 32], list(range(len(mapped)))):
         assert_equal(streamed[rows], mapped[rows])
+
+
+def test_cells_of_many_blocks_are_taken_from_a_few_at_a_time(folder, streamed, read, monkeypatch):
+    joined = []
+    join = StreamedCells._join
+    monkeypatch.setattr(StreamedCells, "_join", lambda self, needed: joined.append(len(needed)) or join(self, needed))
+    rows = np.random.default_rng(0).permutation(len(streamed)).tolist()
+    assert_equal(streamed[rows], open_cells(folder, "train")[rows])
+    assert sorted(read) == list(range(len(streamed._places)))
+    assert max(joined) == stream.BLOCKS_IN_MEMORY
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_damaged_shard_is_named(folder, tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    copy = shutil.copytree(folder, tmp_path / "shards")
+    files = sorted((copy / "train").glob("*.parquet"))
+    whole = files[1].read_bytes()
+    files[1].write_bytes(whole[: len(whole) // 2])  # cut short: without its footer
+    with pytest.raises(ValueError, match=r"the shard '.*00001\.parquet' is damaged \(.*\): copy it again, or run"):
+        open_cells(copy, "train", streaming=streaming)
+    files[1].write_bytes(whole[:4] + bytes(500) + whole[504:])  # its footer is whole, its first values are not
+    with pytest.raises(ValueError, match=r"the shard '.*00001\.parquet' is damaged \(.*\): copy it again, or run"):
+        open_cells(copy, "train", streaming=streaming)[[5, 160]]
 
 
 def test_batches_are_the_cells_that_the_sampler_names(folder, streamed):

@@ -10,6 +10,7 @@ Shapes: N cells of the split, B cells of a batch, G genes of the panel, P pertur
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -36,6 +37,8 @@ class Cells(torch.utils.data.Dataset):
         folder: what ``dcm-convert`` wrote.
         split: ``"train"``, ``"validation"`` or ``"test"``.
         tokenizer: default the one in the folder.
+        narrow: give counts in the narrowest integers that hold every id, such as int16. A batch of many genes takes
+            most of its time to write zeros; whoever uses the counts widens them at the last moment, on the device.
 
     Attributes:
         tokenizer: the vocabularies.
@@ -47,7 +50,7 @@ class Cells(torch.utils.data.Dataset):
         ValueError: the tokenizer knows conditions that the shards lack; those that it does not know are left out.
     """
 
-    def __init__(self, folder: str | Path, split: str, tokenizer: DCMTokenizer | None = None):
+    def __init__(self, folder: str | Path, split: str, tokenizer: DCMTokenizer | None = None, *, narrow: bool = False):
         folder = Path(folder)
         files = sorted((folder / split).glob("*.parquet"))
         if not files:
@@ -57,6 +60,8 @@ class Cells(torch.utils.data.Dataset):
         self.folder = folder
         self.split = split
         self.tokenizer = tokenizer or DCMTokenizer.from_pretrained(folder / "tokenizer")
+        self._narrow = narrow
+        self._type_of_ids = np.min_scalar_type(-self.tokenizer.pad_token_id - 1) if narrow else np.dtype(np.int64)
         self._features, self._codes = self._open(files)
         self.conditions = self._condition_ids()
         self._not_measured = self._read_panels() if PANEL in self._codes else None
@@ -64,7 +69,7 @@ class Cells(torch.utils.data.Dataset):
 
     def __reduce__(self) -> tuple:
         """Another process opens the files anew: what is memory-mapped here is not sent."""
-        return type(self), (self.folder, self.split, self.tokenizer)
+        return partial(type(self), narrow=self._narrow), (self.folder, self.split, self.tokenizer)
 
     def __len__(self) -> int:
         return self._num_cells
@@ -80,7 +85,7 @@ class Cells(torch.utils.data.Dataset):
 
         Returns:
             ``counts`` (B, G) count ids, PAD where a gene was not measured, ``library_size`` (B,) the totals before
-            clipping, and the ``conditions`` of these cells. All int64.
+            clipping, and the ``conditions`` of these cells. All int64, but ``counts`` where they are ``narrow``.
 
         Raises:
             IndexError: an index is not one of the split's cells.
@@ -95,7 +100,8 @@ class Cells(torch.utils.data.Dataset):
             totals[expressed] = np.add.reduceat(expressions, indptr[expressed], dtype=np.int64)
         if len(expressions):
             self._clip(expressions)
-        ids = self.tokenizer.count_ids(expressions)
+        ids = expressions if self.tokenizer.count_bins is None else self.tokenizer.count_ids(expressions)
+        ids = ids.astype(self._type_of_ids, copy=False)  # without bins a count is its own id
         counts = to_csr(indptr, genes, ids, len(self.tokenizer.genes)).toarray()
         not_measured = self.not_measured(rows)
         if not_measured is not None:
@@ -222,6 +228,11 @@ def label_codes(table: pa.Table) -> dict[str, np.ndarray]:
     return {name: table.column(name).fill_null(-1).to_numpy() for name in names}
 
 
+# A stream of random numbers of its own: conversion shuffles cells by the permutation of (seed, split), and the same
+# permutation again, for the first epoch, puts them back in the order of their file.
+ORDER = 1
+
+
 class GlobalBatchSampler(torch.utils.data.Sampler[list[int]]):
     """Batches of this process: its piece of every *global* batch, of one order that all processes know.
 
@@ -268,7 +279,7 @@ class GlobalBatchSampler(torch.utils.data.Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         global_size = self.batch_size * self.world_size
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_cells)
+        order = np.random.default_rng([ORDER, self.seed, self.epoch]).permutation(self.num_cells)
         if self.num_cells < global_size:
             order = np.resize(order, global_size)
         for batch in range(len(self)):

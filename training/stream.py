@@ -8,36 +8,78 @@ Letters: N cells of the split, B cells of a batch, M blocks.
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from scipy.sparse import vstack
 
 from tokenization import DCMTokenizer
 from training.cells import COUNTS, Cells, GlobalBatchSampler, label_codes
-from training.sparse_rows import SparseRows
+from training.sparse_rows import SparseRows, to_csr
 
 BLOCKS_IN_MEMORY = 4
 
 
 def open_cells(
-    folder: str | Path, split: str, tokenizer: DCMTokenizer | None = None, *, streaming: bool = False
+    folder: str | Path,
+    split: str,
+    tokenizer: DCMTokenizer | None = None,
+    *,
+    streaming: bool = False,
+    narrow: bool = False,
 ) -> Cells:
     """One split of a shards folder, memory-mapped or streaming. See :class:`Cells` for arguments and errors.
 
     Memory-mapped cells are read in any order at the same speed, from an Arrow copy that ``datasets`` makes once in its
     cache (of about the size of the counts in memory). Streaming needs no copy; ``batches`` are shuffled by blocks, and
     what is asked for in another order is read slowly.
+
+    Raises:
+        ValueError: a shard is damaged; the message names it. Streaming finds damaged counts when it comes to them.
     """
-    return (StreamedCells if streaming else Cells)(folder, split, tokenizer)
+    with _damage_named(Path(folder) / split):
+        return (StreamedCells if streaming else Cells)(folder, split, tokenizer, narrow=narrow)
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turn what Arrow and ``datasets`` raise inside the block into one ValueError, if a shard of ``path`` is damaged.
+
+    ``path`` is a shard or a folder of shards. They are read again to find the one: libraries do not say which it was.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # there is no one kind of error for broken bytes
+        for file in sorted(path.glob("*.parquet")) if path.is_dir() else [path]:
+            why = _damage(file)
+            if why:
+                raise ValueError(
+                    f"the shard {str(file)!r} is damaged ({why}): copy it again, or run dcm-convert again"
+                ) from error
+        raise
+
+
+def _damage(file: Path) -> str | None:
+    """What Arrow says to a file that it cannot read, in one line; None for one that it can."""
+    try:
+        for _ in pq.ParquetFile(file).iter_batches():
+            pass
+    except Exception as why:
+        return " ".join(str(why).split())
+    return None
 
 
 class StreamedCells(Cells):
     """Cells of Parquet row groups, of which the last few read are in memory."""
 
     def _open(self, files: Sequence[Path]) -> tuple[datasets.Features, dict[str, np.ndarray]]:
+        self._paths = files
         self._files = [pq.ParquetFile(file, memory_map=True) for file in files]
         metadata = [file.metadata for file in self._files]
         self._places = [(i, group) for i, m in enumerate(metadata) for group in range(m.num_row_groups)]
@@ -54,9 +96,19 @@ class StreamedCells(Cells):
     def _take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         blocks = np.searchsorted(self._first_cells, rows, side="right") - 1
         needed = np.unique(blocks)
+        if len(needed) > 2 * BLOCKS_IN_MEMORY:  # more than a batch of a sampler needs
+            return self._take_in_turn(rows, np.searchsorted(needed, blocks) // BLOCKS_IN_MEMORY)
         first_of_joined = np.zeros(len(self._first_cells), dtype=np.int64)  # where a block begins among those joined
         first_of_joined[needed] = np.cumsum([0, *np.diff(self._first_cells)[needed]])[:-1]
         return self._join(tuple(needed.tolist())).take(rows - self._first_cells[blocks] + first_of_joined[blocks])
+
+    def _take_in_turn(self, rows: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As :meth:`_take`, the cells of one group of blocks (B,) after the other, so that memory holds few blocks."""
+        order = np.argsort(groups, kind="stable")
+        parts = np.split(rows[order], np.flatnonzero(np.diff(groups[order])) + 1)
+        G = len(self.tokenizer.genes)
+        found = vstack([to_csr(*self._take(part), G) for part in parts], format="csr")[np.argsort(order)]
+        return found.indptr.astype(np.int64), found.indices, found.data
 
     def _join(self, needed: tuple[int, ...]) -> SparseRows:
         """The cells of some blocks, one after the other."""
@@ -74,7 +126,8 @@ class StreamedCells(Cells):
             self._blocks.move_to_end(block)
         else:
             file, group = self._places[block]
-            table = self._files[file].read_row_group(group, columns=list(COUNTS))
+            with _damage_named(self._paths[file]):
+                table = self._files[file].read_row_group(group, columns=list(COUNTS))
             while len(self._blocks) >= BLOCKS_IN_MEMORY:
                 self._blocks.popitem(last=False)
             self._blocks[block] = tuple(_one_array(table.column(name)) for name in COUNTS)
