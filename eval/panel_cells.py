@@ -16,17 +16,12 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import sparse
-from tqdm.auto import tqdm
 
+from eval.file_counts import listed, opened_counts, panel_columns
 from tokenization import DCMTokenizer
-from tokenization.counts_dcm import CountCheck
-from tokenization.files import damage_explained, read_h5ad
+from tokenization.files import read_h5ad
 
 logger = logging.getLogger(__name__)
-
-BLOCK_CELLS = 4096
-BLOCK_VALUES = 2**25  # of a dense matrix
-NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -93,8 +88,11 @@ def read_panel_cells(path: Path, tokenizer: DCMTokenizer, layer: str | None = No
     with _opened(path) as cells:
         if cells.n_obs == 0:
             raise ValueError(f"{str(path)!r} has no cells; expected one or more")
-        columns = _gene_columns(path.name, cells.var_names, tokenizer.genes)
-        counts = _panel_counts(cells, path, layer, columns)
+        with opened_counts(path, layer) as file:
+            columns = panel_columns(path.name, file.genes, tokenizer.genes)
+            _report_genes(path.name, columns, cells.n_vars, tokenizer.genes)
+            counts = file.over(columns, "reading cells")
+        counts = counts.astype(np.int32 if counts.max() <= np.iinfo(np.int32).max else np.int64)
         names, ids = _conditions(path.name, cells.obs, tokenizer)
         annotations = anndata.AnnData(
             obs=cells.obs.copy(), obsm=dict(cells.obsm), obsp=dict(cells.obsp), uns=dict(cells.uns)
@@ -122,60 +120,14 @@ def _opened(path: Path) -> Iterator[anndata.AnnData]:
         cells.file.close()
 
 
-def _gene_columns(name: str, found: pd.Index, genes: Sequence[str]) -> np.ndarray:
-    """Column (G,) of each gene of the panel among the genes of the file, -1 where it is missing."""
-    found = found.astype(str)
-    known = found.isin(genes)
-    repeated = found[known & found.duplicated()].unique()
-    if len(repeated):
-        raise ValueError(f"{name!r} has {len(repeated):,} genes twice ({_listed(repeated)}); sum or drop duplicates")
-    if not known.any():
-        raise ValueError(
-            f"none of the {len(found):,} genes of {name!r} ({_listed(found)}) is known to the model, whose genes are "
-            f"{_listed(genes)}; expected the same kind of names in var_names"
-        )
-    column = {gene: index for index, gene in enumerate(found)}
-    columns = np.array([column.get(gene, -1) for gene in genes])
-    missing = [gene for gene in genes if gene not in column]
+def _report_genes(name: str, columns: np.ndarray, num_found: int, genes: Sequence[str]) -> None:
+    """Say which genes the file lacks, and how many of its own the model does not know."""
+    missing = [gene for gene, column in zip(genes, columns) if column < 0]
     if missing:
-        logger.warning("%s lacks %d of the model's %d genes (%s)", name, len(missing), len(genes), _listed(missing))
-    if not known.all():
-        logger.warning("%s: %d genes are unknown to the model and left out", name, (~known).sum())
-    return columns
-
-
-def _panel_counts(cells: anndata.AnnData, path: Path, layer: str | None, columns: np.ndarray) -> sparse.csr_matrix:
-    """Counts (N, G) of the panel; every value of the file's matrix is checked."""
-    layers = list(cells.layers)
-    if layer is not None and layer not in layers:
-        raise ValueError(f"{str(path)!r} has no layer {layer!r}; layers there: {', '.join(layers) or 'none'}")
-    matrix = cells.X if layer is None else cells.layers[layer]
-    if matrix is None:
-        raise ValueError(f"{str(path)!r} has no X; pass --layer with one of: {', '.join(layers)}")
-    if getattr(matrix, "format", None) == "csc":  # cannot be read by rows
-        matrix = (matrix.to_memory() if hasattr(matrix, "to_memory") else matrix).tocsr()
-    check, blocks = CountCheck(), []
-    is_sparse = hasattr(matrix, "format")
-    step = BLOCK_CELLS if is_sparse else max(1, min(BLOCK_CELLS, BLOCK_VALUES // max(1, len(cells.var_names))))
-    spread = _spread(columns, matrix.shape[1])
-    for start in tqdm(range(0, len(cells), step), desc="reading", unit="block", delay=1, disable=None):
-        with damage_explained(path):
-            block = matrix[start : start + step]
-        check.add(block.data if is_sparse else block)
-        if check.is_clean:
-            blocks.append(sparse.csr_matrix(sparse.csr_matrix(block).astype(np.int64) @ spread))
-    source = f"X of {path.name!r}" if layer is None else f"layer {layer!r} of {path.name!r}"
-    check.raise_if_bad(source, layers=layers, layer_option="--layer {}")
-    counts = sparse.vstack(blocks, format="csr")
-    counts.eliminate_zeros()
-    return counts.astype(np.int32 if check.maximum <= np.iinfo(np.int32).max else np.int64)
-
-
-def _spread(columns: np.ndarray, num_genes: int) -> sparse.csr_matrix:
-    """Zeros and ones (genes of the file, G) that put the panel's genes in order and leave a missing one empty."""
-    there = np.flatnonzero(columns >= 0)
-    ones = np.ones(len(there), dtype=np.int64)
-    return sparse.csr_matrix((ones, (columns[there], there)), shape=(num_genes, len(columns)))
+        logger.warning("%s lacks %d of the model's %d genes (%s)", name, len(missing), len(genes), listed(missing))
+    unknown = num_found - len(genes) + len(missing)
+    if unknown:
+        logger.warning("%s: %d genes are unknown to the model and left out", name, unknown)
 
 
 def _conditions(name: str, obs: pd.DataFrame, tokenizer: DCMTokenizer) -> tuple[list[str], dict[str, torch.Tensor]]:
@@ -197,9 +149,3 @@ def _conditions(name: str, obs: pd.DataFrame, tokenizer: DCMTokenizer) -> tuple[
         raise ValueError(f"{name!r}: {error}") from error
     ids.pop("num_cells")
     return names, ids
-
-
-def _listed(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f", and {len(names) - NAMES_SHOWN:,} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(map(str, names[:NAMES_SHOWN])) + more

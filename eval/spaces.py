@@ -10,13 +10,12 @@ from collections.abc import Callable
 
 import numpy as np
 from scipy import linalg, sparse
-from skmisc.loess import loess
+
+from tokenization.variable_genes import FEWEST_GENES, GeneTotals, seurat_v3_variances, top_genes
 
 TARGET_SUM = 1e4
 COMPONENTS = 30
 VARIABLE_GENES = 2000
-LOESS_SPAN = 0.3
-FEWEST_GENES = 20  # for the fit of variance on mean; with one to three genes scikit-misc's loess kills the process
 
 Projection = Callable[[sparse.csr_matrix], np.ndarray]
 
@@ -55,32 +54,15 @@ def principal_components(values: sparse.csr_matrix, genes: np.ndarray | None = N
 def variable_genes(counts: sparse.csr_matrix, number: int = VARIABLE_GENES) -> np.ndarray:
     """Ascending columns of the ``number`` most variable genes by seurat_v3; all of them where there are no more.
 
-    log10 variance is fitted on log10 mean by loess (degree 2, span 0.3); counts are standardised with the fitted
-    deviation, clipped at sqrt(n), and ranked by their variance. Reference: Stuart et al., Cell 177 (2019), 1888-1902,
-    and scanpy's ``flavor="seurat_v3"``.
+    Where too few genes vary for its fit of variance on mean, the genes of largest variance.
     """
     if counts.shape[1] <= number:
         return np.arange(counts.shape[1])
-    counts = counts.astype(np.float64).tocsr()
-    n = counts.shape[0]
-    mean = np.asarray(counts.mean(axis=0)).ravel()
-    squares = np.asarray(counts.multiply(counts).mean(axis=0)).ravel()
-    variance = (squares - mean**2) * n / max(n - 1, 1)
-    varies = variance > 0
-    if varies.sum() < FEWEST_GENES:
-        return np.sort(np.argsort(-variance, kind="stable")[:number])
-    fitted = np.zeros_like(mean)
-    model = loess(np.log10(mean[varies]), np.log10(variance[varies]), span=LOESS_SPAN, degree=2)
-    model.fit()
-    fitted[varies] = model.outputs.fitted_values
-    deviation = np.sqrt(10**fitted)
-    ceiling = deviation * np.sqrt(n) + mean
-    clipped = counts.copy()
-    clipped.data = np.minimum(clipped.data, ceiling[clipped.indices])
-    sums = np.asarray(clipped.sum(axis=0)).ravel()
-    squares = np.asarray(clipped.multiply(clipped).sum(axis=0)).ravel()
-    standardised = (n * mean**2 + squares - 2 * sums * mean) / ((n - 1) * deviation**2)
-    return np.sort(np.argsort(-standardised, kind="stable")[:number])
+    totals = GeneTotals(counts.shape[1])
+    totals.add(counts)
+    if (totals.variance > 0).sum() < FEWEST_GENES:
+        return top_genes(totals.variance, number)
+    return top_genes(seurat_v3_variances(totals, [counts]), number)
 
 
 def _leading_directions(centred: np.ndarray, number: int) -> np.ndarray:

@@ -165,6 +165,25 @@ def not_hdf5(folder: Path) -> Path:
     return folder / "cells.h5ad"
 
 
+def text_for_counts(folder: Path) -> Path:
+    path = changed(None)(folder)
+    with h5py.File(path, "r+") as file:
+        del file["X"]
+        file["X"] = np.full((N, GENES), "4", dtype=h5py.string_dtype())
+    return path
+
+
+def folder_of_h5ad(folder: Path) -> Path:
+    (folder / "sample").mkdir()
+    return changed(None)(folder / "sample").parent
+
+
+def loom(folder: Path) -> Path:
+    with h5py.File(folder / "cells.h5ad", "w") as file:
+        file["matrix"] = np.ones((GENES, N))
+    return folder / "cells.h5ad"
+
+
 def mtx_cut_short(folder: Path) -> Path:
     path = folder / "sample"
     path.mkdir()
@@ -173,6 +192,10 @@ def mtx_cut_short(folder: Path) -> Path:
     (path / "features.tsv.gz").write_bytes(gzip.compress(b"ENSG1\tA\nENSG2\tB\n", mtime=0))
     (path / "barcodes.tsv.gz").write_bytes(gzip.compress(b"AAAC-1\nAAAG-1\nAAAT-1\n", mtime=0))
     return path
+
+
+def label_as_text(cells: anndata.AnnData) -> None:
+    cells.obs["line"] = ["nan", *cells.obs["line"][1:]]
 
 
 KEY = (("cell_type_key", "line"),)
@@ -185,6 +208,7 @@ DEFECTS = [
     Defect("log-normalised values, counts in `raw`", changed(log_normalised_with_raw)),
     Defect("scaled values", changed(scaled)),
     Defect("values too large for a count", changed(values(to=2.0**40))),
+    Defect("text in the place of counts", text_for_counts),
     Defect("a gene name twice", changed(names("var", "TP53", "TP53"))),
     Defect("a gene without a name", changed(names("var", ""))),
     Defect("Ensembl ids in one file, symbols in another", two_kinds),
@@ -193,6 +217,7 @@ DEFECTS = [
     Defect("a cell twice under two names", changed(copied_cell), refused=False, says="exactly the counts"),
     Defect("the same file twice", lambda folder: (changed(None)(folder),) * 2),
     Defect("cells without a label", changed(missing_labels), options=KEY),
+    Defect("a missing label as text", changed(label_as_text), refused=False, options=KEY, says="is that a missing"),
     Defect("a label with white space around it", changed(padded_label), options=KEY),
     Defect("no such column of labels", changed(None), options=(("cell_type_key", "cell_line"),)),
     Defect("cells without a count", changed(empty_cells), refused=False, says="no count at all"),
@@ -204,7 +229,10 @@ DEFECTS = [
     Defect("indices beyond the last gene", wrong_indices),
     Defect("an empty file", empty_file),
     Defect("no HDF5 file", not_hdf5),
+    Defect("another kind of HDF5 file", loom),
     Defect("a 10x matrix cut short", mtx_cut_short),
+    Defect("a 10x matrix without its folder", lambda folder: mtx_cut_short(folder) / "matrix.mtx.gz"),
+    Defect("a folder of h5ad files", folder_of_h5ad),
     Defect("no such file", lambda folder: folder / "cells.h5ad"),
 ]
 

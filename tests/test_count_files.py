@@ -1,6 +1,7 @@
 """Every kind of input file gives the same cells, in blocks of any size, and damage is one line that names the file."""
 
 import gzip
+import pickle
 from pathlib import Path
 
 import anndata
@@ -10,10 +11,10 @@ import pandas as pd
 import pytest
 import scipy.io
 import scipy.sparse
-from tqdm import tqdm
 
-from training import h5ad_blocks
-from training.count_files import opened_counts
+from training import count_files, h5ad_blocks
+from training.count_files import open_counts
+from training.h5ad_blocks import CountFile
 
 CELLS, GENES = 50, 12
 
@@ -48,22 +49,26 @@ def as_10x_h5(counts, path: Path, kinds=("Gene Expression",) * GENES) -> Path:
 def as_mtx(counts, folder: Path, *, version: int = 3) -> Path:
     folder.mkdir()
     ending = ".gz" if version == 3 else ""
-    opened = gzip.open if version == 3 else open
+    open_text = gzip.open if version == 3 else open
     scipy.io.mmwrite(folder / "matrix.mtx", counts.T.astype(int))
     if version == 3:
         (folder / "matrix.mtx.gz").write_bytes(gzip.compress((folder / "matrix.mtx").read_bytes()))
         (folder / "matrix.mtx").unlink()
-    with opened(folder / f"{'features' if version == 3 else 'genes'}.tsv{ending}", "wt") as file:
+    with open_text(folder / f"{'features' if version == 3 else 'genes'}.tsv{ending}", "wt") as file:
         kind = "\tGene Expression" if version == 3 else ""
         file.writelines(f"ENSG{i:011d}\tGENE{i}{kind}\n" for i in range(GENES))
-    with opened(folder / f"barcodes.tsv{ending}", "wt") as file:
+    with open_text(folder / f"barcodes.tsv{ending}", "wt") as file:
         file.writelines(f"AAAC{i}-1\n" for i in range(CELLS))
     return folder
 
 
+def opened(path: Path, scratch: Path, layer: str | None = None) -> CountFile:
+    return open_counts(path, scratch, layer, report=lambda share: None)
+
+
 def read(path: Path, scratch: Path, layer: str | None = None) -> scipy.sparse.csr_matrix:
-    with opened_counts(path, scratch, layer) as file, tqdm(disable=True) as bar:
-        return scipy.sparse.vstack([counts for _, counts in file.blocks(bar)]).tocsr()
+    file = pickle.loads(pickle.dumps(opened(path, scratch, layer)))  # as other processes are given it
+    return scipy.sparse.vstack([counts for _, counts in file.counts.blocks(lambda cells: None)]).tocsr()
 
 
 KINDS = {
@@ -99,18 +104,27 @@ def test_every_kind_of_file_gives_the_same_counts(counts, tmp_path, monkeypatch,
 
 def test_10x_names_are_symbols_with_ids_beside_them(counts, tmp_path):
     for path in (as_10x_h5(counts, tmp_path / "a.h5"), as_mtx(counts, tmp_path / "a")):
-        with opened_counts(path, tmp_path / "scratch" / path.suffix) as file:
-            assert file.var.index[3] == "GENE3"
-            assert file.var["gene_ids"].iloc[3] == "ENSG00000000003"
-            assert file.obs.index[3] == "AAAC3-1"
+        file = opened(path, tmp_path / "scratch" / path.suffix)
+        assert file.var.index[3] == "GENE3"
+        assert file.var["gene_ids"].iloc[3] == "ENSG00000000003"
+        assert file.obs.index[3] == "AAAC3-1"
 
 
-def test_features_that_are_no_genes_are_marked(counts, tmp_path, caplog):
-    caplog.set_level("INFO")
+def test_features_that_are_no_genes_are_marked(counts, tmp_path):
     kinds = ["Gene Expression"] * 10 + ["Antibody Capture"] * 2
-    with opened_counts(as_10x_h5(counts, tmp_path / "a.h5", kinds), tmp_path / "scratch") as file:
-        assert file.are_genes.tolist() == [True] * 10 + [False] * 2
-    assert "2 features that are no genes" in caplog.text
+    file = opened(as_10x_h5(counts, tmp_path / "a.h5", kinds), tmp_path / "scratch")
+    assert file.are_genes.tolist() == [True] * 10 + [False] * 2
+
+
+@pytest.mark.parametrize("kind", ["csc", "mtx"])
+def test_the_progress_of_sorting_adds_up_to_one_file(counts, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(h5ad_blocks, "BLOCK_STORED", 20)
+    monkeypatch.setattr(count_files, "MTX_LINES", 20)
+    path, layer = KINDS[kind](counts, tmp_path)
+    shares: list[float] = []
+    open_counts(path, tmp_path / "scratch", layer, report=shares.append)
+    assert len(shares) == 12
+    assert abs(sum(shares) - 1) < 1e-9
 
 
 @pytest.mark.parametrize("kind", ["csr", "csc", "10x h5"])

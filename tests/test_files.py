@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 
+from tokenization import files
 from tokenization.files import read_h5ad, written_aside
 
 
@@ -83,3 +84,34 @@ def test_a_failure_leaves_the_last_good_state(tmp_path, kind):
         raise RuntimeError("crash")
     assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
     assert target.is_dir() or target.read_text() == "good"
+
+
+@pytest.mark.parametrize("moves", [1, 2])
+def test_a_folder_whose_replacement_was_killed_is_put_back_or_the_new_one_stays(tmp_path, monkeypatch, moves):
+    """Killed after the old folder was moved away, or after the new one was moved in."""
+    folder, real = tmp_path / "checkpoint", files.os.replace
+    write_folder(folder, "old")
+    done = []
+
+    def killed(source, target):
+        if len(done) == moves:
+            raise KeyboardInterrupt
+        done.append(source)
+        real(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files.os, "replace", killed)
+        patched.setattr(files.shutil, "rmtree", lambda *_, **__: killed(None, None))
+        with pytest.raises(KeyboardInterrupt):
+            write_folder(folder, "new")
+    assert list(tmp_path.glob(".checkpoint.*.old"))
+    with pytest.raises(RuntimeError), written_aside(folder):
+        raise RuntimeError("the next run fails before it has written anything")
+    assert (folder / "text").read_text() == {1: "old", 2: "new"}[moves]
+    assert not list(tmp_path.glob(".checkpoint.*.old"))
+
+
+def write_folder(folder, text):
+    with written_aside(folder) as aside:
+        aside.mkdir()
+        (aside / "text").write_text(text)

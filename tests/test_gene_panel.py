@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from training.gene_panel import GeneTotals, read_gene_list, seurat_v3_variances, top_genes
+from tokenization.variable_genes import ClippedTotals, GeneTotals, seurat_v3_variances, top_genes
+from training.gene_panel import read_gene_list
 
 
 @pytest.fixture
@@ -37,8 +38,27 @@ def test_equals_scanpy(counts):
     assert np.array_equal(top_genes(ours, 100), np.flatnonzero(expected["highly_variable"]))
 
 
-def test_blocks_do_not_matter(counts):
-    np.testing.assert_allclose(variances(counts, 700), variances(counts, 3), rtol=1e-12)
+def test_blocks_and_their_order_do_not_change_a_bit(counts):
+    assert np.array_equal(variances(counts, 700), variances(counts, 3))
+    assert np.array_equal(variances(counts, 700), variances(counts[::-1], 11))
+
+
+def test_cells_may_be_added_up_in_parts(counts):
+    ceiling = np.full(400, 3.5)
+    whole, parts = (GeneTotals(400), ClippedTotals(ceiling)), (GeneTotals(400), ClippedTotals(ceiling))
+    for total in whole:
+        total.add(counts)
+    for cells in (counts[:123], counts[123:]):
+        for total, part in zip(parts, (GeneTotals(400), ClippedTotals(ceiling))):
+            part.add(cells)
+            total.merge(part)
+    for one, other in zip(whole, parts):
+        assert np.array_equal(one.sums, other.sums)
+        assert np.array_equal(one.squares, other.squares)
+    assert np.array_equal(whole[0].largest, parts[0].largest)
+    clipped = np.minimum(counts.toarray(), 3.5)
+    np.testing.assert_allclose(whole[1].sums, clipped.sum(axis=0))
+    np.testing.assert_allclose(whole[1].squares, (clipped**2).sum(axis=0))
 
 
 def test_constant_genes_come_last(counts):
@@ -49,11 +69,9 @@ def test_constant_genes_come_last(counts):
 
 
 def test_too_few_cells_or_genes_are_refused(counts):
-    with pytest.raises(ValueError, match="at least 2 training cells, got 1"):
+    with pytest.raises(ValueError, match="at least 2 cells, got 1"):
         variances(counts[:1], 1)
-    with pytest.raises(
-        ValueError, match="cannot fit variance on mean for 1 variable genes of 700 training cells; expected at"
-    ):
+    with pytest.raises(ValueError, match="cannot fit variance on mean for 1 variable genes of 700 cells; expected at"):
         variances(counts[:, 9:12], 700)
 
 

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 import scipy.sparse
 
-from training.input_cells import opened_cells
+from training.file_workers import file_workers
+from training.input_cells import InputCells, read_cells
 
 
 def write(folder: Path, name: str, genes: list[str], *, n: int = 4, var=None, obs=None, cells=None) -> Path:
@@ -22,10 +23,12 @@ def write(folder: Path, name: str, genes: list[str], *, n: int = 4, var=None, ob
     return folder / f"{name}.h5ad"
 
 
-def joined(paths, scratch: Path, **options):
-    with opened_cells(paths, scratch, **options) as cells:
-        counts = scipy.sparse.vstack([block.counts for block in cells.blocks("")]).toarray()
-        assert [block.file for block in cells.blocks("")] == list(range(len(paths)))
+def joined(paths, scratch: Path, **options) -> tuple[InputCells, pd.DataFrame]:
+    with file_workers(1, scratch) as workers:
+        cells = read_cells(paths, scratch, workers, **options)
+    blocks = [block for file in cells.files for block in file.blocks(lambda cells: None)]
+    assert [rows.start for rows, _ in blocks[1:]] == [rows.stop for rows, _ in blocks[:-1]]
+    counts = scipy.sparse.vstack([counts for _, counts in blocks]).toarray()
     return cells, pd.DataFrame(counts, index=cells.obs.index, columns=cells.var.index)
 
 

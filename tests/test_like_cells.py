@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from eval import like_cells
+from eval import file_counts
 from eval.like_cells import library_sizes_of
 
 GENES = ["a", "b", "c"]
@@ -31,7 +31,7 @@ def write(tmp_path):
 @pytest.mark.parametrize("stored", [sparse.csr_matrix, sparse.csc_matrix, np.asarray])
 @pytest.mark.parametrize("block_values", [1, 2**20])
 def test_library_sizes_are_the_totals_over_the_panel_whatever_the_storage(write, monkeypatch, stored, block_values):
-    monkeypatch.setattr(like_cells, "BLOCK_VALUES", block_values)
+    monkeypatch.setattr(file_counts, "BLOCK_VALUES", block_values)
     assert library_sizes_of(write(stored(COUNTS)), GENES).tolist() == [3, 9, 7]
     assert library_sizes_of(write(stored(COUNTS), layer="counts"), GENES, "counts").tolist() == [3, 9, 7]
 

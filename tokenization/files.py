@@ -3,6 +3,7 @@
 Knows nothing of models, vocabularies or shards.
 """
 
+import glob
 import os
 import shutil
 import uuid
@@ -73,17 +74,23 @@ def written_aside(path: str | Path) -> Iterator[Path]:
     """Yield a path beside ``path`` to write a file or a folder to; rename it to ``path`` when the block succeeds.
 
     An existing ``path`` is replaced only at the end; when the block raises, what was written is removed and ``path``
-    is as it was before.
+    is as it was before. A folder cannot be replaced in one move: if a process was killed between the two, the old one
+    is put back here.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _put_back(path)
     aside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
     try:
         yield aside
         if aside.is_dir() and path.is_dir():
             old = aside.with_suffix(".old")
             os.replace(path, old)
-            os.replace(aside, path)
+            try:
+                os.replace(aside, path)
+            except OSError:
+                os.replace(old, path)
+                raise
             shutil.rmtree(old)
         else:
             _flush(aside)
@@ -93,6 +100,15 @@ def written_aside(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(aside)
         else:
             aside.unlink(missing_ok=True)
+
+
+def _put_back(path: Path) -> None:
+    """Finish or undo what processes that were killed while they replaced a folder left beside it."""
+    for old in sorted(path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.old")):
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, path)
 
 
 def _flush(path: Path) -> None:

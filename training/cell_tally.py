@@ -23,6 +23,11 @@ class CellTally:
         self._fingerprints.append(fingerprints(counts))
         self._expressed.append(np.diff(counts.indptr).astype(np.int32))
 
+    def merge(self, others: "CellTally") -> None:
+        """Add other cells behind those so far."""
+        self._fingerprints += others._fingerprints
+        self._expressed += others._expressed
+
     @property
     def empty(self) -> np.ndarray:
         """Positions of cells without any count."""

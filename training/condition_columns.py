@@ -17,6 +17,7 @@ from tokenization.labels_dcm import factorize, join_perturbation, split_perturba
 logger = logging.getLogger(__name__)
 
 USUAL_CONTROLS = ("control", "non-targeting")
+MISSING_AS_TEXT = ("nan", "none", "na", "<na>", "null")  # what becomes of missing labels that are written as text
 RESERVED = (CELL_TYPE, PERTURBATION, "genes", "expressions", "panel")
 
 
@@ -110,6 +111,10 @@ def _read_column(obs: pd.DataFrame, key: str) -> pd.Categorical:
         raise ValueError(
             f"column {key!r} has no label for {missing:,} of {len(obs):,} cells; fill them or drop the cells"
         )
+    for i, label in enumerate(labels):
+        if label.lower() in MISSING_AS_TEXT:
+            number = f"{int((codes == i).sum()):,}"
+            logger.warning("column %r has the label %r in %s cells: is that a missing label?", key, label, number)
     padded = [label for label, text in zip(labels, stripped) if label != text]
     if padded:
         raise ValueError(f"column {key!r} has the label {padded[0]!r} with white space around it; strip it")

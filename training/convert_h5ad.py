@@ -11,40 +11,31 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import pandas as pd
 import tyro
-from scipy.sparse import csr_matrix
 
 from tokenization import DCMTokenizer
 from tokenization.command_line import run
-from training.cell_tally import CellTally
 from training.condition_columns import ConditionColumns, read_conditions
-from training.gene_panel import GeneTotals, read_gene_list, seurat_v3_variances, top_genes
-from training.h5ad_blocks import CountWriter
-from training.input_cells import InputCells, opened_cells, with_genes
-from training.shards import PANEL, Panels, ShardWriter, dataset_card, find_panels, shard_features
-from training.splits import (
-    SPLITS,
-    Controls,
-    Split,
-    SplitName,
-    condition_split,
-    random_split,
-    split_from_column,
-    split_from_names,
-)
-from training.work_folders import folder_written_aside, remove_leftovers, scratch_folder
+from training.file_workers import FileWorkers, Report, file_workers
+from training.gene_panel import Panel, choose_panel, read_gene_list
+from training.input_cells import InputCells, read_cells
+from training.shards import dataset_card, find_panels
+from training.splits import SPLITS, Controls, SplitName, split_cells
+from training.work_folders import check_replaceable, folder_written_aside, remove_leftovers, scratch_folder
+from training.written_parts import build_tables, write_parts
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "dcm-shards-1"
 WRITTEN = {"README.md", "split.json", "panels.json", "tokenizer", *SPLITS, *(f"{split}.h5ad" for split in SPLITS)}
+SMALL_INPUT = 2**28  # bytes; starting processes takes longer than they save
 
 
 def main(
@@ -72,6 +63,7 @@ def main(
     test_fraction: float = 0.2,
     validation_fraction: float = 0.1,
     split_seed: int = 0,
+    processes: int | None = None,
 ) -> Path:
     """Convert files of counts to shards.
 
@@ -105,6 +97,8 @@ def main(
             out, the share of the labels.
         validation_fraction: share of the remaining cells held out for choices during training.
         split_seed: seed of the split and of the order of the shards.
+        processes: how many work at once, on a file each; the result does not depend on it. Each holds a block of cells
+            in memory. Default as many as there are cores and files, but one for inputs that are small.
 
     Returns:
         The folder written.
@@ -116,11 +110,21 @@ def main(
     sources = (source,) if isinstance(source, Path) else tuple(source)
     if genes is not None and n_top_genes is not None:
         raise ValueError("--genes and --n-top-genes were both given; pass one of them")
-    _check_out(out)
     remove_leftovers(out)
+    check_replaceable(out, mark="split.json", written=WRITTEN)
     gene_list = None if genes is None else read_gene_list(genes)
-    files = {"layer": layer, "gene_key": gene_key, "genes": gene_list, "join": join, "duplicate_genes": duplicate_genes}
-    with scratch_folder(out) as scratch, opened_cells(sources, scratch, **files) as cells:
+    processes = _sensible_processes(sources) if processes is None else processes
+    with scratch_folder(out) as scratch, file_workers(processes, scratch) as workers:
+        cells = read_cells(
+            sources,
+            scratch,
+            workers,
+            layer=layer,
+            gene_key=gene_key,
+            genes=gene_list,
+            join=join,
+            duplicate_genes=duplicate_genes,
+        )
         conditions = read_conditions(
             cells.obs,
             cell_type_key=cell_type_key,
@@ -129,7 +133,8 @@ def main(
             control=control,
             separator=separator or None,
         )
-        chosen = _split(
+        fractions = {"test_fraction": test_fraction, "validation_fraction": validation_fraction}
+        chosen = split_cells(
             split,
             cells.obs,
             conditions,
@@ -138,175 +143,60 @@ def main(
             controls=controls,
             split_file=split_file,
             split_key=split_key,
-            fractions={"test_fraction": test_fraction, "validation_fraction": validation_fraction},
+            **fractions,
             seed=split_seed,
         )
-        panel, counted = _choose_panel(cells, chosen.parts["train"], n_top_genes)
-        tokenizer = _build_tokenizer(cells, conditions, panel, counted, max_count)
-        panels = find_panels(cells.measured[:, panel], [file.path.name for file in cells.files], tokenizer.genes)
+        panel = choose_panel(cells, chosen.parts["train"], n_top_genes, workers)
+        tokenizer = _build_tokenizer(cells, conditions, panel, max_count)
+        panels = find_panels(cells.measured[:, panel.genes], [path.name for path in sources], tokenizer.genes)
+        tables = build_tables(cells, conditions, panel, panels)
+        written = write_parts(scratch / "parts", cells, chosen.parts, panel, tables, seed=split_seed, workers=workers)
         selection = "list" if genes is not None else "all" if n_top_genes is None else "seurat_v3"
         description = {
             "format": FORMAT,
             "split": split,
             "seed": split_seed,
-            "test_fraction": test_fraction,
-            "validation_fraction": validation_fraction,
+            **fractions,
             **chosen.description,
-            "sources": [{"file": path.name, "sha256": _sha256(path)} for path in sources],
+            "sources": _describe_sources(sources, workers),
             "layer": layer,
-            **_describe(conditions, tokenizer, counted),
+            **_describe(conditions, tokenizer, panel),
             "genes": {"selection": selection, "join": join, "panel": tokenizer.genes},
             "cells": {name: cells.obs.index[part].tolist() for name, part in chosen.parts.items()},
         }
         with folder_written_aside(out) as folder:
-            _write_parts(folder, cells, conditions, chosen.parts, panel, panels, counted.largest, split_seed)
+            for path in written:
+                path.rename(folder / path.name)
             tokenizer.save_pretrained(folder / "tokenizer")
             if panels is not None:
                 _write_json(folder / "panels.json", panels.missing)
             _write_json(folder / "split.json", description)
             (folder / "README.md").write_text(dataset_card(description), encoding="utf-8")
-    _report(out, tokenizer, chosen.parts, counted)
+    remove_leftovers(out)  # those whose processes were still ending a moment ago
+    _report(out, tokenizer, chosen.parts, panel)
     return out
 
 
-def _split(
-    name: SplitName,
-    obs: pd.DataFrame,
-    conditions: ConditionColumns,
-    *,
-    held_out: str | None,
-    cell_type: str | None,
-    controls: Controls | None,
-    split_file: Path | None,
-    split_key: str | None,
-    fractions: dict[str, float],
-    seed: int,
-) -> Split:
-    """The split that the options ask for; an option that this split has no use for is an error."""
-    useless = {"--split-file": split_file, "--split-key": split_key}
-    if name == "from-file":
-        useless = {}
-    if name in ("random", "from-file"):
-        useless |= {"--held-out": held_out, "--held-out-cell-type": cell_type, "--controls": controls}
-    given = [option for option, value in useless.items() if value is not None]
-    if given:
-        raise ValueError(f"{given[0]} was given, but --split {name} has no use for it; pass another --split")
-    strata = conditions.strata(len(obs))
-    if name == "random":
-        return Split(parts=random_split(strata, **fractions, seed=seed))
-    if name != "from-file":
-        labels = None if held_out is None else _labels(held_out)
-        return condition_split(
-            name, conditions, len(obs), held_out=labels, cell_type=cell_type, controls=controls, **fractions, seed=seed
-        )
-    if (split_file is None) == (split_key is None):
-        raise ValueError("--split from-file needs either --split-file or --split-key")
-    options = {"validation_fraction": fractions["validation_fraction"], "seed": seed}
-    if split_file is not None:
-        return split_from_names(split_file, obs.index, strata, **options)
-    if split_key not in obs:
-        raise ValueError(f"no column {split_key!r} in obs; columns there: {', '.join(map(str, obs.columns)) or 'none'}")
-    return split_from_column(obs[split_key], strata, **options)
-
-
-def _labels(held_out: str) -> list[str]:
-    """Labels of ``--held-out``: separated by commas, or one per line of the file after ``@``."""
-    if not held_out.startswith("@"):
-        return [label.strip() for label in held_out.split(",") if label.strip()]
-    path = Path(held_out[1:])
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r} (--held-out @FILE); expected one perturbation per line")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-@dataclass(frozen=True)
-class Counted:
-    """What the first pass over the counts found in the genes of the panel."""
-
-    largest: int  # over all cells
-    largest_in_training: int
-    zero_genes: int  # genes without a count in training
-
-
-def _check_out(out: Path) -> None:
-    """Raise unless ``out`` may be (re)placed: absent, empty, or nothing but an earlier conversion."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ValueError(f"--out {str(out)!r} is a file; expected a folder")
-    names = {path.name for path in out.iterdir()}
-    if names and "split.json" not in names:
-        raise ValueError(f"--out {str(out)!r} exists and holds no conversion; remove it or name another folder")
-    others = sorted(names - WRITTEN)
-    if others:
-        raise ValueError(
-            f"--out {str(out)!r} holds a conversion and other things ({', '.join(others[:5])}) that replacing it would "
-            "delete; move them or name another folder"
-        )
-    if names:
-        logger.info("replacing the conversion in %s", out)
-
-
-def _choose_panel(cells: InputCells, train: np.ndarray, n_top_genes: int | None) -> tuple[np.ndarray, Counted]:
-    """Validate every value, and choose the genes; returns their positions, ascending, and what was found.
-
-    Only training cells can reach the choice; of the others nothing but the largest count is used, to size the columns.
-    """
-    num_genes = len(cells.var)
-    if n_top_genes is not None and not 1 <= n_top_genes <= num_genes:
-        raise ValueError(f"--n-top-genes is {n_top_genes:,}; expected 1 to {num_genes:,}, the genes of the data")
-    in_train = np.zeros(len(cells.obs), dtype=bool)
-    in_train[train] = True
-    largest = np.zeros(num_genes, dtype=np.int64)
-    totals, tally = GeneTotals(num_genes), CellTally()
-    for rows, counts, file in cells.blocks("checking counts", check=True):
-        largest = np.maximum(largest, counts.max(axis=0).toarray().ravel())
-        totals.add(counts[in_train[rows]], cells.measured[file])
-        tally.add(counts)
-    _warn_of_cells(cells.obs.index, tally)
-    panel = np.arange(num_genes)
-    if n_top_genes is not None:
-        blocks = (block.counts[in_train[block.rows]] for block in cells.blocks("choosing genes"))
-        panel = top_genes(seurat_v3_variances(totals, blocks), n_top_genes)
-    if not totals.largest[panel].any():
-        where = " and ".join(file.source for file in cells.files)
-        raise ValueError(f"{where} has no count above 0 in the {len(train):,} training cells")
-    counted = Counted(
-        largest=int(largest[panel].max()),
-        largest_in_training=int(totals.largest[panel].max()),
-        zero_genes=int((totals.largest[panel] == 0).sum()),
-    )
-    return panel, counted
-
-
-def _warn_of_cells(names: pd.Index, tally: CellTally) -> None:
-    """Warn of cells without counts, and of cells that are there twice under two names."""
-    empty, (again, first) = tally.empty, tally.repeated
-    if len(empty):
-        shown = ", ".join(names[empty[:3]])
-        logger.warning("%s cells have no count at all (%s); they are kept: drop them", f"{len(empty):,}", shown)
-    if len(again):
-        logger.warning(
-            "%s cells have exactly the counts of another cell (%s those of %s); they are kept: drop copies, or test "
-            "cells may be training cells",
-            f"{len(again):,}",
-            names[again[0]],
-            names[first[0]],
-        )
+def _sensible_processes(sources: Sequence[Path]) -> int:
+    files = [file for path in sources for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()]
+    if sum(file.stat().st_size for file in files) < SMALL_INPUT:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, len(sources))
 
 
 def _build_tokenizer(
-    cells: InputCells, conditions: ConditionColumns, panel: np.ndarray, counted: Counted, max_count: int | None
+    cells: InputCells, conditions: ConditionColumns, panel: Panel, max_count: int | None
 ) -> DCMTokenizer:
-    if max_count is not None and max_count < counted.largest_in_training:
+    if max_count is not None and max_count < panel.largest_in_training:
         raise ValueError(
-            f"--max-count is {max_count:,} but the training cells have counts up to {counted.largest_in_training:,}; "
-            f"pass --max-count {counted.largest_in_training} or more, or leave it out"
+            f"--max-count is {max_count:,} but the training cells have counts up to {panel.largest_in_training:,}; "
+            f"pass --max-count {panel.largest_in_training} or more, or leave it out"
         )
     labels = {name: list(column.categories) for name, column in conditions.columns.items()}
     return DCMTokenizer.from_labels(
-        genes=cells.var.index[panel],
-        max_count=counted.largest_in_training if max_count is None else max_count,
+        genes=cells.var.index[panel.genes],
+        max_count=panel.largest_in_training if max_count is None else max_count,
         cell_types=labels.pop("cell_type", None),
         perturbations=labels.pop("perturbation", None),
         control=conditions.control,
@@ -315,66 +205,20 @@ def _build_tokenizer(
     )
 
 
-def _write_parts(
-    folder: Path,
-    cells: InputCells,
-    conditions: ConditionColumns,
-    parts: dict[str, np.ndarray],
-    panel: np.ndarray,
-    panels: Panels | None,
-    largest: int,
-    seed: int,
-) -> None:
-    """Write the Parquet folder and the h5ad of every part that has cells, in one pass over the files."""
-    uns: dict[str, object] = {"dcm_conditions": np.array(list(conditions.columns), dtype=object)}
-    if conditions.control is not None:
-        uns["dcm_control"] = conditions.control
-    columns = dict(conditions.columns)
-    if panels is not None:
-        sizes = [len(file.obs) for file in cells.files]
-        columns[PANEL] = pd.Categorical.from_codes(np.repeat(panels.of_file, sizes), categories=list(panels.missing))
-        uns["dcm_panels"] = panels.measured
-    obs = conditions.canonical_obs(
-        cells.obs, {name: columns[name] for name in columns if name not in conditions.columns}
-    )
-    features = shard_features(len(panel), largest, {name: column.categories for name, column in columns.items()})
-    writers = {}
-    for name, part in parts.items():
-        if not len(part):
-            logger.info("no cells for %s: it is not written", name)
-            continue
-        shards = ShardWriter(
-            folder / name,
-            features=features,
-            columns={key: column[part] for key, column in columns.items()},
-            num_cells=len(part),
-            order_seed=[seed, SPLITS.index(name)],
-        )
-        h5ad = CountWriter(folder / f"{name}.h5ad", obs=obs.iloc[part], var=cells.var.iloc[panel], uns=uns)
-        writers[name] = (shards, h5ad)
-    for name, counts in _parts_of_blocks(cells, parts, panel):
-        for writer in writers[name]:
-            writer.add(counts)
-    for writer in (writer for both in writers.values() for writer in both):
-        writer.finish()
-
-
-def _parts_of_blocks(
-    cells: InputCells, parts: dict[str, np.ndarray], panel: np.ndarray
-) -> Iterator[tuple[str, csr_matrix]]:
-    """Yield the cells of each part in each block, (m, panel)."""
-    position = np.full(len(cells.var), -1)
-    position[panel] = np.arange(len(panel))
-    for rows, counts, _ in cells.blocks("writing cells"):
-        counts = with_genes(counts, position, len(panel))
-        for name, part in parts.items():
-            first, last = np.searchsorted(part, [rows.start, rows.stop])
-            if last > first:
-                yield name, counts[part[first:last] - rows.start]
-
-
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _describe_sources(sources: Sequence[Path], workers: FileWorkers) -> list[dict[str, str]]:
+    jobs = [partial(_sha256_reported, path) for path in sources]
+    sums = workers.run(jobs, desc="summing files", total=len(jobs), unit=" files")
+    return [{"file": path.name, "sha256": sum_} for path, sum_ in zip(sources, sums)]
+
+
+def _sha256_reported(path: Path, *, report: Report) -> str:
+    digest = _sha256(path)
+    report(1)
+    return digest
 
 
 def _sha256(path: Path) -> str:
@@ -386,7 +230,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _describe(conditions: ConditionColumns, tokenizer: DCMTokenizer, counted: Counted) -> dict[str, object]:
+def _describe(conditions: ConditionColumns, tokenizer: DCMTokenizer, panel: Panel) -> dict[str, object]:
     """What ``split.json`` says of the vocabularies, and the versions that wrote it."""
     packages = ("anndata", "datasets", "numpy", "pyarrow", "scikit-misc", "scipy", "transformers")
     return {
@@ -395,17 +239,17 @@ def _describe(conditions: ConditionColumns, tokenizer: DCMTokenizer, counted: Co
         "control": conditions.control,
         "separator": conditions.separator,
         "max_count": tokenizer.max_count,
-        "largest_training_count": counted.largest_in_training,
+        "largest_training_count": panel.largest_in_training,
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
 
-def _report(out: Path, tokenizer: DCMTokenizer, parts: dict[str, np.ndarray], counted: Counted) -> None:
+def _report(out: Path, tokenizer: DCMTokenizer, parts: dict[str, np.ndarray], panel: Panel) -> None:
     logger.info("cells: %s", ", ".join(f"{len(cells):,} {name}" for name, cells in parts.items()))
-    logger.info("genes: %s (%s all zero in training)", f"{len(tokenizer.genes):,}", f"{counted.zero_genes:,}")
+    logger.info("genes: %s (%s all zero in training)", f"{len(tokenizer.genes):,}", f"{panel.zero_genes:,}")
     logger.info(
         "largest count in training: %s, of the vocabulary: %s (of all cells: %s)",
-        *(f"{count:,}" for count in (counted.largest_in_training, tokenizer.max_count, counted.largest)),
+        *(f"{count:,}" for count in (panel.largest_in_training, tokenizer.max_count, panel.largest)),
     )
     known = [f"{len(tokenizer.cell_types)} cell types"] * bool(tokenizer.cell_types)
     known += [f"{len(tokenizer.perturbations)} perturbations"] * bool(tokenizer.perturbations)

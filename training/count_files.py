@@ -4,7 +4,6 @@ All become a :class:`CountFile`. Knows nothing of labels, splits, gene panels an
 """
 
 import gzip
-import logging
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +14,10 @@ import h5py
 import numpy as np
 import pandas as pd
 from anndata.io import read_elem, sparse_dataset
-from tqdm import tqdm
 
 from tokenization.files import damage_explained, open_h5ad
-from training.h5ad_blocks import CellBuckets, CountFile, DenseRows, StoredRows, damage_named, sorted_by_cell
-
-logger = logging.getLogger(__name__)
+from training.file_workers import Report
+from training.h5ad_blocks import CellBuckets, CountFile, Counts, DenseRows, StoredRows, damage_named, sorted_by_cell
 
 RAW = "raw"
 GENE_EXPRESSION = "Gene Expression"
@@ -28,15 +25,15 @@ MTX_LINES = 2**20
 MTX_FILES = {"matrix": ("matrix.mtx",), "features": ("features.tsv", "genes.tsv"), "barcodes": ("barcodes.tsv",)}
 
 
-@contextmanager
-def opened_counts(path: Path, scratch: Path, layer: str | None = None) -> Iterator[CountFile]:
-    """Open the counts of one file or folder.
+def open_counts(path: Path, scratch: Path, layer: str | None = None, *, report: Report) -> CountFile:
+    """Find the counts of one file or folder, and read all that is beside them.
 
     Args:
         path: an h5ad file, a 10x ``.h5`` file, or a folder with ``matrix.mtx``, ``features.tsv`` (or ``genes.tsv``)
             and ``barcodes.tsv``, each of them also as ``.gz``.
         scratch: folder for counts that must be sorted by cell first; need not exist, removed by the caller.
         layer: of an h5ad file, a layer, or ``"raw"`` for ``raw.X`` (unless a layer has that name); default ``X``.
+        report: is told the progress of sorting, as shares of the file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -44,15 +41,15 @@ def opened_counts(path: Path, scratch: Path, layer: str | None = None) -> Iterat
     """
     if path.is_dir():
         _no_layer(path, layer)
-        yield _checked(_open_mtx(path, scratch))
-        return
-    if _is_10x(path):
+        file = _open_mtx(path, scratch, report)
+    elif _is_10x(path):
         _no_layer(path, layer)
-        with h5py.File(path, "r") as file:
-            yield _checked(_open_10x(path, file))
-        return
-    with open_h5ad(path) as file:
-        yield _checked(_open_h5ad(path, file, scratch, layer))
+        file = _open_10x(path)
+    elif path.name.removesuffix(".gz").endswith(".mtx"):
+        raise ValueError(f"{str(path)!r} has no names of genes and cells; give its folder, with features and barcodes")
+    else:
+        file = _open_h5ad(path, scratch, layer, report)
+    return _checked(file)
 
 
 def _no_layer(path: Path, layer: str | None) -> None:
@@ -62,9 +59,9 @@ def _no_layer(path: Path, layer: str | None) -> None:
 
 def _checked(file: CountFile) -> CountFile:
     shape = (len(file.obs), len(file.var))
-    if file.matrix.shape != shape:
+    if file.counts.matrix.shape != shape:
         raise ValueError(
-            f"{str(file.path)!r} has counts of shape {file.matrix.shape} for {shape[0]} cells, {shape[1]} genes"
+            f"{str(file.path)!r} has counts of shape {file.counts.matrix.shape} for {shape[0]} cells, {shape[1]} genes"
         )
     if not all(shape):
         raise ValueError(f"{str(file.path)!r} has {shape[0]} cells and {shape[1]} genes; expected some of both")
@@ -75,27 +72,37 @@ def _checked(file: CountFile) -> CountFile:
 # --- h5ad -------------------------------------------------------------------------------------------------------------
 
 
-def _open_h5ad(path: Path, file: h5py.File, scratch: Path, layer: str | None) -> CountFile:
-    layers = sorted(file.get("layers", ()))
-    known = layers + [RAW] * (RAW not in layers and "X" in file.get(RAW, ()))
-    if layer is not None and layer not in known:
-        raise ValueError(f"{str(path)!r} has no layer {layer!r}; layers there: {', '.join(known) or 'none'}")
-    if layer is None and "X" not in file:
-        raise ValueError(f"{str(path)!r} has no X; pass --layer with one of: {', '.join(known)}")
-    raw = layer == RAW and RAW not in layers
-    with damage_explained(path):
-        obs, var = read_elem(file["obs"]), read_elem(file[RAW]["var"] if raw else file["var"])
-        element = file[RAW]["X"] if raw else file["X"] if layer is None else file["layers"][layer]
-        matrix = DenseRows(element) if isinstance(element, h5py.Dataset) else sparse_dataset(element)
-    if not isinstance(matrix, DenseRows):
-        arrays = [element[name] for name in ("data", "indices", "indptr")]
+def _open_h5ad(path: Path, scratch: Path, layer: str | None, report: Report) -> CountFile:
+    with open_h5ad(path) as file:
+        layers = sorted(file.get("layers", ()))
+        known = layers + [RAW] * (RAW not in layers and "X" in file.get(RAW, ()))
+        if layer is not None and layer not in known:
+            raise ValueError(f"{str(path)!r} has no layer {layer!r}; layers there: {', '.join(known) or 'none'}")
+        if layer is None and "X" not in file:
+            raise ValueError(f"{str(path)!r} has no X; pass --layer with one of: {', '.join(known)}")
+        raw = layer == RAW and RAW not in layers
+        name = "raw/X" if raw else "X" if layer is None else f"layers/{layer}"
+        with damage_explained(path):
+            obs, var = read_elem(file["obs"]), read_elem(file[RAW]["var"] if raw else file["var"])
         with damage_named(path):
-            if matrix.format == "csr":
-                matrix = StoredRows(*arrays, matrix.shape)
-            else:
-                matrix = sorted_by_cell(*arrays, matrix.shape, scratch)
-    name = "X" if layer is None else "raw.X" if raw else f"layer {layer!r}"
-    return CountFile(path=path, source=f"{name} of {path.name}", obs=obs, var=var, matrix=matrix, layers=known)
+            matrix = _matrix(path, file, name, scratch, report)
+    source = "X" if layer is None else "raw.X" if raw else f"layer {layer!r}"
+    others = [name for name in known if name != layer]
+    return CountFile(Counts(path, f"{source} of {path.name}", matrix, others), obs, var)
+
+
+def _matrix(
+    path: Path, file: h5py.File, name: str, scratch: Path, report: Report
+) -> DenseRows | StoredRows | CellBuckets:
+    """The matrix called ``name`` in an h5ad file, sorted by cell if it is not."""
+    element = file[name]
+    if isinstance(element, h5py.Dataset):
+        return DenseRows(path, name)
+    stored = sparse_dataset(element)
+    if stored.format == "csr":
+        return StoredRows(path, name, stored.shape)
+    arrays = [element[array] for array in ("data", "indices", "indptr")]
+    return sorted_by_cell(*arrays, stored.shape, scratch, report)
 
 
 # --- 10x --------------------------------------------------------------------------------------------------------------
@@ -106,32 +113,32 @@ def _is_10x(path: Path) -> bool:
     if not path.is_file() or not h5py.is_hdf5(path):
         return False
     with damage_explained(path), h5py.File(path, "r") as file:
-        return "matrix" in file and "obs" not in file
+        return isinstance(file.get("matrix"), h5py.Group) and "obs" not in file
 
 
-def _open_10x(path: Path, file: h5py.File) -> CountFile:
+def _open_10x(path: Path) -> CountFile:
     """The ``.h5`` of Cell Ranger 3 and later: features x barcodes by column, which is cells x genes by row."""
-    group = file["matrix"]
-    with damage_named(path):
+    with damage_named(path), h5py.File(path, "r") as file:
+        group = file["matrix"]
         features = {name: group["features"][name].asstr()[:] for name in ("name", "id", "feature_type")}
         barcodes = group["barcodes"].asstr()[:]
-        shape = tuple(int(size) for size in group["shape"][:][::-1])
-        matrix = StoredRows(group["data"], group["indices"], group["indptr"], shape)
-    return _file_of_10x(path, f"matrix of {path.name}", barcodes, features, matrix)
+        matrix = StoredRows(path, "matrix", tuple(int(size) for size in group["shape"][:][::-1]))
+    return _file_of_10x(path, barcodes, features, matrix)
 
 
-def _file_of_10x(path: Path, source: str, barcodes, features: dict, matrix: StoredRows | CellBuckets) -> CountFile:
+def _file_of_10x(path: Path, barcodes, features: dict, matrix: StoredRows | CellBuckets) -> CountFile:
     var = pd.DataFrame(
         {"gene_ids": features["id"], "feature_types": features["feature_type"]}, index=pd.Index(features["name"])
     )
-    are_genes = np.asarray(var["feature_types"] == GENE_EXPRESSION)
-    if not are_genes.all():
-        logger.info("%s: %s features that are no genes are left out", path.name, f"{int((~are_genes).sum()):,}")
-    obs = pd.DataFrame(index=pd.Index(barcodes))
-    return CountFile(path=path, source=source, obs=obs, var=var, matrix=matrix, are_genes=are_genes)
+    return CountFile(
+        counts=Counts(path, f"matrix of {path.name}", matrix),
+        obs=pd.DataFrame(index=pd.Index(barcodes)),
+        var=var,
+        are_genes=np.asarray(var["feature_types"] == GENE_EXPRESSION),
+    )
 
 
-def _open_mtx(path: Path, scratch: Path) -> CountFile:
+def _open_mtx(path: Path, scratch: Path, report: Report) -> CountFile:
     """A folder of ``matrix.mtx`` (features x barcodes), ``features.tsv`` (Cell Ranger 2: ``genes.tsv``), barcodes."""
     files = {kind: _mtx_file(path, names) for kind, names in MTX_FILES.items()}
     options = {"sep": "\t", "header": None, "dtype": str, "keep_default_na": False, "quoting": 3}
@@ -143,22 +150,23 @@ def _open_mtx(path: Path, scratch: Path) -> CountFile:
         barcodes = pd.read_csv(files["barcodes"], **options)[0]
     kinds = features[2] if features.shape[1] > 2 else pd.Series(GENE_EXPRESSION, index=features.index)
     columns = {"id": features[0].tolist(), "name": features[1].tolist(), "feature_type": kinds.tolist()}
-    matrix = _read_mtx(files["matrix"], scratch)
-    return _file_of_10x(path, f"matrix of {path.name}", barcodes.tolist(), columns, matrix)
+    matrix = _read_mtx(files["matrix"], scratch, report)
+    return _file_of_10x(path, barcodes.tolist(), columns, matrix)
 
 
 def _mtx_file(folder: Path, names: tuple[str, ...]) -> Path:
     candidates = [folder / (name + ending) for name in names for ending in ("", ".gz")]
     found = [path for path in candidates if path.is_file()]
     if not found:
+        is_full = any(folder.glob("*.h5ad"))
         raise FileNotFoundError(
             f"no {' or '.join(names)} (or .gz) in the folder {str(folder)!r}; expected a 10x folder with matrix.mtx, "
-            "features.tsv and barcodes.tsv"
+            f"features.tsv and barcodes.tsv{'; its h5ad files are given by name: *.h5ad' if is_full else ''}"
         )
     return found[0]
 
 
-def _read_mtx(path: Path, scratch: Path) -> CellBuckets:
+def _read_mtx(path: Path, scratch: Path, report: Report) -> CellBuckets:
     """Sort the entries of a Matrix Market file (genes x cells) by cell."""
     with _text_damage_explained(path), _opened_text(path) as file:
         header = file.readline().lower().split()
@@ -171,17 +179,14 @@ def _read_mtx(path: Path, scratch: Path) -> CellBuckets:
         dtype = np.int64 if header[3] == "integer" else np.float64
         buckets = CellBuckets(scratch, (num_cells, num_genes), np.dtype(dtype))
         read = 0
-        with tqdm(total=stored, desc=f"reading {path.name}", unit_scale=True, delay=1, disable=None) as bar:
-            types = {"gene": np.int64, "cell": np.int64, "value": dtype}
-            for chunk in pd.read_csv(
-                file, sep=r"\s+", header=None, names=list(types), dtype=types, chunksize=MTX_LINES
-            ):
-                for axis, size in (("gene", num_genes), ("cell", num_cells)):
-                    if chunk[axis].min() < 1 or chunk[axis].max() > size:
-                        raise ValueError(f"{str(path)!r} has {axis} numbers outside 1 to {size:,}; copy it again")
-                buckets.add(chunk["cell"].to_numpy() - 1, chunk["gene"].to_numpy() - 1, chunk["value"].to_numpy())
-                read += len(chunk)
-                bar.update(len(chunk))
+        types = {"gene": np.int64, "cell": np.int64, "value": dtype}
+        for chunk in pd.read_csv(file, sep=r"\s+", header=None, names=list(types), dtype=types, chunksize=MTX_LINES):
+            for axis, size in (("gene", num_genes), ("cell", num_cells)):
+                if chunk[axis].min() < 1 or chunk[axis].max() > size:
+                    raise ValueError(f"{str(path)!r} has {axis} numbers outside 1 to {size:,}; copy it again")
+            buckets.add(chunk["cell"].to_numpy() - 1, chunk["gene"].to_numpy() - 1, chunk["value"].to_numpy())
+            read += len(chunk)
+            report(len(chunk) / stored)
     if read != stored:
         raise ValueError(f"{str(path)!r} has {read:,} entries but announces {stored:,}: it is cut short; copy it again")
     return buckets

@@ -1,18 +1,30 @@
-"""Choose the genes: the most variable ones (seurat_v3) from blocks of training cells, or those of a list.
+"""Look at every count once, and choose the genes: all, those of a list, or the most variable of the training cells.
 
-Knows nothing of count files and splits: the caller gives only the cells that may be seen.
+Knows nothing of labels and Parquet; which cells are trained on is told, and only these can reach the choice.
 
-Shapes: m cells of a block, n cells in all, G genes.
+Shapes: m cells of a block, N cells in all, G joint genes.
 """
 
-from collections.abc import Iterable
+import logging
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from scipy.sparse import csr_matrix
-from skmisc.loess import loess
+import pandas as pd
 
-FEWEST_GENES = 20  # for the fit of variance on mean; with one to three genes scikit-misc's loess kills the process
+from tokenization.variable_genes import (
+    ClippedTotals,
+    GeneTotals,
+    expected_spread,
+    standardised_variances,
+    top_genes,
+)
+from training.cell_tally import CellTally
+from training.file_workers import FileWorkers, Report
+from training.input_cells import FileCells, InputCells
+
+logger = logging.getLogger(__name__)
 
 
 def read_gene_list(path: Path) -> list[str]:
@@ -38,74 +50,119 @@ def read_gene_list(path: Path) -> list[str]:
     return genes
 
 
-class GeneTotals:
-    """Per gene, over the cells added so far that measured it: their number, sums of counts and of squared counts, and
-    the largest count."""
+@dataclass(frozen=True)
+class Panel:
+    """The genes that are kept, and what their counts are like.
 
-    def __init__(self, num_genes: int):
-        self.num_cells = 0
-        self.measured = np.zeros(num_genes)  # (G,) cells in which each gene was measured
-        self.sums = np.zeros(num_genes)  # (G,) float64, exact below 2^53
-        self.squares = np.zeros(num_genes)
-        self.largest = np.zeros(num_genes, dtype=np.int64)
+    Attributes:
+        genes: their positions among the joint genes, ascending.
+        largest: the largest count of any cell, which sizes the columns of the shards and nothing else.
+        largest_in_training: the largest count of a training cell.
+        zero_genes: how many genes have no count in training.
+    """
 
-    def add(self, counts: csr_matrix, measured: np.ndarray | None = None) -> None:
-        """Add a block of cells (m, G) with no stored zeros; ``measured`` (G,) bool says which genes, default all."""
-        if not counts.shape[0]:
-            return
-        values = counts.data.astype(np.float64)
-        self.num_cells += counts.shape[0]
-        self.measured += counts.shape[0] * (1 if measured is None else measured)
-        self.sums += np.bincount(counts.indices, weights=values, minlength=len(self.sums))
-        self.squares += np.bincount(counts.indices, weights=values**2, minlength=len(self.sums))
-        self.largest = np.maximum(self.largest, counts.max(axis=0).toarray().ravel())
+    genes: np.ndarray
+    largest: int
+    largest_in_training: int
+    zero_genes: int
 
 
-def seurat_v3_variances(totals: GeneTotals, blocks: Iterable[csr_matrix], *, span: float = 0.3) -> np.ndarray:
-    """Variance of each gene's standardised and clipped counts, (G,) float64.
-
-    log10 variance is fitted on log10 mean by loess; counts are standardised with the fitted deviation and clipped at
-    sqrt(n) (Stuart et al. 2019, Comprehensive Integration of Single-Cell Data; scanpy's ``flavor="seurat_v3"``). n is
-    each gene's own number of cells that measured it.
+def choose_panel(cells: InputCells, train: np.ndarray, n_top_genes: int | None, workers: FileWorkers) -> Panel:
+    """Validate every value, and choose the genes.
 
     Args:
-        totals: of the same cells as ``blocks``.
-        blocks: the cells once more, (m, G) each.
-        span: share of the genes in each local fit.
+        cells: of all files.
+        train: positions of the training cells.
+        n_top_genes: how many variable genes to keep (seurat_v3); None keeps all.
+        workers: the processes that read the files.
 
     Raises:
-        ValueError: fewer than two cells, or too few variable genes for the fit.
+        ValueError: a value is no count, the training cells have no count, or there are too few genes or cells.
     """
-    if totals.num_cells < 2:
-        raise ValueError(f"seurat_v3 needs at least 2 training cells, got {totals.num_cells}")
-    n = np.maximum(totals.measured, 2)  # a gene measured in fewer cells has variance 0
-    mean = totals.sums / n
-    variance = (totals.squares - totals.sums * mean) / (n - 1)
-    varies = (variance > 0) & (totals.measured >= 2)
-    problem = (
-        f"seurat_v3 cannot fit variance on mean for {int(varies.sum()):,} variable genes of "
-        f"{totals.num_cells:,} training cells"
+    num_genes = len(cells.var)
+    if n_top_genes is not None and not 1 <= n_top_genes <= num_genes:
+        raise ValueError(f"--n-top-genes is {n_top_genes:,}; expected 1 to {num_genes:,}, the genes of the data")
+    in_train = np.zeros(len(cells.obs), dtype=bool)
+    in_train[train] = True
+    bar = {"total": len(cells.obs), "unit": " cells"}
+    found = FileTally(num_genes)
+    for others in workers.run(
+        [partial(tally_file, file, in_train[file.rows]) for file in cells.files], desc="checking counts", **bar
+    ):
+        found.merge(others)
+    _warn_of_cells(cells.obs.index, found.cells)
+    genes = np.arange(num_genes)
+    if n_top_genes is not None:
+        spread = expected_spread(found.training)
+        clipped = ClippedTotals(spread.ceiling)
+        for others in workers.run(
+            [partial(clip_file, file, in_train[file.rows], spread.ceiling) for file in cells.files],
+            desc="choosing genes",
+            **bar,
+        ):
+            clipped.merge(others)
+        genes = top_genes(standardised_variances(found.training, spread, clipped), n_top_genes)
+    in_training = found.training.largest[genes]
+    if not in_training.any():
+        where = " and ".join(file.counts.source for file in cells.files)
+        raise ValueError(f"{where} has no count above 0 in the {len(train):,} training cells")
+    return Panel(
+        genes=genes,
+        largest=int(found.largest[genes].max()),
+        largest_in_training=int(in_training.max()),
+        zero_genes=int((in_training == 0).sum()),
     )
-    if varies.sum() < FEWEST_GENES:
-        raise ValueError(f"{problem}; expected at least {FEWEST_GENES}: keep every gene")
-    fitted = np.zeros(len(mean))
-    try:
-        model = loess(np.log10(mean[varies]), np.log10(variance[varies]), span=span, degree=2)
-        model.fit()
-    except ValueError as error:
-        raise ValueError(f"{problem} ({error}); give more cells or genes, or keep every gene") from error
-    fitted[varies] = model.outputs.fitted_values
-    deviation = np.sqrt(10**fitted)
-    largest = deviation * np.sqrt(n) + mean
-    sums, squares = np.zeros(len(mean)), np.zeros(len(mean))
-    for block in blocks:
-        clipped = np.minimum(block.data, largest[block.indices])
-        sums += np.bincount(block.indices, weights=clipped, minlength=len(mean))
-        squares += np.bincount(block.indices, weights=clipped**2, minlength=len(mean))
-    variances = (n * mean**2 + squares - 2 * sums * mean) / ((n - 1) * deviation**2)
-    return np.where(totals.measured >= 2, variances, 0.0)
 
 
-def top_genes(variances: np.ndarray, num_genes: int) -> np.ndarray:
-    """Positions of the ``num_genes`` largest variances, in ascending order of position; ties go to earlier genes."""
-    return np.sort(np.argsort(-variances, kind="stable")[:num_genes])
+class FileTally:
+    """What one pass over counts finds: totals of the training cells; of all cells the largest counts and a tally."""
+
+    def __init__(self, num_genes: int):
+        self.training = GeneTotals(num_genes)
+        self.largest = np.zeros(num_genes, dtype=np.int64)
+        self.cells = CellTally()
+
+    def merge(self, others: "FileTally") -> None:
+        """Add the cells of the next file."""
+        self.training.merge(others.training)
+        self.largest = np.maximum(self.largest, others.largest)
+        self.cells.merge(others.cells)
+
+
+def tally_file(file: FileCells, in_train: np.ndarray, *, report: Report) -> FileTally:
+    """Validate every value of a file and tally its cells; ``in_train`` (n,) says which of them are trained on."""
+    tally = FileTally(len(file.measured))
+    for rows, counts in file.blocks(report, check=True):
+        tally.largest = np.maximum(tally.largest, counts.max(axis=0).toarray().ravel())
+        tally.training.add(counts[in_train[_within(rows, file)]], file.measured)
+        tally.cells.add(counts)
+    return tally
+
+
+def clip_file(file: FileCells, in_train: np.ndarray, ceiling: np.ndarray, *, report: Report) -> ClippedTotals:
+    """Totals of a file's training cells with counts clipped at ``ceiling`` (G,)."""
+    clipped = ClippedTotals(ceiling)
+    for rows, counts in file.blocks(report):
+        clipped.add(counts[in_train[_within(rows, file)]])
+    return clipped
+
+
+def _within(rows: slice, file: FileCells) -> slice:
+    """Positions among all cells as positions in the file."""
+    return slice(rows.start - file.rows.start, rows.stop - file.rows.start)
+
+
+def _warn_of_cells(names: pd.Index, tally: CellTally) -> None:
+    """Warn of cells without counts, and of cells that are there twice under two names."""
+    empty, (again, first) = tally.empty, tally.repeated
+    if len(empty):
+        shown = ", ".join(names[empty[:3]])
+        logger.warning("%s cells have no count at all (%s); they are kept: drop them", f"{len(empty):,}", shown)
+    if len(again):
+        logger.warning(
+            "%s cells have exactly the counts of another cell (%s those of %s); they are kept: drop copies, or test "
+            "cells may be training cells",
+            f"{len(again):,}",
+            names[again[0]],
+            names[first[0]],
+        )

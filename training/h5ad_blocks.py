@@ -17,10 +17,10 @@ import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse
-from tqdm import tqdm
 
 from tokenization.counts_dcm import CountCheck
 from tokenization.files import damage_explained
+from training.file_workers import Report
 
 BLOCK_CELLS = 4096
 BLOCK_STORED = 2**22  # stored values of a sparse matrix
@@ -30,11 +30,18 @@ LARGEST_COUNT = 2**31 - 1
 
 
 class DenseRows:
-    """A dense matrix (n, G) in an HDF5 file, read by cell."""
+    """A dense matrix (n, G) in an HDF5 file, read by cell.
 
-    def __init__(self, values: h5py.Dataset):
-        self.values = values
-        self.shape = values.shape
+    Args:
+        path: the file, opened for each block, so that this can be sent to another process.
+        name: of the data set.
+    """
+
+    def __init__(self, path: Path, name: str):
+        self.path = path
+        self.name = name
+        with h5py.File(path, "r") as file:
+            self.shape = file[name].shape
 
     def stop(self, start: int) -> int:
         """End of the block of cells that begins at ``start``."""
@@ -42,21 +49,29 @@ class DenseRows:
 
     def read(self, rows: slice) -> np.ndarray:
         """Values of these cells (m, G)."""
-        return self.values[rows]
+        with h5py.File(self.path, "r") as file:
+            return file[self.name][rows]
 
 
 class StoredRows:
-    """A CSR matrix (n, G) whose three arrays are in an HDF5 file, read by cell.
+    """A CSR matrix (n, G) in an HDF5 file, read by cell.
+
+    Args:
+        path: the file, opened for each block, so that this can be sent to another process.
+        name: of the group of ``data``, ``indices`` and ``indptr``.
+        shape: n and G.
 
     Raises:
         ValueError: the index pointers contradict the shape or the number of stored values.
     """
 
-    def __init__(self, data: h5py.Dataset, indices: h5py.Dataset, indptr: h5py.Dataset, shape: tuple[int, int]):
-        self.data = data
-        self.indices = indices
-        self.indptr = checked_pointers(indptr[:], lines=shape[0], stored=min(len(data), len(indices)))
+    def __init__(self, path: Path, name: str, shape: tuple[int, int]):
+        self.path = path
+        self.name = name
         self.shape = tuple(int(size) for size in shape)
+        with h5py.File(path, "r") as file:
+            data, indices, indptr = (file[name][array] for array in ("data", "indices", "indptr"))
+            self.indptr = checked_pointers(indptr[:], lines=shape[0], stored=min(len(data), len(indices)))
 
     def stop(self, start: int) -> int:
         """End of the block of cells that begins at ``start``."""
@@ -67,9 +82,11 @@ class StoredRows:
         """Stored values of these cells (m, G)."""
         pointers = self.indptr[rows.start : rows.stop + 1]
         stored = slice(int(pointers[0]), int(pointers[-1]))
-        indices = checked_indices(self.indices[stored], self.shape[1])
+        with h5py.File(self.path, "r") as file:
+            data, indices = (file[self.name][array][stored] for array in ("data", "indices"))
         return scipy.sparse.csr_matrix(
-            (self.data[stored], indices, pointers - pointers[0]), shape=(rows.stop - rows.start, self.shape[1])
+            (data, checked_indices(indices, self.shape[1]), pointers - pointers[0]),
+            shape=(rows.stop - rows.start, self.shape[1]),
         )
 
 
@@ -121,21 +138,27 @@ class CellBuckets:
 
 
 def sorted_by_cell(
-    data: h5py.Dataset, indices: h5py.Dataset, indptr: h5py.Dataset, shape: tuple[int, int], folder: Path
+    data: h5py.Dataset,
+    indices: h5py.Dataset,
+    indptr: h5py.Dataset,
+    shape: tuple[int, int],
+    folder: Path,
+    report: Report,
 ) -> CellBuckets:
-    """Transpose a CSC matrix (n, G) on disk, reading its arrays once.
+    """Transpose a CSC matrix (n, G) on disk, reading its arrays once; ``report`` is told the share of each block.
 
     Raises:
         ValueError: the arrays contradict the shape or each other.
     """
     pointers = checked_pointers(indptr[:], lines=shape[1], stored=min(len(data), len(indices)))
     buckets = CellBuckets(folder, tuple(int(size) for size in shape), data.dtype)
-    starts = range(0, int(pointers[-1]), BLOCK_STORED)
-    for start in tqdm(starts, desc="sorting counts by cell", delay=1, disable=None):
-        stop = min(start + BLOCK_STORED, int(pointers[-1]))
+    stored = int(pointers[-1])
+    for start in range(0, stored, BLOCK_STORED):
+        stop = min(start + BLOCK_STORED, stored)
         cells = checked_indices(indices[start:stop], shape[0])
         genes = np.searchsorted(pointers, np.arange(start, stop), side="right") - 1
         buckets.add(cells, genes, data[start:stop])
+        report((stop - start) / stored)
     return buckets
 
 
@@ -162,56 +185,72 @@ def checked_indices(indices: np.ndarray, size: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class CountFile:
-    """An open file of n cells and their genes.
+class Counts:
+    """The counts of one file (n, G); small, so that another process can be given them to read.
 
     Attributes:
         path: the file or folder.
-        source: what the counts are called in messages, such as ``"X of cells.h5ad"``.
-        obs: annotations of the cells, indexed by cell name.
-        var: annotations of the genes, indexed by gene name.
-        matrix: the counts on disk (n, G).
+        source: what they are called in messages, such as ``"X of cells.h5ad"``.
+        matrix: where they are on disk.
         layers: what ``--layer`` could name instead.
-        are_genes: (G,) which columns are genes; others (antibodies, guides) are no gene expression.
     """
 
     path: Path
     source: str
-    obs: pd.DataFrame
-    var: pd.DataFrame
     matrix: DenseRows | StoredRows | CellBuckets
     layers: list[str] = field(default_factory=list)
-    are_genes: np.ndarray | None = None
 
-    def blocks(self, bar: tqdm, check: CountCheck | None = None) -> Iterator[tuple[slice, scipy.sparse.csr_matrix]]:
+    def blocks(self, report: Report, *, check: bool = False) -> Iterator[tuple[slice, scipy.sparse.csr_matrix]]:
         """Yield slices of cells and their counts, CSR int64, with sorted genes and no stored zeros.
 
         Args:
-            bar: progress bar, moved by one for every cell.
-            check: is given every value as it is stored, and raises at the end of the file if one was no count. After
+            report: is told the cells of each block.
+            check: look at every value as it is stored, and raise at the end of the file if one was no count. After
                 a value that is no count, blocks are still read but no longer yielded.
 
         Raises:
             ValueError: with ``check``, some value is not a count; or the file is damaged.
         """
+        checked = CountCheck()
         start = 0
         while start < self.matrix.shape[0]:
             rows = slice(start, self.matrix.stop(start))
             with damage_named(self.path):
                 block = self.matrix.read(rows)
-            if check is not None:
-                check.add(block.data if scipy.sparse.issparse(block) else block)
-                if check.is_clean and check.maximum > LARGEST_COUNT:
-                    raise ValueError(f"{self.source} has the value {check.maximum:.4g}; expected counts below 2^31")
-            if check is None or check.is_clean:
+                if check:
+                    checked.add(block.data if scipy.sparse.issparse(block) else block)
+            if checked.is_clean and checked.maximum > LARGEST_COUNT:
+                raise ValueError(f"{self.source} has the value {checked.maximum:.4g}; expected counts below 2^31")
+            if checked.is_clean:
                 counts = scipy.sparse.csr_matrix(block).astype(np.int64)
                 counts.sum_duplicates()
                 counts.eliminate_zeros()
                 yield rows, counts
-            bar.update(rows.stop - rows.start)
+            report(rows.stop - rows.start)
             start = rows.stop
-        if check is not None:
-            check.raise_if_bad(self.source, layers=self.layers, layer_option="--layer {}")
+        checked.raise_if_bad(self.source, layers=self.layers, layer_option="--layer {}")
+
+
+@dataclass(frozen=True)
+class CountFile:
+    """A file of n cells and their genes.
+
+    Attributes:
+        counts: where the counts are (n, G).
+        obs: annotations of the cells, indexed by cell name.
+        var: annotations of the genes, indexed by gene name.
+        are_genes: (G,) which columns are genes; others (antibodies, guides) are no gene expression.
+    """
+
+    counts: Counts
+    obs: pd.DataFrame
+    var: pd.DataFrame
+    are_genes: np.ndarray | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file or folder."""
+        return self.counts.path
 
 
 @contextmanager
@@ -240,13 +279,13 @@ class CountWriter:
         self.arrays = {name: group.create_dataset(name, (0,), np.int32, **options) for name in ("data", "indices")}
         self.lengths = [np.zeros(1, dtype=np.int64)]  # stored values of each cell, after a 0
 
-    def add(self, counts: scipy.sparse.csr_matrix) -> None:
-        """Append cells (m, genes)."""
-        for name, array in self.arrays.items():
-            values = getattr(counts, name)
+    def add(self, genes: np.ndarray, counts: np.ndarray, lengths: np.ndarray) -> None:
+        """Append m cells, given as the positions of their expressed genes, the counts there, and (m,) how many."""
+        for name, values in (("data", counts), ("indices", genes)):
+            array = self.arrays[name]
             array.resize(len(array) + len(values), axis=0)
             array[len(array) - len(values) :] = values
-        self.lengths.append(np.diff(counts.indptr).astype(np.int64))
+        self.lengths.append(lengths.astype(np.int64))
 
     def finish(self) -> None:
         """Write where each cell begins, and close the file."""

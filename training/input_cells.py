@@ -9,20 +9,19 @@ Shapes: N cells in all, G joint genes, F files.
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 from pandas.api.types import infer_dtype
 from scipy.sparse import csr_matrix
-from tqdm import tqdm
 
-from tokenization.counts_dcm import CountCheck
-from training.count_files import opened_counts
-from training.h5ad_blocks import CountFile
+from training.count_files import open_counts
+from training.file_workers import FileWorkers, Report
+from training.h5ad_blocks import CountFile, Counts
 
 logger = logging.getLogger(__name__)
 
@@ -30,49 +29,55 @@ ENSEMBL = r"ENS[A-Z]*\d{11}"
 SOURCE_FILE = "source_file"
 
 
-class Block(NamedTuple):
-    """Consecutive cells of one file: their positions among all cells, and counts (m, G) CSR int64, sorted genes."""
+@dataclass(frozen=True)
+class FileCells:
+    """The cells of one file among all cells, and its genes among the joint ones.
 
+    Attributes:
+        counts: where they are.
+        rows: their positions among all N cells.
+        columns: the joint gene of each of the file's columns, -1 where it is none.
+        measured: (G,) whether the file has a gene.
+    """
+
+    counts: Counts
     rows: slice
-    counts: csr_matrix
-    file: int
+    columns: np.ndarray
+    measured: np.ndarray
+
+    def blocks(self, report: Report, *, check: bool = False) -> Iterator[tuple[slice, csr_matrix]]:
+        """Yield positions among all cells, and counts (m, G) CSR int64 with sorted genes and no stored zeros.
+
+        Args:
+            report: is told the cells of each block.
+            check: validate every stored value, also of genes that are none of the joint ones.
+
+        Raises:
+            ValueError: with ``check``, some value is not a count; or the file is damaged.
+        """
+        for rows, counts in self.counts.blocks(report, check=check):
+            here = slice(rows.start + self.rows.start, rows.stop + self.rows.start)
+            yield here, with_genes(counts, self.columns, len(self.measured))
 
 
 @dataclass(frozen=True)
 class InputCells:
-    """Open files of N cells in all, and their G joint genes.
+    """N cells in all, and their G joint genes.
 
     Attributes:
-        files: the open files, in order.
+        files: the files, in order.
         obs: annotations of all cells (N rows), indexed by unique cell names.
         var: annotations of the joint genes (G rows), indexed by gene name.
-        columns: for each file, the joint gene of each of its columns, -1 where it is none.
-        measured: (F, G) whether a file has a gene.
     """
 
-    files: list[CountFile]
+    files: list[FileCells]
     obs: pd.DataFrame
     var: pd.DataFrame
-    columns: list[np.ndarray]
-    measured: np.ndarray
 
-    def blocks(self, task: str, *, check: bool = False) -> Iterator[Block]:
-        """Yield all cells in order.
-
-        Args:
-            task: what the progress bar says.
-            check: validate every stored value, also of genes that are none of the joint ones.
-
-        Raises:
-            ValueError: with ``check``, some value is not a count; or a file is damaged.
-        """
-        first = 0
-        with tqdm(total=len(self.obs), desc=task, unit=" cells", unit_scale=True, delay=1, disable=None) as bar:
-            for i, (file, columns) in enumerate(zip(self.files, self.columns)):
-                for rows, counts in file.blocks(bar, CountCheck() if check else None):
-                    here = slice(rows.start + first, rows.stop + first)
-                    yield Block(here, with_genes(counts, columns, len(self.var)), i)
-                first += len(file.obs)
+    @property
+    def measured(self) -> np.ndarray:
+        """(F, G) whether a file has a gene."""
+        return np.stack([file.measured for file in self.files])
 
 
 def with_genes(counts: csr_matrix, columns: np.ndarray, num_genes: int) -> csr_matrix:
@@ -87,22 +92,23 @@ def with_genes(counts: csr_matrix, columns: np.ndarray, num_genes: int) -> csr_m
     return moved
 
 
-@contextmanager
-def opened_cells(
+def read_cells(
     sources: Sequence[Path],
     scratch: Path,
+    workers: FileWorkers,
     *,
     layer: str | None = None,
     gene_key: str | None = None,
     genes: Sequence[str] | None = None,
     join: Literal["intersection", "union"] = "intersection",
     duplicate_genes: Literal["error", "sum"] = "error",
-) -> Iterator[InputCells]:
-    """Open files of cells and join their genes.
+) -> InputCells:
+    """Read all of the files but their counts, and join their genes.
 
     Args:
-        sources: files or folders that :func:`training.count_files.opened_counts` opens.
+        sources: files or folders that :func:`training.count_files.open_counts` opens.
         scratch: folder for temporary files; removed by the caller.
+        workers: the processes that open the files.
         layer: of h5ad files, the matrix with the counts.
         gene_key: column of ``var`` that names the genes; default its index.
         genes: the genes to take, in this order; default those of the files in the order of the first.
@@ -117,23 +123,19 @@ def opened_cells(
     for path in sources:
         if resolved.count(path.resolve()) > 1:
             raise ValueError(f"{str(path)!r} is given twice; give each file once")
-    with ExitStack() as stack:
-        files = [stack.enter_context(opened_counts(path, scratch / str(i), layer)) for i, path in enumerate(sources)]
-        names = [_gene_names(file, gene_key, duplicate_genes) for file in files]
-        _check_kinds(files, names)
-        joint = _join_genes(files, names, genes, join)
-        position = pd.Index(joint)
-        columns = [np.where(name != "", position.get_indexer(name), -1) for name in names]
-        measured = np.zeros((len(files), len(joint)), dtype=bool)
-        for i, genes_of_columns in enumerate(columns):
-            measured[i, genes_of_columns[genes_of_columns >= 0]] = True
-        yield InputCells(
-            files=files,
-            obs=_join_obs(files),
-            var=_join_var(files, names, position),
-            columns=columns,
-            measured=measured,
-        )
+    jobs = [partial(open_counts, path, scratch / f"sorted{i}", layer) for i, path in enumerate(sources)]
+    files = list(workers.run(jobs, desc="opening files", total=len(jobs), unit=" files"))
+    names = [_gene_names(file, gene_key, duplicate_genes) for file in files]
+    _check_kinds(files, names)
+    joint = pd.Index(_join_genes(files, names, genes, join))
+    ends = np.cumsum([len(file.obs) for file in files])
+    cells = []
+    for file, name, end in zip(files, names, ends.tolist()):
+        columns = np.where(name != "", joint.get_indexer(name), -1)
+        measured = np.zeros(len(joint), dtype=bool)
+        measured[columns[columns >= 0]] = True
+        cells.append(FileCells(file.counts, slice(end - len(file.obs), end), columns, measured))
+    return InputCells(files=cells, obs=_join_obs(files), var=_join_var(files, names, joint))
 
 
 def _gene_names(file: CountFile, gene_key: str | None, duplicate_genes: str) -> np.ndarray:
@@ -152,7 +154,9 @@ def _gene_names(file: CountFile, gene_key: str | None, duplicate_genes: str) -> 
     if versioned:
         logger.info("%s: %s Ensembl ids are written without their version", file.path.name, f"{versioned:,}")
     names = names.to_numpy(dtype=object)
-    if file.are_genes is not None:
+    if file.are_genes is not None and not file.are_genes.all():
+        others = int((~file.are_genes).sum())
+        logger.info("%s: %s features that are no genes are left out", file.path.name, f"{others:,}")
         names = np.where(file.are_genes, names, "")
     given = pd.Index(names[names != ""])
     repeated = sorted(set(given[given.duplicated()]))

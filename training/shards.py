@@ -1,25 +1,22 @@
-"""Write one split as a folder of Parquet shards in a random order, without holding its counts in memory.
+"""What shards look like: columns of the Parquet files, panels of files that measured different genes, and the card.
 
-Cells arrive in the order of the input file. Each goes to a temporary bucket by its position in a random order, and
-every bucket is then sorted and becomes one Parquet file. Columns: ``genes`` and ``expressions`` (positions and counts
-of a cell's expressed genes, ascending) and one ``ClassLabel`` per condition. Knows nothing of how cells were chosen.
+Columns: ``genes`` and ``expressions`` (positions and counts of a cell's expressed genes, ascending) and one
+``ClassLabel`` per condition. Knows nothing of how cells were chosen and how they got into their order.
 """
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import scipy.sparse
-from tqdm import tqdm
+
+from training.cell_pieces import Cells
 
 ROW_GROUP_CELLS = 4096
-BUCKET_CELLS = 4 * ROW_GROUP_CELLS
+BUCKET_CELLS = 4 * ROW_GROUP_CELLS  # of a Parquet file
 PANEL = "panel"  # column that says which genes were measured in a cell, where that differs
 
 
@@ -81,84 +78,29 @@ def shard_features(num_genes: int, largest_count: int, labels: Mapping[str, Sequ
     return datasets.Features(columns | {name: datasets.ClassLabel(names=list(names)) for name, names in labels.items()})
 
 
-class ShardWriter:
-    """Shards of one split of n cells.
+def write_shard(path: Path, cells: Cells, codes: Mapping[str, np.ndarray], schema: pa.Schema) -> None:
+    """Write one Parquet file.
 
     Args:
-        folder: where the Parquet files go, ``00000.parquet`` and so on; made here.
-        features: columns, from :func:`shard_features`.
-        columns: condition name to n labels, in the order in which the cells will arrive.
-        order_seed: seeds the random order; the same seed and cells give the same bytes.
+        path: of the file.
+        cells: in the order of the rows.
+        codes: condition name to the label ids of these cells.
+        schema: columns, from :func:`shard_features`.
     """
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        features: datasets.Features,
-        columns: Mapping[str, pd.Categorical],
-        num_cells: int,
-        order_seed: Sequence[int],
-    ):
-        self.folder = folder
-        self.features = features
-        self.columns = {name: column.codes.astype(np.int64) for name, column in columns.items()}
-        self.place = np.random.default_rng(order_seed).permutation(num_cells)  # (n,) place of each arriving cell
-        self.buckets = folder / ".buckets"
-        self.buckets.mkdir(parents=True)
-        self.types = {name: np.dtype(features[name].feature.dtype) for name in ("genes", "expressions")}
-        self.types["lengths"] = np.dtype(np.int64)
-        self.arrived = 0
-
-    def add(self, counts: scipy.sparse.csr_matrix) -> None:
-        """Take the next m cells, (m, G) with sorted genes and no stored zeros."""
-        bucket_of_cell = self.place[self.arrived : self.arrived + counts.shape[0]] // BUCKET_CELLS
-        self.arrived += counts.shape[0]
-        for bucket in np.unique(bucket_of_cell):
-            part = counts[np.flatnonzero(bucket_of_cell == bucket)]
-            values = {"genes": part.indices, "expressions": part.data, "lengths": np.diff(part.indptr)}
-            for name, dtype in self.types.items():
-                with open(self.buckets / f"{bucket:05d}.{name}", "ab") as file:
-                    values[name].astype(dtype).tofile(file)
-
-    def finish(self) -> None:
-        """Turn the buckets into Parquet files and remove them.
-
-        Raises:
-            ValueError: not every cell arrived.
-        """
-        if self.arrived != len(self.place):
-            raise ValueError(f"{self.arrived:,} cells arrived; expected {len(self.place):,}")
-        num_buckets = -(-len(self.place) // BUCKET_CELLS)
-        for bucket in tqdm(range(num_buckets), desc=f"writing {self.folder.name}", delay=1, disable=None):
-            self._write_bucket(bucket)
-        shutil.rmtree(self.buckets)
-
-    def _write_bucket(self, bucket: int) -> None:
-        cells = np.flatnonzero(self.place // BUCKET_CELLS == bucket)  # as they arrived
-        genes, expressions, lengths = (
-            np.fromfile(self.buckets / f"{bucket:05d}.{name}", dtype=self.types[name])
-            for name in ("genes", "expressions", "lengths")
-        )
-        order = np.argsort(self.place[cells])
-        starts = np.cumsum(lengths) - lengths
-        ends = np.cumsum(lengths[order])
-        gather = np.repeat(starts[order] - ends + lengths[order], lengths[order]) + np.arange(len(genes))
-        offsets = pa.array(np.concatenate([[0], ends]).astype(np.int32))
-        schema = self.features.arrow_schema
-        arrays = {
-            "genes": pa.ListArray.from_arrays(offsets, genes[gather]),
-            "expressions": pa.ListArray.from_arrays(offsets, expressions[gather]),
-            **{name: pa.array(codes[cells[order]]) for name, codes in self.columns.items()},
-        }
-        pq.write_table(
-            pa.Table.from_arrays([arrays[name] for name in schema.names], schema=schema),
-            self.folder / f"{bucket:05d}.parquet",
-            row_group_size=ROW_GROUP_CELLS,
-            compression="zstd",
-            use_dictionary=["expressions.list.element", *self.columns],
-            column_encoding={"genes.list.element": "DELTA_BINARY_PACKED"},
-        )
+    offsets = pa.array(np.concatenate([[0], np.cumsum(cells.lengths)]).astype(np.int32))
+    arrays = {
+        "genes": pa.ListArray.from_arrays(offsets, cells.genes),
+        "expressions": pa.ListArray.from_arrays(offsets, cells.expressions),
+        **{name: pa.array(values) for name, values in codes.items()},
+    }
+    pq.write_table(
+        pa.Table.from_arrays([arrays[name] for name in schema.names], schema=schema),
+        path,
+        row_group_size=ROW_GROUP_CELLS,
+        compression="zstd",
+        use_dictionary=["expressions.list.element", *codes],
+        column_encoding={"genes.list.element": "DELTA_BINARY_PACKED"},
+    )
 
 
 def dataset_card(split: Mapping[str, object]) -> str:

@@ -40,6 +40,63 @@ class Split:
     description: dict[str, object] = field(default_factory=dict)
 
 
+def split_cells(
+    name: SplitName,
+    obs: pd.DataFrame,
+    conditions: ConditionColumns,
+    *,
+    held_out: str | None,
+    cell_type: str | None,
+    controls: Controls | None,
+    split_file: Path | None,
+    split_key: str | None,
+    test_fraction: float,
+    validation_fraction: float,
+    seed: int,
+) -> Split:
+    """The split that the options of ``dcm-convert`` ask for; they are explained there.
+
+    Raises:
+        FileNotFoundError: a file of cells or of labels is missing.
+        ValueError: an option that this split has no use for was given, or whatever the split itself raises.
+    """
+    useless = {"--split-file": split_file, "--split-key": split_key}
+    if name == "from-file":
+        useless = {}
+    if name in ("random", "from-file"):
+        useless |= {"--held-out": held_out, "--held-out-cell-type": cell_type, "--controls": controls}
+    given = [option for option, value in useless.items() if value is not None]
+    if given:
+        raise ValueError(f"{given[0]} was given, but --split {name} has no use for it; pass another --split")
+    strata = conditions.strata(len(obs))
+    fractions = {"test_fraction": test_fraction, "validation_fraction": validation_fraction}
+    if name == "random":
+        return Split(parts=random_split(strata, **fractions, seed=seed))
+    if name != "from-file":
+        labels = None if held_out is None else _listed(held_out)
+        return condition_split(
+            name, conditions, len(obs), held_out=labels, cell_type=cell_type, controls=controls, **fractions, seed=seed
+        )
+    if (split_file is None) == (split_key is None):
+        raise ValueError("--split from-file needs either --split-file or --split-key")
+    options = {"validation_fraction": validation_fraction, "seed": seed}
+    if split_file is not None:
+        return split_from_names(split_file, obs.index, strata, **options)
+    if split_key not in obs:
+        raise ValueError(f"no column {split_key!r} in obs; columns there: {', '.join(map(str, obs.columns)) or 'none'}")
+    return split_from_column(obs[split_key], strata, **options)
+
+
+def _listed(held_out: str) -> list[str]:
+    """Labels of ``--held-out``: separated by commas, or one per line of the file after ``@``."""
+    if not held_out.startswith("@"):
+        return [label.strip() for label in held_out.split(",") if label.strip()]
+    path = Path(held_out[1:])
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {str(path)!r} (--held-out @FILE); expected one perturbation per line")
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
 def random_split(
     strata: np.ndarray, *, test_fraction: float, validation_fraction: float, seed: int
 ) -> dict[str, np.ndarray]:

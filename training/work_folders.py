@@ -1,7 +1,8 @@
 """Folders that a conversion works in: none looks finished before it is, and what a killed run left is removed later.
 
-A working folder stands beside the result as ``.NAME.XXXXXXXX.part``. Its process holds a lock on it, which the system
-takes back when the process ends in whatever way; folders without one are leftovers. Knows nothing of what is in them.
+A working folder stands beside the result as ``.NAME.XXXXXXXX.part``. Every process that writes to it shares a lock on
+it, which the system takes back when the process ends in whatever way; folders that nobody holds are leftovers. Knows
+nothing of what is in them.
 """
 
 import contextlib
@@ -10,7 +11,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,12 +38,49 @@ def scratch_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_replaceable(out: Path, *, mark: str, written: Collection[str]) -> None:
+    """Raise unless ``out`` may be (re)placed: absent, empty, or nothing but what an earlier run wrote.
+
+    Args:
+        out: the folder.
+        mark: name of a file that every run writes.
+        written: names of all that a run writes.
+
+    Raises:
+        ValueError: replacing the folder would delete something else.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"--out {str(out)!r} is a file; expected a folder")
+    names = {path.name for path in out.iterdir()}
+    if names and mark not in names:
+        raise ValueError(f"--out {str(out)!r} exists and holds no conversion; remove it or name another folder")
+    others = sorted(names - set(written))
+    if others:
+        raise ValueError(
+            f"--out {str(out)!r} holds a conversion and other things ({', '.join(others[:5])}) that replacing it would "
+            "delete; move them or name another folder"
+        )
+    if names:
+        logger.info("replacing the conversion in %s", out)
+
+
 def remove_leftovers(out: Path) -> None:
-    """Remove working folders of ``out`` whose process was killed; those of living processes stay."""
+    """Remove working folders of ``out`` whose processes were killed; those of living processes stay.
+
+    A run that was killed between the two renames that replace ``out`` left it under another name: it is put back.
+    """
     hexadecimal = "[0-9a-f]" * 8
+    for folder in sorted(out.parent.glob(f".{out.name}.{hexadecimal}.old"), key=lambda folder: folder.stat().st_mtime):
+        if out.exists():
+            shutil.rmtree(folder)
+        else:
+            logger.warning("putting %s back, which an interrupted conversion was about to replace", out)
+            folder.rename(out)
     for parent in {out.parent, _existing_parent(out)}:
         for folder in sorted(parent.glob(f".{out.name}.{hexadecimal}.part")):
-            with contextlib.suppress(BlockingIOError), _lock(folder):
+            with contextlib.suppress(BlockingIOError), _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 logger.info("removing %s, which an interrupted conversion left", folder)
                 shutil.rmtree(folder)
 
@@ -51,19 +89,36 @@ def _existing_parent(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
+def hold(folder: Path) -> int:
+    """Share the lock of a folder until this process ends or closes the descriptor that is returned.
+
+    Raises:
+        BlockingIOError: somebody is removing the folder.
+    """
+    return _lock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
     folder.mkdir()
-    with _lock(folder):
+    with _locked(folder, fcntl.LOCK_SH | fcntl.LOCK_NB):
         yield
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder; BlockingIOError if another process does."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _locked(folder: Path, how: int) -> Iterator[None]:
+    descriptor = _lock(folder, how)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(folder: Path, how: int) -> int:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, how)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
