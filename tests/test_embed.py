@@ -3,11 +3,14 @@
 The language model is a tiny random EsmModel. Letters: D its width.
 """
 
+import importlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from sklearn.decomposition import PCA
 from transformers import EsmConfig, EsmModel, EsmTokenizer
 
@@ -26,9 +29,12 @@ from tokenization import DCMTokenizer
 from training.cells import Cells
 from training.coexpression import coexpression_vectors
 from training.config import TrainConfig
+from training.convert_h5ad import main as convert
 from training.embed_perturbations import main, perturbation_names
+from training.perturbation_table import read_table, write_table
 from training.protein_vectors import ProteinEncoder, batches, embed_proteins, windows
 from training.proteins import match_proteins, read_fasta
+from training.start import build_tokenizer
 from training.train import main as train
 
 RESIDUES = "LAGVSERTIDPKQNFYMHWC"
@@ -52,6 +58,7 @@ def esm_folder(tmp_path_factory) -> Path:
         emb_layer_norm_before=False,
         pad_token_id=1,
         mask_token_id=VOCABULARY.index("<mask>"),
+        layer_norm_eps=1e-5,  # as in the published checkpoints
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -118,6 +125,17 @@ def test_a_name_is_found_in_every_kind_of_header(tmp_path, header, names):
     match = matched(tmp_path, {header: "MKV", "other GN=OTHER": "MA"}, *names.split())
     assert {name: protein.sequence for name, protein in match.found.items()} == dict.fromkeys(names.split(), "MKV")
     assert not match.ambiguous
+
+
+@pytest.mark.parametrize(
+    "header", ["P1 gene:ENSG00000105610.6 gene_symbol:KLF1", "ENSG00000105610.6", "ENSG00000105610"]
+)
+def test_an_ensembl_id_is_found_in_any_version_but_first_in_its_own(tmp_path, header):
+    for name in ("ENSG00000105610", "ENSG00000105610.6", "ENSG00000105610.12"):
+        assert matched(tmp_path, {header: "MKV"}, name).found[name].sequence == "MKV"
+    records = {"ENSG00000105610.6": "MKV", "ENSG00000105610.12": "MAAAAA"}
+    assert matched(tmp_path, records, "ENSG00000105610.6").found["ENSG00000105610.6"].sequence == "MKV"
+    assert matched(tmp_path, {"RP11-34P13.7": "MKV"}, "RP11-34P13.8").missing == ["RP11-34P13.8"]  # a clone's gene
 
 
 def test_words_of_a_description_and_databases_are_no_names(tmp_path):
@@ -211,7 +229,7 @@ def test_batches_hold_everything_once_and_no_more_than_they_may():
 
 
 def test_meta_s_own_esm2_with_the_same_weights_gives_the_same_vectors(esm_folder):
-    oracle = pytest.importorskip("esm.model.esm2", reason="fair-esm is not installed (pip install fair-esm)")
+    oracle = importlib.import_module("esm.model.esm2")  # fair-esm, of the extra "dev"
     ours = EsmModel.from_pretrained(esm_folder, add_pooling_layer=False).state_dict()
     theirs = oracle.ESM2(num_layers=2, embed_dim=D, attention_heads=2, alphabet="ESM-1b", token_dropout=True).eval()
     assert theirs.alphabet.all_toks == VOCABULARY
@@ -300,42 +318,92 @@ def test_a_damaged_cache_file_is_computed_again(esm_folder, tmp_path, computed, 
     assert torch.equal(after[sequences[0]], before[sequences[0]])
 
 
-SLOWED = """
-import sys, time
-from training import embed_perturbations, protein_vectors
-vectors = protein_vectors.ProteinEncoder.vectors
-protein_vectors.ProteinEncoder.vectors = lambda self, new: (time.sleep(0.05), vectors(self, new))[1]
+# Imports once, then forks a process for each run that it is told to start. Batches and writing are slow, so that many
+# kills find a file half written.
+STARTER = """
+import os, sys, time
 from pathlib import Path
+from training import embed_perturbations, protein_vectors
+vectors, save_file = protein_vectors.ProteinEncoder.vectors, protein_vectors.save_file
+
+def slow_vectors(self, sequences):
+    time.sleep(0.01)
+    return vectors(self, sequences)
+
+def slow_save(tensors, path):
+    save_file(tensors, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    time.sleep(0.01)
+    path.write_bytes(whole)
+
+protein_vectors.ProteinEncoder.vectors, protein_vectors.save_file = slow_vectors, slow_save
 names, out, fasta, model = sys.argv[1:]
-embed_perturbations.main(Path(names), Path(out), proteins=Path(fasta), model=model, batch_tokens=80)
+for _ in sys.stdin:
+    child = os.fork()
+    if not child:
+        embed_perturbations.main(Path(names), Path(out), proteins=Path(fasta), model=model, batch_tokens=80)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
+@pytest.fixture
+def killed(esm_folder, tmp_path) -> Iterator[Callable[[int, float], None]]:
+    """Embeds ``p.fasta`` in a process of its own, and kills that some seconds after so many batches were written."""
+    names, fasta, out = (tmp_path / name for name in ("names.txt", "p.fasta", "killed/table.safetensors"))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", STARTER, *map(str, (names, out, fasta, esm_folder))]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes) as starter:
+
+        def run_and_kill(after_batches: int, after_seconds: float) -> None:
+            wanted, deadline = len(cache_of(out)) + after_batches, time.monotonic() + 60
+            starter.stdin.write("go\n")
+            starter.stdin.flush()
+            child = int(starter.stdout.readline())
+            while len(cache_of(out)) < wanted and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(after_seconds)
+            os.kill(child, signal.SIGKILL)
+            assert int(starter.stdout.readline()) == signal.SIGKILL
+
+        yield run_and_kill
+        starter.kill()
+
+
 @pytest.mark.slow
-def test_killed_in_the_middle_a_rerun_ends_with_identical_bytes(esm_folder, tmp_path, computed):
-    names = [f"P{i}" for i in range(40)]
+def test_killed_ten_times_a_rerun_has_identical_bytes_and_what_was_computed_is_kept(
+    killed, esm_folder, tmp_path, computed
+):
+    names, rng = [f"P{i}" for i in range(80)], np.random.default_rng(0)
     (tmp_path / "names.txt").write_text("\n".join(names))
-    fasta = write_fasta(tmp_path / "p.fasta", dict(zip(names, proteins_of(list(range(10, 50))))))
+    fasta = write_fasta(tmp_path / "p.fasta", dict(zip(names, proteins_of(rng.permutation(np.arange(10, 90))))))
+    whole, out = (tmp_path / name / "table.safetensors" for name in ("whole", "killed"))
     options = {"proteins": fasta, "model": str(esm_folder), "batch_tokens": 80}
-    whole = main(tmp_path / "names.txt", tmp_path / "whole" / "table.safetensors", **options)
-    out = tmp_path / "killed" / "table.safetensors"
-    arguments = [tmp_path / "names.txt", out, fasta, esm_folder]
-    for _ in range(2):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SLOWED, *map(str, arguments)],
-            cwd=Path(__file__).resolve().parents[1],
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )
-        files, deadline = len(list(out.parent.rglob("*.safetensors"))), time.monotonic() + 60
-        while len(list(out.parent.rglob("*.safetensors"))) < files + 3 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    main(tmp_path / "names.txt", whole, **options)
+    expected, kept = cache_of(whole), {}
+    for batches_before, seconds in zip(rng.integers(0, 4, 10), rng.uniform(0, 0.05, 10)):
+        killed(batches_before, seconds)
+        now = cache_of(out)
+        assert now.items() >= kept.items()  # nothing that was computed is lost
+        assert now.items() <= expected.items()  # and no file is half there
+        kept = now
         assert not out.exists()
     computed.clear()
     main(tmp_path / "names.txt", out, **options)
-    assert 0 < len(computed) < len(names) - 3
     assert out.read_bytes() == whole.read_bytes()
+    assert cache_of(out) == expected
+    known = sum(len(load(content)) for content in kept.values())
+    assert 0 < known < len(names)
+    assert len(computed) == len(names) - known
+
+
+def cache_of(out: Path) -> dict[str, bytes]:
+    """Content of each file of the cache beside a table."""
+    files = out.parent.glob("dcm-embed-cache/*/*.safetensors")
+    return {str(file.relative_to(out.parent)): file.read_bytes() for file in files if not file.name.startswith(".")}
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -354,24 +422,31 @@ def test_every_perturbation_but_the_control_gets_a_vector_and_the_file_says_from
     assert again.read_bytes() == out.read_bytes()
 
 
-def test_a_name_without_a_protein_is_an_error_or_left_out_and_never_zeros(esm_folder, shards, fasta, tmp_path, caplog):
+def test_a_name_without_a_protein_is_an_error_or_marked_and_never_zeros(esm_folder, shards, fasta, tmp_path, caplog):
     names = perturbation_names(shards)
     fasta.write_text(fasta.read_text().replace(names[1], "NOTHING"))
     out = tmp_path / "table.safetensors"
-    with pytest.raises(ValueError, match=rf"1 of 3 perturbations have no protein in .*: {names[1]}; --missing skip"):
+    with pytest.raises(ValueError, match=rf"1 of 3 perturbations have no protein in .*: {names[1]}; --allow-missing"):
         main(shards, out, proteins=fasta, model=str(esm_folder))
     assert not out.exists()
-    main(shards, out, proteins=fasta, model=str(esm_folder), missing="skip")
-    assert f"are left out: {names[1]}" in caplog.text
+    main(shards, out, proteins=fasta, model=str(esm_folder), allow_missing=True)
+    assert f"get a learned vector in training: {names[1]}" in caplog.text
     assert list(load_file(out)) == [names[0], names[2]]
-    with pytest.raises(ValueError, match=f"has no vector for 1 of 4 training perturbations: {names[1]}"):
+    with safe_open(out, "pt") as file:
+        assert json.loads(file.metadata()["dcm_embed"])["without_vector"] == [names[1]]
+    table = read_table(out, "control")
+    assert (table.vectors.keys(), table.without_vector, table.dim) == ({names[0], names[2]}, {names[1]}, D)
+    save_file(table.vectors, out)  # nobody says that the name was not forgotten
+    with pytest.raises(
+        ValueError, match=f"no vector for 1 of 4 training perturbations: {names[1]}; dcm-embed --allow-m"
+    ):
         train(TrainConfig(data=shards, out=tmp_path / "checkpoint", perturbation_embeddings=out))
 
 
 def test_proteins_of_other_names_are_an_error_even_when_names_may_be_missing(esm_folder, shards, tmp_path):
     fasta = write_fasta(tmp_path / "other.fasta", {"P1": "MKV"})
     with pytest.raises(ValueError, match=r"3 of 3 perturbations have no protein .*are the names of the same kind"):
-        main(shards, tmp_path / "table.safetensors", proteins=fasta, model=str(esm_folder), missing="skip")
+        main(shards, tmp_path / "table.safetensors", proteins=fasta, model=str(esm_folder), allow_missing=True)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -495,31 +570,108 @@ def test_coexpression_of_held_out_cells_is_refused(shards):
 # --- end to end ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_from_proteins_to_cells_of_a_perturbation_never_seen(esm_folder, shards, fasta, tmp_path):
-    (tmp_path / "names.txt").write_text("\n".join([*perturbation_names(shards), "UNSEEN"]))
-    with fasta.open("a") as file:
-        file.write(">UNSEEN\nMKVLAAGGRRSTYW\n")
-    table = main(tmp_path / "names.txt", tmp_path / "table.safetensors", proteins=fasta, model=str(esm_folder))
-    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_latents": 4}
-    tiny |= {"max_steps": 4, "batch_size": 8, "validation_cells": 8, "learning_rate": 1e-2}
-    config = TrainConfig(data=shards, out=tmp_path / "checkpoint", perturbation_embeddings=table, **tiny)
-    train(config)
-    sample(str(config.out), out=tmp_path / "cells.h5ad", num_cells=6, cell_type="type0", perturbation="UNSEEN", steps=2)
-    cells = anndata.read_h5ad(tmp_path / "cells.h5ad")
-    assert cells.shape == (6, 15)
-    assert set(cells.obs["perturbation"]) == {"UNSEEN"}
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_latents": 4, "trackers": "none"}
+TINY |= {"max_steps": 4, "batch_size": 8, "validation_cells": 8, "learning_rate": 1e-2}
 
-    model, tokenizer = DCMForDenoising.from_pretrained(config.out).eval(), DCMTokenizer.from_pretrained(config.out)
+
+def load_checkpoint(folder: Path) -> tuple[DCMForDenoising, DCMTokenizer]:
+    return DCMForDenoising.from_pretrained(folder).eval(), DCMTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def logits_of(model: DCMForDenoising, tokenizer: DCMTokenizer, name: str) -> torch.Tensor:
+    """Of a cell of which nothing is known but its perturbation (1, 15, K+1)."""
     inputs = torch.full((1, 15), tokenizer.mask_token_id)
-    ids = tokenizer.perturbation_ids(["UNSEEN"])
-    with torch.no_grad():
-        before = model(inputs, perturbation_ids=ids).logits
-        (tmp_path / "other.fasta").write_text(fasta.read_text().replace("MKVLAAGGRRSTYW", "MWWWWWPPPPPCCC"))
-        options = {"proteins": tmp_path / "other.fasta", "model": str(esm_folder)}
-        other = load_file(main(tmp_path / "names.txt", tmp_path / "other.safetensors", **options))
-        model.conditions.perturbation.table[ids[0, 0]] = other["UNSEEN"]
-        assert (model(inputs, perturbation_ids=ids).logits - before).abs().max() > 1e-6
+    return model(inputs, perturbation_ids=tokenizer.perturbation_ids([name])).logits
+
+
+@pytest.fixture(scope="module")
+def held_out_shards(cells_h5ad, tmp_path_factory) -> tuple[Path, str]:
+    """Shards of which no training cell has a certain perturbation, and its name."""
+    labels = anndata.read_h5ad(cells_h5ad).obs["perturbation"].astype(str)
+    held_out = min({name for label in labels for name in label.split("+")} - {"control"})
+    out = tmp_path_factory.mktemp("held_out") / "shards"
+    keys = {"cell_type_key": "cell_type", "perturbation_key": "perturbation"}
+    convert(cells_h5ad, out=out, split="held-out-perturbations", held_out=held_out, **keys)
+    return out, held_out
+
+
+@pytest.mark.slow
+def test_from_proteins_to_cells_of_a_perturbation_held_out_of_training(esm_folder, held_out_shards, tmp_path):
+    shards, held_out = held_out_shards
+    names, tables = perturbation_names(shards), []
+    for seed in (0, 1):
+        records = dict(zip(names, proteins_of([30, 21, 44], seed)))
+        fasta = write_fasta(tmp_path / f"{seed}.fasta", records)
+        tables.append(main(shards, tmp_path / f"{seed}.safetensors", proteins=fasta, model=str(esm_folder)))
+    runs = [
+        train(TrainConfig(data=shards, out=tmp_path / table.stem, perturbation_embeddings=table, **TINY))
+        for table in tables
+    ]
+    sample(str(runs[0]), out=tmp_path / "cells.h5ad", like=shards / "test.h5ad", steps=2)
+    cells, test = anndata.read_h5ad(tmp_path / "cells.h5ad"), anndata.read_h5ad(shards / "test.h5ad")
+    assert held_out in set(cells.obs["perturbation"])
+    assert cells.obs["perturbation"].astype(str).tolist() == test.obs["perturbation"].astype(str).tolist()
+    assert cells.X.sum() > 0
+    first, other = (logits_of(*load_checkpoint(run), held_out) for run in runs)
+    assert (first - other).abs().max() > 1e-4
+
+
+@pytest.fixture(scope="module")
+def without_protein(esm_folder, shards, tmp_path_factory) -> tuple[Path, str]:
+    """A checkpoint that was trained with a table in which one perturbation has no vector, and that name."""
+    folder = tmp_path_factory.mktemp("missing")
+    first, missing, last = perturbation_names(shards)
+    fasta = write_fasta(folder / "p.fasta", dict(zip((first, last, "UNSEEN"), proteins_of([30, 21, 44]))))
+    (folder / "names.txt").write_text("\n".join([first, missing, last, "UNSEEN", "NOWHERE"]))
+    options = {"proteins": fasta, "model": str(esm_folder), "allow_missing": True}
+    table = main(folder / "names.txt", folder / "table.safetensors", **options)
+    return train(TrainConfig(data=shards, out=folder / "run", perturbation_embeddings=table, **TINY)), missing
+
+
+def test_only_perturbations_without_a_protein_learn_a_vector(without_protein):
+    folder, missing = without_protein
+    model, tokenizer = load_checkpoint(folder)
+    encoder = model.conditions.perturbation
+    with_vector = {name for name, has in zip(tokenizer.perturbations, encoder.has_vector) if has}
+    assert "UNSEEN" in with_vector
+    assert with_vector == set(tokenizer.perturbations) - {"control", missing}
+    ids = torch.arange(len(tokenizer.perturbations))[:, None]
+    inputs = torch.full((len(ids), 15), tokenizer.mask_token_id)
+    model(inputs, perturbation_ids=ids, labels=torch.zeros_like(inputs)).loss.backward()
+    learns = encoder.learned.weight.grad.any(dim=1)[:-1]
+    assert {name for name, does in zip(tokenizer.perturbations, learns) if does} == {"control", missing}
+
+
+def test_a_learned_vector_is_one_of_its_own_and_survives_saving_and_new_perturbations(without_protein, tmp_path):
+    folder, missing = without_protein
+    model, tokenizer = load_checkpoint(folder)
+    learned = logits_of(model, tokenizer, missing)
+    for other in ("control", None, "UNSEEN"):
+        assert (learned - logits_of(model, tokenizer, other)).abs().max() > 1e-4
+    new = {"NEW": torch.ones(D)}
+    ids = tokenizer.add_perturbations(new)
+    model.add_perturbations(new, tokenizer.target_gene_ids[ids])
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    model, tokenizer = load_checkpoint(tmp_path / "saved")
+    assert torch.equal(logits_of(model, tokenizer, missing), learned)
+    sample(str(tmp_path / "saved"), out=tmp_path / "cells.h5ad", num_cells=5, perturbation=f"{missing}+NEW", steps=2)
+    assert anndata.read_h5ad(tmp_path / "cells.h5ad").shape == (5, 15)
+    with pytest.raises(ValueError, match="unknown perturbation 'NOWHERE'"):  # it has neither a vector nor a cell
+        tokenizer.conditions(perturbation="NOWHERE")
+
+
+def test_a_perturbation_with_neither_vector_nor_training_cell_is_not_known(held_out_shards, tmp_path, caplog):
+    shards, held_out = held_out_shards
+    first, *others = sorted(set(perturbation_names(shards)) - {held_out})
+    write_table({name: torch.ones(3) for name in others}, tmp_path / "t.safetensors", {}, [first, held_out])
+    config = TrainConfig(data=shards, out=tmp_path / "run", perturbation_embeddings=tmp_path / "t.safetensors", **TINY)
+    assert set(build_tokenizer(config).perturbations) == {"control", first, *others}
+    assert (
+        f"1 perturbations have neither a vector nor a training cell, and the model will not know them: {held_out}"
+        in (caplog.text)
+    )
 
 
 @pytest.mark.slow

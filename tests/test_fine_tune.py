@@ -14,10 +14,13 @@ from safetensors.torch import load_file
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.diffusion_dcm import keyed_generator, mask_counts
 from tokenization import DCMTokenizer
+from training.cells import Cells
 from training.config import TrainConfig
 from training.convert_h5ad import main as convert
-from training.fine_tune import load_source, merged_tokenizer
+from training.fine_tune import load_source, merged_tokenizer, shaped_like
+from training.perturbation_table import write_table
 from training.processes import build_accelerator
+from training.start import build_model, build_tokenizer
 from training.train import main, prepare_start
 
 TINY = {
@@ -159,6 +162,59 @@ def test_another_shape_than_the_checkpoints_is_a_contradiction(trained, make_sha
         main(config)
     with pytest.raises(ValueError, match="size='5m' contradicts init_from"):
         replace(config, hidden_size=64, size="5m")
+
+
+@pytest.fixture(scope="module")
+def trained_with_a_table(shards, perturbation_table, tmp_path_factory) -> TrainConfig:
+    """Frozen vectors for all training perturbations but the first, which learned one."""
+    folder = tmp_path_factory.mktemp("with_table")
+    vectors = load_file(perturbation_table)
+    first = min(vectors)
+    del vectors[first]
+    write_table(vectors, folder / "table.safetensors", {}, [first])
+    config = TrainConfig(
+        data=shards,
+        out=folder / "old",
+        perturbation_embeddings=folder / "table.safetensors",
+        **{**TINY, "max_steps": 4},
+    )
+    main(config)
+    return config
+
+
+def test_learned_and_frozen_vectors_of_the_checkpoint_are_kept(trained_with_a_table, tmp_path):
+    config = trained_with_a_table
+    old, new = old_and_new(config, config.data, tmp_path)
+    assert new[1].perturbations == old[1].perturbations
+    for name in ("table", "has_vector", "learned.weight"):
+        before, after = (model.conditions.perturbation.state_dict()[name] for model, _ in (old, new))
+        assert torch.equal(after, before), name
+    assert old[0].conditions.perturbation.has_vector.sum() == len(old[1].perturbations) - 2  # the first and the control
+
+
+def test_a_new_table_gives_a_frozen_vector_to_what_had_a_learned_one(
+    trained_with_a_table, perturbation_table, tmp_path
+):
+    config = trained_with_a_table
+    old, new = old_and_new(config, config.data, tmp_path, perturbation_embeddings=perturbation_table)
+    before, after = (model.conditions.perturbation for model, _ in (old, new))
+    row = new[1].perturbations.index(min(load_file(perturbation_table)))
+    assert (bool(before.has_vector[row]), bool(after.has_vector[row])) == (False, True)
+    assert torch.equal(after.table[row], load_file(perturbation_table)[new[1].perturbations[row]])
+
+
+def test_new_perturbations_without_a_frozen_vector_are_named(trained_with_a_table, shards, tmp_path, caplog):
+    old = trained_with_a_table
+    source = load_source(str(old.out))
+    left_out = source.tokenizer.perturbations[1]
+    position = source.tokenizer.perturbations.index(left_out)
+    source.tokenizer.perturbations[position] = "ELSEWHERE"
+    config = TrainConfig(data=shards, out=tmp_path / "new", init_from=str(old.out), **NEW_OPTIONS)
+    tokenizer = merged_tokenizer(build_tokenizer(config), source.tokenizer)
+    model = build_model(shaped_like(config, source), tokenizer, Cells(shards, "train", tokenizer), source)
+    assert "1 new perturbations have no frozen vector and learn one (a table from dcm-embed" in caplog.text
+    assert caplog.text.rstrip().endswith(left_out)
+    assert not model.conditions.perturbation.has_vector[tokenizer.perturbations.index(left_out)]
 
 
 def test_what_is_no_checkpoint_or_shares_no_gene_is_refused(tmp_path):

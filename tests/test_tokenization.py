@@ -159,6 +159,50 @@ def test_duplicate_and_foreign_gene_names_are_refused(tokenizer):
         tokenizer(np.ones((1, 2), dtype=int), genes=["ENSG1", "ENSG2"])
 
 
+IDS = ["ENSG00000000001", "ENSG00000000002", "ENSG00000000003"]
+
+
+@pytest.mark.parametrize("panel_versions", [["", "", ""], [".1", ".2", ".3"]])
+@pytest.mark.parametrize("versions", [["", "", ""], [".1", ".12", ".7"], [".5", "", ".3"]])
+def test_ensembl_ids_are_matched_whatever_their_version(panel_versions, versions):
+    tokenizer = DCMTokenizer.from_labels(
+        genes=[id_ + version for id_, version in zip(IDS, panel_versions)], max_count=9, perturbations=[IDS[1] + ".4"]
+    )
+    names = [*(id_ + version for id_, version in zip(IDS, versions)), "ENSG00000000004.1", "KLF1.2"]
+    batch = tokenizer(np.array([[1, 2, 3, 4, 5]]), genes=names)
+    assert batch["input_ids"].tolist() == [[1, 2, 3]]
+    assert batch["library_size"].tolist() == [6]
+    assert tokenizer.target_gene_ids.tolist() == [1]
+
+
+def test_other_names_with_a_dot_are_not_versions():
+    tokenizer = DCMTokenizer.from_labels(genes=["RP11-34P13.7", "HLA.A", "ENSG00000000001"], max_count=9)
+    ids = tokenizer(np.array([[1, 2, 3]]), genes=["RP11-34P13.8", "HLA", "ENSG00000000001.1"])["input_ids"]
+    assert ids.tolist() == [[11, 11, 3]]
+
+
+@pytest.mark.parametrize(
+    ("panel", "names", "listed"),
+    [
+        (IDS, [IDS[0] + ".1", IDS[0] + ".2"], r"ENSG00000000001, ENSG00000000001\.1, ENSG00000000001\.2"),
+        (IDS, [IDS[0], IDS[0] + ".2"], r"ENSG00000000001, ENSG00000000001\.2"),
+        ([IDS[0] + ".1", IDS[0] + ".2"], [IDS[0]], r"ENSG00000000001, ENSG00000000001\.1, ENSG00000000001\.2"),
+    ],
+)
+def test_an_ensembl_id_in_several_versions_is_refused(panel, names, listed):
+    tokenizer = DCMTokenizer.from_labels(genes=panel, max_count=9)
+    message = rf"1 Ensembl ids of the panel or the cells stand in several versions \({listed}\); keep one of each"
+    with pytest.raises(ValueError, match=message):
+        tokenizer(np.ones((1, len(names)), dtype=int), genes=names)
+
+
+def test_versions_that_the_panel_tells_apart_are_matched_by_name():
+    tokenizer = DCMTokenizer.from_labels(genes=["ENSG00000000001.1", "ENSG00000000001.2"], max_count=9)
+    ids = tokenizer(np.array([[3, 4]]), genes=["ENSG00000000001.2", "ENSG00000000001.1"])["input_ids"]
+    assert ids.tolist() == [[4, 3]]
+    assert tokenizer(np.array([[3]]), genes=["ENSG00000000001.2"])["input_ids"].tolist() == [[11, 3]]
+
+
 # --- conditions ------------------------------------------------------------------------------------------------------
 
 

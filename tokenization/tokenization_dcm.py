@@ -12,6 +12,7 @@ Shapes: n cells, G genes of the panel, P perturbations of a combination (padded 
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers import BatchEncoding, PreTrainedTokenizer
 
 from .conditions_dcm import ConditionLabels, check_names
 from .counts_dcm import CountCheck
+from .gene_names_dcm import find_genes
 from .labels_dcm import factorize, split_perturbation
 
 try:
@@ -192,7 +194,8 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
 
         Args:
             cells: an AnnData, a scipy sparse matrix or an array of counts (n, number of genes).
-            genes: names of the columns; for an AnnData default its ``var_names``, else the panel itself.
+            genes: names of the columns; for an AnnData default its ``var_names``, else the panel itself. Versions of
+                Ensembl ids need not be the panel's.
             layer: of an AnnData, the layer with the counts (default ``X``).
             clip: give counts above ``max_count`` the id of ``max_count``, with one warning; False raises.
 
@@ -204,7 +207,8 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
             missing label is -1, *not given*. All int64 tensors.
 
         Raises:
-            ValueError: values that are not counts, duplicate gene names, no gene of the panel, unknown labels.
+            ValueError: values that are not counts, duplicate gene names, an Ensembl id in several versions, no gene of
+                the panel, unknown labels.
         """
         is_anndata = hasattr(cells, "obs") and hasattr(cells, "var_names")
         layers = list(cells.layers) if is_anndata else []
@@ -228,16 +232,22 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
         matrix = matrix.tocsr() if hasattr(matrix, "tocsr") else np.atleast_2d(np.asarray(matrix))
         if matrix.shape[1] != len(names):
             raise ValueError(f"{matrix.shape[1]:,} columns of counts but {len(names):,} gene names; expected as many")
-        column = {name: i for i, name in enumerate(names)}
-        if len(column) != len(names):
-            repeated = sorted({name for i, name in enumerate(names) if column[name] != i})
+        if len(set(names)) != len(names):
+            repeated = sorted(name for name, times in Counter(names).items() if times > 1)
             raise ValueError(
                 f"{len(repeated):,} gene names stand more than once ({', '.join(repeated[:5])}); sum or drop duplicates"
             )
         check = CountCheck()
         check.add(matrix.data if hasattr(matrix, "indptr") else matrix)
         check.raise_if_bad("the cells", layers=layers)
-        measured = np.array([i for i, gene in enumerate(self.genes) if gene in column], dtype=np.int64)
+        column, doubtful = find_genes(self.genes, names)
+        if doubtful:
+            first = next(iter(doubtful.values()))
+            raise ValueError(
+                f"{len(doubtful):,} Ensembl ids of the panel or the cells stand in several versions "
+                f"({', '.join(first)}); keep one of each"
+            )
+        measured = np.flatnonzero(column >= 0)
         if not len(measured):
             raise ValueError(
                 f"none of the {len(names):,} genes ({', '.join(names[:3])}, ...) is in the panel "
@@ -245,8 +255,8 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
             )
         if len(measured) < len(names):
             logger.warning("%d genes are not in the panel and were dropped", len(names) - len(measured))
-        columns = [column[self.genes[i]] for i in measured]
-        if columns != list(range(len(names))):
+        columns = column[measured]
+        if not np.array_equal(columns, np.arange(len(names))):
             matrix = matrix[:, columns]
         counts = matrix.astype(np.int64)
         return counts.toarray() if hasattr(counts, "toarray") else counts, measured
@@ -273,9 +283,11 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
 
     @property
     def target_gene_ids(self) -> np.ndarray:
-        """Position in the panel of the gene with each perturbation's name, -1 if none; (perturbations,) int64."""
-        position = {gene: i for i, gene in enumerate(self.genes)}
-        return np.array([position.get(name, -1) for name in self.perturbations], dtype=np.int64)
+        """Position in the panel of the gene with each perturbation's name, -1 if none; (perturbations,) int64.
+
+        Versions of Ensembl ids need not be the panel's; an id in several versions has no target.
+        """
+        return find_genes(self.perturbations, self.genes)[0]
 
     # --- ids to cells -----------------------------------------------------------------------------------------------
 

@@ -6,38 +6,38 @@
     dcm-embed --perturbations shards/ --from vectors.pt --out table.safetensors
 
 Decides which names need a vector and where it comes from. Knows nothing of the network that reads the table; how
-proteins and genes become vectors is in `protein_vectors.py` and `coexpression.py`. A name without a vector is an error,
-or is left out of the table: no vector is ever invented. The control never has one.
+proteins and genes become vectors is in `protein_vectors.py` and `coexpression.py`. A name without a vector is an error;
+with `--allow-missing` the table marks it, and training gives it a learned vector: none is ever invented here. The
+control never has one.
 """
 
-import json
 import logging
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import datasets
 import pyarrow.parquet as pq
 import torch
 import tyro
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tokenization import DCMTokenizer
 from tokenization.command_line import run
 from tokenization.conditions_dcm import PERTURBATION
-from tokenization.files import written_aside
+from tokenization.gene_names_dcm import find_genes
 from tokenization.labels_dcm import split_perturbation
 from training.cells import Cells
 from training.coexpression import coexpression_vectors
+from training.perturbation_table import listed, write_table
 from training.protein_vectors import ProteinEncoder, embed_proteins
 from training.proteins import match_proteins, read_fasta
 
 logger = logging.getLogger(__name__)
 
 CACHE = "dcm-embed-cache"
-SHOWN = 20
 
 
 def main(
@@ -48,7 +48,7 @@ def main(
     model: str = "facebook/esm2_t33_650M_UR50D",
     shards: Path | None = None,
     components: int = 32,
-    missing: Literal["error", "skip"] = "error",
+    allow_missing: bool = False,
     window: int = 1022,
     overlap: int = 256,
     batch_tokens: int = 8192,
@@ -64,8 +64,8 @@ def main(
         model: transformers' EsmModel: local folder, or name on the Hub.
         shards: folder of shards with the controls of coexpression; default the one of --perturbations.
         components: length of the vectors of coexpression.
-        missing: what to do with names that have no vector: error, or skip, which leaves them out of the table (training
-            refuses to start while one of its perturbations is left out).
+        allow_missing: pass over names that have no vector: they are listed and marked in the table, and training gives
+            each of them a learned vector. Without it they are an error.
         window: residues that the language model sees at once; longer proteins are cut into overlapping windows.
         overlap: residues that neighbouring windows share, at least.
         batch_tokens: residues of one batch, at most.
@@ -89,7 +89,7 @@ def main(
     about: dict[str, object] = {"from": source}
     if source == "proteins":
         match = match_proteins(names, read_fasta(proteins))
-        _check_missing(names, match.found, missing, f"protein in {str(proteins)!r}")
+        missing = _missing(names, match.found, f"protein in {str(proteins)!r}", allowed=allow_missing)
         if match.ambiguous:
             chosen = ", ".join(f"{name}: {match.found[name].record} of {n}" for name, n in match.ambiguous.items())
             logger.info(
@@ -104,13 +104,13 @@ def main(
         about["records"] = {name: protein.record for name, protein in sorted(match.found.items())}
     elif source == "coexpression":
         found = coexpression_vectors(_training_cells(shards or perturbations), components)
-        table = {name: torch.from_numpy(found[name]) for name in names if name in found}
-        _check_missing(names, table, missing, "gene that is in the panel and expressed by training controls")
+        table = _of_names(names, {gene: torch.from_numpy(loadings) for gene, loadings in found.items()})
+        what = "gene that is in the panel and expressed by training controls"
+        missing = _missing(names, table, what, allowed=allow_missing)
     else:
-        found = read_vectors(Path(source))
-        table = {name: found[name] for name in names if name in found}
-        _check_missing(names, table, missing, f"vector in {source!r}")
-    write_table(table, out, about)
+        table = _of_names(names, read_vectors(Path(source)))
+        missing = _missing(names, table, f"vector in {source!r}", allowed=allow_missing)
+    write_table(table, out, about, missing)
     return out
 
 
@@ -167,42 +167,36 @@ def read_vectors(path: Path) -> dict[str, torch.Tensor]:
     return {name: vector.flatten() for name, vector in table.items()}
 
 
-def write_table(table: Mapping[str, torch.Tensor], out: Path, about: Mapping[str, object]) -> None:
-    """Write vectors (D,) by name as float32, with ``about`` as JSON in the file's metadata.
-
-    Raises:
-        ValueError: vectors of different lengths, not finite, or all zero.
-    """
-    vectors = {name: vector.detach().float().clone() for name, vector in sorted(table.items())}
-    lengths = sorted({len(vector) for vector in vectors.values()})
-    if len(lengths) != 1:
-        raise ValueError(f"the vectors have lengths {lengths}; expected one length")
-    broken = [name for name, vector in vectors.items() if not vector.isfinite().all() or not vector.any()]
-    if broken:
-        raise ValueError(f"{len(broken)} vectors are not finite, or all zero: {', '.join(broken[:SHOWN])}")
-    with written_aside(out) as aside:
-        # one key of metadata: safetensors writes several in an arbitrary order
-        save_file(vectors, aside, metadata={"dcm_embed": json.dumps(dict(about), sort_keys=True)})
-    logger.info("%s: %d vectors of length %d", out, len(vectors), lengths[0])
-
-
 def _training_cells(folder: Path) -> Cells:
     if folder.is_file():
         raise ValueError(f"{str(folder)!r} is a file of names; coexpression needs --shards, a folder of shards")
     return Cells(folder, "train")
 
 
-def _check_missing(names: list[str], found: Mapping[str, object], missing: str, what: str) -> None:
-    """List names that were not found; raise unless they may be skipped, and when nothing is left."""
-    lost = [name for name in names if name not in found]
-    if not lost:
-        return
-    shown = lost if missing == "skip" else lost[:SHOWN]
-    listed = ", ".join(shown) + (", ..." if len(lost) > len(shown) else "")
-    if missing == "error" or len(lost) == len(names):
-        way_out = "--missing skip leaves them out" if len(lost) < len(names) else "are the names of the same kind?"
-        raise ValueError(f"{len(lost):,} of {len(names):,} perturbations have no {what}: {listed}; {way_out}")
-    logger.warning("%d of %d perturbations have no %s and are left out: %s", len(lost), len(names), what, listed)
+def _of_names(names: list[str], vectors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The vectors of ``names``; Ensembl ids may have other versions."""
+    given = list(vectors)
+    return {name: vectors[given[i]] for name, i in zip(names, find_genes(names, given)[0]) if i >= 0}
+
+
+def _missing(names: list[str], found: Mapping[str, object], what: str, *, allowed: bool) -> list[str]:
+    """Names that were not found, listed; an error unless they are allowed, and when nothing was found."""
+    missing = [name for name in names if name not in found]
+    if missing and (not allowed or len(missing) == len(names)):
+        way_out = "--allow-missing gives them learned vectors" if len(missing) < len(names) else None
+        raise ValueError(
+            f"{len(missing):,} of {len(names):,} perturbations have no {what}: {listed(missing)}; "
+            f"{way_out or 'are the names of the same kind?'}"
+        )
+    if missing:
+        logger.warning(
+            "%d of %d perturbations have no %s, and get a learned vector in training: %s",
+            len(missing),
+            len(names),
+            what,
+            ", ".join(missing),
+        )
+    return missing
 
 
 def cli() -> None:

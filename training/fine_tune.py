@@ -162,6 +162,7 @@ def _take_labels(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer
         labels = (known, tokenizer.perturbations)
         pairs.append(("perturbations", old.perturbation.learned, new.perturbation.learned, *labels))
         _take_vectors(old.perturbation, new.perturbation, Match.of(*labels))
+        _tell_learned(new.perturbation, tokenizer, known)
     for name, encoder in new.covariates.items():
         if name in old.covariates:
             labels = (names.covariates[name], tokenizer.covariates[name])
@@ -178,7 +179,8 @@ def _take_labels(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer
 
 
 def _take_vectors(old: torch.nn.Module, new: torch.nn.Module, match: Match) -> None:
-    """Frozen vectors of known perturbations, where the new table has none."""
+    """Frozen vectors of known perturbations, where the new table has none. What has none in either keeps the learned
+    vector that :func:`_take_labels` gives it."""
     if new.linear is None:
         return
     if old.linear is None or old.linear.weight.shape != new.linear.weight.shape:
@@ -190,6 +192,21 @@ def _take_vectors(old: torch.nn.Module, new: torch.nn.Module, match: Match) -> N
     for i, j in zip(match.old, match.new, strict=True):
         if old.has_vector[i] and not new.has_vector[j]:
             new.table[j], new.has_vector[j] = old.table[i], True
+
+
+def _tell_learned(encoder: torch.nn.Module, tokenizer: DCMTokenizer, known: Sequence[str]) -> None:
+    """Log the new perturbations that must learn a vector beside others that have a frozen one."""
+    if encoder.linear is None:
+        return
+    with_vector = [name for name, has in zip(tokenizer.perturbations, encoder.has_vector.tolist(), strict=True) if has]
+    learned = sorted(set(tokenizer.perturbations) - {*with_vector, *known, tokenizer.control})
+    if learned:
+        logger.warning(
+            "%d new perturbations have no frozen vector and learn one (a table from dcm-embed in "
+            "perturbation_embeddings gives them theirs): %s",
+            len(learned),
+            ", ".join(learned),
+        )
 
 
 def _take_condition_mlp(old: DCMForDenoising, model: DCMForDenoising) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenization.gene_names_dcm import without_version
+
 # first fields of headers such as >sp|P12345|NAME_HUMAN: they say where a record is from, and name nothing
 DATABASES = frozenset({"sp", "tr", "lcl", "gnl", "ref", "gb", "emb", "dbj", "pdb", "gi"})
 SYMBOL = re.compile(r"(?:\bGN=|\bgene_symbol:)([^\s|]+)")
@@ -107,7 +109,8 @@ def match_proteins(names: Iterable[str], proteins: Sequence[Protein]) -> Match:
     """Find the protein of each name: by gene symbol, and only where no record has that symbol, by another id.
 
     Of several sequences the rule takes the reviewed one, then the canonical one, then the longest, then the first by
-    record name. Capitals matter: ``Klf1`` is the gene of a mouse.
+    record name. Capitals matter: ``Klf1`` is the gene of a mouse. A name that is an Ensembl id with a version finds the
+    records of that id in any version, unless it finds some of its own.
     """
     by_symbol, by_id = defaultdict(list), defaultdict(list)
     for protein in proteins:
@@ -117,7 +120,7 @@ def match_proteins(names: Iterable[str], proteins: Sequence[Protein]) -> Match:
             by_id[name].append(protein)
     found, ambiguous, missing = {}, {}, []
     for name in names:
-        candidates = by_symbol.get(name) or by_id.get(name)
+        candidates = by_symbol.get(name) or by_id.get(name) or by_id.get(without_version(name))
         if not candidates:
             missing.append(name)
             continue

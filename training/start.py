@@ -3,14 +3,11 @@
 Knows nothing of the loop. Letters: N training cells, G genes, K largest count.
 """
 
-import hashlib
 import logging
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
-from safetensors.torch import load_file
 from scipy.sparse import csr_matrix
 from transformers.utils import is_flash_attn_2_available
 
@@ -20,31 +17,20 @@ from tokenization import DCMTokenizer
 from training.cells import Cells
 from training.config import TrainConfig
 from training.fine_tune import Source, transfer
+from training.perturbation_table import PerturbationTable, listed, read_table
+from training.stream import open_cells as open_split
 
 logger = logging.getLogger(__name__)
 
+# options of training that are the network's own configuration, besides those of its size
+OWN = ("backbone", "masked_keys", "num_latents", "mlp_ratio", "dropout", "gene_output_bias", "cell_summary")
+OWN += ("library_size_conditioning", "condition_tokens", "loss_weighting", "label_dropout")
+BLOCK_CELLS = 4096
+
 
 def open_cells(config: TrainConfig, split: str, tokenizer: DCMTokenizer) -> Cells:
-    """One split of the shards.
-
-    Raises:
-        ValueError: a shard is damaged; the message names it.
-    """
-    try:
-        return Cells(config.data, split, tokenizer)
-    except FileNotFoundError:
-        raise
-    except Exception:  # whatever datasets and Arrow make of broken bytes
-        for file in sorted((config.data / split).glob("*.parquet")):
-            try:
-                for _ in pq.ParquetFile(file).iter_batches():
-                    pass
-            except Exception as why:
-                reason = " ".join(str(why).split())
-                raise ValueError(
-                    f"the shard {str(file)!r} is damaged ({reason}): copy it again, or run dcm-convert again"
-                ) from why
-        raise
+    """One split of the shards of a run; see :func:`training.stream.open_cells`."""
+    return open_split(config.data, split, tokenizer, streaming=config.streaming, narrow=True)
 
 
 def attention_implementation(config: TrainConfig, device: torch.device, mixed_precision: str) -> str:
@@ -68,7 +54,7 @@ def build_tokenizer(config: TrainConfig) -> DCMTokenizer:
     """The shards' vocabulary, less the conditions that are not learned, plus the names of a perturbation table.
 
     Raises:
-        ValueError: an unknown condition, or training perturbations that the table lacks.
+        ValueError: an unknown condition, or perturbations that the table neither has nor marks as without vector.
     """
     folder = config.data / "tokenizer"
     if not folder.is_dir():
@@ -82,7 +68,7 @@ def build_tokenizer(config: TrainConfig) -> DCMTokenizer:
         raise ValueError(f"conditions={config.conditions!r}: the shards have no {unknown}; they have {there}")
     perturbations = list(shards.perturbations) if "perturbation" in wanted else []
     if config.perturbation_embeddings is not None:
-        perturbations += _table_names(config.perturbation_embeddings, perturbations, shards.control)
+        perturbations = _names_with_table(config, perturbations, shards)
     return DCMTokenizer(
         genes=shards.genes,
         max_count=shards.max_count,
@@ -95,38 +81,36 @@ def build_tokenizer(config: TrainConfig) -> DCMTokenizer:
     )
 
 
-def _table_names(path: Path, perturbations: list[str], control: str | None) -> list[str]:
-    """Names of the table that the training cells do not have: the model can be asked for them all the same."""
+def _names_with_table(config: TrainConfig, perturbations: list[str], shards: DCMTokenizer) -> list[str]:
+    """The shards' names that have a vector or can learn one, then those of the table that no cell has: the model can
+    be asked for them all the same."""
     if not perturbations:
         raise ValueError("perturbation_embeddings were given, but no perturbation is learned from these shards")
-    table = _read_table(path, control)
-    missing = [name for name in perturbations if name not in table and name != control]
-    if missing:
-        shown = ", ".join(missing[:20]) + (", ..." if len(missing) > 20 else "")
+    path = config.perturbation_embeddings
+    table = read_table(path, shards.control)
+    without = [name for name in perturbations if name not in table.vectors and name != shards.control]
+    forgotten = [name for name in without if name not in table.without_vector]
+    if forgotten:
         raise ValueError(
-            f"{str(path)!r} has no vector for {len(missing)} of {len(perturbations)} training perturbations: {shown}"
+            f"{str(path)!r} has no vector for {len(forgotten)} of {len(perturbations)} training perturbations: "
+            f"{listed(forgotten)}; dcm-embed --allow-missing marks them, and they get learned vectors"
         )
-    return sorted(set(table) - set(perturbations))
-
-
-def _read_table(path: Path, control: str | None) -> dict[str, torch.Tensor]:
-    """Vectors by name, without the control's, whose vector is always learned."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no perturbation table {str(path)!r}; expected a safetensors file of one vector per name"
+    never_seen = []
+    if without:
+        ids = open_cells(config, "train", shards).conditions["perturbation_ids"].unique().tolist()
+        seen = {shards.perturbations[i] for i in ids if i >= 0}
+        never_seen = [name for name in without if name not in seen]
+        learned = [name for name in without if name in seen]
+        if learned:
+            logger.info("%d perturbations without a vector learn one: %s", len(learned), listed(learned))
+    if never_seen:
+        logger.warning(
+            "%d perturbations have neither a vector nor a training cell, and the model will not know them: %s",
+            len(never_seen),
+            ", ".join(never_seen),
         )
-    try:
-        table = {name: vector.float().flatten() for name, vector in load_file(path).items()}
-    except Exception as error:
-        raise ValueError(f"{str(path)!r} is not a safetensors file ({error})") from error
-    table.pop(control, None)
-    sizes = {len(vector) for vector in table.values()}
-    if len(sizes) != 1:
-        raise ValueError(f"{str(path)!r} holds vectors of lengths {sorted(sizes)}, expected one length")
-    broken = [name for name, vector in table.items() if not bool(vector.isfinite().all()) or not bool(vector.any())]
-    if broken:
-        raise ValueError(f"{str(path)!r}: vectors that are not finite, or all zero: {', '.join(broken[:20])}")
-    return table
+    known = [name for name in perturbations if name not in never_seen]
+    return known + sorted(set(table.vectors) - set(known))
 
 
 def build_model(
@@ -134,31 +118,15 @@ def build_model(
 ) -> DCMForDenoising:
     """A fresh network whose head emits the training marginals and that knows the training cells' library sizes.
 
-    With a ``source`` the weights are then taken over from there, see :func:`transfer`.
+    A gene's marginal and mean counts are those of the cells in which it was measured. With a ``source`` the weights are
+    then taken over from there, see :func:`transfer`.
     """
-    counts = cells.csr()
-    library_size = torch.from_numpy(np.asarray(counts.sum(axis=1)).ravel())
+    library_size = torch.cat([torch.from_numpy(counts.sum(axis=1).A1) for _, counts in _blocks(cells)])
     shape = SIZES[config.size] if config.size else {}
-    table = _read_table(config.perturbation_embeddings, tokenizer.control) if config.perturbation_embeddings else None
-    own = (
-        "backbone",
-        "masked_keys",
-        "mlp_ratio",
-        "num_latents",
-        "dropout",
-        "gene_output_bias",
-        "library_size_conditioning",
-    )
-    own += (
-        "condition_tokens",
-        "cell_summary",
-        "loss_weighting",
-        "label_dropout",
-        *(() if shape else tuple(SIZES["5m"])),
-    )
+    table = read_table(config.perturbation_embeddings, tokenizer.control) if config.perturbation_embeddings else None
+    own = OWN if shape else (*OWN, *SIZES["5m"])
     labels = cells.conditions.get("perturbation_ids")
-    vector_size = None if table is None else len(next(iter(table.values())))
-    table_sha256 = table and hashlib.sha256(config.perturbation_embeddings.read_bytes()).hexdigest()
+    vector_size, table_sha256 = (None, None) if table is None else (table.dim, table.sha256)
     if source is not None and table is None and tokenizer.perturbations:
         vector_size = source.model.config.perturbation_dim
         table_sha256 = source.model.config.perturbation_table_sha256
@@ -177,19 +145,14 @@ def build_model(
     )
     model_config._attn_implementation = None if config.attn == "auto" else config.attn
     model = DCMForDenoising(model_config)
-    model.set_marginals(_histogram(counts, tokenizer))
+    model.set_marginals(_histogram(cells))
     if tokenizer.cell_types:
-        model.set_cell_type_means(
-            *_cell_type_totals(counts, cells.conditions["cell_type_ids"], len(tokenizer.cell_types))
-        )
+        model.set_cell_type_means(*_cell_type_totals(cells, model.totals.gene_mean[-1].numpy()))
     model.target_gene_ids.copy_(torch.from_numpy(tokenizer.target_gene_ids))
     if config.library_size_conditioning:
         _set_library_sizes(model, cells, library_size)
     if table is not None:
-        for index, name in enumerate(tokenizer.perturbations):
-            if name in table:
-                model.conditions.perturbation.table[index] = table[name]
-                model.conditions.perturbation.has_vector[index] = True
+        _set_vectors(model, tokenizer, table)
     if source is not None:
         transfer(source, model, tokenizer)
     if config.gradient_checkpointing:
@@ -206,34 +169,91 @@ def build_model(
     return model
 
 
-def _histogram(counts, tokenizer: DCMTokenizer) -> torch.Tensor:
-    """How many training cells have each count id of each gene (G, K+1)."""
-    G, V = counts.shape[1], tokenizer.num_count_ids
-    flat = counts.indices.astype(np.int64) * V + tokenizer.count_ids(counts.data.astype(np.int64))
-    histogram = np.bincount(flat, minlength=G * V).reshape(G, V)
-    histogram[:, 0] += counts.shape[0] - histogram.sum(axis=1)
+def _blocks(cells: Cells) -> Iterator[tuple[np.ndarray, csr_matrix]]:
+    """The training cells some thousands at a time, and which they are: their counts need not be in memory together."""
+    for start in range(0, len(cells), BLOCK_CELLS):
+        rows = np.arange(start, min(start + BLOCK_CELLS, len(cells)))
+        yield rows, cells.csr(rows)
+
+
+def _histogram(cells: Cells) -> torch.Tensor:
+    """How many of the cells that measured a gene have each of its count ids (G, K+1)."""
+    G, V = len(cells.tokenizer.genes), cells.tokenizer.num_count_ids
+    histogram = np.zeros(G * V, dtype=np.int64)
+    for _, counts in _blocks(cells):
+        flat = counts.indices.astype(np.int64) * V + cells.tokenizer.count_ids(counts.data.astype(np.int64))
+        histogram += np.bincount(flat, minlength=G * V)
+    histogram = histogram.reshape(G, V)
+    everything = csr_matrix(np.ones((1, len(cells))))
+    histogram[:, 0] += _num_measured(cells, everything)[0].astype(np.int64) - histogram.sum(axis=1)
     return torch.from_numpy(histogram)
 
 
-def _cell_type_totals(counts, cell_type_ids, num_cell_types: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed counts (T, G) of the training cells of each type, and how many they are (T,)."""
-    given = np.flatnonzero(cell_type_ids >= 0)
-    shape = (num_cell_types, counts.shape[0])
-    of_type = csr_matrix((np.ones(len(given)), (np.asarray(cell_type_ids)[given], given)), shape=shape)
-    num_cells = np.asarray(of_type.sum(axis=1)).ravel()
-    return torch.from_numpy((of_type @ counts).toarray()), torch.from_numpy(num_cells)
+def _cell_type_totals(cells: Cells, gene_mean: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts (T, G) summed over the training cells of each type, and how many these are (T,).
+
+    Where a gene was measured in some cells of a type only, the sum is that of as many cells with the mean of these;
+    where in none, with its mean over all cells, ``gene_mean`` (G,).
+    """
+    types = cells.conditions["cell_type_ids"].numpy()
+    given = np.flatnonzero(types >= 0)
+    shape = (len(cells.tokenizer.cell_types), len(cells))
+    of_type = csr_matrix((np.ones(len(given)), (types[given], given)), shape=shape)
+    num_cells = np.asarray(of_type.sum(axis=1))  # (T, 1)
+    num_measured = _num_measured(cells, of_type)  # (T, G)
+    of_block = of_type.tocsc()
+    totals = sum((of_block[:, rows] @ counts).toarray() for rows, counts in _blocks(cells))
+    totals = totals * num_cells / np.maximum(num_measured, 1)
+    totals = np.where(num_measured > 0, totals, gene_mean * num_cells)
+    return torch.from_numpy(totals), torch.from_numpy(num_cells[:, 0])
+
+
+def _num_measured(cells: Cells, member: csr_matrix) -> np.ndarray:
+    """How many cells of each group measured each gene (groups, G); ``member`` (groups, N) is 1 where a cell belongs."""
+    N, member = len(cells), member.tocsc()
+    number = np.tile(np.asarray(member.sum(axis=1)), len(cells.tokenizer.genes))
+    for start in range(0, N, BLOCK_CELLS):
+        rows = np.arange(start, min(start + BLOCK_CELLS, N))
+        missing = cells.not_measured(rows)
+        if missing is None:
+            break
+        number -= member[:, rows] @ missing.astype(np.float32)
+    return number
+
+
+def _set_vectors(model: DCMForDenoising, tokenizer: DCMTokenizer, table: PerturbationTable) -> None:
+    """Freeze the vectors of the table; names without one, the control among them, keep their learned vector."""
+    encoder = model.conditions.perturbation
+    for index, name in enumerate(tokenizer.perturbations):
+        if name in table.vectors:
+            encoder.table[index] = table.vectors[name]
+            encoder.has_vector[index] = True
 
 
 def _set_library_sizes(model: DCMForDenoising, cells: Cells, library_size: torch.Tensor) -> None:
     logs = torch.log1p(library_size.double())
     model.conditions.library_size.log_mean.fill_(logs.mean())
     model.conditions.library_size.log_std.fill_(logs.std(correction=0).clamp(min=1e-3))
-    sizes = model.library_sizes
+    sizes, library_size = model.library_sizes, _over_all_genes(cells, library_size, model.totals.gene_mean[-1])
     ids = [cells.conditions.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids")]
     keys = sizes.group_keys(len(library_size), *ids)
     group_keys, quantiles = sizes.from_cells(keys, library_size, num_context=1 + sizes.num_covariates)
     sizes.keys, sizes.quantiles = group_keys, quantiles
     model.config.library_size_groups = len(group_keys)
+
+
+def _over_all_genes(cells: Cells, library_size: torch.Tensor, gene_mean: torch.Tensor) -> torch.Tensor:
+    """Library sizes (N,) as if every gene had been measured, as generated cells have them: a cell that lacks genes is
+    larger by the share that these have in a mean cell."""
+    sizes = []
+    for start in range(0, len(cells), BLOCK_CELLS):
+        rows = np.arange(start, min(start + BLOCK_CELLS, len(cells)))
+        missing = cells.not_measured(rows)
+        if missing is None:
+            return library_size
+        share = torch.from_numpy(~missing).double() @ gene_mean.double() / gene_mean.double().sum()
+        sizes.append(library_size[rows] / share.clamp(min=1 / len(gene_mean)))
+    return torch.cat(sizes).round().to(library_size)
 
 
 def compile_blocks(model: DCMForDenoising, backend: str = "inductor") -> None:
