@@ -23,31 +23,17 @@ from safetensors.torch import load_file
 
 import training.states
 import training.train
+from tests.tiny_training import TINY_TRAINING, tiny_training
 from training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["training.train"])
-TINY = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_latents": 4,
-    "batch_size": 8,
-    "max_steps": 16,
-    "warmup_steps": 2,
-    "query_genes": 6,
-    "log_every": 1,
-    "validate_every": 6,
-    "validation_cells": 16,
-    "save_every": 3,
-    "trackers": "none",
-}
 
 
 @pytest.fixture
 def config(shards, tmp_path) -> TrainConfig:
-    return TrainConfig(data=shards, out=tmp_path / "checkpoint", **TINY)
+    return tiny_training(shards, tmp_path / "checkpoint", max_steps=16, log_every=1)
 
 
 def killed_at(event: int) -> None:
@@ -173,7 +159,7 @@ def test_sigterm_saves_a_state_and_exits_with_a_code_of_its_own(config, tmp_path
 
 @pytest.mark.slow
 def test_torchrun_starts_processes_that_work_together(config):
-    options = {name: value for name, value in TINY.items() if name != "max_steps"} | {"max_steps": 3}
+    options = TINY_TRAINING | {"max_steps": 3}
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     command += ["training.train", "--data", str(config.data), "--out", str(config.out), *arguments]

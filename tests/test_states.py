@@ -7,42 +7,29 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import training.train as loop
 from modeling_dcm import DCMForDenoising
+from tests.tiny_training import tiny_training
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
 from training.optimisation import build_optimizer
 from training.states import all_states, hash_of, newest_state, remove_leftovers, restore_state, save_state
 from training.train import main
 
-TINY = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_latents": 4,
-    "batch_size": 8,
-    "max_steps": 6,
-    "warmup_steps": 2,
-    "query_genes": 6,
-    "log_every": 2,
-    "validate_every": 2,
-    "validation_cells": 8,
-    "save_every": 2,
-    "trackers": "none",
-    "learning_rate_schedule": "constant",
-}
+OFTEN = {"log_every": 2, "validate_every": 2, "save_every": 2, "learning_rate_schedule": "constant"}
 
 
 @pytest.fixture
 def config(shards, tmp_path) -> TrainConfig:
-    return TrainConfig(data=shards, out=tmp_path / "checkpoint", **TINY)
+    return tiny_training(shards, tmp_path / "checkpoint", **OFTEN)
 
 
 @pytest.fixture(scope="module")
 def finished(shards, tmp_path_factory) -> TrainConfig:
-    config = TrainConfig(data=shards, out=tmp_path_factory.mktemp("runs") / "checkpoint", **TINY)
+    config = tiny_training(shards, tmp_path_factory.mktemp("runs") / "checkpoint", **OFTEN)
     main(config)
     return config
 
@@ -133,9 +120,8 @@ def test_only_a_constant_schedule_can_be_prolonged(copy):
         facts = json.loads((state / "state.json").read_text())
         facts["options"]["learning_rate_schedule"] = "cosine"
         (state / "state.json").write_text(json.dumps(facts))
-    with pytest.raises(
-        ValueError, match="max_steps: 6 then, 9 now; a cosine schedule ends at max_steps, only a constant"
-    ):
+    said = r"max_steps: 6 then, 9 now; a cosine schedule ends at max_steps, only a constant one can be prolonged\): "
+    with pytest.raises(ValueError, match=said + "give the same ones, or start another run from .* with --init-from .*"):
         newest_state(replace(cosine, max_steps=9), 1, log=None)
 
 
@@ -164,6 +150,20 @@ def test_a_full_disk_leaves_the_last_state_and_says_so(config, monkeypatch):
         main(replace(config, max_steps=6, resume=True))
     monkeypatch.undo()
     assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["step-2"]
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_the_last_state_and_says_so(config, monkeypatch):
+    def full(*arguments):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("training.states.add_shipped_files", full)
+    with pytest.raises(OSError, match=r"checkpoint' could not be written .*No space left.* step-6 is as it was: make"):
+        main(config)
+    monkeypatch.undo()
+    assert not (config.out / "model.safetensors").exists()
+    assert not list(config.out.glob(".*"))
+    main(replace(config, resume=True))
+    assert (config.out / "model.safetensors").exists()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_the_last_good_state(config, monkeypatch):
@@ -209,3 +209,13 @@ def test_a_table_of_perturbations_is_compared_by_its_content(config, perturbatio
     resumed = replace(with_table, resume=True, perturbation_embeddings=tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="does not hold the perturbation_embeddings that it was trained with"):
         main(resumed)
+
+
+def test_a_table_of_perturbations_is_neither_left_out_nor_added_on_the_way(config, perturbation_table):
+    plain, with_table = (replace(config, out=config.out / name, max_steps=2) for name in ("plain", "table"))
+    main(plain)
+    with pytest.raises(ValueError, match="step-2 was trained without --perturbation-embeddings: leave it out"):
+        main(replace(plain, resume=True, perturbation_embeddings=perturbation_table))
+    main(replace(with_table, perturbation_embeddings=perturbation_table))
+    with pytest.raises(ValueError, match="step-2 was trained with --perturbation-embeddings: give the same file again"):
+        main(replace(with_table, resume=True))

@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -15,34 +16,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modeling_dcm import DCMForDenoising
+from tests.tiny_training import tiny_training
 from tokenization import DCMTokenizer
-from training.cells import Cells
+from training.cells import Cells, GlobalBatchSampler
 from training.config import TrainConfig
-from training.noise import noised
-from training.optimisation import build_optimizer, learning_rate
+from training.noise import TrainBatches, noised
+from training.optimisation import build_optimizer, learning_rate, update_average
 from training.start import build_model, build_tokenizer
 from training.states import newest_state
 from training.train import main
 
-TINY = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_latents": 4,
-    "batch_size": 8,
-    "max_steps": 6,
-    "warmup_steps": 2,
-    "query_genes": 6,
-    "log_every": 3,
-    "validate_every": 6,
-    "validation_cells": 16,
-    "save_every": 3,
-}
-
 
 @pytest.fixture
 def config(shards, tmp_path) -> TrainConfig:
-    return TrainConfig(data=shards, out=tmp_path / "checkpoint", **TINY)
+    return tiny_training(shards, tmp_path / "checkpoint")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -76,6 +63,19 @@ def test_weight_decay_is_on_matrices_and_neither_on_biases_nor_on_embeddings(con
     assert {id(p) for p in embeddings} <= {id(p) for p in plain}
     assert all(p.ndim > 1 for p in decayed)
     assert len(decayed) + len(plain) == len(list(model.parameters()))
+
+
+def test_weights_are_averaged_in_float32_and_faster_at_the_start():
+    layer = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    ema, expected = [torch.zeros(1, 1)], 0.0
+    for step in range(40):
+        torch.nn.init.constant_(layer.weight, 1 + step / 8)
+        update_average(ema, layer, step, decay=0.6)
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * (1 + step / 8)
+    assert ema[0].dtype == torch.float32
+    assert ema[0].item() == pytest.approx(expected, rel=1e-5)
+    assert ema[0].to(torch.bfloat16).item() != ema[0].item()
 
 
 # --- noise -----------------------------------------------------------------------------------------------------------
@@ -117,6 +117,25 @@ def test_noise_does_not_depend_on_how_many_processes_share_the_batch(config, tok
     assert alone.keys() == shared[0].keys()
     for name, value in alone.items():
         assert torch.equal(torch.cat([part[name] for part in shared]), value), name
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_batches_from_any_number_on_are_those_of_the_whole_run(config, world):
+    """300 cells less those of test and validation are a few batches of 40: later ones are of another epoch."""
+    options = replace(config, batch_size=40)
+    tokenizer = build_tokenizer(options)
+    cells = Cells(options.data, "train", tokenizer)
+    batches = TrainBatches(cells, options, rank=world - 1, world=world, device="cpu")
+    whole = list(islice(batches.starting_at(0), 12))
+    orders = GlobalBatchSampler(len(cells), batch_size=40, seed=options.seed, rank=world - 1, world_size=world)
+    assert len(orders) < 7
+    for start in (1, 7, 11):
+        for expected, batch in zip(whole[start:], batches.starting_at(start)):
+            assert expected.keys() == batch.keys()
+            assert all(torch.equal(expected[name], value) for name, value in batch.items())
+    orders.set_epoch(1)
+    rows_of_first = next(iter(orders))
+    assert torch.equal(whole[len(orders)]["labels"], cells[rows_of_first]["counts"])
 
 
 def test_noise_is_keyed_by_seed_and_batch_and_leaves_the_global_state_alone(config, tokenizer):
@@ -339,7 +358,7 @@ def test_resuming_an_empty_folder_starts_afresh_and_says_so(config, tmp_path, ca
 
 @pytest.fixture(scope="module")
 def finished(shards, tmp_path_factory) -> TrainConfig:
-    config = TrainConfig(data=shards, out=tmp_path_factory.mktemp("runs") / "checkpoint", **TINY)
+    config = tiny_training(shards, tmp_path_factory.mktemp("runs") / "checkpoint")
     main(config)
     return config
 

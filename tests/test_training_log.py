@@ -1,42 +1,34 @@
 """Properties of what can be seen of a run (log, score, curves, trackers), and of the ways to compute it faster."""
 
 import json
+import logging
+import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import training.train as loop
 from modeling_dcm.diffusion_dcm import keyed_generator, mask_counts
+from tests.tiny_training import tiny_training
 from training.config import TrainConfig
 from training.curves import draw_curves
+from training.optimisation import averaged_weights
 from training.processes import tracker_names
 from training.start import attention_implementation, compile_blocks
 from training.throughput import PEAK_FLOPS, peak_flops, training_flops
 from training.train import main
+from training.training_log import MOST_SKIPPED, NotFinite, TrainingLog
 
-TINY = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_latents": 4,
-    "batch_size": 8,
-    "max_steps": 4,
-    "query_genes": 6,
-    "log_every": 2,
-    "validate_every": 2,
-    "validation_cells": 8,
-    "score_every": 4,
-    "score_cells": 24,
-    "score_steps": 4,
-    "save_every": 4,
-    "trackers": "none",
-}
+OPTIONS = {"max_steps": 4, "log_every": 2, "validate_every": 2, "save_every": 4}
+OPTIONS |= {"score_every": 4, "score_cells": 24, "score_steps": 4}
 
 
 @pytest.fixture
 def config(shards, tmp_path) -> TrainConfig:
-    return TrainConfig(data=shards, out=tmp_path / "checkpoint", **TINY)
+    return tiny_training(shards, tmp_path / "checkpoint", **OPTIONS)
 
 
 def lines(config: TrainConfig) -> list[dict[str, float]]:
@@ -68,11 +60,70 @@ def test_without_a_log_there_is_nothing_to_draw(tmp_path):
     assert draw_curves(tmp_path) is None
 
 
-def test_a_tracker_that_is_not_installed_is_refused_by_name(monkeypatch):
+def test_a_tracker_that_is_not_installed_or_not_known_is_refused_by_name(monkeypatch):
     monkeypatch.setattr("training.processes.get_available_trackers", list)
     assert tracker_names("none") == tracker_names("auto") == []
-    with pytest.raises(ValueError, match="'wandb' is not installed or not known to accelerate; installed are: none"):
-        tracker_names("wandb")
+    for name in ("wandb", "trackio"):
+        with pytest.raises(ValueError, match=rf"'{name}' is not installed \(pip install {name}\); installed are: none"):
+            tracker_names(name)
+    with pytest.raises(ValueError, match=r"accelerate knows no 'wandbb'; did you mean 'wandb'\? It knows: "):
+        tracker_names("wandbb")
+
+
+class Processes:
+    """What a log asks of the accelerator of a single process in fp16."""
+
+    is_main_process, num_processes, device = True, 1, torch.device("cpu")
+
+    def __init__(self, scaler: torch.amp.GradScaler | None):
+        self.scaler = scaler
+
+    def reduce(self, values: torch.Tensor, how: str) -> torch.Tensor:
+        return values
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        assert all(math.isfinite(value) for value in values.values())
+
+
+def noted(config: TrainConfig, scaler, norms: list[float], loss: float = 1.0) -> TrainingLog:
+    log = TrainingLog(config, 0, Processes(scaler), None)
+    for norm in norms:
+        log.note((torch.tensor(loss), torch.tensor(1.0), torch.tensor(norm)), 1e-3)
+    return log
+
+
+def test_with_fp16_steps_that_overflow_are_counted_and_are_no_failure(config):
+    scaler = torch.amp.GradScaler("cpu")
+    noted(config, scaler, [3.0, math.inf, math.nan, 1.0]).line(4)
+    line = lines(config)[-1]
+    assert line["gradient_norm"] == 2.0
+    assert line["skipped_steps"] == 2
+    noted(config, scaler, [math.inf] * 3).line(3)
+    assert "gradient_norm" not in lines(config)[-1]
+    with pytest.raises(NotFinite, match="the gradient norm is inf at step 2"):
+        noted(config, None, [3.0, math.inf]).line(2)
+    with pytest.raises(NotFinite, match="the loss is nan at step 1"):
+        noted(config, scaler, [1.0], loss=math.nan).line(1)
+
+
+def test_a_gradient_that_overflows_at_every_loss_scale_is_a_failure(config):
+    log = noted(config, torch.amp.GradScaler("cpu"), [math.nan] * MOST_SKIPPED)
+    log.check(MOST_SKIPPED)
+    log.note((torch.tensor(1.0), torch.tensor(1.0), torch.tensor(math.nan)), 1e-3)
+    with pytest.raises(NotFinite, match=f"the gradient norm is nan at step {MOST_SKIPPED + 1}"):
+        log.check(MOST_SKIPPED + 1)
+
+
+def test_a_line_for_people_has_whole_steps_units_and_the_time_that_is_left(config, caplog):
+    log = noted(replace(config, max_steps=60_000), None, [1.0] * 4)
+    log.since -= 20  # seconds that the four steps took
+    with caplog.at_level(logging.INFO):
+        log.line(30_000)
+        log.write({"step": 30_000, "validation_elbo": 0.5})
+    first, second = caplog.messages
+    said = re.match(r"step 30,000 of 60,000, (\d+) min left: loss 1, elbo 1 nats per gene, gradient norm 1, ", first)
+    assert int(said[1]) >= 2500
+    assert second == f"step 30,000 of 60,000, {said[1]} min left: validation elbo 0.5 nats per gene"
 
 
 @pytest.mark.slow
@@ -150,3 +201,22 @@ def test_checkpointing_and_compiled_blocks_give_the_same_gradients(make_model, b
     compile_blocks(model, backend="aot_eager")
     for name, gradient in gradients(model, batch).items():
         torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+@pytest.mark.slow
+def test_blocks_are_compiled_once_whatever_a_batch_holds_and_not_where_a_model_is_looked_at(make_model, backbone):
+    """Rare counts, queries without one, validation batches and sampling have shapes of their own."""
+    torch.compiler.reset()
+    model = make_model(backbone, conditioned=True).train()
+    compiled = CompileCounter()
+    compile_blocks(model, backend=compiled)
+    gradients(model, batch_of(model, 4))
+    once = compiled.frame_count
+    assert once == {"dit": 1, "latent": 3}[backbone]  # self-attention; besides, the ways into the latents and back
+    for largest in (0, 1, 4):
+        gradients(model, batch_of(model, largest))
+    ema = [parameter.detach().clone() for parameter in model.parameters()]
+    with averaged_weights(model, ema):
+        model.generate(3, steps=4)
+        model(**{name: value[:2] for name, value in batch_of(model, 4).items()})
+    assert compiled.frame_count == once

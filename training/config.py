@@ -96,6 +96,9 @@ class TrainConfig:
     """Compile the blocks with torch.compile, for static shapes."""
     attn: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation; auto: the fastest that is installed and fits device and precision."""
+    streaming: bool = False
+    """Read shards block by block instead of from an Arrow copy in the cache: for data too large for one. Cells are then
+    shuffled within a few blocks at a time, and their order depends on the number of processes."""
     seed: int = 0
     """Of weights, order of cells, noise and label dropout."""
 
@@ -143,6 +146,11 @@ class TrainConfig:
             raise ValueError(f"{name}={getattr(self, name)}, expected {expected}")
 
     def _check_contradictions(self) -> None:
+        if not self.masked_keys and self.backbone == "latent":
+            raise ValueError(
+                "masked_keys=False contradicts backbone='latent', in which nothing attends to masked genes anyway: "
+                "leave it out"
+            )
         if self.size is not None:
             for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
                 if self.is_set(name):

@@ -5,7 +5,6 @@ Knows nothing of the network. Letters: B cells, L genes.
 """
 
 from collections.abc import Iterator
-from itertools import islice
 
 import torch
 
@@ -17,7 +16,7 @@ from modeling_dcm.diffusion_dcm import (
     num_masked,
     stratified_uniform,
 )
-from training.cells import Cells, GlobalBatchSampler
+from training.cells import Cells
 from training.config import TrainConfig
 
 
@@ -26,21 +25,15 @@ class TrainBatches:
 
     def __init__(self, cells: Cells, config: TrainConfig, *, rank: int, world: int, device: torch.device | str):
         self.cells, self.config, self.rank, self.world, self.device = cells, config, rank, world, device
-        self.sampler = GlobalBatchSampler(
-            len(cells), batch_size=config.batch_size, seed=config.seed, rank=rank, world_size=world
-        )
 
     def starting_at(self, index: int) -> Iterator[dict[str, torch.Tensor]]:
         """Endless batches from number ``index`` of the run on."""
-        epoch, skip = divmod(index, len(self.sampler))
-        while True:
-            self.sampler.set_epoch(epoch)
-            for rows in islice(self.sampler, skip, None):
-                yield noised(
-                    self.cells[rows], self.config, self.cells.tokenizer, index, self.rank, self.world, self.device
-                )
-                index += 1
-            epoch, skip = epoch + 1, 0
+        config, cells = self.config, self.cells
+        batches = cells.batches(
+            batch_size=config.batch_size, seed=config.seed, rank=self.rank, world_size=self.world, start=index
+        )
+        for number, batch in enumerate(batches, start=index):
+            yield noised(batch, config, cells.tokenizer, number, self.rank, self.world, self.device)
 
 
 def noised(batch, config: TrainConfig, tokenizer, index: int, rank: int, world: int, device) -> dict[str, torch.Tensor]:
@@ -49,13 +42,13 @@ def noised(batch, config: TrainConfig, tokenizer, index: int, rank: int, world: 
     Noise is drawn for the whole global batch from (seed, index of the batch), and this process takes its rows.
     """
     generator = keyed_generator(config.seed, index)
-    x_0 = batch["counts"]
+    x_0 = batch["counts"].to(device, non_blocking=True).long()  # sent as narrow as they come
     B, L = x_0.shape
     own = slice(rank * B, (rank + 1) * B)
     u = stratified_uniform(B * world, generator)[own]
-    keys = torch.rand(B * world, L, generator=generator)[own]
+    keys = torch.rand(B * world, L, generator=generator)[own].to(device, non_blocking=True)
     ids = {"mask_token_id": tokenizer.mask_token_id, "pad_token_id": tokenizer.pad_token_id}
-    k = num_masked(u, (x_0 != tokenizer.pad_token_id).sum(dim=1))
+    k = num_masked(u, (batch["counts"] != tokenizer.pad_token_id).sum(dim=1))
     inputs = {"input_ids": mask_smallest(x_0, k, keys, **ids), "labels": x_0}
     if config.query_genes is not None and config.query_genes < L:
         inputs["query_positions"] = choose_queries(

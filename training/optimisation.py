@@ -4,6 +4,8 @@ Knows nothing of data, noise and processes.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -35,21 +37,22 @@ def update_average(ema: list[torch.Tensor], model: torch.nn.Module, step: int, d
     torch._foreach_lerp_(ema, [parameter.detach().float() for parameter in model.parameters()], 1 - decay)
 
 
-class averaged_weights:  # noqa: N801 (reads as a statement: `with averaged_weights(model, ema)`)
-    """Context in which the model has the averaged weights."""
+@contextmanager
+def averaged_weights(model: DCMForDenoising, ema: list[torch.Tensor]) -> Iterator[DCMForDenoising]:
+    """Context in which the model has the averaged weights, and compiled blocks run as they are written.
 
-    def __init__(self, model: DCMForDenoising, ema: list[torch.Tensor]):
-        self.model, self.ema = model, ema
+    A model is looked at in batches of all shapes, and each would be compiled anew.
+    """
+    _swap(model, ema)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield model
+    finally:
+        _swap(model, ema)
 
-    def _swap(self) -> None:
-        for parameter, average in zip(self.model.parameters(), self.ema, strict=True):
-            kept = parameter.detach().clone()
-            parameter.data.copy_(average)
-            average.copy_(kept)
 
-    def __enter__(self) -> DCMForDenoising:
-        self._swap()
-        return self.model
-
-    def __exit__(self, *error) -> None:
-        self._swap()
+def _swap(model: DCMForDenoising, ema: list[torch.Tensor]) -> None:
+    for parameter, average in zip(model.parameters(), ema, strict=True):
+        kept = parameter.detach().clone()
+        parameter.data.copy_(average)
+        average.copy_(kept)

@@ -72,11 +72,20 @@ def _check_same_run(config: TrainConfig, num_processes: int, state: Path) -> Non
     if differ:
         changes = ", ".join(f"{name}: {then.get(name)!r} then, {now[name]!r} now" for name in differ)
         hint = "; a cosine schedule ends at max_steps, only a constant one can be prolonged" * ("max_steps" in differ)
-        raise ValueError(f"{state.name} cannot be resumed with other options ({changes}{hint})")
-    for what, path in _inputs(config).items():
-        if before["hashes"].get(what) != hash_of(path):
+        way_out = (
+            f"give the same ones, or start another run from its weights with --init-from {state} and another --out"
+        )
+        raise ValueError(f"{state.name} cannot be resumed with other options ({changes}{hint}): {way_out}")
+    inputs = _inputs(config)
+    for what in before["hashes"] | inputs:
+        if what not in inputs:
+            raise ValueError(f"{state.name} was trained with --{what.replace('_', '-')}: give the same file again")
+        if what not in before["hashes"]:
+            raise ValueError(f"{state.name} was trained without --{what.replace('_', '-')}: leave it out")
+        if before["hashes"][what] != hash_of(inputs[what]):
             raise ValueError(
-                f"{state.name} cannot be resumed: {str(path)!r} does not hold the {what} that it was trained with"
+                f"{state.name} cannot be resumed: {str(inputs[what])!r} does not hold the {what} that it was trained "
+                "with"
             )
 
 
@@ -144,13 +153,17 @@ def save_state(
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
     except (OSError, SafetensorError) as error:
-        free = shutil.disk_usage(config.out).free / 2**30
-        earlier = ", ".join(state.name for state in all_states(config.out)[-1:]) or "nothing"
-        raise OSError(
-            f"{str(folder)!r} could not be written ({error}; {free:.2f} GiB are free there); {earlier} is as it was: "
-            "make room, and go on with --resume"
-        ) from error
+        raise _not_written(folder, config.out, error) from error
     _remove_others(config)
+
+
+def _not_written(what: Path, out: Path, error: Exception) -> OSError:
+    free = shutil.disk_usage(out).free / 2**30
+    earlier = ", ".join(state.name for state in all_states(out)[-1:]) or "nothing"
+    return OSError(
+        f"{str(what)!r} could not be written ({error}; {free:.2f} GiB are free there); {earlier} is as it was: "
+        "make room, and go on with --resume"
+    )
 
 
 def _remove_others(config: TrainConfig) -> None:
@@ -211,14 +224,21 @@ def restore_state(
 
 
 def save_final(config: TrainConfig, model: DCMForDenoising, tokenizer: DCMTokenizer) -> None:
-    """Write the checkpoint that users load: every file aside, then renamed, the weights last."""
-    with tempfile.TemporaryDirectory(dir=config.out, prefix=".final-") as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        add_shipped_files(Path(folder))
-        (Path(folder) / "training_options.json").write_text(json.dumps(_options(config), indent=1))
-        for file in sorted(Path(folder).iterdir(), key=lambda path: path.name == "model.safetensors"):
-            os.replace(file, config.out / file.name)
+    """Write the checkpoint that users load: every file aside, then renamed, the weights last.
+
+    Raises:
+        OSError: it could not be written; the states are as they were.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=config.out, prefix=".final-") as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            add_shipped_files(Path(folder))
+            (Path(folder) / "training_options.json").write_text(json.dumps(_options(config), indent=1))
+            for file in sorted(Path(folder).iterdir(), key=lambda path: path.name == "model.safetensors"):
+                os.replace(file, config.out / file.name)
+    except (OSError, SafetensorError) as error:
+        raise _not_written(config.out, config.out, error) from error
 
 
 class _damage_named:  # noqa: N801 (reads as a statement)

@@ -35,7 +35,6 @@ from tokenization.files import written_aside
 from training.cells import Cells
 from training.config import TrainConfig, read_config
 from training.curves import draw_curves
-from training.entropy import validation_entropy
 from training.fine_tune import load_source, merged_tokenizer, shaped_like
 from training.noise import TrainBatches
 from training.optimisation import averaged_weights, build_optimizer, learning_rate, update_average
@@ -54,7 +53,7 @@ from training.states import (
 from training.stopping import SAVED_AFTER_SIGNAL, Stopping
 from training.throughput import peak_flops, training_flops
 from training.training_log import NotFinite, TrainingLog
-from training.validation import Validation, has_validation_cells
+from training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -113,9 +112,7 @@ def main(config: TrainConfig) -> Path:
         logger.info("%g minutes are over at step %d of %d; --resume goes on", config.max_time, done, config.max_steps)
     if accelerator.is_main_process:
         with averaged_weights(run.network, run.ema) as averaged:
-            if has_validation_cells(config):
-                curve = validation_entropy(averaged, config.data, run.tokenizer, seed=config.seed)[1]
-                averaged.config.entropy_curve = curve
+            averaged.config.entropy_curve = run.validation.entropy_curve(averaged)
             save_final(config, averaged, run.tokenizer)
         logger.info("checkpoint: %s", config.out)
     accelerator.wait_for_everyone()

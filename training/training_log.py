@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 MEASURED = ("loss", "elbo", "gradient_norm")
 SECONDS_BETWEEN_LINES = 30
+MOST_SKIPPED = 30  # steps in a row whose gradient overflows in fp16: the scale, 2^16 at first, is halved each time
+UNITS = {"elbo": "nats per gene", "validation_elbo": "nats per gene", "memory_gib": "GiB"}
 
 
 class NotFinite(ValueError):  # noqa: N818 (a user's mistake like every ValueError, with the step it happened at)
@@ -49,11 +51,13 @@ class TrainingLog:
             desc="training",
             disable=not (self.is_main and self.terminal),
         )
+        self.skipped = 0  # steps in a row up to now
         self.unchecked: list[torch.Tensor] = []
         self.interval: list[list[float]] = []
         self.rates: list[float] = []
         self.since = time.perf_counter()
         self.last_line = 0.0
+        self.seconds_per_step = 0.0
         if self.is_main:
             config.out.mkdir(parents=True, exist_ok=True)
             self._forget_after(start)
@@ -75,6 +79,9 @@ class TrainingLog:
     def check(self, step: int) -> None:
         """Average the numbers up to ``step`` over the processes.
 
+        With fp16 a step whose gradient overflows is skipped and the loss scaled down for the next one: that is allowed,
+        but not :data:`MOST_SKIPPED` times in a row.
+
         Raises:
             NotFinite: with the first step that has no finite loss or gradient norm, in every process alike.
         """
@@ -84,19 +91,21 @@ class TrainingLog:
         first = step - len(means) + 1
         self.unchecked = []
         self.interval += means
-        for index, numbers in enumerate(means):
-            for what, value in zip(MEASURED, numbers):
-                if not math.isfinite(value) and not self._may_overflow(what):
-                    raise NotFinite(first + index, what, value)
-
-    def _may_overflow(self, what: str) -> bool:
-        """With fp16 a step whose gradient overflows is skipped, and the loss scaled down."""
-        return what == "gradient_norm" and self.accelerator.scaler is not None
+        for number, values in enumerate(means, start=first):
+            broken = {what: value for what, value in zip(MEASURED, values) if not math.isfinite(value)}
+            is_skipped = list(broken) == ["gradient_norm"] and self.accelerator.scaler is not None
+            self.skipped = self.skipped + 1 if is_skipped else 0
+            if broken and (not is_skipped or self.skipped > MOST_SKIPPED):
+                raise NotFinite(number, *next(iter(broken.items())))
 
     def line(self, step: int) -> None:
         """Write the means of the interval that ends with ``step``."""
         self.check(step)
-        means = {name: sum(column) / len(column) for name, column in zip(MEASURED, zip(*self.interval))}
+        columns = dict(zip(MEASURED, zip(*self.interval)))
+        columns["gradient_norm"] = [norm for norm in columns["gradient_norm"] if math.isfinite(norm)]
+        means = {name: sum(column) / len(column) for name, column in columns.items() if column}
+        if self.accelerator.scaler is not None:
+            means["skipped_steps"] = len(self.interval) - len(columns["gradient_norm"])
         means["learning_rate"] = sum(self.rates) / len(self.rates)
         now = time.perf_counter()
         cells = len(self.interval) * self.config.batch_size * self.config.gradient_accumulation_steps
@@ -108,6 +117,7 @@ class TrainingLog:
         if self.utilisation_per_cell is not None:
             means["flop_utilisation"] = self.utilisation_per_cell * per_second / self.accelerator.num_processes
         self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {per_second:.0f} cells/s")
+        self.seconds_per_step = (now - self.since) / len(self.interval)
         self.write({"step": step, **means})
         self.interval, self.rates, self.since = [], [], now
 
@@ -129,11 +139,23 @@ class TrainingLog:
         now = time.perf_counter()
         is_wanted = now - self.last_line > SECONDS_BETWEEN_LINES or "loss" not in values
         if not self.terminal and is_wanted:
-            logger.info(", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+            logger.info(self._readable(values))
             self.last_line = now
+
+    def _readable(self, values: dict[str, float]) -> str:
+        """``step 1,200 of 6,000, 13 min left: loss 0.532, elbo 0.611 nats per gene, ...``"""
+        step, steps = values["step"], self.config.max_steps
+        minutes = (steps - step) * self.seconds_per_step / 60
+        left = f", {minutes:.0f} min left" if step < steps and self.seconds_per_step else ""
+        said = [f"{_words(name)} {value:.4g} {UNITS.get(name, '')}" for name, value in values.items() if name != "step"]
+        return f"step {step:,} of {steps:,}{left}: {', '.join(part.strip() for part in said)}"
 
     def close(self) -> None:
         self.bar.close()
+
+
+def _words(name: str) -> str:
+    return name.removesuffix("_gib").replace("_", " ")
 
 
 def _is_of_step_before(line: str, start: int) -> bool:

@@ -1,9 +1,10 @@
-"""Look at validation cells during training: the loss, and a small score of generated cells.
+"""Look at validation cells during training: the loss, a small score of generated cells, at last the entropy curve.
 
 The shards are opened once; noise and seeds are always the same, so that numbers of different steps can be compared.
 Never looks at test cells. Letters: N cells.
 """
 
+import logging
 from dataclasses import replace
 
 import numpy as np
@@ -11,17 +12,16 @@ import torch
 
 from eval.metrics import correlation_agreement, median_bandwidth, mmd2
 from modeling_dcm import DCMForDenoising
+from modeling_dcm.chunks_dcm import dropout_off
 from tokenization import DCMTokenizer
 from training.cells import Cells
 from training.config import TrainConfig
+from training.entropy import complete_cells, validation_entropy
 from training.noise import noised
 from training.optimisation import averaged_weights
 from training.start import open_cells
 
-
-def has_validation_cells(config: TrainConfig) -> bool:
-    """Whether the shards have any."""
-    return any((config.data / "validation").glob("*.parquet"))
+logger = logging.getLogger(__name__)
 
 
 class Validation:
@@ -29,7 +29,8 @@ class Validation:
 
     def __init__(self, config: TrainConfig, tokenizer: DCMTokenizer, training_cells: Cells):
         self.config, self.tokenizer, self.training_cells = config, tokenizer, training_cells
-        self.cells = open_cells(config, "validation", tokenizer) if has_validation_cells(config) else None
+        has_cells = any((config.data / "validation").glob("*.parquet"))
+        self.cells = open_cells(config, "validation", tokenizer) if has_cells else None
         self.quiet = replace(config, label_dropout=0.0, query_genes=None)
         self.reference: tuple[np.ndarray, float, dict[str, float]] | None = None
 
@@ -40,15 +41,13 @@ class Validation:
             return {}
         rows = list(range(min(len(self.cells), self.config.validation_cells)))
         sums = {"validation_loss": 0.0, "validation_elbo": 0.0}
-        with averaged_weights(model, ema):
-            model.eval()
+        with averaged_weights(model, ema), dropout_off(model):
             for index in range(0, len(rows), self.config.batch_size):
                 batch = self.cells[rows[index : index + self.config.batch_size]]
                 inputs = noised(batch, self.quiet, self.tokenizer, index, 0, 1, model.device)
                 output = model(**inputs, return_logits=False)
                 sums["validation_loss"] += output.loss.item() * len(batch["counts"]) / len(rows)
                 sums["validation_elbo"] += output.elbo.item() * len(batch["counts"]) / len(rows)
-            model.train()
         return sums
 
     def score(self, model: DCMForDenoising, ema: list[torch.Tensor]) -> dict[str, float]:
@@ -78,6 +77,13 @@ class Validation:
                 batch_size=self.config.batch_size,
             )
         return _agreement(_log1p(self.tokenizer.decode(ids).X), real, width) | floor
+
+    def entropy_curve(self, model: DCMForDenoising) -> dict[str, list[float]] | None:
+        """The entropy curve of ``model``, as it is; None without cells in which every gene was measured."""
+        if not self.cells or not complete_cells(self.cells, 1):
+            logger.info("no validation cells in which every gene was measured: the checkpoint has no entropy curve")
+            return None
+        return validation_entropy(model, self.cells, seed=self.config.seed)[1]
 
 
 def _log1p(counts) -> np.ndarray:
