@@ -24,6 +24,13 @@ from .layers_dcm import AdaLNZero, CountBias, CountHead, DiTBackbone, LatentBack
 from .pipeline_dcm import CUSTOM_PIPELINES
 from .scoring_dcm import CellScoringMixin
 
+# isort: split
+# Named for transformers 5.4, which takes from a local folder only the files that this one names itself.
+from .chunks_dcm import row_chunks  # noqa: F401
+from .denoisers_dcm import denoiser  # noqa: F401
+from .sampling_dcm import sample_counts  # noqa: F401
+from .schedule_dcm import reveal_schedule  # noqa: F401
+
 AUTO_MAP = {
     "AutoConfig": "configuration_dcm.DCMConfig",
     "AutoModel": "modeling_dcm.DCMForDenoising",
@@ -326,9 +333,7 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         embedded, condition, tokens, is_target = self._embed(input_ids, gene_ids, progress, given, target_gene_ids)
         queried = gene_ids if positions is None else gene_ids.gather(1, positions)
         if self.config.backbone == "dit":
-            hidden = self._dit_hidden(input_ids, embedded, condition, tokens, no_pad=no_pad)
-            if positions is not None:  # gathered before the head: logits nobody reads are never computed
-                hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+            hidden = self._dit_hidden(input_ids, embedded, condition, tokens, positions, no_pad=no_pad)
             return self.head(hidden, condition, queried)
         latents = self._latents(input_ids, embedded, condition, tokens)
         is_query_target = is_target if positions is None or is_target is None else is_target.gather(1, positions)
@@ -339,15 +344,19 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         queries = self.backbone.embedding.genes(queried, is_target, expected)
         return self.head(self.backbone.write(queries, condition, latents), condition, queried)
 
-    def _dit_hidden(self, input_ids, embedded, condition, tokens, *, no_pad: bool = False) -> torch.Tensor:
-        """Hidden states (B, L, D); a mask is made only where it is needed (it disqualifies flash kernels)."""
+    def _dit_hidden(
+        self, input_ids, embedded, condition, tokens, positions=None, *, no_pad: bool = False
+    ) -> torch.Tensor:
+        """Hidden states (B, L, D), or (B, Q, D) at ``positions`` (B, Q).
+
+        A mask is made only where it is needed (it disqualifies flash kernels).
+        """
         if not self.config.masked_keys:
             key_mask = input_ids < self.config.num_counts
         else:
             measured = input_ids != self.config.pad_token_id
             key_mask = None if no_pad or bool(measured.all()) else measured
-        hidden = self.backbone(embedded, condition, tokens, key_mask)
-        return hidden[:, -input_ids.shape[1] :]
+        return self.backbone(embedded, condition, tokens, key_mask, positions)
 
     def _latents(self, input_ids, embedded, condition, tokens) -> torch.Tensor:
         """Latents (B, E+M, D) that have read the observed genes and no others."""
