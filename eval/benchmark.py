@@ -1,7 +1,11 @@
-"""Measure a checkpoint: its entropy curve, and what sampling costs and gives under each schedule.
+"""Measure a checkpoint (its entropy curve, what sampling costs and gives under each schedule) and every stage's speed.
 
     dcm-benchmark entropy checkpoint/ --data shards/
     dcm-benchmark sampling checkpoint/ --real shards/test.h5ad --train shards/train.h5ad --out benchmark/
+    dcm-benchmark data --out benchmark/
+    dcm-benchmark training --out benchmark/
+    dcm-benchmark metrics
+    dcm-benchmark loading checkpoint/
 
 The entropy curve comes from validation cells only; test cells are read to score what was drawn. Results go to stdout,
 progress to stderr.
@@ -25,6 +29,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from eval.labelled_counts import LabelledCounts, from_anndata
+from eval.load_benchmark import main as loading_benchmark
+from eval.metrics_benchmark import main as metrics_benchmark
 from eval.resources import PeakMemory, known_peak
 from eval.sample import load_checkpoint
 from eval.sampling_benchmark import PROTOCOL, Sampled, benchmark_sampling, summary
@@ -33,7 +39,10 @@ from modeling_dcm.schedule_dcm import AUTO_TOLERANCE, as_curve, entropies, predi
 from tokenization import DCMTokenizer
 from tokenization.command_line import user_errors
 from tokenization.files import read_h5ad, written_aside
+from training.cells import Cells
+from training.data_benchmark import main as data_benchmark
 from training.entropy import validation_entropy
+from training.step_benchmark import main as training_benchmark
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +79,8 @@ def entropy(
     model, tokenizer = load_checkpoint(str(checkpoint))
     _check_panel(data, tokenizer)
     model.to(_device())
-    measured, fitted = validation_entropy(model, data, tokenizer, num_cells=cells, seed=seed)
+    validation = Cells(data, "validation", tokenizer)
+    measured, fitted = validation_entropy(model, validation, num_cells=cells, seed=seed)
     sys.stdout.write(_entropy_table(measured, fitted, len(tokenizer.genes)))
     picture = checkpoint / "entropy_curve.png"
     with written_aside(picture) as aside:
@@ -316,7 +326,16 @@ def cli() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     with user_errors():
-        tyro.extras.subcommand_cli_from_dict({"entropy": entropy, "sampling": sampling})
+        tyro.extras.subcommand_cli_from_dict(
+            {
+                "entropy": entropy,
+                "sampling": sampling,
+                "data": data_benchmark,
+                "training": training_benchmark,
+                "metrics": metrics_benchmark,
+                "loading": loading_benchmark,
+            }
+        )
 
 
 if __name__ == "__main__":

@@ -1,139 +1,144 @@
-"""How fast cells leave shards: our two readers, and what people use otherwise, on the same cells in the same run.
+"""Measure conversion and reading of simulated cells: time, memory, bytes on disk, and cells per second.
 
-    python -m training.data_benchmark shards/
+    dcm-benchmark data --out eval/results
 
-Every reader gives the dense counts (B, G) of random training cells as a tensor. Nothing here knows how a reader works,
-and no model runs. Letters: B cells of a batch, G genes.
+or, without the other benchmarks, ``python -m training.data_benchmark --out eval/results``. Results go to stdout,
+progress to stderr. Knows nothing of models.
 """
 
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
 
 import datasets
-import numpy as np
 import torch
-import tyro
-from tqdm import tqdm
 
 from tokenization.command_line import run
-from tokenization.files import read_h5ad
-from training.stream import open_cells
+from tokenization.files import written_aside
+from training.conversion_benchmark import measure_conversion
+from training.data_report import Measured, last_line, summary, tables
+from training.reader_benchmark import measure_readers
 
-ROUNDS = 3
-READERS = ("map-style", "streaming", "in-memory CSR", "backed AnnData rows", "Python-list rows")
+logger = logging.getLogger(__name__)
 
-Reader = Callable[[np.ndarray], torch.Tensor]
+PACKAGES = ("discrete-cell-models", "anndata", "datasets", "h5py", "numpy", "pyarrow", "scipy", "torch")
 
 
 def main(
-    shards: Annotated[Path, tyro.conf.Positional],
-    split: str = "train",
+    *,
+    out: Path | None = None,
+    num_cells: tuple[int, ...] = (200_000, 20_000),
+    num_genes: tuple[int, ...] = (2_000, 17_002),
+    memory_cells: tuple[int, ...] = (50_000, 40_000),
     batch_sizes: tuple[int, ...] = (64, 512),
-    seconds: float = 2.0,
+    seconds: float = 0.5,
+    rounds: int = 7,
+    scratch: Path | None = None,
     seed: int = 0,
-) -> dict[str, dict[int, float]]:
-    """Measure cells per second of every way to read a split, and print a table.
+) -> dict[str, float]:
+    """Simulate cells, convert them to shards and read those, beside what people use otherwise.
 
-    The readers take turns, and the best of three rounds counts, so that a busy machine slows all of them alike.
+    Prints tables; the last line is loader_vs_csr=.. loader_vs_lists=.. bytes_vs_gzip=.., all for the panel of most
+    genes: cells per second of map-style or streaming at the batch size where they do worst, over those of a sparse
+    matrix in memory and of the Python lists of datasets; bytes of shards over those of an h5ad file with gzip.
 
     Args:
-        shards: folder that dcm-convert wrote.
-        split: train, validation or test.
-        batch_sizes: cells per batch.
-        seconds: time for each reader, batch size and round, at least one batch.
-        seed: of the order of the cells.
+        out: Folder for data.json and data.md; without it they are not written.
+        num_cells: Cells of each simulated file.
+        num_genes: Genes of each of them.
+        memory_cells: Another number of cells for each of them, converted too: the peak memory is to be the same.
+        batch_sizes: Cells per batch.
+        seconds: Time for each reader in each round, at least one batch.
+        rounds: How often the readers take turns.
+        scratch: Existing folder for temporary files, 2 GB at the default sizes; default the system's.
+        seed: Of the cells and their order.
 
     Returns:
-        Cells per second of each reader at each batch size; streaming is left out where the split is too small for it.
+        The numbers of the last line.
 
     Raises:
-        FileNotFoundError: the folder has no such split.
-        ValueError: a number is out of range.
+        ValueError: A number is out of range, or OUT is a file.
     """
-    if not seconds > 0 or not batch_sizes or min(batch_sizes) < 1:
-        raise ValueError(f"seconds={seconds}, batch_sizes={batch_sizes}; expected numbers above 0")
-    cells = open_cells(shards, split)
-    streamed = open_cells(shards, split, streaming=True)
-    matrix = cells.csr()
-    readers = _yardsticks(shards, split, matrix) | {"map-style": lambda rows: cells[rows]["counts"]}
-    sampled = {B: _random_rows(len(cells), B, seed) for B in batch_sizes}
-    flowing: dict[int, Iterator] = {}
-    for B in batch_sizes:
-        batches = streamed.batches(batch_size=B, seed=seed)
+    options = {"num_cells": num_cells, "num_genes": num_genes, "memory_cells": memory_cells, "batch_sizes": batch_sizes}
+    options |= {"seconds": seconds, "rounds": rounds, "seed": seed}
+    _check(options, out)
+    measured = []
+    for N, G, other in zip(num_cells, num_genes, memory_cells):
+        with _scratch(scratch) as folder:
+            logger.info("%s genes: converting %s and %s simulated cells", f"{G:,}", f"{N:,}", f"{other:,}")
+            with tempfile.TemporaryDirectory(dir=folder) as aside:
+                compared = measure_conversion(other, G, Path(aside), seed=seed)
+            conversion = measure_conversion(N, G, folder, seed=seed)
+            reading = {"batch_sizes": batch_sizes, "seconds": seconds, "rounds": rounds, "seed": seed}
+            measured.append(Measured(conversion, compared, measure_readers(folder / "shards", **reading)))
+    result, text = summary(measured), tables(measured)
+    if out is not None:
+        _write(out, options, measured, text)
+    sys.stdout.write(f"{text}\n{last_line(result)}\n")
+    return result
+
+
+def _check(options: dict[str, object], out: Path | None) -> None:
+    lengths = {name: len(options[name]) for name in ("num_cells", "num_genes", "memory_cells")}
+    if len(set(lengths.values())) != 1 or not lengths["num_cells"]:
+        raise ValueError(
+            f"num_cells, num_genes and memory_cells have {list(lengths.values())} numbers; expected as many"
+        )
+    least = {"num_cells": 100, "num_genes": 10, "memory_cells": 100, "batch_sizes": 1, "rounds": 1}
+    for name, smallest in least.items():
+        values = options[name] if isinstance(options[name], tuple) else (options[name],)
+        if not values or min(values) < smallest:
+            raise ValueError(f"{name}={options[name]}; expected {smallest} or more")
+    if not options["seconds"] > 0:
+        raise ValueError(f"seconds={options['seconds']}; expected more than 0")
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"--out {str(out)!r} is a file; expected the name of a folder to write to")
+
+
+@contextmanager
+def _scratch(parent: Path | None) -> Iterator[Path]:
+    """A temporary folder, where ``datasets`` keeps its cache too as long as it exists."""
+    before = datasets.config.HF_DATASETS_CACHE
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
         try:
-            next(batches)
-        except ValueError:  # too few cells for one batch
-            continue
-        flowing[B] = batches
-    best: dict[str, dict[int, float]] = {name: {} for name in READERS}
-    jobs = [(B, name) for _ in range(ROUNDS) for B in batch_sizes for name in READERS]
-    for B, name in tqdm(jobs, desc="reading cells", delay=1, disable=None):
-        if name == "streaming":
-            if B not in flowing:
-                continue
-            rate = _cells_per_second(lambda: next(flowing[B])["counts"], B, seconds)  # noqa: B023 (called at once)
-        else:
-            rate = _cells_per_second(lambda: readers[name](next(sampled[B])), B, seconds)  # noqa: B023
-        best[name][B] = max(rate, best[name].get(B, 0.0))
-    N, G = matrix.shape
-    sys.stdout.write(f"{N:,} cells of {split}, {G:,} genes, {matrix.nnz / N:,.0f} of them above 0 in a cell\n")
-    sys.stdout.write(_table(best, batch_sizes))
-    return best
+            yield Path(folder)
+        finally:
+            datasets.config.HF_DATASETS_CACHE = before
 
 
-def _yardsticks(shards: Path, split: str, matrix) -> dict[str, Reader]:
-    """Readers that people use otherwise; the matrix in memory keeps its int32, no reader checks or clips a count."""
-    G = matrix.shape[1]
-    files = [str(path) for path in sorted((shards / split).glob("*.parquet"))]
-    rows_of_lists = datasets.load_dataset("parquet", data_files={split: files}, split=split)
-    backed = read_h5ad(shards / f"{split}.h5ad", backed=True)
-
-    def from_backed(rows: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([backed.X[int(row)].toarray() for row in rows]))
-
-    def from_lists(rows: np.ndarray) -> torch.Tensor:
-        counts = torch.zeros(len(rows), G, dtype=torch.int64)
-        for cell, row in zip(counts, rows):
-            lists = rows_of_lists[int(row)]
-            cell[torch.tensor(lists["genes"], dtype=torch.int64)] = torch.tensor(lists["expressions"])
-        return counts
-
-    return {
-        "in-memory CSR": lambda rows: torch.from_numpy(matrix[rows].toarray()),
-        "backed AnnData rows": from_backed,
-        "Python-list rows": from_lists,
-    }
+def _write(out: Path, options: dict[str, object], measured: list[Measured], text: str) -> None:
+    """Both files; of folders they name no more than what was typed."""
+    typed = [("--out", out if not out.is_absolute() else out.name)]
+    typed += [(f"--{name.replace('_', '-')}", value) for name, value in options.items() if value != _default(name)]
+    words = [str(word) for name, value in typed for word in (name, *(value if isinstance(value, tuple) else (value,)))]
+    command = shlex.join(["dcm-benchmark", "data", *words])
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    machine = {"system": platform.system(), "processors": os.cpu_count(), "threads": torch.get_num_threads()}
+    result = summary(measured)
+    content = {"command": command, **machine, "versions": versions, **options, **result}
+    content["measured"] = [one.as_json() for one in measured]
+    with written_aside(out / "data.json") as aside:
+        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    how = ", ".join(f"{name} {version}" for name, version in versions.items())
+    head = (
+        f"# Conversion and reading of simulated cells\n\n`{command}`\n\n{machine['system']}, {machine['processors']} "
+    )
+    head += f"processors, {machine['threads']} of them for PyTorch; {how}.\n"
+    with written_aside(out / "data.md") as aside:
+        aside.write_text(f"{head}\n{text}\n`{last_line(result)}`\n", encoding="utf-8")
 
 
-def _random_rows(num_cells: int, B: int, seed: int) -> Iterator[np.ndarray]:
-    rng = np.random.default_rng([seed, B])
-    while True:
-        yield rng.integers(num_cells, size=B)
-
-
-def _cells_per_second(read: Callable[[], torch.Tensor], B: int, seconds: float) -> float:
-    start, batches = time.perf_counter(), 0
-    while not batches or time.perf_counter() - start < seconds:
-        read()
-        batches += 1
-    return batches * B / (time.perf_counter() - start)
-
-
-def _table(best: dict[str, dict[int, float]], batch_sizes: tuple[int, ...]) -> str:
-    """Markdown: cells per second of each reader, and against the matrix in memory; then the two ratios asked for."""
-    lines = ["| reader |" + "".join(f" cells/s, B={B} | of in-memory |" for B in batch_sizes)]
-    lines.append("|---|" + "---|---|" * len(batch_sizes))
-    memory, lists = best["in-memory CSR"], best["Python-list rows"]
-    for name, rates in best.items():
-        row = [f" {rates[B]:,.0f} | {rates[B] / memory[B]:.2f} |" if B in rates else " - | - |" for B in batch_sizes]
-        lines.append(f"| {name} |" + "".join(row))
-    ours = best["map-style"]
-    for B in batch_sizes:
-        lines.append(f"B={B} map_over_memory={ours[B] / memory[B]:.2f} map_over_lists={ours[B] / lists[B]:.1f}")
-    return "\n".join(lines) + "\n"
+def _default(option: str) -> object:
+    return main.__kwdefaults__[option]
 
 
 def cli() -> None:
