@@ -17,6 +17,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -57,6 +58,7 @@ logger = logging.getLogger(__name__)
 BASELINE_DRAWS = 3
 FIGURE_CELLS = 2000
 PACKAGES = ("discrete-cell-models", "anndata", "numpy", "POT", "scipy", "torch")
+SCVI_PACKAGE, CELL_EVAL_PACKAGE = "scvi-tools", "cell-eval"
 MARGINALS = independent_marginals.__name__
 BASELINES: dict[str, Callable[[LabelledCounts], Sampler]] = {
     fit.__name__: fit
@@ -70,7 +72,7 @@ BASELINES: dict[str, Callable[[LabelledCounts], Sampler]] = {
 }
 FROM_CONTROL = (perturbation_mean.__name__, additive.__name__)
 FROM_SCVI = (scvi_baseline.scvi_prior.__name__, scvi_baseline.scvi_aggregated_posterior.__name__)
-RESERVED_NAMES = (FLOOR, *BASELINES, cell_eval_scores.MEAN_BASELINE)
+RESERVED_NAMES = (FLOOR, *BASELINES, cell_eval_scores.MEAN_BASELINE, cell_eval_scores.CEILING)
 
 
 def main(
@@ -86,6 +88,7 @@ def main(
     condition_keys: str | None = None,
     control: str | None = None,
     layer: str | None = None,
+    genes: Literal["all", "shared"] = "all",
     dataset: str | None = None,
     split: str | None = None,
     checkpoint: str | None = None,
@@ -109,8 +112,7 @@ def main(
         baselines: names with commas between (independent_marginals, perturbation_mean, additive, scvi_prior,
             scvi_aggregated_posterior), or default (those that need no other package), all, or none.
         per_condition: score each condition by itself, too.
-        cell_eval: add the metrics of the cell-eval package, in each cell type, with its mean baseline and real training
-            cells as the ceiling.
+        cell_eval: add the metrics of the cell-eval package, in each cell type, with its mean baseline and its ceiling.
         name: the generator's name, or one for each file with commas between; by default what each file says in
             uns["generator"], or the checkpoint's name.
         condition_keys: columns of obs that make up a condition, with commas between, or none for pooled scores only;
@@ -118,6 +120,8 @@ def main(
         control: the label of control cells in the column perturbation; by default what the real file says in
             uns["dcm_control"].
         layer: layer of the generated files that holds the counts; by default X.
+        genes: all: a file that lacks genes of the real cells is refused; shared: compare on the genes that every file
+            has, and say in every result how many these are.
         dataset: the data set's name; by default that of the folder of the real file.
         split: the split's name; by default that of the real file.
         checkpoint: the checkpoint's name; by default the one that dcm-sample wrote into the files.
@@ -143,28 +147,24 @@ def main(
         condition_keys=condition_keys,
         layer=layer,
         control=control,
+        genes=genes,
     )
     warn_of_gaps(cells)
+    used = [SCVI_PACKAGE] * bool(set(chosen) & set(FROM_SCVI)) + [CELL_EVAL_PACKAGE] * cell_eval
     header = {
         "dataset": dataset or real.resolve().parent.name,
         "split": split or real.stem,
         "checkpoint": checkpoint or cells.checkpoint,
-        "versions": {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in (*PACKAGES, *used)},
         "command": command,
-    }
+    } | ({"genes": cells.genes_note()} if cells.genes_left_out else {})
     samplers = fitted_baselines(cells, chosen, required=baselines not in ("default", "all"))
     rows = evaluate(cells, protocols, samplers, seed=seed, device=device)
     if cell_eval:
-        rows += cell_eval_scores.rows(cells, seed=seed)
+        draws = {model: _baseline_draws(sample, cells.real, seed=seed) for model, sample in samplers.items()}
+        rows += cell_eval_scores.rows(cells, draws, seed=seed)
     _write(out, header, rows, cells, samplers, umap=umap, seed=seed)
-    for found in protocols:
-        shown = [row for row in rows if row["protocol"] == found.name and row["condition"] is None]
-        grouping = "pooled" if any(row["grouping"] == "pooled" for row in shown) else "per_condition"
-        shown = [row for row in shown if row["grouping"] == grouping]
-        what = "all cells pooled" if grouping == "pooled" else "mean over conditions"
-        logger.info("\nprotocol %s, %s (mean ± sd):\n%s", found.name, what, summary_table(shown))
-    for note in biased_floor_notes(rows):
-        logger.warning("%s", note)
+    _log_summary(rows, protocols)
     logger.info(
         "\nnumbers: %s\nreport:  %s\nfigure:  %s", out / "results.json", out / "report.html", out / "figure.png"
     )
@@ -290,6 +290,18 @@ def _check_paths(generated: Sequence[Path], out: Path) -> None:
         raise FileNotFoundError(f"no file {str(absent[0])!r}; expected an h5ad file or a checkpoint")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {str(out)!r} is a file; expected the name of a folder to write to")
+
+
+def _log_summary(rows: Sequence[Row], protocols: Sequence[Protocol]) -> None:
+    """One table for each protocol: all cells pooled, or the mean over conditions where it pools none."""
+    for protocol in protocols:
+        shown = [row for row in rows if row["protocol"] == protocol.name and row["condition"] is None]
+        grouping = "pooled" if any(row["grouping"] == "pooled" for row in shown) else "per_condition"
+        shown = [row for row in shown if row["grouping"] == grouping]
+        what = "all cells pooled" if grouping == "pooled" else "mean over conditions"
+        logger.info("\nprotocol %s, %s (mean ± sd):\n%s", protocol.name, what, summary_table(shown))
+    for note in biased_floor_notes(rows):
+        logger.warning("%s", note)
 
 
 def _write(

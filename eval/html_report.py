@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from eval import report_figures as figures
 from eval.compared_cells import Cells
+from eval.compared_metrics import METRICS
 from eval.labelled_counts import LabelledCounts
-from eval.protocols import METRICS
 from eval.published import PUBLISHED, PUBLISHED_NOTE
 from eval.report import FLOOR, Row, at_floor, averaged_over, biased_floor_notes, metric_label, protocol_description
 
@@ -35,6 +35,7 @@ h1 { margin: 0 0 .3rem; } h2 { margin-top: 2.4rem; border-bottom: 1px solid var(
 caption { text-align: left; padding: .3rem 0; color: var(--soft); }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { font-weight: 600; } th[scope=row], th:first-child { text-align: left; } td small, th small { color: var(--soft); }
+thead th { white-space: normal; vertical-align: bottom; } tbody th small { display: block; font-weight: 400; }
 td.at-floor { background: var(--good); font-weight: 600; }
 figure { margin: 1rem 0; } figcaption, .note { color: var(--soft); max-width: 75ch; }
 svg { max-width: 100%; height: auto; } code { overflow-wrap: anywhere; }
@@ -82,11 +83,12 @@ def html_report(
 def _introduction(title: str, header: dict[str, object], cells: Cells) -> str:
     """What was compared, and how to read the tables."""
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items() if version)
+    genes = f"<p><strong>Compared on {html.escape(str(header['genes']))}.</strong></p>" if header.get("genes") else ""
     return (
         f"<h1>{html.escape(title)}</h1>"
         f"<p>{len(cells.real):,} real test cells, {len(cells.train):,} real training cells, {len(cells.genes):,} "
         f"genes; generators: {html.escape(', '.join(cells.generated))}. "
-        f"Checkpoint: {html.escape(str(header['checkpoint'] or 'not named'))}.</p>"
+        f"Checkpoint: {html.escape(str(header['checkpoint'] or 'not named'))}.</p>{genes}"
         '<p class="note"><strong>floor</strong> is real training cells against the real test cells, as many in each '
         "condition: no generator can be expected to do better. A shaded number is at the floor, within two of its "
         "standard deviations. A distance between two samples is not 0 even where their laws are equal, and it falls "
@@ -178,8 +180,10 @@ def _condition_section(rows: Sequence[Row]) -> list[str]:
         "<h2>Conditions</h2>",
         _picture(
             figure,
-            f"{label} of each condition (protocol {protocol}) in standard deviations of the floor above the floor; the "
-            f"{figures.CONDITIONS_SHOWN} worst of the first generator at most. 2 or less is at the floor.",
+            f"{label} of each condition (protocol {protocol}): how many standard deviations of the floor it lies above "
+            "the floor. Yellow is far from the real cells, dark is as near as real cells are to each other. The "
+            "conditions that are worst for the first generator stand first; "
+            f"{figures.CONDITIONS_SHOWN} are shown at most.",
             f"Heat map of conditions by {len(generators)} models",
         ),
         '<div class="scroll"><table><caption>Worst conditions of any model</caption><thead><tr><th scope="col">'
@@ -215,19 +219,20 @@ def _pictures(
             embedding,
             f"{method} of 30 principal components of log1p(CP10k)"
             + (" (both sides together)" if method == "UMAP" else ", fitted on the real cells (the first two shown)")
-            + ". Lines hold the densest 30, 60 and 90 % of the cells.",
+            + ". Points are cells; lines hold the densest 30, 60 and 90 % of them.",
             f"{method} of real and of {model} cells with density contours",
         ),
         _picture(
             figures.genes_figure(counts),
-            f"Counts per gene and per cell. {baseline_name}: each gene drawn by itself from the training cells of the "
-            "condition.",
+            "Left and middle: one point for each gene; right: how many counts a cell has. A good generator lies on the "
+            f"real cells. {baseline_name}: each gene drawn by itself from the training cells of the condition.",
             "Mean and variance, zeros, and library sizes of real and generated cells",
         ),
         _picture(
             figures.correlation_figure(counts),
             f"Gene-gene correlation of log1p counts over the {figures.CORRELATED_GENES} most variable genes of the "
-            "real cells, in the same order in every panel.",
+            "real cells, in the same order in every matrix. Right: a point for each pair of genes; on the line the "
+            "correlation is the real one, nearer to 0 than the line it is too weak.",
             "Correlation matrices of real and generated cells",
         ),
     ]
@@ -235,8 +240,10 @@ def _pictures(
         changes = figures.differential_figure(cells.real, generated, cells.genes)
         if changes is not None:
             caption = (
-                "The genes that the strongest perturbations move most in real cells, and how far they move in "
-                "generated ones. Both sides are measured from the real control cells of the same cell type."
+                "The ten genes that the strongest perturbations move most in real cells (blue), and how far they move "
+                "in generated ones (orange): the shorter the line between, the better. Both are measured from the real "
+                "control cells of the same cell type. Genes are chosen where the real change is large, noise "
+                "included, so a perfect generator falls somewhat short of it, too."
             )
             parts.append(_picture(changes, caption, "Top differential genes, real against generated"))
     return parts

@@ -104,9 +104,7 @@ def from_anndata(
     """
     if adata.n_obs == 0:
         raise ValueError(f"{name!r} has no cells; expected one or more")
-    if not adata.var_names.is_unique:
-        repeated = adata.var_names[adata.var_names.duplicated()].unique()
-        raise ValueError(f"{name!r} has {len(repeated):,} duplicate gene names ({_listed(repeated)}); make them unique")
+    check_unique_genes(adata.var_names, name)
     absent = [column for column in conditions if column not in adata.obs]
     if absent:
         raise ValueError(
@@ -122,6 +120,17 @@ def from_anndata(
     if genes is not None:
         counts = counts[:, _gene_positions(adata.var_names, genes, name)]
     return LabelledCounts(counts.tocsr(), labels.astype(str), control)
+
+
+def check_unique_genes(names: pd.Index, file: str) -> None:
+    """Refuse genes that cannot be matched by name.
+
+    Raises:
+        ValueError: a name that stands more than once.
+    """
+    if not names.is_unique:
+        repeated = names[names.duplicated()].unique()
+        raise ValueError(f"{file!r} has {len(repeated):,} duplicate gene names ({_listed(repeated)}); make them unique")
 
 
 def condition_columns(requested: str | None, real: anndata.AnnData, generated: Sequence[anndata.AnnData]) -> list[str]:
@@ -157,10 +166,10 @@ def _gene_positions(found: pd.Index, genes: Sequence[str], name: str) -> np.ndar
     if missing:
         raise ValueError(
             f"{name!r} lacks {len(missing):,} of the {len(genes):,} genes of the real cells ({_listed(missing)}); "
-            "expected all of them, by the same names"
+            f"expected all of them, by the same names (its own: {_listed(found, 3)})"
         )
     if len(found) > len(genes):
-        logger.info("%s: %d genes that the real cells do not have are left out", name, len(found) - len(genes))
+        logger.info("%s: %d genes that are not compared are left out", name, len(found) - len(genes))
     return positions
 
 

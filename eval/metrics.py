@@ -9,7 +9,7 @@ units.
 Shapes: ``n`` cells of ``x``, ``m`` cells of ``y``, ``d`` genes (or components).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import ot
@@ -17,16 +17,25 @@ import torch
 from scipy import linalg, sparse
 from scipy.optimize import linear_sum_assignment
 
-Matrix = np.ndarray | sparse.csr_matrix | sparse.csr_array
+from eval.cell_blocks import (
+    Matrix,
+    blocks,
+    checked,
+    checked_pair,
+    dense,
+    distance_blocks,
+    nonzero_shares,
+    product_blocks,
+    squared_norms,
+    stacked,
+)
 
-BLOCK_CELLS = 1024
 MEDIAN_CELLS = 5000
 EMD_ITERATIONS = 50_000_000
 TIE_TOLERANCE = 1e-10
 SQUARED_FROM = 1000
 EIGENVALUE_ERROR = 1e-15
 SQUARED_TOLERANCE = 1e-8
-LOUD_SHARE = 0.2  # a gene on in more of the cells is multiplied faster as a dense column than as a sparse one
 
 
 def mmd2(
@@ -56,13 +65,19 @@ def mmd2(
         ValueError: different numbers of genes, values that are not finite, a bandwidth that is not positive, or fewer
             than two cells a side (unbiased).
     """
-    x, y = _checked_pair(x, y, min_cells=1 if biased else 2)
-    sigmas = [median_bandwidth(y, device=device)] if bandwidths is None else [float(sigma) for sigma in bandwidths]
-    if not sigmas or not all(np.isfinite(sigma) and sigma > 0 for sigma in sigmas):
-        raise ValueError(f"bandwidths={sigmas}: expected one or more positive numbers")
+    x, y = checked_pair(x, y, min_cells=1 if biased else 2)
     n, m = x.shape[0], y.shape[0]
-    within_x, within_y = (_kernel_sum_within(cells, sigmas, device) for cells in (x, y))
-    between = sum(_kernel_sum(d2, sigmas) for _, _, d2 in _distance_blocks(x, y, device=device))
+    if bandwidths is None and 2 <= m <= MEDIAN_CELLS:  # the median has seen every pair of y: no need to multiply again
+        pairs = _pair_distances(y, device)
+        sigmas = [_median_sigma(pairs)]
+        within_y = 2 * _kernel_sum(pairs, sigmas)
+    else:
+        sigmas = [median_bandwidth(y, device=device)] if bandwidths is None else [float(sigma) for sigma in bandwidths]
+        if not sigmas or not all(np.isfinite(sigma) and sigma > 0 for sigma in sigmas):
+            raise ValueError(f"bandwidths={sigmas}: expected one or more positive numbers")
+        within_y = _kernel_sum_within(y, sigmas, device)
+    within_x = _kernel_sum_within(x, sigmas, device)
+    between = sum(_kernel_sum(d2, sigmas) for _, _, d2 in distance_blocks(x, y, device=device))
     if biased:  # the diagonal: k(x_i, x_i) = 1 for every kernel
         return float((within_x + n * len(sigmas)) / n**2 + (within_y + m * len(sigmas)) / m**2 - 2 * between / (n * m))
     return float(within_x / (n * (n - 1)) + within_y / (m * (m - 1)) - 2 * between / (n * m))
@@ -77,17 +92,10 @@ def median_bandwidth(y: Matrix, *, device: str | None = None) -> float:
     Raises:
         ValueError: fewer than two cells, or values that are not finite.
     """
-    y = _checked(y, "y", min_cells=2)
+    y = checked(y, "y", min_cells=2)
     if y.shape[0] > MEDIAN_CELLS:
         y = y[np.linspace(0, y.shape[0] - 1, MEDIAN_CELLS).astype(np.int64)]
-    pairs = []
-    for rows, columns, d2 in _distance_blocks(y, y, upper=True, device=device):
-        pairs.append(d2[np.triu_indices_from(d2, k=1)] if rows == columns else d2.ravel())
-    squared = np.concatenate(pairs)
-    typical = float(np.median(squared))
-    if typical == 0:
-        typical = float(squared.mean())
-    return float(np.sqrt(typical / 2)) if typical > 0 else 1.0
+    return _median_sigma(_pair_distances(y, device))
 
 
 def w2(x: Matrix, y: Matrix, *, device: str | None = None) -> float:
@@ -102,10 +110,10 @@ def w2(x: Matrix, y: Matrix, *, device: str | None = None) -> float:
         ValueError: different numbers of genes, no cells, or values that are not finite.
         RuntimeError: the network simplex did not converge.
     """
-    x, y = _checked_pair(x, y, min_cells=1)
+    x, y = checked_pair(x, y, min_cells=1)
     n, m = x.shape[0], y.shape[0]
     cost = np.empty((n, m))
-    for rows, columns, d2 in _distance_blocks(x, y, device=device):
+    for rows, columns, d2 in distance_blocks(x, y, device=device):
         cost[rows, columns] = d2
     if n == m:
         matched = linear_sum_assignment(cost)
@@ -127,12 +135,12 @@ def w2_gaussian(x: Matrix, y: Matrix, *, device: str | None = None) -> float:
     Raises:
         ValueError: different numbers of genes, fewer than two cells a side, or values that are not finite.
     """
-    x, y = _checked_pair(x, y, min_cells=2)
+    x, y = checked_pair(x, y, min_cells=2)
     mean_x, variance_x = mean_and_variance(x)
     mean_y, variance_y = mean_and_variance(y)
     (a, a_mean), (b, b_mean) = _short_side(x, mean_x), _short_side(y, mean_y)
     cross = np.empty((a.shape[0], b.shape[0]))
-    for rows, columns, products in _product_blocks(a, b, device=device):
+    for rows, columns, products in product_blocks(a, b, device=device):
         cross[rows, columns] = products
     # (a - 1 a_mean^T)(b - 1 b_mean^T)^T, without a dense copy of either side
     cross -= np.asarray(a @ b_mean).reshape(-1, 1)
@@ -158,7 +166,7 @@ def correlation_agreement(x: Matrix, y: Matrix, num_genes: int = 100) -> tuple[f
     Raises:
         ValueError: different numbers of genes, fewer than two cells a side, or values that are not finite.
     """
-    x, y = _checked_pair(x, y, min_cells=2)
+    x, y = checked_pair(x, y, min_cells=2)
     upper_x, upper_y = correlation_triangles(x, y, num_genes)
     if upper_y.size < 3 or np.ptp(upper_y) == 0:
         return float("nan"), float("nan")
@@ -188,7 +196,7 @@ def mean_r2(x: Matrix, y: Matrix) -> float:
     Raises:
         ValueError: different numbers of genes, no cells, or values that are not finite.
     """
-    x, y = _checked_pair(x, y, min_cells=1)
+    x, y = checked_pair(x, y, min_cells=1)
     return _r2(_column_means(x), _column_means(y))
 
 
@@ -198,7 +206,7 @@ def variance_r2(x: Matrix, y: Matrix) -> float:
     Raises:
         ValueError: different numbers of genes, fewer than two cells a side, or values that are not finite.
     """
-    x, y = _checked_pair(x, y, min_cells=2)
+    x, y = checked_pair(x, y, min_cells=2)
     return _r2(mean_and_variance(x)[1], mean_and_variance(y)[1])
 
 
@@ -208,14 +216,13 @@ def zero_fraction_error(x: Matrix, y: Matrix) -> float:
     Raises:
         ValueError: different numbers of genes, no cells, or values that are not finite.
     """
-    x, y = _checked_pair(x, y, min_cells=1)
+    x, y = checked_pair(x, y, min_cells=1)
     return float(np.abs(zero_fractions(x) - zero_fractions(y)).mean())
 
 
 def zero_fractions(x: Matrix) -> np.ndarray:
     """(d,) share of the cells in which each gene is zero."""
-    nonzero = x.count_nonzero(axis=0) if sparse.issparse(x) else np.count_nonzero(x, axis=0)
-    return 1.0 - np.asarray(nonzero, dtype=np.float64) / x.shape[0]
+    return 1.0 - nonzero_shares(x)
 
 
 def library_size_cv_ratio(x: Matrix, y: Matrix) -> float:
@@ -227,7 +234,7 @@ def library_size_cv_ratio(x: Matrix, y: Matrix) -> float:
     Raises:
         ValueError: different numbers of genes, fewer than two cells a side, or values that are not finite.
     """
-    x, y = _checked_pair(x, y, min_cells=2)
+    x, y = checked_pair(x, y, min_cells=2)
     cv = []
     for cells in (x, y):
         sizes = np.asarray(cells.sum(axis=1, dtype=np.float64)).ravel()
@@ -259,13 +266,13 @@ def nearest_neighbour_accuracies(x: Matrix, y: Matrix, *, device: str | None = N
     Raises:
         ValueError: different numbers of genes, fewer than two cells a side, or values that are not finite.
     """
-    x, y = _checked_pair(x, y, min_cells=2)
-    cells = sparse.vstack([x, y], format="csr") if sparse.issparse(x) and sparse.issparse(y) else _stacked(x, y)
+    x, y = checked_pair(x, y, min_cells=2)
+    cells = sparse.vstack([x, y], format="csr") if sparse.issparse(x) and sparse.issparse(y) else stacked(x, y)
     is_x = np.arange(cells.shape[0]) < x.shape[0]
-    norms = _squared_norms(cells)
+    norms = squared_norms(cells)
     own_side = np.empty(cells.shape[0])
-    for rows in _blocks(cells.shape[0]):
-        d2 = np.concatenate([block for _, _, block in _distance_blocks(cells[rows], cells, device=device)], axis=1)
+    for rows in blocks(cells.shape[0]):
+        d2 = np.concatenate([block for _, _, block in distance_blocks(cells[rows], cells, device=device)], axis=1)
         d2[np.arange(d2.shape[0]), np.arange(rows.start, rows.stop)] = np.inf
         nearest = d2 <= d2.min(axis=1, keepdims=True) + TIE_TOLERANCE * (1 + norms[rows, None])
         own_side[rows] = (nearest & (is_x[rows, None] == is_x[None, :])).sum(axis=1) / nearest.sum(axis=1)
@@ -281,8 +288,8 @@ def pearson_delta(x: Matrix, y: Matrix, control: Matrix) -> float:
     Raises:
         ValueError: different numbers of genes, no cells, or values that are not finite.
     """
-    x, y = _checked_pair(x, y, min_cells=1)
-    _, control = _checked_pair(y, control, min_cells=1, names=("y", "control"))
+    x, y = checked_pair(x, y, min_cells=1)
+    _, control = checked_pair(y, control, min_cells=1, names=("y", "control"))
     at_control = _column_means(control)
     return _pearson(_column_means(x) - at_control, _column_means(y) - at_control)
 
@@ -293,100 +300,13 @@ def mean_and_variance(x: Matrix) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: fewer than two cells, or values that are not finite.
     """
-    x = _checked(x, "x", min_cells=2)
+    x = checked(x, "x", min_cells=2)
     mean = _column_means(x)
-    squares = sum(((_dense(x, rows) - mean) ** 2).sum(axis=0) for rows in _blocks(x.shape[0]))
+    squares = sum(_squares_around(x[rows], mean) for rows in blocks(x.shape[0]))
     largest, smallest = x.max(axis=0), x.min(axis=0)
     if sparse.issparse(x):
         largest, smallest = largest.toarray().ravel(), smallest.toarray().ravel()
     return mean, np.where(largest == smallest, 0.0, squares / (x.shape[0] - 1))
-
-
-def _checked(x: Matrix, name: str, *, min_cells: int) -> Matrix:
-    """Return ``x`` as a 2-D array or a CSR matrix; refuse what the metrics are not defined for."""
-    x = x.tocsr() if sparse.issparse(x) else np.asarray(x)
-    if x.ndim != 2 or x.shape[1] == 0:
-        raise ValueError(f"{name} has shape {x.shape}: expected (cells, genes) with one gene or more")
-    if x.shape[0] < min_cells:
-        raise ValueError(f"{name} has {x.shape[0]} cells: expected {min_cells} or more")
-    values = x.data if sparse.issparse(x) else x
-    if not np.isfinite(values).all():
-        raise ValueError(f"{name} has {int((~np.isfinite(values)).sum()):,} values that are NaN or infinite")
-    return x
-
-
-def _checked_pair(
-    x: Matrix, y: Matrix, *, min_cells: int, names: tuple[str, str] = ("x", "y")
-) -> tuple[Matrix, Matrix]:
-    """Check both sides, and that they have the same number of genes."""
-    x, y = _checked(x, names[0], min_cells=min_cells), _checked(y, names[1], min_cells=min_cells)
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"{names[0]} has {x.shape[1]} genes and {names[1]} has {y.shape[1]}: expected the same genes")
-    return x, y
-
-
-def _blocks(n: int) -> list[slice]:
-    """Slices of at most ``BLOCK_CELLS`` rows that cover ``n`` rows."""
-    return [slice(start, min(start + BLOCK_CELLS, n)) for start in range(0, n, BLOCK_CELLS)]
-
-
-def _dense(x: Matrix, rows: slice) -> np.ndarray:
-    """Some rows of ``x`` as a dense float64 array."""
-    block = x[rows]
-    return (block.toarray() if sparse.issparse(block) else block).astype(np.float64, copy=False)
-
-
-def _stacked(x: Matrix, y: Matrix) -> np.ndarray:
-    """Both sides as one dense array (n + m, d)."""
-    return np.concatenate([_dense(cells, slice(None)) for cells in (x, y)])
-
-
-def _squared_norms(x: Matrix) -> np.ndarray:
-    """(n,) squared lengths of the rows."""
-    return np.concatenate([(_dense(x, rows) ** 2).sum(axis=1) for rows in _blocks(x.shape[0])])
-
-
-def _distance_blocks(
-    x: Matrix, y: Matrix, *, upper: bool = False, device: str | None = None
-) -> Iterator[tuple[slice, slice, np.ndarray]]:
-    """Yield (rows, columns, squared distances) for blocks of pairs; ``upper`` skips the blocks below the diagonal."""
-    norms_x, norms_y = _squared_norms(x), _squared_norms(y)
-    for rows, columns, d2 in _product_blocks(x, y, upper=upper, device=device):
-        d2 *= -2
-        d2 += norms_x[rows, None]
-        d2 += norms_y[None, columns]
-        yield rows, columns, np.maximum(d2, 0, out=d2)
-
-
-def _product_blocks(
-    x: Matrix, y: Matrix, *, upper: bool = False, device: str | None = None
-) -> Iterator[tuple[slice, slice, np.ndarray]]:
-    """Yield (rows, columns, x[rows] y[columns]^T) in float64; ``upper`` skips the blocks below the diagonal.
-
-    On the CPU a gene that is zero in most cells of two sparse sides is multiplied as a sparse column, any other as a
-    dense one: of 17,002 genes that are on in a tenth of the cells few are loud, and the product is far faster.
-    """
-    quiet_x = quiet_y = None
-    if device is None and sparse.issparse(x) and sparse.issparse(y):
-        loud = (1 - zero_fractions(x)) * (1 - zero_fractions(y)) > LOUD_SHARE**2
-        quiet_x, quiet_y = (cells[:, ~loud].astype(np.float64) for cells in (x, y))
-        x, y = x[:, loud], y[:, loud]
-    for rows in _blocks(x.shape[0]):
-        block_x = _dense(x, rows)
-        for columns in _blocks(y.shape[0]):
-            if upper and columns.start < rows.start:
-                continue
-            products = _multiplied(block_x, _dense(y, columns), device)
-            if quiet_x is not None:
-                products += (quiet_x[rows] @ quiet_y[columns].T).toarray()
-            yield rows, columns, products
-
-
-def _multiplied(a: np.ndarray, b: np.ndarray, device: str | None) -> np.ndarray:
-    """``a b^T``, computed on ``device``."""
-    if device is None:
-        return a @ b.T
-    return (torch.from_numpy(a).to(device) @ torch.from_numpy(b).to(device).T).cpu().numpy()
 
 
 def _nuclear_norm(matrix: np.ndarray, device: str | None) -> float:
@@ -409,6 +329,22 @@ def _nuclear_norm(matrix: np.ndarray, device: str | None) -> float:
     return float(linalg.svdvals(matrix, overwrite_a=True, check_finite=False).sum())
 
 
+def _pair_distances(y: Matrix, device: str | None) -> np.ndarray:
+    """(m (m-1) / 2,) squared distances of all pairs of cells, each pair once."""
+    pairs = []
+    for rows, columns, d2 in distance_blocks(y, y, upper=True, device=device):
+        pairs.append(d2[np.triu_indices_from(d2, k=1)] if rows == columns else d2.ravel())
+    return np.concatenate(pairs)
+
+
+def _median_sigma(pairs: np.ndarray) -> float:
+    """The median rule for a kernel's width, as ``median_bandwidth`` says it."""
+    typical = float(np.median(pairs))
+    if typical == 0:
+        typical = float(pairs.mean())
+    return float(np.sqrt(typical / 2)) if typical > 0 else 1.0
+
+
 def _kernel_sum(d2: np.ndarray, sigmas: Sequence[float]) -> float:
     """Sum of all kernels over all pairs of a block of squared distances."""
     return float(sum(np.exp(d2 / (-2 * sigma**2)).sum() for sigma in sigmas))
@@ -417,7 +353,7 @@ def _kernel_sum(d2: np.ndarray, sigmas: Sequence[float]) -> float:
 def _kernel_sum_within(x: Matrix, sigmas: Sequence[float], device: str | None) -> float:
     """``sum_{i != j} k(x_i, x_j)``."""
     total = 0.0
-    for rows, columns, d2 in _distance_blocks(x, x, upper=True, device=device):
+    for rows, columns, d2 in distance_blocks(x, x, upper=True, device=device):
         if rows == columns:
             np.fill_diagonal(d2, np.inf)  # exp(-inf) = 0: a cell is not its own partner
             total += _kernel_sum(d2, sigmas)
@@ -431,6 +367,14 @@ def _column_means(x: Matrix) -> np.ndarray:
     return np.asarray(x.sum(axis=0, dtype=np.float64)).ravel() / x.shape[0]
 
 
+def _squares_around(x: Matrix, mean: np.ndarray) -> np.ndarray:
+    """(d,) sums of squared deviations from ``mean``; of a sparse matrix without a dense copy."""
+    if not sparse.issparse(x):
+        return ((x - mean) ** 2).sum(axis=0)
+    stored = np.bincount(x.indices, (x.data - mean[x.indices]) ** 2, minlength=mean.size)
+    return stored + (x.shape[0] - np.bincount(x.indices, minlength=mean.size)) * mean**2
+
+
 def _short_side(x: Matrix, mean: np.ndarray) -> tuple[Matrix, np.ndarray]:
     """Return ``(a, shift)`` with ``(a - shift)^T (a - shift)`` equal to the scatter matrix of ``x`` and at most d rows.
 
@@ -439,17 +383,17 @@ def _short_side(x: Matrix, mean: np.ndarray) -> tuple[Matrix, np.ndarray]:
     """
     n, d = x.shape
     if n <= d:
-        return (x, mean) if sparse.issparse(x) else (_dense(x, slice(None)) - mean, np.zeros(d))
+        return (x, mean) if sparse.issparse(x) else (dense(x, slice(None)) - mean, np.zeros(d))
     r = np.empty((0, d))
-    for rows in _blocks(n):
-        (r,) = linalg.qr(np.concatenate([r, _dense(x, rows) - mean]), mode="r", overwrite_a=True)
+    for rows in blocks(n, at_least=2 * d):  # short blocks would factorise r again and again
+        (r,) = linalg.qr(np.concatenate([r, dense(x, rows) - mean]), mode="r", overwrite_a=True)
         r = r[:d]
     return r, np.zeros(d)
 
 
 def _gene_correlations(x: Matrix) -> np.ndarray:
     """(d, d) Pearson correlations of the columns, 0 beside a constant column."""
-    centred = _dense(x, slice(None))
+    centred = dense(x, slice(None))
     varies = centred.max(axis=0) > centred.min(axis=0)
     centred = centred - centred.mean(axis=0)
     length = np.sqrt((centred**2).sum(axis=0))

@@ -13,6 +13,7 @@ import numpy as np
 from scipy import sparse
 
 from eval import metrics
+from eval.compared_metrics import METRICS, POOLED_METRICS, Sides
 from eval.labelled_counts import PERTURBATION, LabelledCounts
 from eval.spaces import Projection, log_cp10k, principal_components, variable_genes
 
@@ -58,33 +59,6 @@ class Protocol:
 
 
 @dataclass(frozen=True)
-class Sides:
-    """Both sides of one comparison: ``x`` generated and ``y`` real in the space of the protocol, and their counts.
-
-    ``control`` are real control cells of the same cell type and covariates, None where the comparison is not one
-    perturbation's.
-    """
-
-    x: metrics.Matrix
-    y: metrics.Matrix
-    x_counts: sparse.csr_matrix
-    y_counts: sparse.csr_matrix
-    bandwidths: tuple[float, ...]
-    biased: bool
-    control: metrics.Matrix | None
-    device: str | None
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A metric in a table: its label, which way is better, and how to compute it."""
-
-    label: str
-    better: str
-    compute: Callable[[Sides], float]
-
-
-@dataclass(frozen=True)
 class Score:
     """One number of one comparison; ``n`` is the number of cells on each side."""
 
@@ -93,39 +67,6 @@ class Score:
     metric: str
     value: float
     n: int
-
-
-METRICS = {
-    "mmd2": Metric("MMD²", "↓", lambda s: _mmd2(s)),
-    "w2": Metric("W2", "↓", lambda s: metrics.w2(s.x, s.y, device=s.device)),
-    "w2_gaussian": Metric("W2, Gaussian", "↓", lambda s: metrics.w2_gaussian(s.x, s.y, device=s.device)),
-    "correlation_pearson": Metric("gene-gene correlation", "↑", lambda s: metrics.correlation_agreement(s.x, s.y)[0]),
-    "correlation_slope": Metric("its slope", "→ 1", lambda s: metrics.correlation_agreement(s.x, s.y)[1]),
-    "mean_r2": Metric("mean R²", "↑", lambda s: metrics.mean_r2(s.x, s.y)),
-    "variance_r2": Metric("variance R²", "↑", lambda s: metrics.variance_r2(s.x, s.y)),
-    "zero_fraction_error": Metric("zero-fraction error", "↓", lambda s: metrics.zero_fraction_error(s.x, s.y)),
-    "library_size_cv_ratio": Metric(
-        "library-size CV ratio", "→ 1", lambda s: metrics.library_size_cv_ratio(s.x_counts, s.y_counts)
-    ),
-    "nearest_neighbour_accuracy": Metric(
-        "1-NN accuracy", "→ 0.5", lambda s: metrics.nearest_neighbour_accuracy(s.x, s.y, device=s.device)
-    ),
-    "nearest_neighbour_accuracy_real": Metric(
-        "1-NN accuracy, real cells only",
-        "→ 0.5",
-        lambda s: metrics.nearest_neighbour_accuracies(s.x, s.y, device=s.device)[1],
-    ),
-    "pearson_delta": Metric(
-        "Pearson delta",
-        "↑",
-        lambda s: metrics.pearson_delta(s.x, s.y, s.control),
-    ),
-}
-POOLED_METRICS = tuple(name for name in METRICS if name != "pearson_delta")
-
-
-def _mmd2(sides: Sides) -> float:
-    return metrics.mmd2(sides.x, sides.y, bandwidths=sides.bandwidths, biased=sides.biased, device=sides.device)
 
 
 def _as_counted(counts: sparse.csr_matrix) -> sparse.csr_matrix:

@@ -59,7 +59,10 @@ def embedding_figure(real: sparse.csr_matrix, generated: sparse.csr_matrix, *, u
     if umap and importlib.util.find_spec("umap") is not None:
         from umap import UMAP
 
-        points, method = UMAP(n_neighbors=min(15, len(points) - 1), random_state=0).fit_transform(points), "UMAP"
+        points, method = (
+            UMAP(n_neighbors=min(15, len(points) - 1), random_state=0, n_jobs=1).fit_transform(points),
+            "UMAP",
+        )
     points = np.pad(points, ((0, 0), (0, max(0, 2 - points.shape[1]))))[:, :2].astype(np.float64)
     sides = {"real": points[: real.shape[0]], "generated": points[real.shape[0] :]}
     figure, (left, middle, right) = _figure(1, 3, (13, 4.4))
@@ -73,10 +76,9 @@ def embedding_figure(real: sparse.csr_matrix, generated: sparse.csr_matrix, *, u
             _contours(axes, sides[name], colour, low - pad, high + pad)
         axes.set(xlim=(low[0] - pad[0], high[0] + pad[0]), ylim=(low[1] - pad[1], high[1] + pad[1]))
         axes.set(xticks=[], yticks=[], xlabel=f"{method} 1", ylabel=f"{method} 2")
-        axes.set_title(" and ".join(f"{name} ({len(sides[name]):,})" for name in shown))
-    for name, colour in (("real", REAL), ("generated", GENERATED)):
-        right.plot([], [], c=colour, label=name)
-    right.legend(loc="best")
+        axes.set_title(
+            f"{shown[0]}, {len(sides[shown[0]]):,} cells" if len(shown) == 1 else "both: real blue, generated orange"
+        )
     return figure, method
 
 
@@ -84,14 +86,25 @@ def genes_figure(counts: dict[str, sparse.csr_matrix]) -> Figure:
     """Mean against variance, zeros against mean, and library sizes, of real, generated and baseline cells."""
     figure, (variance, zeros, sizes) = _figure(1, 3, (13, 4.2))
     colours = dict(zip(counts, (REAL, GENERATED, BASELINE)))
-    order = list(reversed(list(counts)))
+    baseline, generated = list(counts)[2], list(counts)[1]
+    order = [baseline, *[name for name in counts if name not in (baseline, generated)], generated]
     for name in order:
+        size = 5 if name == generated else 16  # in front, and small enough to see what lies behind
         mean, var = metrics.mean_and_variance(counts[name].astype(np.float64))
         on = (mean > 0) & (var > 0)
-        variance.scatter(mean[on], var[on], s=6, c=colours[name], alpha=0.5, linewidths=0, rasterized=True, label=name)
+        variance.scatter(
+            mean[on], var[on], s=size, c=colours[name], alpha=0.5, linewidths=0, rasterized=True, label=name
+        )
         share = metrics.zero_fractions(counts[name])
         zeros.scatter(
-            mean[mean > 0], share[mean > 0], s=6, c=colours[name], alpha=0.5, linewidths=0, rasterized=True, label=name
+            mean[mean > 0],
+            share[mean > 0],
+            s=size,
+            c=colours[name],
+            alpha=0.5,
+            linewidths=0,
+            rasterized=True,
+            label=name,
         )
     totals = {name: np.asarray(cells.sum(axis=1)).ravel() + 1 for name, cells in counts.items()}
     joined = np.concatenate(list(totals.values()))
@@ -125,13 +138,13 @@ def correlation_figure(counts: dict[str, sparse.csr_matrix]) -> Figure:
         matrix = _square(triangle, number)[np.ix_(order, order)]
         image = axes.imshow(matrix, vmin=-limit, vmax=limit, cmap="RdBu_r", interpolation="nearest")
         axes.set(title=name, xticks=[], yticks=[])
-    figure.colorbar(image, ax=panels[: len(counts)], shrink=0.7, label="correlation")
+    figure.colorbar(image, ax=panels[: len(counts)], location="bottom", shrink=0.4, aspect=30, label="correlation")
     for name, colour in reversed(list(zip(list(triangles)[1:], (GENERATED, BASELINE)))):
         panels[-1].scatter(truth, triangles[name], s=4, c=colour, alpha=0.4, linewidths=0, rasterized=True, label=name)
     if truth.size:
         ends = [truth.min(), truth.max()]
         panels[-1].plot(ends, ends, c=INK, lw=1)
-    panels[-1].set(title="every pair of genes", xlabel="real", ylabel="generated")
+    panels[-1].set(title="every pair of genes", xlabel="correlation, real", ylabel="correlation, generated")
     panels[-1].legend(loc="upper left", markerscale=3)
     return figure
 
@@ -150,17 +163,26 @@ def condition_figure(rows: Sequence[Row], protocol: str, metric: str) -> tuple[F
     conditions.sort(key=lambda condition: -excess.get((first, condition), -np.inf))
     shown = conditions[:CONDITIONS_SHOWN]
     matrix = np.array([[excess.get((model, condition), np.nan) for model in models] for condition in shown])
-    figure, axes = _figure(1, 1, (3.6 + 1.15 * len(models), 1.9 + 0.27 * len(shown)))
+    figure, axes = _figure(1, 1, (3.6 + 1.15 * len(models), 2.3 + 0.27 * len(shown)))
     image = axes.imshow(matrix, aspect="auto", vmin=0, vmax=10, cmap="viridis", interpolation="nearest")
     for (row, column), value in np.ndenumerate(matrix):
         if np.isfinite(value):
-            axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=9, color=_on_viridis(value / 10))
+            axes.text(
+                column,
+                row,
+                f"{round(value, 1) + 0.0:.1f}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                color=_on_viridis(value / 10),
+            )
     axes.set_xticks(range(len(models)), [model.replace("_", "\n") for model in models])
     axes.set_yticks(range(len(shown)), shown)
     axes.xaxis.tick_top()
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    figure.colorbar(image, ax=axes, label="floor standard deviations above the floor", extend="both", pad=0.02)
+    label = "standard deviations of the floor above the floor (2 or less: at the floor)"
+    figure.colorbar(image, ax=axes, location="bottom", label=label, extend="both", pad=0.02, fraction=0.03, aspect=40)
     worst = sorted(((condition, model, value) for (model, condition), value in excess.items()), key=lambda t: -t[2])
     return figure, worst
 
@@ -198,7 +220,7 @@ def differential_figure(real: LabelledCounts, generated: LabelledCounts, genes: 
         axes.scatter(drawn[top], height, c=GENERATED, s=34, marker="D", label="generated", zorder=3)
         axes.axvline(0, c=INK, lw=0.8)
         axes.set_yticks(height, [genes[gene] for gene in top])
-        axes.set(title=condition, xlabel="change from control")
+        axes.set(title=condition, xlabel="change from control, mean log1p(CP10k)")
     panels.ravel()[0].legend(loc="best")
     return figure
 

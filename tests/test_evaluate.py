@@ -14,8 +14,10 @@ import pytest
 from PIL import Image
 
 from eval import cell_eval_scores, evaluate, sample, scvi_baseline
+from eval.compared_cells import read_cells
+from eval.compared_metrics import POOLED_METRICS
 from eval.evaluate import main
-from eval.protocols import POOLED_METRICS, Score
+from eval.protocols import Score
 from eval.report import ROW_KEYS, at_floor, biased_floor_notes, results_json, summary_rows, summary_table
 from eval.simulate import simulate
 
@@ -377,24 +379,32 @@ def test_more_bad_options_are_refused_before_anything_is_written(folder, tmp_pat
 class StandInEvaluator:
     """In place of the cell-eval package: scores a perturbation by the number of its predicted cells."""
 
-    def __init__(self, *, adata_pred, adata_real, control_pert, pert_col, outdir):
-        for adata in (adata_pred, adata_real):
+    def __init__(self, *, adata_pred, adata_real, control_pert, pert_col, outdir, num_threads):
+        assert not Path(outdir).exists()
+        for adata in (adata_real,) if adata_pred is None else (adata_pred, adata_real):
             assert (adata.obs[pert_col] == control_pert).any()
             assert not np.array_equal(adata.X.data, np.round(adata.X.data))
-        assert set(adata_pred.obs[pert_col]) == set(adata_real.obs[pert_col])
-        self.sizes = adata_pred.obs[pert_col].value_counts().drop(control_pert)
+        if adata_pred is not None:
+            assert set(adata_pred.obs[pert_col]) == set(adata_real.obs[pert_col])
+            self.sizes = adata_pred.obs[pert_col].value_counts().drop(control_pert)
 
     def compute(self, *, profile, write_csv):
         lines = [{"perturbation": name, "size": float(size), "none": None} for name, size in self.sizes.items()]
         return SimpleNamespace(to_dicts=lambda: lines), None
 
+    def compute_ceiling(self, *, profile, write_csv, seed):
+        return None, SimpleNamespace(to_dicts=lambda: [{"size": 7.0, "none": None, "nan": float("nan")}])
+
 
 def test_cell_eval_is_given_each_cell_type_with_its_mean_baseline_and_ceiling(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(cell_eval_scores, "check_installed", lambda: None)
     monkeypatch.setitem(sys.modules, "cell_eval", SimpleNamespace(MetricsEvaluator=StandInEvaluator))
-    found = run_main(folder, tmp_path / "out", "generated_0.h5ad", cell_eval=True, protocol="paper", baselines="none")
+    options = {"cell_eval": True, "protocol": "paper", "baselines": "additive"}
+    found = run_main(folder, tmp_path / "out", "generated_0.h5ad", **options)
     ours = [row for row in found["rows"] if row["protocol"] == "cell-eval"]
-    assert {row["model"] for row in ours} == {"floor", "thinned", "cell_eval_mean"}
+    seeds = {row["model"]: row["seeds"] for row in ours}
+    assert seeds == {"floor": 1, "thinned": 1, "additive": 3, "cell_eval_mean": 1, "cell_eval_ceiling": 1}
+    assert [(row["metric"], row["mean"]) for row in ours if row["model"] == "cell_eval_ceiling"] == [("size", 7.0)]
     test = anndata.read_h5ad(folder / "test.h5ad").obs
     sizes = (test["cell_type"].astype(str) + " | " + test["perturbation"].astype(str)).value_counts()
     for row in ours:
@@ -402,6 +412,85 @@ def test_cell_eval_is_given_each_cell_type_with_its_mean_baseline_and_ceiling(fo
             assert row["mean"] == sizes[row["condition"].removesuffix(" (under 20 cells)")]
             assert not row["condition"].startswith("type0 | control")
     assert "metrics of the cell-eval package" in (tmp_path / "out" / "results.md").read_text()
+
+
+@pytest.mark.slow
+def test_cell_eval_itself_scores_real_cells_above_its_mean_baseline(folder, tmp_path):
+    """The package as it is: two files of thinned training cells, whose perturbations are those of the test cells."""
+    pytest.importorskip("cell_eval", reason="the extra 'baselines' is not installed")
+    found = run_main(folder, tmp_path / "out", cell_eval=True, protocol="paper", baselines="none", per_condition=False)
+    assert found["versions"]["cell-eval"]
+    ours = [row for row in found["rows"] if row["protocol"] == "cell-eval" and row["grouping"] == "per_condition"]
+    means = {(row["model"], row["metric"]): row["mean"] for row in ours}
+    assert {metric for _, metric in means} == {"mae", "overlap_at_N", "discrimination_score_l1"}
+    for model in ("thinned", "floor"):
+        assert means[model, "discrimination_score_l1"] > means["cell_eval_mean", "discrimination_score_l1"] + 0.1
+    assert 0 < means["cell_eval_ceiling", "discrimination_score_l1"] <= 1
+    assert ("cell_eval_ceiling", "mae") not in means
+
+
+def test_cell_eval_means_of_training_perturbations_are_those_of_the_package(folder):
+    baseline = pytest.importorskip("cell_eval._baseline", reason="the extra 'baselines' is not installed")
+    cells = read_cells(
+        [folder / "generated_0.h5ad"], folder / "test.h5ad", folder / "train.h5ad", names=[None], reserved_names=()
+    )
+    values, labels = cell_eval_scores._mean_cells(cells.train, cells.real)
+    for cell_type in ("type0", "type1"):
+        chosen = (cells.train.labels["cell_type"] == cell_type).to_numpy()
+        train = anndata.AnnData(
+            cell_eval_scores.log_cp10k(cells.train.counts[chosen]).toarray(),
+            obs=cells.train.labels[chosen].set_axis([str(row) for row in range(chosen.sum())]),
+        )
+        expected = baseline.build_base_mean_adata(train, pert_col="perturbation", control_pert="control")
+        expected = expected[expected.obs["perturbation"] != "control"].X
+        ours = values[(labels["cell_type"] == cell_type).to_numpy()].toarray()
+        np.testing.assert_allclose(ours[0], np.asarray(expected)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_genes_that_a_file_lacks_are_refused_or_left_out_and_counted(folder, tmp_path):
+    path = _changed(folder, tmp_path, lambda adata: adata[:, 3:][:, ::-1].copy())
+    options = {"real": folder / "test.h5ad", "train": folder / "train.h5ad", "protocol": "paper", "umap": False}
+    with pytest.raises(ValueError, match=r"add them, or compare on the 27 others with --genes shared"):
+        main((path,), out=tmp_path / "refused", **options)
+    main((path,), out=tmp_path / "out", genes="shared", **options)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    note = "27 of the 30 genes of the real cells; left out, as another file lacks them: GENE0000, GENE0001, GENE0002"
+    assert found["genes"] == note
+    assert f"Compared on {note}." in (tmp_path / "out" / "results.md").read_text()
+    assert "--genes shared" in found["command"]
+    for name in ("test.h5ad", "train.h5ad", "generated_0.h5ad"):
+        anndata.read_h5ad(folder / name)[:, 3:].copy().write_h5ad(tmp_path / name)
+    by_hand = {**options, "real": tmp_path / "test.h5ad", "train": tmp_path / "train.h5ad"}
+    main((tmp_path / "generated_0.h5ad",), out=tmp_path / "by_hand", **by_hand)
+    expected = json.loads((tmp_path / "by_hand" / "results.json").read_text())
+    assert expected["rows"] == found["rows"]
+    assert "genes" not in expected
+
+
+def test_genes_by_other_names_are_refused_with_both_names(folder, tmp_path):
+    path = _changed(folder, tmp_path, lambda adata: setattr(adata, "var_names", [f"ENSG{i}" for i in range(30)]))
+    with pytest.raises(ValueError, match=r"no gene of .* is in every file: .* are ENSG0, ENSG1, ENSG2, \.\.\."):
+        main((path,), real=folder / "test.h5ad", train=folder / "train.h5ad", out=tmp_path / "out", genes="shared")
+
+
+@pytest.mark.slow
+def test_samples_that_scvi_itself_drew_are_scored(folder, tmp_path):
+    """A user's way: posterior predictive samples of the test cells in a copy of their file."""
+    scvi = pytest.importorskip("scvi", reason="the extra 'baselines' is not installed")
+    train, test = (anndata.read_h5ad(folder / name) for name in ("train.h5ad", "test.h5ad"))
+    scvi.model.SCVI.setup_anndata(train, categorical_covariate_keys=["cell_type", "perturbation"])
+    model = scvi.model.SCVI(train, n_hidden=16, n_latent=4)
+    model.train(max_epochs=2)
+    drawn = test.copy()
+    drawn.X = np.asarray(model.posterior_predictive_sample(test).todense())
+    drawn.uns = {}
+    drawn.write_h5ad(tmp_path / "scvi.h5ad")
+    options = {"real": folder / "test.h5ad", "train": folder / "train.h5ad", "protocol": "paper", "umap": False}
+    with pytest.raises(ValueError, match=r"does not say what generated it .* pass --name NAME"):
+        main((tmp_path / "scvi.h5ad",), out=tmp_path / "out", **options)
+    main((tmp_path / "scvi.h5ad",), out=tmp_path / "out", name="scVI", **options)
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert {row["n"] for row in rows if row["model"] == "scVI" and row["grouping"] == "pooled"} == {240}
 
 
 @pytest.mark.parametrize(("model_value", "noted"), [(0.11, True), (0.9, False)])
@@ -412,4 +501,4 @@ def test_a_small_n_whose_biased_floor_dominates_is_said(model_value, noted):
     )
     notes = biased_floor_notes([floor, model, unbiased])
     assert len(notes) == noted
-    assert not noted or "the floor (0.1, n = 50) is most" in notes[0]
+    assert not noted or "scldm, pooled: the floor (0.1, n = 50) is most of the biased MMD² of dcm (0.11)" in notes[0]

@@ -13,8 +13,9 @@ FIRST_PARTY = {*SHIPPED_FOLDERS, "training", "eval", "model_cards", "tests"}
 
 # A module may import siblings of its own rank in its own folder, and anything of a lower rank.
 RANK_OF_FOLDER = {"tests": 4, "training": 2, "eval": 2, "model_cards": 1, "modeling_dcm": 0, "tokenization": 0}
-RANK_OF_FILE = {"eval/benchmark.py": 3, "eval/experiments.py": 3, "eval/metrics.py": 1}
-THIRD_PARTY_ONLY = {"eval/metrics.py": {"numpy", "scipy", "torch", "ot"}}
+RANK_OF_FILE = {"eval/benchmark.py": 3, "eval/experiments.py": 3, "eval/metrics.py": 1, "eval/cell_blocks.py": 1}
+NUMERICAL = {"numpy", "scipy", "torch", "ot"}
+THIRD_PARTY_ONLY = {"eval/metrics.py": NUMERICAL | {"eval"}, "eval/cell_blocks.py": NUMERICAL}
 
 
 def source_files() -> list[Path]:

@@ -12,7 +12,7 @@ from scipy.spatial.distance import pdist
 from sklearn.metrics import r2_score
 from sklearn.neighbors import NearestNeighbors
 
-from eval import metrics
+from eval import cell_blocks, metrics, metrics_benchmark
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -146,7 +146,7 @@ def test_quiet_and_loud_genes_are_multiplied_alike(rng, monkeypatch):
     x, y = (rng.poisson(np.linspace(0.01, 3, 40), (30, 40)) for _ in range(2))
     expected = [metrics.mmd2(x, y), metrics.w2(x, y), metrics.w2_gaussian(x, y)]
     for share in (0.0, 0.5, 1.1):
-        monkeypatch.setattr(metrics, "LOUD_SHARE", share)
+        monkeypatch.setattr(cell_blocks, "LOUD_SHARE", share)
         a, b = sparse.csr_matrix(x), sparse.csr_matrix(y)
         found = [metrics.mmd2(a, b), metrics.w2(a, b), metrics.w2_gaussian(a, b)]
         assert found == pytest.approx(expected, rel=1e-9)
@@ -162,7 +162,7 @@ def test_the_device_does_not_matter(counts, form, device):
 
 def test_memory_does_not_grow_with_the_number_of_pairs(monkeypatch):
     """All distances of 3,000 cells would be 72 MB; blocks of 100 cells need a small part of it."""
-    monkeypatch.setattr(metrics, "BLOCK_CELLS", 100)
+    monkeypatch.setattr(cell_blocks, "BLOCK_CELLS", 100)
     cells = sparse.random(3000, 50, density=0.1, format="csr", random_state=0)
     tracemalloc.start()
     metrics.mmd2(cells, cells, bandwidths=[1.0])
@@ -204,7 +204,7 @@ def test_sparse_dense_gene_order_and_block_size_do_not_matter(counts, metric, mo
     expected = metric(x, y)
     order = np.random.default_rng(1).permutation(x.shape[1])
     assert metric(x[:, order], y[:, order]) == pytest.approx(expected, abs=1e-9)
-    monkeypatch.setattr(metrics, "BLOCK_CELLS", 4)
+    monkeypatch.setattr(cell_blocks, "BLOCK_CELLS", 4)
     assert metric(sparse.csr_matrix(x), sparse.csr_matrix(y)) == pytest.approx(expected, abs=1e-9)
 
 
@@ -282,6 +282,18 @@ def test_pearson_delta_equals_scipy(rng):
     assert np.isnan(metrics.pearson_delta(control, y, control))
 
 
+def test_means_and_variances_equal_numpy_and_entries_stored_twice_add_up(rng):
+    cells = rng.poisson(np.linspace(0.05, 40, 12), (25, 12))
+    rows, columns = np.nonzero(cells)
+    starts = np.concatenate([[0], 2 * np.cumsum((cells > 0).sum(axis=1))])
+    halves = sparse.csr_matrix((np.repeat(cells[rows, columns] / 2, 2), np.repeat(columns, 2), starts), cells.shape)
+    assert not halves.has_canonical_format
+    for form in (cells, sparse.csr_matrix(cells), halves):
+        mean, variance = metrics.mean_and_variance(form)
+        np.testing.assert_allclose(mean, cells.mean(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(variance, cells.var(axis=0, ddof=1), rtol=1e-12, atol=1e-12)
+
+
 def test_a_constant_gene_has_variance_exactly_zero():
     cells = np.log1p(np.array([[3.0, 1.0], [3.0, 2.0], [3.0, 5.0]]))
     assert metrics.mean_and_variance(sparse.csr_matrix(cells))[1][0] == 0.0
@@ -299,3 +311,16 @@ def test_bad_input_is_refused_with_its_numbers(counts):
         metrics.mmd2(x, y, bandwidths=[0])
     with pytest.raises(ValueError, match=r"x has shape \(6,\)"):
         metrics.w2(x[0], y)
+
+
+def test_the_benchmark_ends_with_its_numbers_and_the_square_roots_agree(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(metrics_benchmark, "_measured", metrics_benchmark._measure)  # in this process
+    result = metrics_benchmark.main(num_cells=40, num_genes=60, yardstick_genes=12, out=tmp_path / "metrics.md")
+    shown = capsys.readouterr().out
+    assert shown == (tmp_path / "metrics.md").read_text()
+    assert shown.splitlines()[-1] == " ".join(f"{name}={value:.2f}" for name, value in result.items())
+    assert list(result) == ["mmd2_and_w2_gaussian_s", "peak_gib", "sqrtm_speedup"]
+    ours, roots = (line.split("|")[4] for line in shown.splitlines()[4:6])
+    assert float(ours) == pytest.approx(float(roots), rel=1e-5)
+    with pytest.raises(ValueError, match="--num-cells 1: expected at least 2"):
+        metrics_benchmark.main(num_cells=1)
