@@ -75,10 +75,10 @@ class CellGenerationPipeline(Pipeline):
         for name in ("seed", "batch_size"):
             if name in options:
                 _check_whole(name, options[name], 0 if name == "seed" else 1)
-        for name in ("guidance_scale", "temperature"):
-            values = options.get(name, 0)
-            for value in values.values() if isinstance(values, Mapping) else [values]:
-                _check_number(name, value)
+        scales = options.get("guidance_scale", 0)
+        for scale in scales.values() if isinstance(scales, Mapping) else [scales]:
+            _check_number("guidance_scale", scale)
+        _check_number("temperature", options.get("temperature", 1))
         if "steps" in options and options["steps"] != "auto":
             _check_whole("steps", options["steps"], 1)
         if "schedule" in options and not isinstance(options["schedule"], str):

@@ -1,14 +1,22 @@
 """Properties of model cards: every fact or an error, front matter that huggingface_hub reads, numbers beside floors."""
 
+import dataclasses
+import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from eval.evaluate import main as evaluate
+from eval.sample import main as sample
 from model_cards.render_card import FACTS, main, read_facts, render
 from tests.tiny_checkpoint import write_tiny_checkpoint
+from training.config import TrainConfig
+from training.convert_h5ad import main as convert
+from training.embed_perturbations import main as embed
 
 ROOT = Path(__file__).parent.parent
 CARDS = ROOT / "model_cards"
@@ -41,6 +49,25 @@ def test_a_card_of_an_untrained_checkpoint_says_plainly_what_is_missing(name):
     assert card.data.eval_results is None
     assert "widget" not in card.data.to_dict()
     assert f'model="org/{name}"' in text
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_options_of_a_cards_commands_exist(name):
+    mains = {"dcm-convert": convert, "dcm-embed": embed, "dcm-sample": sample, "dcm-evaluate": evaluate}
+    known = {command: set(inspect.signature(main).parameters) for command, main in mains.items()}
+    known["accelerate launch training/train.py"] = {field.name for field in dataclasses.fields(TrainConfig)}
+    for line in read_facts(CARDS / f"{name}.yaml")["train"].splitlines():
+        command = next(command for command in known if line.startswith(f"{command} "))
+        options = {option.replace("-", "_") for option in re.findall(r" --([\w-]+)", line)}
+        assert options <= known[command], line
+
+
+@pytest.mark.parametrize("name", ["dcm-replogle", "dcm-replogle-k562"])
+def test_cards_of_perturbations_say_where_their_vectors_come_from_and_what_was_not_at_hand(name):
+    text = render(read_facts(CARDS / f"{name}.yaml"), repo_id=f"org/{name}")
+    assert "dcm-embed --perturbations shards/ --proteins proteins.fasta --model facebook/esm2_t33_650M_UR50D" in text
+    assert "--perturbation-embeddings esm2.safetensors" in text
+    assert "licence was not at hand" in text
 
 
 @pytest.mark.parametrize("results", RESULTS, ids=lambda path: path.stem)

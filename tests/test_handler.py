@@ -126,6 +126,10 @@ HOSTILE = {
     "many steps": ({"inputs": {}, "parameters": {"steps": 10**6}}, "steps: 1,000,000 asked for"),
     "large batch": ({"inputs": {}, "parameters": {"batch_size": 10**6}}, "batch_size: 1,000,000 asked for"),
     "strong guidance": ({"inputs": {}, "parameters": {"guidance_scale": {"cell_type": -1e6}}}, "guidance_scale"),
+    "temperature of objects": (
+        {"inputs": {}, "parameters": {"temperature": {}}},
+        "temperature={}, expected a number",
+    ),
     "huge integer": (b'{"inputs": {"num_cells": 1' + b"0" * 300 + b"}}", "too large"),
     "unreadable integer": (b'{"inputs": {"num_cells": 1' + b"0" * 5000 + b"}}", "digits"),
     "infinity": (b'{"inputs": {"library_size": Infinity}}', "too large or not finite"),

@@ -1,16 +1,19 @@
 """Properties of checkpoints that stand alone, and of ``pipeline("cell-generation")``."""
 
 import json
+import re
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, pipeline
 
-from modeling_dcm import DCMForDenoising
+from modeling_dcm import DCMConfig, DCMForDenoising
 from modeling_dcm.pipeline_dcm import CellGenerationPipeline
-from tests.fresh_python import ABSENT, fresh_python, link_site_packages
+from tests.fresh_python import ABSENT, fresh_python, make_environment
 from tests.tiny_checkpoint import GENES, write_tiny_checkpoint
 from tokenization import DCMTokenizer
 
@@ -28,41 +31,85 @@ def pipe(checkpoint) -> CellGenerationPipeline:
 
 # --- a checkpoint stands alone ---------------------------------------------------------------------------------------
 
+OLDEST = "5.4"  # of the transformers that pyproject.toml allows
+
 ALONE = """
-import importlib.util, json, sys, warnings
-folder, absent = sys.argv[1], sys.argv[2].split(",")
-assert not [name for name in absent if importlib.util.find_spec(name)]
+import importlib.util, json, sys
+version, absent, *folders = sys.argv[1:]
+assert not [name for name in absent.split(",") if importlib.util.find_spec(name)]
+import transformers
+assert transformers.__version__.startswith(version), transformers.__version__
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, pipeline
-assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "dcm"
-tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 asked = {"cell_type": "k562", "perturbation": "KLF1+TGFBR2", "num_cells": 6}
 cells = []
-for auto in (AutoModel, AutoModelForMaskedLM):
-    model = auto.from_pretrained(folder, trust_remote_code=True)
-    cells.append(model.generate(**tok.conditions(**asked), steps=3, seed=5, library_size=9).tolist())
-pipe = pipeline("cell-generation", model=folder, trust_remote_code=True, device="cpu")
-drawn = pipe({**asked, "library_size": 9}, steps=3, seed=5)
-assert "adata" not in drawn
-print(json.dumps([*cells, drawn["counts"].tolist()]))
+for folder in folders:
+    assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "dcm"
+    tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    for auto in (AutoModel, AutoModelForMaskedLM):
+        model = auto.from_pretrained(folder, trust_remote_code=True)
+        cells.append(model.generate(**tok.conditions(**asked), steps=3, seed=5, library_size=9).tolist())
+    pipe = pipeline("cell-generation", model=folder, trust_remote_code=True, device="cpu")
+    drawn = pipe({**asked, "library_size": 9}, steps=3, seed=5)
+    assert "adata" not in drawn
+    cells.append(drawn["counts"].tolist())
+print(json.dumps(cells))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dit", "latent"])
-def test_a_folder_needs_only_transformers_torch_and_numpy_and_gives_the_same_cells(name, make_model, tmp_path):
-    folder = write_tiny_checkpoint(tmp_path / "checkpoint", make_model(name, conditioned=True))
-    tokenizer, model = DCMTokenizer.from_pretrained(folder), DCMForDenoising.from_pretrained(folder)
-    conditions = tokenizer.conditions(cell_type="k562", perturbation="KLF1+TGFBR2", num_cells=6)
-    ours = model.generate(**conditions, steps=3, seed=5, library_size=9)
-    site = link_site_packages(tmp_path / "site")
-    done = fresh_python(site, ALONE, folder, ",".join(ABSENT), home=tmp_path / "home")
+@pytest.mark.parametrize("version", [OLDEST, transformers.__version__], ids=["oldest", "installed"])
+def test_a_folder_needs_only_transformers_torch_and_numpy_and_gives_the_same_cells(version, make_model, tmp_path):
+    folders, ours = [], []
+    for name in ("dit", "latent"):
+        folders.append(write_tiny_checkpoint(tmp_path / name, make_model(name, conditioned=True)))
+        tokenizer, model = DCMTokenizer.from_pretrained(folders[-1]), DCMForDenoising.from_pretrained(folders[-1])
+        conditions = tokenizer.conditions(cell_type="k562", perturbation="KLF1+TGFBR2", num_cells=6)
+        ours += [model.generate(**conditions, steps=3, seed=5, library_size=9).tolist()] * 3
+    wanted = () if version == transformers.__version__ else (f"transformers=={version}.*",)
+    try:
+        python = make_environment(tmp_path / "environment", *wanted)
+    except RuntimeError as error:
+        pytest.skip(f"transformers {version} cannot be installed here: {error}")
+    done = fresh_python(python, ALONE, version, ",".join(ABSENT), *folders, home=tmp_path / "home")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [ours.tolist()] * 3
+    assert json.loads(done.stdout) == ours
 
 
-def test_weights_in_many_files_in_subfolders_dtypes_and_device_maps_load(make_model, tmp_path):
+def test_the_oldest_transformers_is_the_one_that_the_package_asks_for():
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert f"transformers>={OLDEST},<6" in project["dependencies"]
+
+
+def test_each_auto_class_file_names_all_the_files_that_it_needs(checkpoint):
+    """Transformers 5.4 copies out of a local folder what the file of the class imports, not what that imports."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    tokenizer = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    references = [*config["auto_map"].values(), config["custom_pipelines"]["cell-generation"]["impl"]]
+    references += [reference for reference in tokenizer["auto_map"]["AutoTokenizer"] if reference]
+    for file in {reference.split(".")[0] for reference in references}:
+        needed, todo = set(), [file]
+        while todo:
+            new = sibling_imports(checkpoint / f"{todo.pop()}.py") - needed
+            needed |= new
+            todo += new
+        assert sibling_imports(checkpoint / f"{file}.py") == needed, file
+
+
+def sibling_imports(file: Path) -> set[str]:
+    return set(re.findall(r"^from \.(\w+) import", file.read_text(), flags=re.MULTILINE))
+
+
+def test_with_the_package_installed_nobody_is_asked_to_trust_remote_code(checkpoint):
+    assert type(AutoModel.from_pretrained(checkpoint)) is DCMForDenoising
+    assert type(AutoModelForMaskedLM.from_pretrained(checkpoint)) is DCMForDenoising
+    assert type(AutoTokenizer.from_pretrained(checkpoint)) is DCMTokenizer
+    assert type(AutoConfig.from_pretrained(checkpoint)) is DCMConfig
+
+
+def test_weights_in_many_files_in_subfolders_and_device_maps_load(make_model, tmp_path):
     model = make_model("dit", conditioned=True)
-    folder = tmp_path / "sub" / "folder"
+    folder = write_tiny_checkpoint(tmp_path / "sub" / "folder", model)
+    (folder / "model.safetensors").unlink()
     model.save_pretrained(folder, max_shard_size="5KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     loaded = [
@@ -71,9 +118,17 @@ def test_weights_in_many_files_in_subfolders_dtypes_and_device_maps_load(make_mo
     ]
     for name, value in model.state_dict().items():
         assert all(torch.equal(other.state_dict()[name].cpu(), value) for other in loaded), name
-    half = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="bfloat16")
+    assert DCMTokenizer.from_pretrained(tmp_path, subfolder="sub/folder").genes == GENES
+
+
+def test_a_cast_of_the_weights_leaves_means_and_library_sizes_within_the_precision_of_the_cast(checkpoint):
+    whole = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
+    half = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, dtype="bfloat16")
     assert half.dtype == torch.bfloat16
-    assert half.generate(4, steps=2, library_size=9).max() <= model.config.max_count
+    for name, value in whole.named_buffers():
+        cast = half.get_buffer(name)
+        assert torch.allclose(cast.double(), value.double(), rtol=2**-8, atol=0), name
+    assert half.generate(4, steps=2, library_size=9).max() <= whole.config.max_count
 
 
 def test_config_names_every_auto_class_and_the_pipeline(checkpoint):
@@ -197,6 +252,7 @@ def test_a_bad_request_says_what_was_expected(pipe, request_, message):
         ({"schedule": 3}, "schedule=3, expected a name"),
         ({"temperature": 0}, "temperature=0, expected above 0"),
         ({"guidance_scale": "high"}, "guidance_scale='high', expected a number"),
+        ({"temperature": {}}, "temperature={}, expected a number"),
         ({"batch_size": 0}, "batch_size=0, expected a whole number of at least 1"),
     ],
 )

@@ -26,7 +26,7 @@ def user_errors() -> Iterator[None]:
     """Log to stderr, and end the program with one line and exit code 2 on a ``ValueError`` or ``OSError``."""
     keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "datasets", "accelerate", "fsspec", "filelock"):
+    for noisy in ("httpx", "httpx2", "datasets", "accelerate", "fsspec", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         yield
@@ -41,8 +41,7 @@ def user_errors() -> Iterator[None]:
 def keep_freed_memory() -> None:
     """Let glibc, where there is one, reuse large freed blocks: a network asks for the same sizes again and again.
 
-    Handed back to the system, every page would be cleared again before its next use, about a tenth of the time of a
-    training step on a CPU.
+    Handed back to the system, every page would be cleared again before its next use.
     """
     mmap_threshold, trim_threshold = -3, -1  # of malloc.h
     try:
