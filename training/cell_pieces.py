@@ -31,7 +31,9 @@ class Cells:
         lengths = self.lengths[order]
         ends = np.cumsum(lengths)
         starts = (np.cumsum(self.lengths) - self.lengths)[order]
-        gather = np.repeat(starts - ends + lengths, lengths) + np.arange(lengths.sum())
+        small = np.int32 if len(self.genes) < 2**31 else np.int64  # half the memory of the largest temporary arrays
+        gather = np.arange(lengths.sum(), dtype=small)
+        gather += np.repeat((starts - ends + lengths).astype(small), lengths)
         return Cells(self.genes[gather], self.expressions[gather], lengths)
 
 
