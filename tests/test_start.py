@@ -91,3 +91,13 @@ def test_library_sizes_are_drawn_as_if_every_gene_had_been_measured(started):
     everything = (model.library_sizes.keys == ANY).all(dim=1)
     quantiles = np.quantile(sizes, np.linspace(0, 1, model.library_sizes.quantiles.shape[1]))
     assert model.library_sizes.quantiles[everything][0].numpy() == pytest.approx(quantiles, rel=1e-5)
+
+
+def test_names_that_no_training_cell_has_are_warned_of(tmp_path, caplog):
+    cells = write_cells(tmp_path / "cells.h5ad", GENES, ["one", "two"] * 60, {"A": 4.0, "B": 1.0, "C": 5.0}, seed=0)
+    convert(cells, out=tmp_path / "shards", cell_type_key="line", split="zero-shot", held_out_cell_type="two")
+    config = TrainConfig(data=tmp_path / "shards", out=tmp_path / "run", **TINY)
+    tokenizer = build_tokenizer(config)
+    build_model(config, tokenizer, open_cells(config, "train", tokenizer))
+    assert "no training cell has these cell types" in caplog.text
+    assert "learns nothing of them: two" in caplog.text

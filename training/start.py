@@ -155,6 +155,7 @@ def build_model(
         _set_vectors(model, tokenizer, table)
     if source is not None:
         transfer(source, model, tokenizer)
+    _warn_of_names_never_seen(tokenizer, cells, table, source)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     logger.info(
@@ -167,6 +168,29 @@ def build_model(
         ", ".join(model_config.condition_names) or "none",
     )
     return model
+
+
+def _warn_of_names_never_seen(
+    tokenizer: DCMTokenizer, cells: Cells, table: PerturbationTable | None, source: Source | None
+) -> None:
+    """Say which names the model takes and yet knows nothing of: no training cell has them, now or in the source, and
+    they have no vector. Cells drawn for them are drawn for a random vector."""
+    conditions = (("cell types", "cell_type_ids"), ("perturbations", "perturbation_ids"))
+    for what, ids in conditions:
+        names = tokenizer.cell_types if ids == "cell_type_ids" else tokenizer.perturbations
+        if not names:
+            continue
+        known = set() if table is None else set(table.vectors)
+        if source is not None:
+            known |= {*source.tokenizer.cell_types, *source.tokenizer.perturbations}
+        seen = {names[id_] for id_ in cells.conditions[ids].unique().tolist() if id_ >= 0}
+        never_seen = [name for name in names if name not in seen | known]
+        if never_seen:
+            logger.warning(
+                "no training cell has these %s, so the model takes the names but learns nothing of them: %s",
+                what,
+                listed(never_seen),
+            )
 
 
 def _blocks(cells: Cells) -> Iterator[tuple[np.ndarray, csr_matrix]]:
