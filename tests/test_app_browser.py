@@ -100,7 +100,10 @@ def test_what_cannot_be_is_said_in_the_page_and_it_goes_on(browser):
     browser.click("#generate")
     until(lambda: "seed must be a whole number from 0 to" in browser.text(), "the seed's bounds appear")
     browser.replace("#seed input", "1")
-    browser.replace("#cell-type input", "k562\ue007")  # a list of labels: Enter chooses
+    browser.click("#cell-type input")
+    k562 = "[role=option][aria-label=k562]"
+    until(lambda: browser.run(f"return !!document.querySelector('{k562}')"), "the list of cell types opens")
+    browser.click(k562)
     browser.click("#generate")
     until(lambda: "cells (k562, KLF1): median" in browser.text(), "cells appear after all")
     assert "reference, same labels" not in browser.text()  # the file has no perturbations
