@@ -108,7 +108,9 @@ def test_any_subset_of_the_panel_can_be_generated_in_any_order(model):
     assert cells[:, 0].tolist() == [4, 2]
 
 
-def test_library_size_is_drawn_from_the_training_cells_given_or_null(model, monkeypatch):
+@pytest.fixture
+def seen(monkeypatch) -> list[torch.Tensor]:
+    """The library sizes (B,) of each chunk that is drawn from now on."""
     seen = []
 
     def spied(model, gene_ids, conditions, guidance_scale, *, from_nothing):
@@ -116,6 +118,10 @@ def test_library_size_is_drawn_from_the_training_cells_given_or_null(model, monk
         return denoiser(model, gene_ids, conditions, guidance_scale, from_nothing=from_nothing)
 
     monkeypatch.setattr(generation_dcm, "denoiser", spied)
+    return seen
+
+
+def test_library_size_is_drawn_from_the_training_cells_given_or_null(model, seen):
     model.generate(cell_type_ids=torch.tensor([0, 1, 1, 2]), steps=1)
     assert [size >= 1000 for size in seen[-1]] == [False, True, True, False]
     model.generate(3, steps=1, library_size="null")
@@ -128,14 +134,7 @@ def test_library_size_is_drawn_from_the_training_cells_given_or_null(model, monk
     assert [size.tolist() for size in seen[-2:]] == [[1, 2], [3]]
 
 
-def test_library_size_of_some_genes_is_their_share_of_a_mean_cell(model, monkeypatch):
-    seen = []
-
-    def spied(model, gene_ids, conditions, guidance_scale, *, from_nothing):
-        seen.append(conditions["library_size"])
-        return denoiser(model, gene_ids, conditions, guidance_scale, from_nothing=from_nothing)
-
-    monkeypatch.setattr(generation_dcm, "denoiser", spied)
+def test_library_size_of_some_genes_is_their_share_of_a_mean_cell(model, seen, monkeypatch):
     monkeypatch.setattr(model.totals, "gene_mean", torch.tensor([[1.0, 2, 3, 4, 5, 6, 4]]).expand(4, 7).clone())
     model.generate(cell_type_ids=torch.tensor([0, 1]), steps=1)
     model.generate(cell_type_ids=torch.tensor([0, 1]), steps=1, gene_ids=torch.tensor([4, 0]))  # 6 of 25 counts
