@@ -133,13 +133,13 @@ def zero_shot(
     conversion |= {"covariate_keys": covariate_keys, "split": split}
     training = ["--config", str(config)] if config else []
     training += [] if max_steps is None else ["--max-steps", str(max_steps)]
-    with source.open("rb") as file:
-        source_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     facts = {
-        "source_sha256": source_sha256,
+        "source_sha256": _sha256(source),
         "conversion": conversion,
         "splits": [{name: str(value) for name, value in one.items()} for one in splits],
-        "vectors": vectors,
+        "split_files_sha256": [_sha256(path) for path in split_files],
+        "vectors": [vectors, _sha256(Path(vectors)) if vectors and Path(vectors).is_file() else None],
+        "learned": learned,
         "training": [read_config(config) if config else None, max_steps],
         "scores": [sampling_seeds, draws],
     }
@@ -167,6 +167,11 @@ def zero_shot(
     sys.stdout.write(study_tables(study, rows) + "\n")
     logger.info("numbers: %s\ntables:  %s\nfigure:  %s", *(out / f"zero_shot.{kind}" for kind in ("json", "md", "png")))
     return out / "zero_shot.json"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shuffled(vectors: Mapping[str, torch.Tensor], *, seed: int) -> Vectors:

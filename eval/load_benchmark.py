@@ -116,7 +116,9 @@ def measure(folder: Path, steps: int, repeats: int) -> Seconds:
             command = [sys.executable, "-I", fresh_load.__file__, str(folder), str(steps)]
             done = subprocess.run(command, capture_output=True, text=True, env=os.environ | own, cwd=home, check=False)
         if done.returncode:
-            raise ValueError(f"a fresh process cannot use {str(folder)!r}: {done.stderr.strip().splitlines()[-1:]}")
+            raise ValueError(
+                f"a fresh process cannot use {str(folder)!r}: {''.join(done.stderr.strip().splitlines()[-1:])}"
+            )
         found.append(json.loads(done.stdout.splitlines()[-1]))
     return {name: tuple(statistics.median(each[name][i] for each in found) for i in range(2)) for name in STAGES}
 
@@ -134,7 +136,6 @@ def _report(described: dict[str, str], measured: dict[str, Seconds], steps: int,
         cells = [f"{clock:.2f} ({cpu:.2f})" for clock, cpu in seconds.values()]
         lines.append(f"| {name} | {described[name]} | {' | '.join(cells)} |")
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
-    where = f"the CPU, {torch.get_num_threads()} threads (Python {platform.python_version()}, {versions})"
     where = f"the CPU, {torch.get_num_threads()} threads (Python {platform.python_version()}, {versions})"
     return (
         "\n".join(lines) + "\n\n"

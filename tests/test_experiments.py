@@ -225,6 +225,8 @@ def test_a_study_writes_its_files_and_goes_on_where_it_stopped(tmp_path, monkeyp
     assert capsys.readouterr().out == printed
     with pytest.raises(ValueError, match="holds a study that differs in scores"):
         zero_shot(**{**options, "draws": 3})
+    with pytest.raises(ValueError, match="holds a study that differs in learned"):
+        zero_shot(**{**options, "learned": not options.get("learned", True)})
 
 
 @pytest.mark.slow

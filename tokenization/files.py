@@ -4,6 +4,7 @@ Knows nothing of models, vocabularies or shards.
 """
 
 import glob
+import logging
 import os
 import shutil
 import uuid
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import anndata
 import h5py
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -79,7 +82,7 @@ def written_aside(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _put_back(path)
+    put_back(path)
     aside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
     try:
         yield aside
@@ -89,9 +92,10 @@ def written_aside(path: str | Path) -> Iterator[Path]:
             try:
                 os.replace(aside, path)
             except OSError:
-                os.replace(old, path)
+                if not path.exists():
+                    os.replace(old, path)
                 raise
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         else:
             _flush(aside)
             os.replace(aside, path)
@@ -102,12 +106,14 @@ def written_aside(path: str | Path) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
 
 
-def _put_back(path: Path) -> None:
+def put_back(path: Path) -> None:
     """Finish or undo what processes that were killed while they replaced a folder left beside it."""
-    for old in sorted(path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.old")):
+    left = path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.old")
+    for old in sorted(left, key=lambda folder: folder.stat().st_mtime):
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
+            logger.warning("putting %s back, which an interrupted run was about to replace", path)
             os.replace(old, path)
 
 

@@ -228,9 +228,9 @@ def label_codes(table: pa.Table) -> dict[str, np.ndarray]:
     return {name: table.column(name).fill_null(-1).to_numpy() for name in names}
 
 
-# A stream of random numbers of its own: conversion shuffles cells by the permutation of (seed, split), and the same
-# permutation again, for the first epoch, puts them back in the order of their file.
-ORDER = 1
+# Streams of random numbers of their own: conversion shuffles cells by the permutation of (seed, split), and the same
+# permutation again puts them back in the order of their file. They stand last, as numpy pads seeds with zeros.
+ORDER, FLOOR = 1, 2
 
 
 class GlobalBatchSampler(torch.utils.data.Sampler[list[int]]):
@@ -279,7 +279,7 @@ class GlobalBatchSampler(torch.utils.data.Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         global_size = self.batch_size * self.world_size
-        order = np.random.default_rng([ORDER, self.seed, self.epoch]).permutation(self.num_cells)
+        order = np.random.default_rng([self.seed, self.epoch, ORDER]).permutation(self.num_cells)
         if self.num_cells < global_size:
             order = np.resize(order, global_size)
         for batch in range(len(self)):

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from scipy.sparse import vstack
 
 from tokenization import DCMTokenizer
-from training.cells import COUNTS, Cells, GlobalBatchSampler, label_codes
+from training.cells import COUNTS, ORDER, Cells, GlobalBatchSampler, label_codes
 from training.sparse_rows import SparseRows, to_csr
 
 BLOCKS_IN_MEMORY = 4
@@ -176,14 +176,16 @@ class BlockBatchSampler(GlobalBatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         num_blocks = len(self.first_cells) - 1
-        mine = np.random.default_rng([self.seed, self.epoch]).permutation(num_blocks)[self.rank :: self.world_size]
+        mine = np.random.default_rng([self.seed, self.epoch, ORDER]).permutation(num_blocks)[
+            self.rank :: self.world_size
+        ]
         waiting = np.zeros(0, dtype=np.int64)
         left = len(self)
         for window in range(0, len(mine), BLOCKS_IN_MEMORY):
             spans = [
                 (self.first_cells[block], self.first_cells[block + 1]) for block in mine[window:][:BLOCKS_IN_MEMORY]
             ]
-            rng = np.random.default_rng([self.seed, self.epoch, self.rank, window])
+            rng = np.random.default_rng([self.seed, self.epoch, self.rank, window, ORDER])
             waiting = np.concatenate([waiting, rng.permutation(np.concatenate([np.arange(*span) for span in spans]))])
             for _ in range(min(left, len(waiting) // self.batch_size)):
                 yield waiting[: self.batch_size].tolist()

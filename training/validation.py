@@ -14,7 +14,7 @@ from eval.metrics import correlation_agreement, median_bandwidth, mmd2
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.chunks_dcm import dropout_off
 from tokenization import DCMTokenizer
-from training.cells import Cells
+from training.cells import FLOOR, Cells
 from training.config import TrainConfig
 from training.entropy import complete_cells, validation_entropy
 from training.noise import noised
@@ -63,7 +63,7 @@ class Validation:
         if self.reference is None:
             real = _log1p(self.cells.csr(range(number)))
             width = median_bandwidth(real)
-            rows = np.random.default_rng(self.config.seed).permutation(len(self.training_cells))[:number]
+            rows = np.random.default_rng([self.config.seed, 0, FLOOR]).permutation(len(self.training_cells))[:number]
             floor = _agreement(_log1p(self.training_cells.csr(np.sort(rows))), real, width)
             self.reference = real, width, {f"{name}_floor": value for name, value in floor.items()}
         real, width, floor = self.reference

@@ -7,6 +7,7 @@ nothing of what is in them.
 
 import contextlib
 import fcntl
+import glob
 import logging
 import os
 import shutil
@@ -15,7 +16,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tokenization.files import written_aside
+from tokenization.files import put_back, written_aside
 
 logger = logging.getLogger(__name__)
 
@@ -71,15 +72,9 @@ def remove_leftovers(out: Path) -> None:
 
     A run that was killed between the two renames that replace ``out`` left it under another name: it is put back.
     """
-    hexadecimal = "[0-9a-f]" * 8
-    for folder in sorted(out.parent.glob(f".{out.name}.{hexadecimal}.old"), key=lambda folder: folder.stat().st_mtime):
-        if out.exists():
-            shutil.rmtree(folder)
-        else:
-            logger.warning("putting %s back, which an interrupted conversion was about to replace", out)
-            folder.rename(out)
+    put_back(out)
     for parent in {out.parent, _existing_parent(out)}:
-        for folder in sorted(parent.glob(f".{out.name}.{hexadecimal}.part")):
+        for folder in sorted(parent.glob(f".{glob.escape(out.name)}.{'[0-9a-f]' * 8}.part")):
             with contextlib.suppress(BlockingIOError), _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 logger.info("removing %s, which an interrupted conversion left", folder)
                 shutil.rmtree(folder)

@@ -112,11 +112,11 @@ class Checkpoint:
 
 
 class Reference:
-    """Real cells of an h5ad, over those of the model's genes that it has.
+    """Real cells of an h5ad, over those of the model's genes that it has, by exact name.
 
     Args:
         path: the file; raw counts in ``X``, labels in ``obs["cell_type"]`` and ``obs["perturbation"]`` if at all.
-        tokenizer: the model's, with ``genes`` and ``separator``.
+        tokenizer: the model's, with ``genes``, ``separator`` and ``control``.
     """
 
     def __init__(self, path: str, tokenizer: object):
@@ -125,6 +125,8 @@ class Reference:
         import anndata
 
         cells = anndata.read_h5ad(path, backed="r")
+        if not cells.var_names.is_unique:
+            raise ValueError(f"{path!r} has gene names more than once in var_names; sum or drop the duplicates")
         columns = cells.var_names.get_indexer(tokenizer.genes)
         self.panel = np.flatnonzero(columns >= 0)  # positions of the shared genes among the model's
         if not len(self.panel) or not cells.n_obs:
@@ -136,9 +138,9 @@ class Reference:
         values = self.counts.data if hasattr(self.counts, "indptr") else self.counts
         if not np.all(values >= 0) or not np.array_equal(values, np.floor(values)):
             raise ValueError(f"{path!r} holds values in X that are no counts; expected raw counts as a reference")
-        self.separator = tokenizer.separator
+        self.separator, self.control = tokenizer.separator, tokenizer.control
         self.labels = {
-            name: [self._parts(label) for label in sample.obs[name]]
+            name: [self._parts(name, label) for label in sample.obs[name]]
             for name in ("cell_type", "perturbation")
             if name in sample.obs
         }
@@ -147,12 +149,16 @@ class Reference:
         """``clouds`` over the shared genes after some real cells: others, and those of the labels asked for."""
         is_same = np.full(self.counts.shape[0], bool(asked) and all(name in self.labels for name in asked))
         for name in set(asked) & set(self.labels):
-            is_same &= np.array([parts == self._parts(asked[name]) for parts in self.labels[name]])
+            is_same &= np.array([parts == self._parts(name, asked[name]) for parts in self.labels[name]])
         ours = {name: counts[:, self.panel] for name, counts in clouds.items()}
         return {"reference": self._some(~is_same), "reference, same labels": self._some(is_same)} | ours
 
-    def _parts(self, label: object) -> frozenset[str]:
-        return frozenset(str(label).split(self.separator or None))
+    def _parts(self, name: str, label: object) -> frozenset[str]:
+        """Single names of a perturbation's label, without the control beside others; any other label is one name."""
+        if name != "perturbation" or not self.separator:
+            return frozenset([str(label)])
+        names = frozenset(str(label).split(self.separator))
+        return names - {self.control} or names
 
     def _some(self, wanted: np.ndarray) -> np.ndarray:
         rows = np.random.default_rng(0).permutation(np.flatnonzero(wanted))[:REFERENCE_SHOWN]
