@@ -115,6 +115,11 @@ def main(
             conditions = conditions_of(like, tokenizer, **labels)
     except ValueError as error:
         raise ValueError(f"{error}{_why_unknown(str(error), model)}") from error
+    learned = [name for name in model.config.condition_names if name != "library_size"]
+    if like is None and learned and not any(labels.values()):
+        logger.info(
+            "no labels given: cells are drawn without %s (--like FILE draws those of its cells)", ", ".join(learned)
+        )
     if like_library_size:
         library_size = library_sizes_of(like, tokenizer.genes, like_layer)
     asked = {**conditions, "library_size": library_size}

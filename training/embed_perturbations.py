@@ -82,7 +82,8 @@ def main(
         raise ValueError(f"--out {str(out)!r} is a folder; expected the name of a safetensors file to write")
     if (proteins is not None) != (source == "proteins"):
         raise ValueError(
-            f"--proteins is {proteins} with --from {source}; expected a FASTA file with --from proteins, and only then"
+            f"--proteins is {proteins} with --from {source}; expected a FASTA file with --from proteins, and only then "
+            "(--from coexpression needs none)"
         )
     names = perturbation_names(perturbations)
     logger.info("perturbations: %d", len(names))

@@ -155,6 +155,13 @@ def _take_labels(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer
     """Vectors of the labels that both know; the last row of each table is *not given*."""
     old, new, names = source.model.conditions, model.conditions, source.tokenizer
     pairs = []
+    dropped = [name for name in source.model.config.condition_names if name not in model.config.condition_names]
+    if dropped:
+        logger.warning(
+            "conditions of the checkpoint that the new shards lack are dropped: %s; dcm-convert takes them with "
+            "--cell-type-key, --perturbation-key and --covariate-keys",
+            ", ".join(dropped),
+        )
     if old.cell_type is not None and new.cell_type is not None:
         pairs.append(("cell types", old.cell_type, new.cell_type, names.cell_types, tokenizer.cell_types))
     if old.perturbation is not None and new.perturbation is not None:
