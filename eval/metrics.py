@@ -312,7 +312,7 @@ def mean_and_variance(x: Matrix) -> tuple[np.ndarray, np.ndarray]:
 def _nuclear_norm(matrix: np.ndarray, device: str | None) -> float:
     """Sum of the singular values, computed on ``device``; ``matrix`` may be overwritten.
 
-    A large matrix is squared first, and its eigenvalues taken: three times faster, but an eigenvalue is known to
+    A large matrix is squared first, and its eigenvalues taken: faster, but an eigenvalue is known to
     ``e = EIGENVALUE_ERROR lambda_max`` only, a singular value to ``e / max(sigma, sqrt(e))``. Where these add up to
     more than 1e-8 of the sum (cells that repeat, say), the singular values themselves are computed after all.
     """

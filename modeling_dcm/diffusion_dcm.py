@@ -80,7 +80,9 @@ def mask_smallest(
 ) -> torch.Tensor:
     """Mask the ``k`` measured genes of each cell with the smallest ``keys`` (B, L), random numbers in [0, 1)."""
     keys = keys.masked_fill(x_0 == pad_token_id, 2.0)  # behind every measured gene
-    rank = keys.argsort(dim=1).argsort(dim=1)
+    order = keys.argsort(dim=1)
+    places = torch.arange(order.shape[1], device=order.device)
+    rank = torch.empty_like(order).scatter_(1, order, places.expand_as(order))
     return x_0.masked_fill(rank < k[:, None].to(x_0.device), mask_token_id)
 
 

@@ -43,7 +43,7 @@ def level_features(expected: torch.Tensor, max_count: int) -> torch.Tensor:
 
 
 def bump(z: torch.Tensor) -> torch.Tensor:
-    """``exp(-z^2 / 2)``, and 0 where that is below 2e-22: denormal numbers make a CPU's products 100 times slower."""
+    """``exp(-z^2 / 2)``, and 0 where that is below 2e-22: denormal numbers make a CPU's products many times slower."""
     return torch.exp(-0.5 * z**2) * (z.abs() < 10)
 
 

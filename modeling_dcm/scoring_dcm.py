@@ -42,7 +42,7 @@ class CellScoringMixin:
 
         Returns:
             (N,) float64 on the CPU; with ``return_error`` two of them: bound and standard error. The error has at most
-            H degrees of freedom: of 16 samples, two errors cover about nine tenths; of 128, 95 %.
+            H degrees of freedom: of few samples it is itself uncertain.
 
         Raises:
             ValueError: an odd number of samples, MASK among the ids, or conditions that do not fit the model.

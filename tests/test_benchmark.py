@@ -26,8 +26,7 @@ from eval.sampling_report import figure, last_line, notes, table
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.diffusion_dcm import alpha, sigma
 from modeling_dcm.schedule_dcm import reveal_schedule
-from training.config import TrainConfig
-from training.train import main as train
+from tests.tiny_training import two_steps
 
 EPS = 1e-3
 LAST_LINE = re.compile(r"speedup_vs_naive=(\S+) mmd2_minus_linear100=(\S+) se=(\S+)")
@@ -36,9 +35,7 @@ LAST_LINE = re.compile(r"speedup_vs_naive=(\S+) mmd2_minus_linear100=(\S+) se=(\
 @pytest.fixture(scope="module")
 def trained(shards, tmp_path_factory) -> Path:
     """A model with cell types, perturbations and library sizes after two steps of training."""
-    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_latents": 4}
-    out = tmp_path_factory.mktemp("benchmarked") / "checkpoint"
-    return train(TrainConfig(data=shards, out=out, max_steps=2, batch_size=8, validation_cells=8, **tiny))
+    return two_steps(shards, tmp_path_factory.mktemp("benchmarked") / "checkpoint")
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Every kind of input file gives the same cells, in blocks of any size, and damage is one line that names the file."""
 
+import copy
 import gzip
-import pickle
 from pathlib import Path
 
 import anndata
@@ -67,7 +67,7 @@ def opened(path: Path, scratch: Path, layer: str | None = None) -> CountFile:
 
 
 def read(path: Path, scratch: Path, layer: str | None = None) -> scipy.sparse.csr_matrix:
-    file = pickle.loads(pickle.dumps(opened(path, scratch, layer)))  # as other processes are given it
+    file = copy.deepcopy(opened(path, scratch, layer))  # by the protocol by which other processes are given it
     return scipy.sparse.vstack([counts for _, counts in file.counts.blocks(lambda cells: None)]).tocsr()
 
 

@@ -15,16 +15,13 @@ import torch
 
 from eval.sample import load_checkpoint, main
 from modeling_dcm import DCMForDenoising
-from training.config import TrainConfig
-from training.train import main as train
+from tests.tiny_training import assert_same_file, two_steps
 
 
 @pytest.fixture(scope="module")
 def checkpoint(shards, tmp_path_factory) -> Path:
     """A model with cell types, perturbations and library sizes after two steps of training."""
-    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_latents": 4}
-    out = tmp_path_factory.mktemp("sampled") / "checkpoint"
-    return train(TrainConfig(data=shards, out=out, max_steps=2, batch_size=8, validation_cells=8, **tiny))
+    return two_steps(shards, tmp_path_factory.mktemp("sampled") / "checkpoint")
 
 
 def interrupt_before(monkeypatch, chunk: int) -> None:
@@ -39,21 +36,17 @@ def interrupt_before(monkeypatch, chunk: int) -> None:
     monkeypatch.setattr(DCMForDenoising, "generate", interrupted)
 
 
+def interrupted_run(monkeypatch, checkpoint: Path, out: Path, options: dict) -> None:
+    """Draw the first three chunks, and no more."""
+    with monkeypatch.context() as patch:
+        interrupt_before(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            main(str(checkpoint), out=out, **options)
+
+
 def environment(**more: str) -> dict[str, str]:
     root = Path(__file__).parent.parent
     return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **more}
-
-
-def assert_same_file(a: Path, b: Path) -> None:
-    first, second = anndata.read_h5ad(a), anndata.read_h5ad(b)
-    for array in ("indptr", "indices", "data"):
-        x, y = getattr(first.X, array), getattr(second.X, array)
-        assert x.dtype == y.dtype
-        assert x.tobytes() == y.tobytes()
-    assert first.obs.equals(second.obs)
-    assert first.var_names.equals(second.var_names)
-    assert first.uns.keys() == second.uns.keys()
-    assert dict(first.uns["dcm_sampling"]) == dict(second.uns["dcm_sampling"])
 
 
 @pytest.mark.slow
@@ -82,10 +75,7 @@ def test_a_killed_run_goes_on_where_it_was(checkpoint, tmp_path, caplog):
 
 def test_a_chunk_cut_short_is_drawn_again(checkpoint, tmp_path, monkeypatch, caplog):
     out, options = tmp_path / "cells.h5ad", {"num_cells": 20, "batch_size": 4, "steps": 2}
-    with monkeypatch.context() as patch:
-        interrupt_before(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            main(str(checkpoint), out=out, **options)
+    interrupted_run(monkeypatch, checkpoint, out, options)
     parts = sorted((tmp_path / ".cells.h5ad.parts").glob("*.safetensors"))
     assert [part.name for part in parts] == ["0.safetensors", "1.safetensors", "2.safetensors"]
     parts[0].write_bytes(b"")
@@ -101,10 +91,7 @@ def test_a_chunk_cut_short_is_drawn_again(checkpoint, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("change", [{"seed": 1}, {"num_cells": 21}, {"perturbation": "control"}, {"library_size": 9}])
 def test_chunks_of_another_request_are_refused_or_thrown_away(checkpoint, tmp_path, monkeypatch, change):
     out, options = tmp_path / "cells.h5ad", {"num_cells": 20, "batch_size": 4, "steps": 2}
-    with monkeypatch.context() as patch:
-        interrupt_before(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            main(str(checkpoint), out=out, **options)
+    interrupted_run(monkeypatch, checkpoint, out, options)
     with pytest.raises(ValueError, match=r"3 drawn chunks of another request \(.* then, .* now\).* --fresh"):
         main(str(checkpoint), out=out, **options | change)
     assert not out.exists()

@@ -481,9 +481,9 @@ def test_vectors_that_cannot_be_used_are_refused(shards, perturbation_table, tmp
     vectors, path = load_file(perturbation_table), tmp_path / "vectors.safetensors"
     name = next(iter(vectors))
     for wrong, message in (
-        (torch.zeros(4), f"1 vectors are not finite, or all zero: {name}"),
-        (torch.full((4,), torch.nan), f"1 vectors are not finite, or all zero: {name}"),
-        (torch.ones(5), r"the vectors have lengths \[4, 5\]"),
+        (torch.zeros(4), f"vectors that are not finite, or all zero: {name}"),
+        (torch.full((4,), torch.nan), f"vectors that are not finite, or all zero: {name}"),
+        (torch.ones(5), r"the table holds vectors of lengths \[4, 5\]"),
     ):
         save_file({**vectors, name: wrong}, path)
         with pytest.raises(ValueError, match=message):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import anndata
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,17 +15,14 @@ from scipy import sparse
 
 from eval.sample import load_checkpoint, main
 from modeling_dcm import DCMForDenoising
+from tests.tiny_training import assert_same_file, two_steps
 from tokenization import DCMTokenizer
-from training.config import TrainConfig
-from training.train import main as train
 
 
 @pytest.fixture(scope="module")
 def checkpoint(shards, tmp_path_factory) -> Path:
     """A model with cell types, perturbations and library sizes after two steps of training."""
-    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_latents": 4}
-    out = tmp_path_factory.mktemp("sampled") / "checkpoint"
-    return train(TrainConfig(data=shards, out=out, max_steps=2, batch_size=8, validation_cells=8, **tiny))
+    return two_steps(shards, tmp_path_factory.mktemp("sampled") / "checkpoint")
 
 
 @pytest.fixture
@@ -41,18 +37,6 @@ def calls(monkeypatch) -> list[dict]:
 
     monkeypatch.setattr(DCMForDenoising, "generate", recorded)
     return found
-
-
-def assert_same_file(a: Path, b: Path) -> None:
-    first, second = anndata.read_h5ad(a), anndata.read_h5ad(b)
-    for array in ("indptr", "indices", "data"):
-        x, y = getattr(first.X, array), getattr(second.X, array)
-        assert x.dtype == y.dtype
-        assert x.tobytes() == y.tobytes()
-    pd.testing.assert_frame_equal(first.obs, second.obs)
-    pd.testing.assert_frame_equal(first.var, second.var)
-    assert first.uns.keys() == second.uns.keys()
-    assert dict(first.uns["dcm_sampling"]) == dict(second.uns["dcm_sampling"])
 
 
 def test_cells_are_integer_counts_with_the_panels_genes_and_the_conditions_asked_for(checkpoint, tmp_path):

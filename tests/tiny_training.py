@@ -1,8 +1,12 @@
-"""Options of trainings that take a second or two. Knows nothing of any property."""
+"""Trainings that take a second or two, and a comparison of files of drawn cells. Knows nothing of any property."""
 
 from pathlib import Path
 
+import anndata
+import pandas as pd
+
 from training.config import TrainConfig
+from training.train import main as train
 
 TINY_TRAINING = {
     "hidden_size": 16,
@@ -24,3 +28,21 @@ TINY_TRAINING = {
 def tiny_training(data: Path, out: Path, **options: object) -> TrainConfig:
     """Train on shards ``data`` into ``out``; ``options`` win over :data:`TINY_TRAINING`."""
     return TrainConfig(data=data, out=out, **{**TINY_TRAINING, **options})
+
+
+def two_steps(shards: Path, out: Path) -> Path:
+    """A checkpoint with cell types, perturbations and library sizes after two steps of training."""
+    return train(tiny_training(shards, out, max_steps=2))
+
+
+def assert_same_file(a: Path, b: Path) -> None:
+    """Two h5ad files of drawn cells hold the same bytes and labels."""
+    first, second = anndata.read_h5ad(a), anndata.read_h5ad(b)
+    for array in ("indptr", "indices", "data"):
+        x, y = getattr(first.X, array), getattr(second.X, array)
+        assert x.dtype == y.dtype
+        assert x.tobytes() == y.tobytes()
+    pd.testing.assert_frame_equal(first.obs, second.obs)
+    pd.testing.assert_frame_equal(first.var, second.var)
+    assert first.uns.keys() == second.uns.keys()
+    assert dict(first.uns["dcm_sampling"]) == dict(second.uns["dcm_sampling"])

@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ import tyro
 from tokenization import DCMTokenizer
 from tokenization.command_line import run
 from training.condition_columns import ConditionColumns, read_conditions
-from training.file_workers import FileWorkers, Report, file_workers
+from training.file_workers import FileWorkers, Report, available_cores, file_workers
 from training.gene_panel import Panel, choose_panel, read_gene_list
 from training.input_cells import InputCells, read_cells
 from training.shards import dataset_card, find_panels
@@ -181,8 +180,7 @@ def _sensible_processes(sources: Sequence[Path]) -> int:
     files = [file for path in sources for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()]
     if sum(file.stat().st_size for file in files) < SMALL_INPUT:
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, len(sources))
+    return min(available_cores(), len(sources))
 
 
 def _build_tokenizer(

@@ -28,6 +28,11 @@ Report = Callable[[float], object]  # is told of progress, in the unit of the ba
 Job = Callable[..., Any]  # called with ``report=``
 
 
+def available_cores() -> int:
+    """Cores of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class FileWorkers:
     """What :func:`file_workers` yields.
 

@@ -54,16 +54,11 @@ def write_table(
         ValueError: vectors of different lengths, not finite, or all zero; nothing has been written then.
     """
     vectors = {name: vector.detach().float().clone() for name, vector in sorted(table.items())}
-    lengths = sorted({len(vector) for vector in vectors.values()})
-    if len(lengths) != 1:
-        raise ValueError(f"the vectors have lengths {lengths}; expected one length")
-    broken = _broken(vectors)
-    if broken:
-        raise ValueError(f"{len(broken)} vectors are not finite, or all zero: {', '.join(broken[:SHOWN])}")
+    dim = _dim(vectors, "the table")
     said = json.dumps({**about, WITHOUT_VECTOR: sorted(without_vector)}, sort_keys=True)
     with written_aside(out) as aside:
         save_file(vectors, aside, metadata={ABOUT: said})
-    logger.info("%s: %d vectors of length %d", out, len(vectors), lengths[0])
+    logger.info("%s: %d vectors of length %d", out, len(vectors), dim)
 
 
 def read_table(path: Path, control: str | None) -> PerturbationTable:
@@ -88,12 +83,7 @@ def read_table(path: Path, control: str | None) -> PerturbationTable:
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is not a safetensors file ({error})") from error
     vectors.pop(control, None)
-    lengths = sorted({len(vector) for vector in vectors.values()})
-    if len(lengths) != 1:
-        raise ValueError(f"{str(path)!r} holds vectors of lengths {lengths}, expected one length")
-    broken = _broken(vectors)
-    if broken:
-        raise ValueError(f"{str(path)!r}: vectors that are not finite, or all zero: {', '.join(broken[:SHOWN])}")
+    _dim(vectors, repr(str(path)))
     without = frozenset(about.get(WITHOUT_VECTOR, ())) - {control}
     return PerturbationTable(vectors, without, hashlib.sha256(path.read_bytes()).hexdigest())
 
@@ -104,5 +94,12 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
-def _broken(vectors: Mapping[str, torch.Tensor]) -> list[str]:
-    return [name for name, vector in vectors.items() if not bool(vector.isfinite().all()) or not bool(vector.any())]
+def _dim(vectors: Mapping[str, torch.Tensor], where: str) -> int:
+    """The one length of the vectors, each finite and not all zero."""
+    lengths = sorted({len(vector) for vector in vectors.values()})
+    if len(lengths) != 1:
+        raise ValueError(f"{where} holds vectors of lengths {lengths}, expected one length")
+    broken = [name for name, vector in vectors.items() if not bool(vector.isfinite().all() and vector.any())]
+    if broken:
+        raise ValueError(f"{where}: vectors that are not finite, or all zero: {listed(broken)}")
+    return lengths[0]

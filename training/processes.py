@@ -15,6 +15,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, gather_object
 
 from training.config import TrainConfig
+from training.file_workers import available_cores
 
 WHOLE_COPIES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 # the others wait while the first process validates, scores and saves; their libraries give up after 10 minutes
@@ -57,14 +58,9 @@ def threads_per_process(hosts: list[str], host: str) -> int:
     """This process's share of the cores of ``host``, when ``hosts`` are those of all processes.
 
     A launcher that does not say how many processes share a machine leaves each of them all cores. Their threads then
-    take turns, and since those of OpenMP wait for each other without giving way, steps can take a hundred times longer.
+    take turns, and since those of OpenMP wait for each other without giving way, steps can take many times longer.
     """
     return max(1, available_cores() // hosts.count(host))
-
-
-def available_cores() -> int:
-    """Cores of this machine that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def tracker_names(wanted: str) -> list[str]:

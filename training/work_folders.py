@@ -1,6 +1,6 @@
 """Folders that a conversion works in: none looks finished before it is, and what a killed run left is removed later.
 
-A working folder stands beside the result as ``.NAME.XXXXXXXX.part``. Every process that writes to it shares a lock on
+A working folder stands beside the result as ``.NAME.DIGITS.part``. Every process that writes to it shares a lock on
 it, which the system takes back when the process ends in whatever way; folders that nobody holds are leftovers. Knows
 nothing of what is in them.
 """
