@@ -25,13 +25,11 @@ from scipy import sparse
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from eval import cell_eval_scores, scvi_baseline
-from eval.baselines import Sampler, additive, independent_marginals, needs_control, perturbation_mean
-from eval.compared_cells import Cells, drawn_files, is_checkpoint, read_cells, warn_of_gaps
-from eval.html_report import html_report
-from eval.labelled_counts import LabelledCounts
-from eval.plots import comparison_figure
-from eval.protocols import (
+from eval.comparison import cell_eval_scores, scvi_baseline
+from eval.comparison.baselines import Sampler, additive, independent_marginals, needs_control, perturbation_mean
+from eval.comparison.cells import Cells, drawn_files, is_checkpoint, read_cells, warn_of_gaps
+from eval.comparison.labelled_counts import LabelledCounts
+from eval.comparison.protocols import (
     FLOOR_DRAWS,
     PROTOCOLS,
     Protocol,
@@ -40,7 +38,9 @@ from eval.protocols import (
     floor_draws,
     prepare_reference,
 )
-from eval.report import (
+from eval.reports.html_report import html_report
+from eval.reports.plots import comparison_figure
+from eval.reports.report import (
     FLOOR,
     Row,
     biased_floor_notes,
@@ -50,8 +50,8 @@ from eval.report import (
     summary_rows,
     summary_table,
 )
-from tokenization.command_line import run
-from tokenization.files import written_aside
+from training.data.command_line import run
+from training.data.files import written_aside
 
 logger = logging.getLogger(__name__)
 

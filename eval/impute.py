@@ -24,15 +24,15 @@ import tyro
 from anndata.io import sparse_dataset, write_elem
 from scipy import sparse
 
-from eval.imputation_score import MaskedEntries
-from eval.panel_cells import PanelCells, chunk_seed, read_panel_cells
-from eval.progress import ProgressReport
+from eval.drawing.panel_cells import PanelCells, chunk_seed, read_panel_cells
+from eval.drawing.progress import ProgressReport
+from eval.metrics.imputation import MaskedEntries
 from eval.sample import load_checkpoint
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.chunks_dcm import row_chunks
-from tokenization.command_line import run
-from tokenization.files import written_aside
 from tokenization.labels_dcm import unknown_label_error
+from training.data.command_line import run
+from training.data.files import written_aside
 
 logger = logging.getLogger(__name__)
 

@@ -28,15 +28,15 @@ import tyro
 from accelerate import PartialState
 from safetensors import SafetensorError
 
-from eval.chunk_files import ChunkFiles
-from eval.draw_chunks import draw_chunks
-from eval.like_cells import conditions_of, library_sizes_of
+from eval.drawing.chunk_files import ChunkFiles
+from eval.drawing.draw_chunks import draw_chunks
+from eval.drawing.like_cells import conditions_of, library_sizes_of
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.denoisers_dcm import GUIDED
 from modeling_dcm.schedule_dcm import SCHEDULES
 from tokenization import DCMTokenizer
-from tokenization.command_line import run
-from tokenization.files import open_h5ad
+from training.data.command_line import run
+from training.data.files import open_h5ad
 
 logger = logging.getLogger(__name__)
 

@@ -19,13 +19,13 @@ import transformers
 import tyro
 from anndata.io import write_elem
 
-from eval.panel_cells import PanelCells, chunk_seed, read_panel_cells
-from eval.progress import ProgressReport
+from eval.drawing.panel_cells import PanelCells, chunk_seed, read_panel_cells
+from eval.drawing.progress import ProgressReport
 from eval.sample import load_checkpoint
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.chunks_dcm import row_chunks
-from tokenization.command_line import run
-from tokenization.files import written_aside
+from training.data.command_line import run
+from training.data.files import written_aside
 
 logger = logging.getLogger(__name__)
 

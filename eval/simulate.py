@@ -18,8 +18,8 @@ import pandas as pd
 from safetensors.numpy import save_file
 from scipy import sparse
 
-from tokenization.command_line import run
-from tokenization.files import written_aside
+from training.data.command_line import run
+from training.data.files import written_aside
 
 logger = logging.getLogger(__name__)
 

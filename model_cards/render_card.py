@@ -19,8 +19,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from model_cards.results_table import evaluation_table, labelled, row_value
-from tokenization.command_line import run
-from tokenization.files import written_aside
+from training.data.command_line import run
+from training.data.files import written_aside
 
 HERE = Path(__file__).parent
 FACTS = (

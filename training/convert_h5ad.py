@@ -20,15 +20,15 @@ import numpy as np
 import tyro
 
 from tokenization import DCMTokenizer
-from tokenization.command_line import run
-from training.condition_columns import ConditionColumns, read_conditions
-from training.file_workers import FileWorkers, Report, available_cores, file_workers
-from training.gene_panel import Panel, choose_panel, read_gene_list
-from training.input_cells import InputCells, read_cells
-from training.shards import dataset_card, find_panels
-from training.splits import SPLITS, Controls, SplitName, split_cells
-from training.work_folders import check_replaceable, folder_written_aside, remove_leftovers, scratch_folder
-from training.written_parts import build_tables, write_parts
+from training.conversion.conditions import ConditionColumns, read_conditions
+from training.conversion.genes import Panel, choose_panel, read_gene_list
+from training.conversion.inputs import InputCells, read_cells
+from training.conversion.parts import build_tables, write_parts
+from training.conversion.splits import SPLITS, Controls, SplitName, split_cells
+from training.data.command_line import run
+from training.data.folders import check_replaceable, folder_written_aside, remove_leftovers, scratch_folder
+from training.data.shards import dataset_card, find_panels
+from training.data.workers import FileWorkers, Report, available_cores, file_workers
 
 logger = logging.getLogger(__name__)
 

@@ -25,15 +25,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from tokenization import DCMTokenizer
-from tokenization.command_line import run
 from tokenization.conditions_dcm import PERTURBATION
 from tokenization.gene_names_dcm import find_genes
 from tokenization.labels_dcm import split_perturbation
-from training.cells import Cells
-from training.coexpression import coexpression_vectors
-from training.perturbation_table import listed, write_table
-from training.protein_vectors import ProteinEncoder, embed_proteins
-from training.proteins import match_proteins, read_fasta
+from training.data.cells import Cells
+from training.data.command_line import run
+from training.perturbations.coexpression import coexpression_vectors
+from training.perturbations.protein_vectors import ProteinEncoder, embed_proteins
+from training.perturbations.proteins import match_proteins, read_fasta
+from training.perturbations.table import listed, write_table
 
 logger = logging.getLogger(__name__)
 

@@ -26,9 +26,9 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from model_cards.render_card import read_facts, render
-from tokenization.command_line import run
-from training import fresh_check
-from training.shipped_files import add_shipped_files
+from training.data.command_line import run
+from training.hub import fresh_check
+from training.hub.shipped_files import add_shipped_files
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")

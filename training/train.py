@@ -30,17 +30,18 @@ from torch.nn.parallel import DistributedDataParallel
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.diffusion_dcm import keyed_generator
 from tokenization import DCMTokenizer
-from tokenization.command_line import user_errors
-from tokenization.files import written_aside
-from training.cells import Cells
 from training.config import TrainConfig, read_config
-from training.curves import draw_curves
-from training.fine_tune import load_source, merged_tokenizer, shaped_like
-from training.noise import TrainBatches
-from training.optimisation import averaged_weights, build_optimizer, learning_rate, update_average
-from training.processes import build_accelerator, start_trackers
-from training.start import attention_implementation, build_model, build_tokenizer, compile_blocks, open_cells
-from training.states import (
+from training.data.cells import Cells
+from training.data.command_line import user_errors
+from training.data.files import written_aside
+from training.loop.batches import TrainBatches
+from training.loop.curves import draw_curves
+from training.loop.fine_tune import load_source, merged_tokenizer, shaped_like
+from training.loop.log import NotFinite, TrainingLog
+from training.loop.optimiser import averaged_weights, build_optimizer, learning_rate, update_average
+from training.loop.processes import build_accelerator, start_trackers
+from training.loop.start import attention_implementation, build_model, build_tokenizer, compile_blocks, open_cells
+from training.loop.states import (
     all_states,
     load_state_model,
     newest_state,
@@ -50,10 +51,9 @@ from training.states import (
     save_final,
     save_state,
 )
-from training.stopping import SAVED_AFTER_SIGNAL, Stopping
-from training.throughput import peak_flops, training_flops
-from training.training_log import NotFinite, TrainingLog
-from training.validation import Validation
+from training.loop.stopping import SAVED_AFTER_SIGNAL, Stopping
+from training.loop.throughput import peak_flops, training_flops
+from training.loop.validation import Validation
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,213 @@
+"""The metrics of the Virtual Cell Challenge, by the ``cell-eval`` package, as rows of an evaluation.
+
+Each cell type (and covariate) is evaluated by itself. Beside the generators, the baselines and the floor (one draw of
+real training cells) stand the package's own yardsticks: for every perturbation the mean over all training
+perturbations and the control, and its ceiling, one half of the real test cells against the other. Needs the extra
+``baselines``.
+Reference: Adduri et al., bioRxiv 2025.06.26.661135; https://github.com/ArcInstitute/cell-eval
+"""
+
+import contextlib
+import importlib.util
+import io
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from tqdm import tqdm
+
+from eval.comparison.baselines import needs_control
+from eval.comparison.cells import Cells
+from eval.comparison.labelled_counts import PERTURBATION, SEPARATOR, LabelledCounts
+from eval.comparison.protocols import Score, floor_draws
+from eval.comparison.spaces import log_cp10k
+from eval.reports.report import FLOOR, Row, summary_rows
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL = "cell-eval"
+MEAN_BASELINE = "cell_eval_mean"
+CEILING = "cell_eval_ceiling"
+PROFILE = "vcc"
+MISSING = "--cell-eval needs the package cell-eval: pip install 'discrete-cell-models[baselines]'"
+
+Labelled = tuple[sparse.csr_matrix, pd.DataFrame]
+
+
+def check_installed() -> None:
+    """Refuse to start where the package is not there.
+
+    Raises:
+        ValueError: cell-eval is not installed.
+    """
+    if importlib.util.find_spec("cell_eval") is None:
+        raise ValueError(MISSING)
+
+
+def rows(cells: Cells, baselines: Mapping[str, Iterable[LabelledCounts]], *, seed: int = 0) -> list[Row]:
+    """Rows of the floor, every generator, every baseline, the package's mean baseline and its ceiling.
+
+    Args:
+        cells: what is compared.
+        baselines: name -> draws, each with the conditions of the test cells.
+        seed: of the floor's draw and of the ceiling's halves.
+
+    Raises:
+        ValueError: cell-eval is not installed, or there are no control cells.
+    """
+    check_installed()
+    for real in (cells.train, cells.real):
+        reason = needs_control(real)
+        if reason is not None:
+            raise ValueError(f"--cell-eval compares perturbations with control cells, and {reason}")
+    found: list[Row] = []
+    test_cells = {condition: rows.size for condition, rows in cells.real.rows_by_condition.items()}
+    sources = {FLOOR: floor_draws(cells.train, cells.real, draws=1, seed=seed), **cells.generated, **baselines}
+    with tqdm(desc=PROTOCOL, unit=" files", disable=None) as bar:
+        for model, files in sources.items():
+            repeats = []
+            for file in files:
+                repeats.append(_scores(_log_cells(file), cells.real))
+                bar.update()
+            found += summary_rows(model, PROTOCOL, repeats, test_cells=test_cells)
+        mean = _scores(_mean_cells(cells.train, cells.real), cells.real)
+        found += summary_rows(MEAN_BASELINE, PROTOCOL, [mean], test_cells=test_cells)
+        bar.update()
+        return found + summary_rows(CEILING, PROTOCOL, [_ceiling(cells.real, seed=seed)], test_cells=test_cells)
+
+
+def _log_cells(cells: LabelledCounts) -> Labelled:
+    """Cells as cell-eval takes them: log-normalised, with their labels."""
+    return log_cp10k(cells.counts), cells.labels
+
+
+def _mean_cells(train: LabelledCounts, real: LabelledCounts) -> Labelled:
+    """The labels of the test cells, each cell the mean over the training labels of its context.
+
+    As in the package, each perturbation weighs the same, and the control is one of them.
+    """
+    values = log_cp10k(train.counts)
+    contexts = _contexts(train.labels)
+    wanted = _contexts(real.labels)
+    cells = np.zeros(real.counts.shape)
+    for context in wanted.unique():
+        near = (contexts == context).to_numpy() if (contexts == context).any() else np.ones(len(train), dtype=bool)
+        rows = np.flatnonzero(near)
+        names = train.labels[PERTURBATION].to_numpy()[rows]
+        means = [np.asarray(values[rows[names == name]].mean(axis=0)).ravel() for name in np.unique(names)]
+        cells[(wanted == context).to_numpy()] = np.mean(means, axis=0)
+    return sparse.csr_matrix(cells), real.labels
+
+
+def _scores(generated: Labelled, real: LabelledCounts) -> list[Score]:
+    """Every metric for every condition of the test cells, and its mean over them."""
+    values, labels = generated
+    real_values, scores = log_cp10k(real.counts), []
+    theirs, ours = _contexts(real.labels), _contexts(labels)
+    for context in theirs.unique():
+        chosen, drawn = np.flatnonzero(theirs == context), np.flatnonzero(ours == context)
+        scores += _of_context(
+            (values[drawn], labels.iloc[drawn]), (real_values[chosen], real.labels.iloc[chosen]), real.control
+        )
+    for metric in dict.fromkeys(score.metric for score in scores):
+        found = [score for score in scores if score.metric == metric and np.isfinite(score.value)]
+        if found:
+            mean, n = np.mean([score.value for score in found]), np.median([score.n for score in found])
+            scores.append(Score("per_condition", None, metric, float(mean), round(float(n))))
+    return scores
+
+
+def _ceiling(real: LabelledCounts, *, seed: int) -> list[Score]:
+    """The package's ceiling of every metric, the mean over cell types, each weighing as its perturbations do."""
+    values, contexts = log_cp10k(real.counts), _contexts(real.labels)
+    found: dict[str, list[tuple[float, int]]] = {}
+    sizes: list[int] = []
+    for context in contexts.unique():
+        chosen = np.flatnonzero(contexts == context)
+        names = real.labels[PERTURBATION].to_numpy()[chosen]
+        perturbed = pd.Series(names[names != real.control]).value_counts()
+        if perturbed.empty or min((names == real.control).sum(), perturbed.max()) < 2:
+            continue
+        with _evaluator(_anndata(values[chosen], names), None, real.control) as evaluator:
+            _, table = evaluator.compute_ceiling(profile=PROFILE, write_csv=False, seed=seed)
+        sizes += perturbed.tolist()
+        for metric, value in table.to_dicts()[0].items():
+            if value is not None and np.isfinite(value):
+                found.setdefault(metric, []).append((float(value), len(perturbed)))
+    n = round(float(np.median(sizes))) if sizes else 0
+    means = {
+        metric: np.average([v for v, _ in pairs], weights=[w for _, w in pairs]) for metric, pairs in found.items()
+    }
+    return [Score("per_condition", None, metric, float(mean), n) for metric, mean in means.items()]
+
+
+def _of_context(generated: Labelled, real: Labelled, control: str) -> list[Score]:
+    """Scores of one cell type: perturbations of both sides, with the real control cells on both."""
+    (values, labels), (real_values, real_labels) = generated, real
+    shared = set(labels[PERTURBATION]) & set(real_labels[PERTURBATION]) - {control}
+    is_control = (real_labels[PERTURBATION] == control).to_numpy()
+    if not shared or not is_control.any():
+        logger.warning("cell-eval: nothing to compare in %s", _contexts(real_labels).iloc[0])
+        return []
+    kept, real_kept = labels[PERTURBATION].isin(shared).to_numpy(), real_labels[PERTURBATION].isin(shared).to_numpy()
+    real_names = real_labels[PERTURBATION].to_numpy()
+    predicted = _anndata(
+        sparse.vstack([values[kept], real_values[is_control]], format="csr"),
+        np.concatenate([labels[PERTURBATION].to_numpy()[kept], real_names[is_control]]),
+    )
+    true = _anndata(real_values[real_kept | is_control], real_names[real_kept | is_control])
+    with _evaluator(true, predicted, control) as evaluator:
+        table, _ = evaluator.compute(profile=PROFILE, write_csv=False)
+    sizes = pd.Series(real_names).value_counts()
+    conditions = _conditions(real_labels)
+    return [
+        Score("condition", conditions[line["perturbation"]], metric, float(value), int(sizes[line["perturbation"]]))
+        for line in table.to_dicts()
+        for metric, value in line.items()
+        if metric != "perturbation" and value is not None
+    ]
+
+
+@contextlib.contextmanager
+def _evaluator(real: anndata.AnnData, predicted: anndata.AnnData | None, control: str) -> Iterator[Any]:
+    """The package's evaluator, quiet: its bars, and what it logs below an error, are left out while it works."""
+    from cell_eval import MetricsEvaluator
+
+    package = logging.getLogger("cell_eval")
+    level = package.level
+    package.setLevel(logging.ERROR)
+    try:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+            yield MetricsEvaluator(
+                adata_pred=predicted,
+                adata_real=real,
+                control_pert=control,
+                pert_col=PERTURBATION,
+                outdir=str(Path(folder) / PROTOCOL),
+                num_threads=1,
+            )
+    finally:
+        package.setLevel(level)
+
+
+def _anndata(values: sparse.csr_matrix, names: np.ndarray) -> anndata.AnnData:
+    """Cells with a column of perturbations, genes named by their position."""
+    obs = pd.DataFrame({PERTURBATION: pd.Categorical(names)}, index=[str(row) for row in range(len(names))])
+    return anndata.AnnData(values.astype(np.float32), obs=obs)
+
+
+def _contexts(labels: pd.DataFrame) -> pd.Series:
+    """Name of each cell's labels but the perturbation's."""
+    columns = list(labels.columns.drop(PERTURBATION))
+    return labels[columns].agg(SEPARATOR.join, axis=1) if columns else pd.Series("all", index=labels.index)
+
+
+def _conditions(labels: pd.DataFrame) -> dict[str, str]:
+    """Perturbation -> the full condition's name, within one context."""
+    return dict(zip(labels[PERTURBATION], labels.agg(SEPARATOR.join, axis=1)))

@@ -1,0 +1,351 @@
+"""Named recipes for comparing generated with real cells, and the floor that every number is read against.
+
+A protocol fixes the space, the metrics and the number of cells. Both sides always have the same number of cells in each
+condition, and whatever is fitted (kernel width, genes, components) is fitted on the real test cells alone, once for
+every model. Knows nothing of files, generators or how the numbers are shown.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+from eval.comparison.compared_metrics import METRICS, POOLED_METRICS, Sides
+from eval.comparison.labelled_counts import PERTURBATION, LabelledCounts
+from eval.comparison.spaces import Projection, log_cp10k, principal_components, variable_genes
+from eval.metrics import distances as metrics
+
+logger = logging.getLogger(__name__)
+
+FLOOR_DRAWS = 10
+FEW_CELLS = 20
+DISTANCES = ("mmd2", "w2", "w2_gaussian")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A recipe: what is compared, in which space, how many cells at most.
+
+    Attributes:
+        name: as it stands in tables.
+        description: one sentence for a reader of the table.
+        transform: counts (n, G) -> values (n, G), each cell by itself.
+        pooled_metrics: computed over all cells together.
+        condition_metrics: computed in each condition, then averaged.
+        max_cells: cap on the real cells of a comparison; more are thinned by a seeded draw, the same for every model.
+        max_cells_per_perturbation: a further cap on those of each perturbation, in the pooled comparison.
+        fit: (counts, values) of the real cells -> what projects values (n, G) to the space of the metrics; None is the
+            values themselves.
+        bandwidths: the kernels' sigmas; None is the median rule on the real cells, for each comparison.
+        biased_mmd2: the V-statistic.
+        group_by: the one condition column that makes the groups; None is every condition by itself.
+        fewest_cells: real cells that a condition must have to enter the mean over conditions.
+    """
+
+    name: str
+    description: str
+    transform: Callable[[sparse.csr_matrix], sparse.csr_matrix]
+    pooled_metrics: tuple[str, ...]
+    condition_metrics: tuple[str, ...] = DISTANCES
+    max_cells: int | None = 2000
+    max_cells_per_perturbation: int | None = None
+    fit: Callable[[sparse.csr_matrix, sparse.csr_matrix], Projection] | None = None
+    bandwidths: tuple[float, ...] | None = None
+    biased_mmd2: bool = False
+    group_by: str | None = None
+    fewest_cells: int = FEW_CELLS
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of one comparison; ``n`` is the number of cells on each side."""
+
+    grouping: str
+    condition: str | None
+    metric: str
+    value: float
+    n: int
+
+
+def _as_counted(counts: sparse.csr_matrix) -> sparse.csr_matrix:
+    return counts.astype(np.float64)
+
+
+def _log1p(counts: sparse.csr_matrix) -> sparse.csr_matrix:
+    return counts.astype(np.float64).log1p()
+
+
+def _fit_components(counts: sparse.csr_matrix, values: sparse.csr_matrix) -> Projection:
+    return principal_components(values)
+
+
+def _fit_components_of_variable_genes(counts: sparse.csr_matrix, values: sparse.csr_matrix) -> Projection:
+    return principal_components(values, variable_genes(counts))
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(
+            name="paper",
+            description="all genes, counts as they are; MMD² (Eq. 7) unbiased with one RBF kernel, W2 by matching "
+            "(Eq. 8) and between Gaussians (Eq. 9)",
+            transform=_as_counted,
+            pooled_metrics=DISTANCES,
+        ),
+        Protocol(
+            name="log",
+            description="the same distances on log1p counts, so that a few loud genes do not rule, and the structure "
+            "of the genes",
+            transform=_log1p,
+            pooled_metrics=POOLED_METRICS,
+            condition_metrics=(*DISTANCES, "pearson_delta"),
+        ),
+        Protocol(
+            name="scldm",
+            description="30 principal components, fitted on the real cells, of log1p(CP10k of the panel); all cells "
+            "pooled, at most 1,000 a perturbation and 5,000 a side; MMD² biased, the sum of RBF kernels with sigma 1, "
+            "2, 4, 8, 16; W2 by exact transport",
+            transform=log_cp10k,
+            pooled_metrics=("mmd2", "w2"),
+            condition_metrics=(),
+            max_cells=5000,
+            max_cells_per_perturbation=1000,
+            fit=_fit_components,
+            bandwidths=(1.0, 2.0, 4.0, 8.0, 16.0),
+            biased_mmd2=True,
+        ),
+        Protocol(
+            name="cfgen",
+            description="30 principal components, fitted on the real cells, of log1p(CP10k of all genes) at the 2,000 "
+            "genes that seurat_v3 finds most variable among them; each cell type by itself, then the plain mean; MMD² "
+            "biased, the sum of RBF kernels with sigma .01, .1, 1, 10, 100; W2 by exact transport",
+            transform=log_cp10k,
+            pooled_metrics=(),
+            condition_metrics=("mmd2", "w2"),
+            max_cells=None,
+            fit=_fit_components_of_variable_genes,
+            bandwidths=(0.01, 0.1, 1.0, 10.0, 100.0),
+            biased_mmd2=True,
+            group_by="cell_type",
+            fewest_cells=1,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class ReferenceGroup:
+    """Real test cells of one comparison: rows by condition, kernel widths (nan below two cells), controls."""
+
+    grouping: str
+    condition: str | None
+    rows: dict[str, np.ndarray]
+    bandwidths: tuple[float, ...]
+    control_rows: np.ndarray | None = None
+
+    @property
+    def n(self) -> int:
+        return sum(rows.size for rows in self.rows.values())
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real test cells made ready for one protocol: every model is compared with exactly these."""
+
+    real: LabelledCounts
+    protocol: Protocol
+    groups: tuple[ReferenceGroup, ...]
+    projection: Projection | None = None
+
+    def space(self, counts: sparse.csr_matrix) -> metrics.Matrix:
+        """Counts (n, G) in the space of the protocol."""
+        values = self.protocol.transform(counts)
+        return values if self.projection is None else self.projection(values)
+
+
+def prepare_reference(real: LabelledCounts, protocol: Protocol, *, seed: int = 0) -> Reference:
+    """Fix the real test cells, the fitted space and the kernel widths: one pooled group and one per condition.
+
+    Raises:
+        ValueError: fewer than two test cells, or no condition column that the protocol groups by.
+    """
+    if len(real) < 2:
+        raise ValueError(f"{len(real)} real test cells: expected two or more")
+    if protocol.group_by is not None and protocol.group_by not in real.labels:
+        raise ValueError(
+            f"protocol {protocol.name!r} compares each {protocol.group_by} by itself, and the condition columns are "
+            f"{', '.join(real.labels) or 'none'}: leave it out of --protocol, or name that column in --condition-keys"
+        )
+    rng = np.random.default_rng(seed)
+    kept = _kept_rows(real, protocol, rng)
+    pooled = {c: np.intersect1d(rows, kept) for c, rows in real.rows_by_condition.items()}
+    projection = None
+    if protocol.fit is not None:
+        counts = real.counts[np.sort(np.concatenate(list(pooled.values())))]
+        projection = protocol.fit(counts, protocol.transform(counts))
+    fitted = Reference(real, protocol, (), projection)
+    wanted = [("pooled", None, pooled)] if protocol.pooled_metrics else []
+    if protocol.condition_metrics and real.labels.shape[1]:
+        for name, rows in _conditions(real, protocol).items():
+            size = sum(found.size for found in rows.values())
+            if protocol.max_cells is not None and size > protocol.max_cells:
+                thinned = np.sort(rng.choice(np.concatenate(list(rows.values())), protocol.max_cells, replace=False))
+                rows = {condition: np.intersect1d(found, thinned) for condition, found in rows.items()}
+            wanted.append(("condition", name, rows))
+    groups = [
+        ReferenceGroup(grouping, condition, rows, _bandwidths(fitted, rows), real.control_rows(condition))
+        for grouping, condition, rows in wanted
+    ]
+    return Reference(real, protocol, tuple(groups), projection)
+
+
+def _kept_rows(real: LabelledCounts, protocol: Protocol, rng: np.random.Generator) -> np.ndarray:
+    """Rows of the pooled comparison, thinned to the protocol's caps."""
+    rows = np.arange(len(real))
+    if protocol.max_cells_per_perturbation is not None and PERTURBATION in real.labels:
+        by_label = real.labels.reset_index(drop=True).groupby(PERTURBATION).indices
+        cap = protocol.max_cells_per_perturbation
+        rows = np.concatenate([rng.choice(found, min(found.size, cap), replace=False) for found in by_label.values()])
+    cap = rows.size if protocol.max_cells is None else min(rows.size, protocol.max_cells)
+    return np.sort(rng.choice(rows, cap, replace=False))
+
+
+def _conditions(real: LabelledCounts, protocol: Protocol) -> dict[str, dict[str, np.ndarray]]:
+    """Name of each group -> its full conditions and their rows."""
+    if protocol.group_by is None:
+        return {condition: {condition: rows} for condition, rows in real.rows_by_condition.items()}
+    label = real.labels[protocol.group_by].to_numpy()
+    groups: dict[str, dict[str, np.ndarray]] = {}
+    for condition, rows in real.rows_by_condition.items():
+        groups.setdefault(str(label[rows[0]]), {})[condition] = rows
+    return groups
+
+
+def _bandwidths(reference: Reference, rows: dict[str, np.ndarray]) -> tuple[float, ...]:
+    """The protocol's kernel widths, or the one of the median rule."""
+    if reference.protocol.bandwidths is not None:
+        return reference.protocol.bandwidths
+    chosen = np.concatenate(list(rows.values()))
+    if chosen.size < 2:
+        return (float("nan"),)
+    return (metrics.median_bandwidth(reference.space(reference.real.counts[chosen])),)
+
+
+def evaluate_pair(
+    generated: LabelledCounts, reference: Reference, *, seed: int = 0, device: str | None = None
+) -> list[Score]:
+    """Compare generated cells with the real test cells, pooled and in each condition.
+
+    In each condition both sides are thinned (by ``seed``) to the smaller number of cells; ``n`` tells what was
+    compared. ``per_condition`` is the plain mean over the conditions with enough test cells (the protocol says how
+    many: 20, or any), its ``n`` their median number of cells. Every metric of a condition with a single cell on a side
+    is nan; Pearson delta is there only for perturbations beside which there are real control cells.
+    """
+    rng = np.random.default_rng(seed)
+    protocol = reference.protocol
+    scores = []
+    for group in reference.groups:
+        ours, theirs = _matched_rows(generated.rows_by_condition, group.rows, rng)
+        names = protocol.pooled_metrics if group.grouping == "pooled" else protocol.condition_metrics
+        if group.control_rows is None:
+            names = tuple(name for name in names if name != "pearson_delta")
+        values = dict.fromkeys(names, float("nan"))
+        if ours.size > 1:
+            sides = _sides(generated.counts[ours], reference.real.counts[theirs], reference, group, device)
+            values = {name: METRICS[name].compute(sides) for name in names}
+        scores += [Score(group.grouping, group.condition, name, values[name], ours.size) for name in names]
+    fewest = protocol.fewest_cells
+    large = {group.condition for group in reference.groups if group.grouping == "condition" and group.n >= fewest}
+    for name in protocol.condition_metrics:
+        used = [s for s in scores if s.metric == name and s.condition in large and np.isfinite(s.value)]
+        if used:
+            mean, n = float(np.mean([s.value for s in used])), round(float(np.median([s.n for s in used])))
+            scores.append(Score("per_condition", None, name, mean, n))
+    return scores
+
+
+def floor_draws(
+    train: LabelledCounts, real: LabelledCounts, *, draws: int = FLOOR_DRAWS, seed: int = 0
+) -> Iterator[LabelledCounts]:
+    """Yield samples of real training cells with as many cells in each condition as the test cells have.
+
+    Drawn without replacement; with replacement only in a condition with fewer training than test cells, which is
+    logged, as is a condition without any training cell (it stays out of the floor).
+    """
+    wanted = {condition: rows.size for condition, rows in real.rows_by_condition.items()}
+    available, none = train.rows_by_condition, np.empty(0, dtype=np.int64)
+    absent = [condition for condition in wanted if condition not in available]
+    short = [condition for condition in wanted if 0 < available.get(condition, none).size < wanted[condition]]
+    if len(absent) == len(wanted):
+        raise ValueError(
+            f"no training cell has a condition of the test cells (test: {absent[0]!r}, training: "
+            f"{next(iter(available))!r}, for example): there is no floor"
+        )
+    if absent:
+        logger.warning("floor: %d conditions have no training cells and stay out (%s, ...)", len(absent), absent[0])
+    if short:
+        logger.warning(
+            "floor: %d conditions have fewer training than test cells: drawn with replacement (%s, ...)",
+            len(short),
+            short[0],
+        )
+    for draw in range(draws):
+        rng = np.random.default_rng([seed, draw])
+        rows = [
+            rng.choice(available[condition], size, replace=condition in short)
+            for condition, size in wanted.items()
+            if condition in available
+        ]
+        yield train.take(np.concatenate(rows))
+
+
+def missing_cells(generated: LabelledCounts, real: LabelledCounts) -> tuple[int, list[str], list[str]]:
+    """How a generated file falls short of the test cells.
+
+    Returns:
+        The number of test cells that have no generated partner, the conditions in which some have none, and the
+        generated conditions that are not among the test cells (never compared).
+    """
+    found, wanted = generated.rows_by_condition, real.rows_by_condition
+    lacking = {c: rows.size - found[c].size if c in found else rows.size for c, rows in wanted.items()}
+    lacking = {condition: number for condition, number in lacking.items() if number > 0}
+    return sum(lacking.values()), list(lacking), [condition for condition in found if condition not in wanted]
+
+
+def _sides(
+    generated: sparse.csr_matrix,
+    real: sparse.csr_matrix,
+    reference: Reference,
+    group: ReferenceGroup,
+    device: str | None,
+) -> Sides:
+    """Both sides in the space of a protocol; the library size stays that of the counts."""
+    control = None
+    if group.control_rows is not None and "pearson_delta" in reference.protocol.condition_metrics:
+        control = reference.space(reference.real.counts[group.control_rows])
+    return Sides(
+        x=reference.space(generated),
+        y=reference.space(real),
+        x_counts=generated,
+        y_counts=real,
+        bandwidths=group.bandwidths,
+        biased=reference.protocol.biased_mmd2,
+        control=control,
+        device=device,
+    )
+
+
+def _matched_rows(
+    generated: dict[str, np.ndarray], real: dict[str, np.ndarray], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of both sides with the same number of cells in each condition: the smaller of the two, drawn by ``rng``."""
+    ours, theirs = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    for condition, rows in real.items():
+        found = generated.get(condition, np.empty(0, dtype=np.int64))
+        size = min(found.size, rows.size)
+        ours.append(found if found.size == size else np.sort(rng.choice(found, size, replace=False)))
+        theirs.append(rows if rows.size == size else np.sort(rng.choice(rows, size, replace=False)))
+    return np.concatenate(ours), np.concatenate(theirs)

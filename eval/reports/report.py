@@ -1,0 +1,205 @@
+"""Rows of numbers, and the files that carry them: ``results.json``, ``results.csv`` and ``results.md``.
+
+Knows nothing of cells or of how a metric is computed: it takes scores, and says which numbers are at the floor.
+"""
+
+import csv
+import io
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from eval.comparison.compared_metrics import METRICS
+from eval.comparison.protocols import FEW_CELLS, PROTOCOLS, Score
+
+FLOOR = "floor"
+FLOOR_DOMINATES = 0.5
+CELL_EVAL_METRICS = {
+    "overlap_at_N": ("overlap of differential genes (DES)", "↑"),
+    "discrimination_score_l1": ("discrimination of perturbations (PDS)", "↑"),
+    "mae": ("mean absolute error", "↓"),
+}
+ROW_KEYS = ("model", "protocol", "grouping", "condition", "metric", "mean", "std", "n", "seeds")
+
+Row = dict[str, str | float | int | None]
+
+
+def summary_rows(
+    model: str, protocol: str, repeats: Sequence[Sequence[Score]], *, test_cells: dict[str, int]
+) -> list[Row]:
+    """One row per grouping, condition and metric: mean and standard deviation over the repeats.
+
+    Args:
+        model: the row's name; ``floor`` for real training cells.
+        protocol: the protocol's name.
+        repeats: the scores of each file, draw or seed.
+        test_cells: real test cells of each condition; one with fewer than 20 is marked in the row's ``condition``.
+
+    Returns:
+        Rows with ``ROW_KEYS``; ``n`` is the smallest number of cells a side among the repeats, ``seeds`` the number of
+        repeats with a finite value. ``std`` (n - 1) is None for a single repeat, ``mean`` is None where none is finite.
+    """
+    grouped: dict[tuple[str, str | None, str], list[Score]] = defaultdict(list)
+    for scores in repeats:
+        for score in scores:
+            grouped[score.grouping, score.condition, score.metric].append(score)
+    rows = []
+    for (grouping, condition, metric), scores in grouped.items():
+        values = [score.value for score in scores if math.isfinite(score.value)]
+        if condition is not None and test_cells[condition] < FEW_CELLS:
+            condition = f"{condition} (under {FEW_CELLS} cells)"
+        mean = float(np.mean(values)) if values else None
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        n = min(score.n for score in scores)
+        rows.append(dict(zip(ROW_KEYS, (model, protocol, grouping, condition, metric, mean, std, n, len(values)))))
+    return rows
+
+
+def results_json(header: dict[str, object], rows: Iterable[Row]) -> str:
+    """``header`` (dataset, split, checkpoint, versions, command) and ``rows`` as JSON, one row to a line.
+
+    Raises:
+        ValueError: a number that JSON has no word for.
+    """
+    lines = ",\n".join("    " + json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+    top = json.dumps(header, indent=2, ensure_ascii=False, allow_nan=False)
+    return f'{top[:-2]},\n  "rows": [\n{lines}\n  ]\n}}\n'
+
+
+def results_csv(header: dict[str, object], rows: Iterable[Row]) -> str:
+    """The rows as a table with commas, each with its data set and split; an empty field where there is no number."""
+    text = io.StringIO()
+    columns = ("dataset", "split", *ROW_KEYS)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({"dataset": header["dataset"], "split": header["split"], **row})
+    return text.getvalue()
+
+
+def biased_floor_notes(rows: Sequence[Row]) -> list[str]:
+    """One sentence for each protocol and grouping in which the floor is half of some biased MMD² or more.
+
+    A biased MMD² of two samples of one law is about ``(1/n + 1/m)`` times a constant near the number of kernels, not 0.
+    """
+    ruled: dict[tuple[object, ...], list[Row]] = defaultdict(list)
+    floors = {_place(row): row for row in rows if row["model"] == FLOOR and row["mean"] is not None}
+    for row in rows:
+        if row["metric"] != "mmd2" or row["condition"] is not None or row["model"] == FLOOR or row["mean"] is None:
+            continue
+        biased = row["protocol"] in PROTOCOLS and PROTOCOLS[row["protocol"]].biased_mmd2
+        floor = floors.get(_place(row))
+        if biased and floor and floor["mean"] >= FLOOR_DOMINATES * row["mean"]:
+            ruled[_place(row)].append(row)
+    notes = []
+    for place, found in ruled.items():
+        floor = floors[place]
+        models = ", ".join(f"{row['model']} ({row['mean']:.3g})" for row in found)
+        notes.append(
+            f"{floor['protocol']}, {floor['grouping']}: the floor ({floor['mean']:.3g}, n = {floor['n']:,}) is most of "
+            f"the biased MMD² of {models}: read the difference to it, or compare more cells"
+        )
+    return notes
+
+
+def _place(row: Row) -> tuple[object, ...]:
+    """What must be equal for two models' rows to be compared."""
+    return tuple(row[key] for key in ("protocol", "grouping", "condition", "metric"))
+
+
+def results_markdown(header: dict[str, object], rows: Sequence[Row]) -> str:
+    """The numbers for a reader: one section per protocol, pooled and mean over conditions, the floor first."""
+    parts = [
+        f"# {header['dataset']}, {header['split']} cells",
+        f"Checkpoint: {header['checkpoint'] or 'not named'}. Command: `{header['command']}`",
+        "Mean ± standard deviation over seeds or draws. *floor*: real training cells against the real test cells, as "
+        "many in each condition; no generator can be expected to do better. **Bold**: at the floor, within two of its "
+        "standard deviations; a distance further below it is no better, it means cells too much alike. n: cells on "
+        "each side.",
+    ]
+    if header.get("genes"):
+        parts.append(f"Compared on {header['genes']}.")
+    for protocol in dict.fromkeys(row["protocol"] for row in rows):
+        ours = [row for row in rows if row["protocol"] == protocol]
+        parts.append(f"## Protocol `{protocol}`\n\nSpace and metrics: {protocol_description(protocol)}.")
+        pooled = [row for row in ours if row["grouping"] == "pooled"]
+        if pooled:
+            parts.append("All cells pooled:\n\n" + summary_table(pooled))
+        averaged = [row for row in ours if row["grouping"] == "per_condition"]
+        if averaged:
+            parts.append(f"{averaged_over(ours)}:\n\n" + summary_table(averaged))
+        parts += [f"Note. {note}." for note in biased_floor_notes(ours)]
+    return "\n\n".join(parts) + "\n"
+
+
+def protocol_description(protocol: str) -> str:
+    """What a reader of a table must know of a protocol."""
+    if protocol in PROTOCOLS:
+        return PROTOCOLS[protocol].description
+    return (
+        "metrics of the cell-eval package (profile vcc) on log1p(CP10k), each cell type by itself; beside the floor "
+        "(one draw of real training cells) its own mean baseline, and its own ceiling: one half of the real test cells "
+        "against the other, corrected to full depth where the package does that"
+    )
+
+
+def averaged_over(rows: Sequence[Row]) -> str:
+    """Over which conditions a protocol's mean is taken, as the words above its table."""
+    protocol = PROTOCOLS.get(rows[0]["protocol"])
+    fewest = 1 if protocol is None else protocol.fewest_cells
+    counted = {
+        r["condition"] for r in rows if r["grouping"] == "condition" and (fewest == 1 or not _is_few(r["condition"]))
+    }
+    what = "conditions" if protocol is None or protocol.group_by is None else f"values of {protocol.group_by}"
+    enough = f" with {fewest} or more test cells" if fewest > 1 else ""
+    return f"Mean over the {len(counted)} {what}{enough} (n is their median)"
+
+
+def metric_label(metric: str) -> tuple[str, str]:
+    """A metric's name in a table, and which way is better (empty where that is not known)."""
+    if metric in METRICS:
+        return METRICS[metric].label, METRICS[metric].better
+    return CELL_EVAL_METRICS.get(metric, (metric, ""))
+
+
+def summary_table(rows: Sequence[Row]) -> str:
+    """A Markdown table, metrics down and models across, padded so that it reads well as plain text."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    by_cell = {(row["metric"], row["model"]): row for row in rows}
+    head = ["metric", "better"]
+    for model in models:
+        first = next(row for row in rows if row["model"] == model)
+        repeats = max(row["seeds"] for row in rows if row["model"] == model)
+        word = "draw" if model == FLOOR else "seed"
+        head.append(f"{model} (n = {first['n']:,}, {repeats} {word}{'' if repeats == 1 else 's'})")
+    lines = [head]
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        floor = by_cell.get((metric, FLOOR))
+        cells = [_number(by_cell.get((metric, model)), floor) for model in models]
+        lines.append([*metric_label(metric), *cells])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    padded = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([padded[0], rule, *padded[1:]])
+
+
+def at_floor(row: Row, floor: Row) -> bool:
+    """Whether a row's mean is within two standard deviations of the floor's."""
+    known = None not in (row["mean"], floor["mean"], floor["std"])
+    return known and abs(row["mean"] - floor["mean"]) <= 2 * floor["std"]
+
+
+def _number(row: Row | None, floor: Row | None) -> str:
+    """A table's cell: mean and standard deviation, bold where a model is at the floor."""
+    if row is None or row["mean"] is None:
+        return "-"
+    text = f"{row['mean']:.4g}" + (f" ± {row['std']:.2g}" if row["std"] is not None else "")
+    return f"**{text}**" if row["model"] != FLOOR and floor is not None and at_floor(row, floor) else text
+
+
+def _is_few(condition: str | float | int | None) -> bool:
+    """Whether a row's condition carries the mark of few cells."""
+    return str(condition).endswith(f"(under {FEW_CELLS} cells)")

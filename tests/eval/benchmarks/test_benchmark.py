@@ -1,0 +1,343 @@
+"""Properties of the benchmark: what is stored, counted and written, and the two yardsticks of the sampler."""
+
+import json
+import re
+import shutil
+import sys
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import anndata
+import numpy as np
+import pytest
+import torch
+from matplotlib.text import Text
+from PIL import Image
+
+from eval.benchmarks import command as benchmark
+from eval.benchmarks import sampling as sampling_benchmark
+from eval.benchmarks.command import entropy, sampling
+from eval.benchmarks.naive_sampler import forward_rule, naive_cells, naive_loop, reverse_rule
+from eval.benchmarks.resources import PeakMemory, Timer, count_flops, known_peak
+from eval.benchmarks.sampling import AUTO, LINEAR_100, NAIVE, SETTINGS, Row, summary
+from eval.benchmarks.sampling_report import figure, last_line, notes, table
+from modeling_dcm import DCMForDenoising
+from modeling_dcm.diffusion_dcm import alpha, sigma
+from modeling_dcm.schedule_dcm import reveal_schedule
+from tests.tiny_training import two_steps
+
+EPS = 1e-3
+LAST_LINE = re.compile(r"speedup_vs_naive=(\S+) mmd2_minus_linear100=(\S+) se=(\S+)")
+
+
+@pytest.fixture(scope="module")
+def trained(shards, tmp_path_factory) -> Path:
+    """A model with cell types, perturbations and library sizes after two steps of training."""
+    return two_steps(shards, tmp_path_factory.mktemp("benchmarked") / "checkpoint")
+
+
+@pytest.fixture
+def checkpoint(trained, tmp_path) -> Path:
+    """A copy that has no entropy curve."""
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(trained, copy, ignore=shutil.ignore_patterns("checkpoints"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"entropy_curve": None}))
+    return copy
+
+
+def config_of(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "config.json").read_text())
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# --- entropy ---------------------------------------------------------------------------------------------------------
+
+
+def test_entropy_stores_the_curve_and_changes_nothing_else(checkpoint, shards, capsys):
+    before, files = config_of(checkpoint), {path.name for path in checkpoint.iterdir()}
+    entropy(checkpoint, data=shards, cells=16)
+    after = config_of(checkpoint)
+    assert after.pop("entropy_curve")["observed"][0] == 0
+    assert after == {name: value for name, value in before.items() if name != "entropy_curve"}
+    assert {path.name for path in checkpoint.iterdir()} == files | {"entropy_curve.png"}
+    assert Image.open(checkpoint / "entropy_curve.png").width > 500
+    printed = capsys.readouterr().out
+    assert "16 cells" in printed
+    assert re.search(r"cubic .*8 steps.*20 steps.*steps='auto' takes \d+", printed)
+    cells = DCMForDenoising.from_pretrained(checkpoint).generate(3, steps="auto", schedule="optimal")
+    assert cells.shape == (3, 15)
+
+
+def test_entropy_stores_nothing_when_told_not_to(checkpoint, shards):
+    before = (checkpoint / "config.json").read_bytes()
+    fitted = entropy(checkpoint, data=shards, cells=16, store=False)
+    assert (checkpoint / "config.json").read_bytes() == before
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(fitted["entropy"]))
+
+
+def test_entropy_refuses_shards_of_another_panel(checkpoint, shards, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(shards, other)
+    genes = (other / "tokenizer" / "genes.txt").read_text().splitlines()
+    (other / "tokenizer" / "genes.txt").write_text("\n".join(reversed(genes)) + "\n")
+    with pytest.raises(ValueError, match=r"has a panel of 15 genes.*expected the shards it was trained on"):
+        entropy(checkpoint, data=other)
+    assert config_of(checkpoint)["entropy_curve"] is None
+
+
+def test_entropy_needs_a_folder_and_cells(checkpoint, shards):
+    with pytest.raises(FileNotFoundError, match=r"no folder 'org/dcm'.*hf download"):
+        entropy(Path("org/dcm"), data=shards)
+    with pytest.raises(ValueError, match="--cells 1: expected at least 2"):
+        entropy(checkpoint, data=shards, cells=1)
+
+
+# --- the released code's loop ----------------------------------------------------------------------------------------
+
+
+class Copycat:
+    """A stub of a model: two genes that are always equal, 0 or 1, each with probability 1/2."""
+
+    def __init__(self):
+        self.config = SimpleNamespace(mask_token_id=2, num_genes=2, noise_eps=EPS)
+        self.device = torch.device("cpu")
+        self.calls = 0
+
+    def __call__(self, x_t: torch.Tensor) -> SimpleNamespace:
+        self.calls += 1
+        other = x_t.flip(1)
+        logits = torch.zeros(*x_t.shape, 2)
+        logits[..., 0] = torch.where(other == 1, -1e9, 0.0)
+        logits[..., 1] = torch.where(other == 0, -1e9, 0.0)
+        return SimpleNamespace(logits=logits)
+
+
+def test_the_right_rule_is_the_euler_step_of_the_reverse_process():
+    t, s = torch.tensor(0.7), torch.tensor(0.65)
+    ratio = alpha(t, EPS) / (1 - alpha(t, EPS))
+    assert reverse_rule(t, s, EPS) == pytest.approx(float(sigma(t, EPS) * ratio * (t - s)), rel=1e-5)
+
+
+def test_the_released_rule_reveals_everything_in_the_first_of_its_steps():
+    one = torch.tensor(1.0)
+    assert forward_rule(one, one - 0.01, EPS) == 1
+    assert forward_rule(one, one - 1e-4, EPS) == pytest.approx(0.0999, rel=1e-2)
+    assert reverse_rule(one, one - 0.01, EPS) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_right_rule_keeps_what_genes_share_and_the_released_one_loses_it():
+    model = Copycat()
+    right = naive_loop(model, {}, 400, rule=reverse_rule, generator=generator())
+    assert model.calls == 100
+    released = naive_loop(model, {}, 400, rule=forward_rule, generator=generator())
+    assert model.calls == 101  # nothing is left to reveal after the first call
+    assert (right[:, 0] == right[:, 1]).float().mean() > 0.97  # both in one step: once in 200 cells
+    assert (released[:, 0] == released[:, 1]).float().mean() == pytest.approx(0.5, abs=0.1)
+    assert right.float().mean() == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("rule", [reverse_rule, forward_rule])
+def test_the_naive_loop_draws_counts_for_the_conditions_of_every_cell(make_model, backbone, rule):
+    model = make_model(backbone, conditioned=True, library_size_groups=1)
+    conditions = {"cell_type_ids": torch.arange(18) % 3}
+    cells = naive_cells(model, conditions, 18, rule=rule, steps=5)
+    assert cells.shape == (18, 7)
+    assert cells.min() >= 0
+    assert cells.max() < model.config.mask_token_id
+    assert torch.equal(cells, naive_cells(model, conditions, 18, rule=rule, steps=5))
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+def run_sampling(checkpoint: Path, shards: Path, out: Path, capsys, **options) -> tuple[dict, str]:
+    """What sampling.json holds, and what was printed."""
+    options = {"num_cells": 24, "seeds": 2, "naive_cells": 1, "batch_size": 16} | options
+    sampling(str(checkpoint), real=shards / "test.h5ad", out=out, **options)
+    return json.loads((out / "sampling.json").read_text()), capsys.readouterr().out
+
+
+def test_sampling_measures_every_setting_and_ends_with_the_line_for_machines(trained, shards, tmp_path, capsys):
+    found, printed = run_sampling(trained, shards, tmp_path / "out", capsys, train=shards / "train.h5ad")
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows) == [*(setting.name for setting in SETTINGS), "released reveal rule", "naive loop", "floor"]
+    for setting in SETTINGS:
+        row = rows[setting.name]
+        assert row["cells_per_second"] > 0
+        assert row["predicted_kl"] is not None
+        assert row["network_calls"] <= 15  # one gene a call at most
+        assert len(row["scores"]["mmd2"]["values"]) == 2
+        assert row["utilisation"] is None  # no GPU
+    assert rows["naive loop"]["scores"] == {}
+    assert torch.get_num_threads() == 1  # as before
+    assert rows["floor"]["scores"]["mmd2"]["std"] > 0
+    assert rows["released reveal rule"]["predicted_kl"] == rows["one step"]["predicted_kl"]
+    speed = [float(rows[name]["cells_per_second"]) for name in (AUTO, "naive loop")]
+    values = LAST_LINE.fullmatch(printed.splitlines()[-1]).groups()
+    assert float(values[0]) == pytest.approx(speed[0] / speed[1], rel=1e-3)
+    assert float(values[2]) > 0
+    assert Image.open(tmp_path / "out" / "sampling.png").width > 1000
+    assert values[0] in (tmp_path / "out" / "sampling.md").read_text()
+
+
+def test_without_an_entropy_curve_the_settings_that_need_one_are_left_out_and_that_is_said(
+    checkpoint, shards, tmp_path, capsys
+):
+    found, printed = run_sampling(checkpoint, shards, tmp_path / "out", capsys, seeds=1)
+    names = [row["name"] for row in found["rows"]]
+    assert LINEAR_100 in names
+    assert not [name for name in names if name.startswith(("optimal", "auto"))]
+    assert all(row["predicted_kl"] is None for row in found["rows"])
+    assert "This checkpoint has no entropy curve" in printed
+    assert LAST_LINE.fullmatch(printed.splitlines()[-1]).groups() == ("nan", "nan", "nan")
+
+
+def test_conditions_of_the_real_cells_are_used_unless_told_otherwise(trained, shards, tmp_path, capsys, monkeypatch):
+    given = []
+
+    def note(sampled, **options):
+        given.append({name: bool((ids >= 0).any()) for name, ids in sampled.conditions.items()})
+        return [Row(LINEAR_100, "linear", 100, scores={"mmd2": [0.1], "correlation_slope": [0.9]})]
+
+    monkeypatch.setattr(benchmark, "benchmark_sampling", note)
+    run_sampling(trained, shards, tmp_path / "a", capsys)
+    run_sampling(trained, shards, tmp_path / "b", capsys, unconditional=True)
+    assert given == [dict.fromkeys(("cell_type_ids", "perturbation_ids"), known) for known in (True, False)]
+
+
+def test_sampling_in_bfloat16_says_so(checkpoint, shards, tmp_path, capsys):
+    found, printed = run_sampling(checkpoint, shards, tmp_path / "out", capsys, seeds=1, dtype="bfloat16")
+    assert found["dtype"] == "bfloat16"
+    assert "bfloat16" in printed.splitlines()[1]
+    assert all(row["scores"]["mmd2"]["mean"] is not None for row in found["rows"] if row["scores"])
+
+
+def test_a_real_file_without_a_condition_of_the_model_lists_its_columns_and_the_way_out(trained, shards, tmp_path):
+    real = anndata.read_h5ad(shards / "test.h5ad")
+    real.obs = real.obs[["cell_type"]]
+    real.write_h5ad(tmp_path / "real.h5ad")
+    with pytest.raises(ValueError, match=r"no obs column \['perturbation'\].*its columns: cell_type;.*--unconditional"):
+        sampling(str(trained), real=tmp_path / "real.h5ad", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("option", "value"), [("num_cells", 1), ("seeds", 0), ("naive_cells", 0)])
+def test_numbers_that_are_too_small_are_refused(tmp_path, option, value):
+    with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} {value}: expected at least"):
+        sampling("nowhere/", real=tmp_path / "real.h5ad", out=tmp_path / "out", **{option: value})
+
+
+@pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[1], SETTINGS[4]], ids=lambda setting: setting.name)
+def test_the_network_calls_that_are_reported_are_those_that_are_made(make_model, backbone, setting):
+    model = make_model(backbone, num_genes=40)
+    calls = []
+    handle = model.head.register_forward_hook(lambda *_: calls.append(1))
+    model.generate(5, steps=setting.steps, schedule=setting.schedule, batch_size=5)
+    handle.remove()
+    assert len(calls) == len(reveal_schedule(40, setting.steps, setting.schedule)) - 1
+
+
+def test_the_summary_compares_the_default_auto_with_linear_100_and_the_naive_loop():
+    auto = Row(AUTO, "cubic", 5, cells_per_second=300.0, scores={"mmd2": [0.3, 0.5]})
+    linear = Row(LINEAR_100, "linear", 100, cells_per_second=30.0, scores={"mmd2": [0.1, 0.1]})
+    found = summary([linear, Row(NAIVE, cells_per_second=2.0), auto])
+    assert found["speedup_vs_naive"] == 150
+    assert found["mmd2_minus_linear100"] == pytest.approx(0.3)
+    assert found["se"] == pytest.approx(np.std([0.3, 0.5], ddof=1) / np.sqrt(2))
+    assert last_line(found) == "speedup_vs_naive=150 mmd2_minus_linear100=0.3 se=0.1"
+    assert last_line(summary([])) == "speedup_vs_naive=nan mmd2_minus_linear100=nan se=nan"
+
+
+def test_the_protocol_is_the_pooled_part_of_log():
+    log = sampling_benchmark.PROTOCOLS["log"]
+    ours = sampling_benchmark.PROTOCOL
+    assert set(ours.pooled_metrics) <= set(log.pooled_metrics)
+    same = {"pooled_metrics": log.pooled_metrics, "condition_metrics": log.condition_metrics}
+    assert replace(ours, **same) == log
+
+
+# --- report and resources --------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_aligned_and_leaves_out_columns_that_nothing_fills():
+    rows = [
+        Row("cubic 8", "cubic", 8, cells_per_second=123.4, scores={"mmd2": [0.1, 0.2]}),
+        Row(NAIVE, network_calls=100, cells_per_second=1.0),
+    ]
+    lines = table(rows).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert "0.15000 ± 0.07071" in lines[2]
+    assert "123.4" in lines[2].split("|")[4]
+    assert "peak MiB" not in lines[0]
+    assert "FLOP use" not in lines[0]
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_every_scored_setting_has_its_name_in_both_panels_and_no_name_covers_another(seeds):
+    rng = np.random.default_rng(0)
+    rows = [
+        Row(
+            setting.name,
+            setting.schedule,
+            7 if setting.steps == "auto" else setting.steps,
+            scores={m: list(rng.normal(0.9, 1e-3, seeds)) for m in ("mmd2", "correlation_slope")},
+        )
+        for setting in SETTINGS
+    ]
+    drawn = figure(rows, title="title")
+    for axes in drawn.axes[:2]:
+        names = [text for text in axes.texts if text.get_text()]
+        assert {text.get_text().removesuffix(" (the default)") for text in names} == {row.name for row in rows}
+        for text in names:
+            text.update_positions(drawn.canvas.get_renderer())
+        boxes = [Text.get_window_extent(text) for text in names]  # without the line to the point
+        assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.shrunk(0.9, 0.8).overlaps(b)]
+
+
+def test_peak_memory_sees_what_was_freed_again():
+    with PeakMemory("cpu") as memory:
+        torch.ones(100 * 2**18).sum()  # 100 MiB
+    if memory.mib is None:
+        pytest.skip("this system does not tell a process's peak memory")
+    assert 90 < memory.mib < 300
+
+
+def test_a_timer_tells_waiting_from_work():
+    timer = Timer()
+    for seconds in (0.05, 0.1, 0.2):
+        with timer:
+            time.sleep(seconds)
+    assert timer.median == pytest.approx(0.1, abs=0.05)
+    assert timer.cpu_share < 0.5
+
+
+def test_the_report_says_when_other_work_had_the_processor():
+    rows = [Row("cubic 8", cells_per_second=1.0, cpu_share=share) for share in (0.1, 1.9)]
+    assert "while 1 of the rows were timed (down to 10% of one core was left)" in " ".join(notes(rows, "memory"))
+    assert "processor" not in " ".join(notes(rows[1:], "memory"))
+
+
+def test_flops_of_a_product_are_two_for_each_multiplication():
+    assert count_flops(lambda: torch.ones(3, 5) @ torch.ones(5, 7)) == 2 * 3 * 5 * 7
+
+
+def test_the_peak_of_a_device_is_found_by_its_name():
+    assert known_peak("NVIDIA H200", torch.bfloat16) == 989
+    assert known_peak("NVIDIA H100 PCIe", torch.bfloat16) == 756
+    assert known_peak("NVIDIA A100-SXM4-80GB", torch.float32) == 19.5
+    assert known_peak("something else", torch.float32) is None
+
+
+def test_a_users_mistake_on_the_command_line_is_one_line_and_exit_code_2(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["dcm-benchmark", "entropy", str(tmp_path / "no"), "--data", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        benchmark.cli()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: no folder ")

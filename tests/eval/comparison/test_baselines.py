@@ -1,0 +1,175 @@
+"""Baselines: each predicts what it says, in whole counts, for the conditions asked for and in their order."""
+
+import logging
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from eval.comparison import baselines, scvi_baseline
+from eval.comparison.baselines import additive, independent_marginals, needs_control, perturbation_mean
+from eval.comparison.labelled_counts import LabelledCounts
+
+
+@pytest.fixture
+def train() -> LabelledCounts:
+    """Two cell types; genes 0 and 1 are perfectly correlated; type b never expresses gene 2."""
+    rng = np.random.default_rng(0)
+    level = rng.integers(0, 9, 400)
+    labels = pd.DataFrame({"cell_type": np.repeat(["a", "b"], 200), "perturbation": np.tile(["control", "x"], 200)})
+    gene_2 = np.where(labels["cell_type"] == "a", rng.integers(1, 4, 400), 0)
+    return LabelledCounts(sparse.csr_matrix(np.stack([level, level, gene_2], axis=1)), labels)
+
+
+def conditions(cell_type: str, perturbation: str, num: int = 3000) -> pd.DataFrame:
+    return pd.DataFrame({"cell_type": [cell_type] * num, "perturbation": [perturbation] * num})
+
+
+def test_marginals_are_those_of_the_condition_and_genes_are_independent(train):
+    wanted = conditions("a", "x")
+    cells = independent_marginals(train)(wanted, np.random.default_rng(1)).toarray()
+    source = train.counts[((train.labels["cell_type"] == "a") & (train.labels["perturbation"] == "x")).to_numpy()]
+    source = source.toarray()
+    for gene in range(3):
+        values = np.arange(source.max() + 1)
+        expected = (source[:, gene, None] == values).mean(axis=0)
+        assert (cells[:, gene, None] == values).mean(axis=0) == pytest.approx(expected, abs=0.04)
+    assert abs(np.corrcoef(cells[:, 0], cells[:, 1])[0, 1]) < 0.06
+    assert cells.dtype.kind == "i"
+
+
+def test_rows_come_in_the_order_asked_for(train):
+    wanted = pd.concat([conditions("b", "x", 5), conditions("a", "x", 5), conditions("b", "control", 5)])
+    cells = independent_marginals(train)(wanted, np.random.default_rng(0)).toarray()
+    assert (cells[:, 2] > 0).tolist() == [False] * 5 + [True] * 5 + [False] * 5
+
+
+def test_an_unseen_condition_backs_off_to_its_cell_type_and_then_to_all_and_says_so(train, caplog):
+    with caplog.at_level(logging.WARNING):
+        cells = independent_marginals(train)(conditions("b", "unseen", 50), np.random.default_rng(0))
+        assert cells[:, 2].nnz == 0
+        everything = independent_marginals(train)(conditions("c", "x", 500), np.random.default_rng(0))
+    assert 0.4 < everything[:, 2].nnz / 500 < 0.6
+    assert "no training cell of b | unseen; drawn from the 200 cells of b" in caplog.text
+    assert "no training cell of c | x; drawn from the 400 cells of the whole training file" in caplog.text
+
+
+def test_without_conditions_all_training_cells_are_the_source(train):
+    unconditional = LabelledCounts(train.counts, train.labels[[]])
+    cells = independent_marginals(unconditional)(pd.DataFrame(index=range(100)), np.random.default_rng(0))
+    assert cells.shape == (100, 3)
+
+
+def test_one_generator_state_gives_one_sample_for_any_block_of_genes(train, monkeypatch):
+    monkeypatch.setattr(baselines, "GENES_AT_ONCE", 2)
+    sample = independent_marginals(train)
+    a, b = (sample(conditions("a", "x", 20), np.random.default_rng(3)) for _ in range(2))
+    assert (a != b).nnz == 0
+    assert a.shape == (20, 3)
+
+
+MEANS = {  # of three genes; B undoes A in gene 0, both raise gene 1, gene 2 is never on
+    ("a", "control"): [8.0, 3.0, 0.0],
+    ("a", "A"): [2.0, 7.0, 0.0],
+    ("a", "B"): [26.0, 3.0, 0.0],
+    ("b", "control"): [1.0, 1.0, 0.0],
+    ("b", "A"): [1.0, 5.0, 0.0],
+}
+
+
+@pytest.fixture
+def screen() -> LabelledCounts:
+    """Cells whose counts are those of their condition's mean times 0, 1 or 2: all genes move together."""
+    labels = pd.DataFrame([pair for pair in MEANS for _ in range(300)], columns=["cell_type", "perturbation"])
+    level = np.repeat(np.array(list(MEANS.values())), 300, axis=0) * np.tile([0, 1, 2], 500)[:, None]
+    return LabelledCounts(sparse.csr_matrix(level.astype(np.int32)), labels, "control")
+
+
+def mean_of(sampler, cell_type: str, perturbation: str) -> np.ndarray:
+    cells = sampler(conditions(cell_type, perturbation), np.random.default_rng(0))
+    assert cells.dtype.kind == "i"
+    assert cells.min() >= 0
+    return np.asarray(cells.mean(axis=0)).ravel()
+
+
+def test_perturbation_mean_is_one_prediction_for_every_perturbation_and_control_stays_itself(screen):
+    sampler = perturbation_mean(screen)
+    for perturbation in ("A", "B", "A+B", "never seen"):
+        assert mean_of(sampler, "a", perturbation) == pytest.approx([14.0, 5.0, 0.0], abs=0.5)
+    assert mean_of(sampler, "b", "A") == pytest.approx([1.0, 5.0, 0.0], abs=0.2)
+    assert mean_of(sampler, "a", "control") == pytest.approx([8.0, 3.0, 0.0], abs=0.4)
+
+
+def test_additive_adds_the_log_fold_changes_of_the_parts(screen):
+    sampler = additive(screen)
+    for name in ("control", "A", "B"):
+        assert mean_of(sampler, "a", name) == pytest.approx(MEANS["a", name], abs=0.7)
+    together = [(3 / 9) * (27 / 9) * 9 - 1, (8 / 4) * 1 * 4 - 1, 0.0]
+    for name in ("A+B", "B+A", "A+control+B"):
+        assert mean_of(sampler, "a", name) == pytest.approx(together, abs=0.7)
+
+
+def test_additive_takes_a_perturbation_seen_in_other_cell_types_from_there_and_says_what_it_never_saw(screen, caplog):
+    sampler = additive(screen)
+    assert mean_of(sampler, "b", "B") == pytest.approx([2 * 3 - 1, 1.0, 0.0], abs=0.4)
+    with caplog.at_level(logging.WARNING):
+        assert mean_of(sampler, "b", "A+C") == pytest.approx(MEANS["b", "A"], abs=0.2)
+    assert "additive: no training cell of C by itself; it, and any other such part, is taken to" in caplog.text
+
+
+def test_moved_control_cells_keep_their_spread_and_their_correlation(screen):
+    cells = additive(screen)(conditions("a", "A+B"), np.random.default_rng(0)).toarray()
+    assert np.corrcoef(cells[:, 0], cells[:, 1])[0, 1] > 0.6
+    assert (cells.sum(axis=1) == 0).mean() == pytest.approx(1 / 3, abs=0.05)
+
+
+@pytest.mark.parametrize("fit", [independent_marginals, perturbation_mean, additive])
+def test_every_baseline_answers_in_the_order_asked_for_and_repeats_itself(screen, fit):
+    wanted = pd.concat([conditions("b", "A", 30), conditions("a", "B", 30), conditions("b", "control", 30)])
+    cells, again = (fit(screen)(wanted, np.random.default_rng(5)) for _ in range(2))
+    assert (cells != again).nnz == 0
+    means = np.asarray(cells[:, 0].todense()).reshape(3, 30).mean(axis=1)
+    assert means[1] > 3 * max(means[0], means[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda s: LabelledCounts(s.counts, s.labels[["cell_type"]], "control"),
+            r"\(cell_type\) have no 'perturbation'",
+        ),
+        (lambda s: LabelledCounts(s.counts, s.labels), "no label of control cells is known .* pass --control LABEL"),
+        (lambda s: LabelledCounts(s.counts, s.labels, "ntc"), r"no training cell is labelled 'ntc' \(control\)"),
+    ],
+)
+def test_without_control_cells_the_mean_baselines_say_why_they_cannot_start(screen, change, message):
+    changed = change(screen)
+    assert needs_control(screen) is None
+    for fit in (perturbation_mean, additive):
+        with pytest.raises(ValueError, match=message):
+            fit(changed)
+
+
+def test_scvi_names_its_extra_where_it_is_not_installed(screen, monkeypatch):
+    monkeypatch.setattr(scvi_baseline, "is_installed", lambda: False)
+    for fit in (scvi_baseline.scvi_prior, scvi_baseline.scvi_aggregated_posterior):
+        with pytest.raises(ValueError, match=r"scvi-tools: pip install 'discrete-cell-models\[baselines\]'"):
+            fit(screen)
+
+
+@pytest.mark.slow
+def test_scvi_knows_the_conditions_from_its_prior_and_from_its_posterior(screen):
+    """One model, as both baselines share it: counts in the order asked for, with the conditions' means."""
+    pytest.importorskip("scvi", reason="the extra 'baselines' is not installed")
+    state = np.random.get_state()[1].copy()
+    for fit in (scvi_baseline.scvi_prior, scvi_baseline.scvi_aggregated_posterior):
+        sampler = fit(screen)
+        assert mean_of(sampler, "a", "B")[0] > 2 * mean_of(sampler, "b", "A")[0]
+        assert mean_of(sampler, "a", "control")[2] < 0.1
+        wanted = pd.concat([conditions("b", "A", 30), conditions("a", "B", 30)])
+        cells, again = (sampler(wanted, np.random.default_rng(5)) for _ in range(2))
+        assert (cells != again).nnz == 0
+        assert cells[30:, 0].sum() > 2 * cells[:30, 0].sum()
+    assert (np.random.get_state()[1] == state).all()

@@ -1,0 +1,179 @@
+"""Properties of runs that are cut, killed, or shared by processes: the cells are those of a run left alone."""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import anndata
+import pytest
+import torch
+
+from eval.sample import load_checkpoint, main
+from modeling_dcm import DCMForDenoising
+from tests.tiny_training import assert_same_file, two_steps
+
+
+@pytest.fixture(scope="module")
+def checkpoint(shards, tmp_path_factory) -> Path:
+    """A model with cell types, perturbations and library sizes after two steps of training."""
+    return two_steps(shards, tmp_path_factory.mktemp("sampled") / "checkpoint")
+
+
+def interrupt_before(monkeypatch, chunk: int) -> None:
+    """Make ``generate`` raise when it is asked for a chunk."""
+    generate = DCMForDenoising.generate
+
+    def interrupted(self, *arguments, **options):
+        if options.get("chunks") == [chunk]:
+            raise KeyboardInterrupt
+        return generate(self, *arguments, **options)
+
+    monkeypatch.setattr(DCMForDenoising, "generate", interrupted)
+
+
+def interrupted_run(monkeypatch, checkpoint: Path, out: Path, options: dict) -> None:
+    """Draw the first three chunks, and no more."""
+    with monkeypatch.context() as patch:
+        interrupt_before(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            main(str(checkpoint), out=out, **options)
+
+
+def environment(**more: str) -> dict[str, str]:
+    root = Path(__file__).parents[3]
+    return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **more}
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_it_was(checkpoint, tmp_path, caplog):
+    out = tmp_path / "cells.h5ad"
+    parts = tmp_path / ".cells.h5ad.parts"
+    command = [sys.executable, "-m", "eval.sample", str(checkpoint), "--out", str(out), "--num-cells", "400"]
+    command += ["--batch-size", "4", "--cell-type", "type1"]
+    process = subprocess.Popen(command, env=environment(), cwd=tmp_path, stderr=subprocess.DEVNULL)
+    while len(list(parts.glob("*.safetensors"))) < 3:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = len(list(parts.glob("*.safetensors")))
+    assert not out.exists()
+    options = {"num_cells": 400, "cell_type": "type1", "batch_size": 4}
+    with caplog.at_level(logging.INFO):
+        main(str(checkpoint), out=out, **options)
+    assert f"{kept} of 100 chunks are there already and are not drawn again" in caplog.text
+    assert f"drew {400 - 4 * kept} cells" in caplog.text
+    assert not parts.exists()
+    main(str(checkpoint), out=tmp_path / "whole.h5ad", **options)
+    assert_same_file(out, tmp_path / "whole.h5ad")
+
+
+def test_a_chunk_cut_short_is_drawn_again(checkpoint, tmp_path, monkeypatch, caplog):
+    out, options = tmp_path / "cells.h5ad", {"num_cells": 20, "batch_size": 4, "steps": 2}
+    interrupted_run(monkeypatch, checkpoint, out, options)
+    parts = sorted((tmp_path / ".cells.h5ad.parts").glob("*.safetensors"))
+    assert [part.name for part in parts] == ["0.safetensors", "1.safetensors", "2.safetensors"]
+    parts[0].write_bytes(b"")
+    parts[1].write_bytes(parts[1].read_bytes()[:-7])
+    with caplog.at_level(logging.INFO):
+        main(str(checkpoint), out=out, **options)
+    assert "1 of 5 chunks are there already" in caplog.text
+    assert "2 chunks are damaged and are drawn again" in caplog.text
+    main(str(checkpoint), out=tmp_path / "whole.h5ad", **options)
+    assert_same_file(out, tmp_path / "whole.h5ad")
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"num_cells": 21}, {"perturbation": "control"}, {"library_size": 9}])
+def test_chunks_of_another_request_are_refused_or_thrown_away(checkpoint, tmp_path, monkeypatch, change):
+    out, options = tmp_path / "cells.h5ad", {"num_cells": 20, "batch_size": 4, "steps": 2}
+    interrupted_run(monkeypatch, checkpoint, out, options)
+    with pytest.raises(ValueError, match=r"3 drawn chunks of another request \(.* then, .* now\).* --fresh"):
+        main(str(checkpoint), out=out, **options | change)
+    assert not out.exists()
+    main(str(checkpoint), out=out, **options | change, fresh=True)
+    main(str(checkpoint), out=tmp_path / "whole.h5ad", **options | change)
+    assert_same_file(out, tmp_path / "whole.h5ad")
+
+
+def test_other_weights_are_another_request(checkpoint, tmp_path, monkeypatch):
+    out, options = tmp_path / "cells.h5ad", {"num_cells": 8, "batch_size": 4, "steps": 2}
+    with monkeypatch.context() as patch:
+        interrupt_before(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            main(str(checkpoint), out=out, **options)
+    model, tokenizer = load_checkpoint(str(checkpoint))
+    torch.nn.init.normal_(next(model.parameters()))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "other" / "checkpoint")
+    with pytest.raises(ValueError, match=r"another request \(checkpoint_sha256: \w+ then, \w+ now\)"):
+        main(str(tmp_path / "other" / "checkpoint"), out=out, **options)
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_draws(checkpoint, tmp_path):
+    out = tmp_path / "two.h5ad"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    command += ["-m", "eval.sample", str(checkpoint), "--out", str(out), "--num-cells", "150", "--batch-size", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("two.h5ad: 150 cells x 15 genes") == 1
+    main(str(checkpoint), out=tmp_path / "one.h5ad", num_cells=150, batch_size=8)
+    assert_same_file(tmp_path / "one.h5ad", out)
+
+
+DIES = """
+import os, signal, time
+from eval.drawing.chunk_files import ChunkFiles
+from eval.sample import cli
+
+take = ChunkFiles.take
+
+def take_and_die(self, chunk):
+    is_taken = take(self, chunk)
+    if os.environ["RANK"] == "1" and is_taken:
+        os.kill(os.getpid(), signal.SIGKILL)
+    while os.environ["RANK"] == "0" and is_taken and len(list(self.folder.glob("*.taken"))) < 2:
+        time.sleep(0.01)
+    return is_taken
+
+ChunkFiles.take = take_and_die
+cli()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_neither_hangs_the_others_nor_leaves_an_output_and_its_chunks_can_be_drawn_later(
+    checkpoint, tmp_path
+):
+    out, port = tmp_path / "cells.h5ad", free_port()
+    command = [sys.executable, "-c", DIES, str(checkpoint), "--out", str(out), "--num-cells", "80"]
+    command += ["--batch-size", "8"]
+    processes = []
+    for rank in ("0", "1"):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **own)
+        processes.append(subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True))
+    try:
+        messages = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [2, -signal.SIGKILL], messages
+    assert "error: another process failed, so there is no output yet" in messages[0]
+    assert not out.exists()
+    main(str(checkpoint), out=out, num_cells=80, batch_size=8)
+    assert len(anndata.read_h5ad(out)) == 80
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])

@@ -1,0 +1,505 @@
+"""``dcm-evaluate`` from files to files: the rows, and every mistake a user can make."""
+
+import csv
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import anndata
+import numpy as np
+import pytest
+from PIL import Image
+
+from eval import evaluate, sample
+from eval.comparison import cell_eval_scores, scvi_baseline
+from eval.comparison.cells import read_cells
+from eval.comparison.compared_metrics import POOLED_METRICS
+from eval.comparison.protocols import Score
+from eval.evaluate import main
+from eval.reports.report import ROW_KEYS, at_floor, biased_floor_notes, results_json, summary_rows, summary_table
+from eval.simulate import simulate
+
+DEFAULT_BASELINES = ("independent_marginals", "perturbation_mean", "additive")
+
+
+@pytest.fixture(autouse=True)
+def quick_report(monkeypatch):
+    """The report has tests of its own and takes seconds: here only the fixture ``results`` writes a real one."""
+    monkeypatch.setattr(evaluate, "html_report", lambda *args, **options: "<!doctype html>")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Simulated train.h5ad and test.h5ad, and two files of a generator that thins training cells."""
+    folder = tmp_path_factory.mktemp("shards")
+    adata, _ = simulate(num_cells=700, num_genes=30, num_cell_types=2, num_perturbations=3, num_pairs=1)
+    rng = np.random.default_rng(0)
+    order = rng.permutation(700)
+    test, train = adata[order[:240]].copy(), adata[order[240:]].copy()
+    test.write_h5ad(folder / "test.h5ad")
+    train.write_h5ad(folder / "train.h5ad")
+    for seed in range(2):
+        _generated(train, test, seed).write_h5ad(folder / f"generated_{seed}.h5ad")
+    return folder
+
+
+def _generated(train: anndata.AnnData, test: anndata.AnnData, seed: int) -> anndata.AnnData:
+    """Training cells of the test cells' conditions with a tenth of their counts lost."""
+    rng = np.random.default_rng(seed)
+    key = [tuple(row) for row in train.obs[["cell_type", "perturbation"]].astype(str).to_numpy()]
+    rows = {k: [i for i, other in enumerate(key) if other == k] for k in set(key)}
+    wanted = [tuple(row) for row in test.obs[["cell_type", "perturbation"]].astype(str).to_numpy()]
+    chosen = [rng.choice(rows[k]) for k in wanted]
+    counts = train.X[chosen]
+    counts.data = rng.binomial(counts.data, 0.9).astype(np.int32)
+    obs = test.obs[["cell_type", "perturbation"]].copy()
+    return anndata.AnnData(
+        counts, obs=obs, var=train.var[[]].copy(), uns={"generator": "thinned", "dcm_sampling": {"checkpoint": "small"}}
+    )
+
+
+def run_main(folder: Path, out: Path, *names: str, **options: object) -> dict:
+    paths = tuple(folder / name for name in names or ("generated_0.h5ad", "generated_1.h5ad"))
+    main(paths, real=folder / "test.h5ad", train=folder / "train.h5ad", out=out, umap=False, **options)
+    return json.loads((out / "results.json").read_text(), parse_constant=lambda word: pytest.fail(f"JSON holds {word}"))
+
+
+@pytest.fixture(scope="module")
+def results(folder, tmp_path_factory) -> tuple[dict, Path]:
+    out = tmp_path_factory.mktemp("results") / "deep" / "results"
+    return run_main(folder, out), out
+
+
+def _changed(folder: Path, out: Path, change) -> Path:
+    """A copy of the first generated file after ``change``."""
+    adata = anndata.read_h5ad(folder / "generated_0.h5ad")
+    changed = change(adata)
+    (changed if isinstance(changed, anndata.AnnData) else adata).write_h5ad(out / "changed.h5ad")
+    return out / "changed.h5ad"
+
+
+def test_results_json_is_the_contract(results):
+    found, _ = results
+    assert list(found) == ["dataset", "split", "checkpoint", "versions", "command", "rows"]
+    assert (found["split"], found["checkpoint"]) == ("test", "small")
+    assert found["command"].startswith("dcm-evaluate ")
+    assert all(tuple(row) == ROW_KEYS for row in found["rows"])
+    assert list(dict.fromkeys(row["model"] for row in found["rows"])) == ["floor", "thinned", *DEFAULT_BASELINES]
+    assert {row["protocol"] for row in found["rows"]} == {"paper", "log"}
+    assert {row["grouping"] for row in found["rows"]} == {"pooled", "per_condition", "condition"}
+    assert {row["metric"] for row in found["rows"] if row["protocol"] == "log" and row["grouping"] == "pooled"} == set(
+        POOLED_METRICS
+    )
+    assert all((row["condition"] is None) == (row["grouping"] != "condition") for row in found["rows"])
+    keys = [tuple(row[key] for key in ROW_KEYS[:5]) for row in found["rows"]]
+    assert len(set(keys)) == len(keys)
+
+
+def test_every_row_says_n_and_over_how_many_seeds(results):
+    found, _ = results
+    pooled = {row["model"]: row for row in found["rows"] if row["grouping"] == "pooled" and row["metric"] == "w2"}
+    assert {model: row["seeds"] for model, row in pooled.items()} == {
+        "floor": 10,
+        "thinned": 2,
+        **dict.fromkeys(DEFAULT_BASELINES, 3),
+    }
+    assert {row["n"] for row in pooled.values()} == {240}
+    assert all(row["std"] > 0 for row in pooled.values())
+
+
+def test_conditions_under_twenty_cells_are_marked(results, folder):
+    found, _ = results
+    test = anndata.read_h5ad(folder / "test.h5ad").obs
+    sizes = (test["cell_type"].astype(str) + " | " + test["perturbation"].astype(str)).value_counts()
+    expected = {name if size >= 20 else f"{name} (under 20 cells)" for name, size in sizes.items()}
+    assert {row["condition"] for row in found["rows"] if row["grouping"] == "condition"} == expected
+    assert (sizes < 20).any()
+    assert (sizes >= 20).any()
+
+
+def test_the_marginals_lose_the_correlations_and_the_floor_keeps_them(results):
+    found, _ = results
+    slope = {
+        row["model"]: row["mean"]
+        for row in found["rows"]
+        if row["metric"] == "correlation_slope" and row["grouping"] == "pooled"
+    }
+    assert slope["independent_marginals"] < slope["floor"] - 0.1
+
+
+def test_tables_and_figure_are_written_and_nothing_else(results):
+    _, out = results
+    assert sorted(path.name for path in out.iterdir()) == [
+        "figure.png",
+        "report.html",
+        "results.csv",
+        "results.json",
+        "results.md",
+    ]
+    text = (out / "results.md").read_text()
+    assert "floor (n = 240, 10 draws)" in text
+    assert "thinned (n = 240, 2 seeds)" in text
+    assert "## Protocol `log`" in text
+    with Image.open(out / "figure.png") as image:
+        assert min(image.size) > 800
+
+
+def test_order_of_genes_extra_genes_and_float_counts_do_not_matter(results, folder, tmp_path):
+    def change(adata: anndata.AnnData) -> anndata.AnnData:
+        extra = anndata.AnnData(np.ones((adata.n_obs, 1)), obs=adata.obs, var={"gene": ["EXTRA"]})
+        extra.var_names = ["EXTRA"]
+        joined = anndata.concat([adata, extra], axis=1, merge="same", uns_merge="first")
+        joined.X = joined.X.astype(np.float32)
+        return joined[:, np.random.default_rng(0).permutation(joined.n_vars)].copy()
+
+    _changed(folder, tmp_path, change)
+    (tmp_path / "second.h5ad").write_bytes((folder / "generated_1.h5ad").read_bytes())
+    for name in ("test.h5ad", "train.h5ad"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    assert run_main(tmp_path, tmp_path / "out", "changed.h5ad", "second.h5ad")["rows"] == results[0]["rows"]
+
+
+def test_a_second_run_gives_the_same_rows(results, folder, tmp_path):
+    assert run_main(folder, tmp_path / "out", protocol="paper")["rows"] == [
+        row for row in results[0]["rows"] if row["protocol"] == "paper"
+    ]
+
+
+def test_names_dataset_checkpoint_and_single_file(folder, tmp_path):
+    options = {"name": "mine", "dataset": "made up", "checkpoint": "org/x", "protocol": "paper"}
+    found = run_main(folder, tmp_path / "out", "generated_0.h5ad", condition_keys="cell_type", **options)
+    assert (found["dataset"], found["checkpoint"]) == ("made up", "org/x")
+    assert "--condition-keys cell_type" in found["command"]
+    assert "--dataset 'made up'" in found["command"]
+    ours = [row for row in found["rows"] if row["model"] == "mine"]
+    assert all(row["std"] is None and row["seeds"] == 1 for row in ours)
+    assert {row["condition"] for row in ours} == {None, "type0", "type1"}
+
+
+def test_pooled_only_and_files_of_different_generators_are_different_models(folder, tmp_path):
+    other = _changed(folder, tmp_path, lambda adata: adata.uns.update(generator="other/one"))
+    main(
+        (folder / "generated_0.h5ad", other),
+        real=folder / "test.h5ad",
+        train=folder / "train.h5ad",
+        out=tmp_path / "out",
+        condition_keys="none",
+        protocol="paper",
+        umap=False,
+    )
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert {row["model"] for row in rows} == {"floor", "thinned", "other/one", "independent_marginals"}
+    assert {row["grouping"] for row in rows} == {"pooled"}
+    assert (tmp_path / "out" / "figure_other_one.png").is_file()
+
+
+def _relabelled(adata: anndata.AnnData) -> None:
+    adata.obs["cell_type"] = "hela"
+
+
+def _log_normalised(adata: anndata.AnnData) -> None:
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = adata.X.astype(np.float32).log1p()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_log_normalised, r"are not integers .* looks log-normalised: pass --layer counts"),
+        (lambda a: a[:, 3:].copy(), r"lacks 3 of the 30 genes of the real cells \(GENE0000, GENE0001, GENE0002\)"),
+        (lambda a: setattr(a, "var_names", ["GENE0000"] * 2 + list(a.var_names[2:])), "1 duplicate gene names"),
+        (
+            lambda a: a.obs.pop("perturbation"),
+            r"has no column 'perturbation' in obs; it has cell_type;",
+        ),
+        (lambda a: a.uns.pop("generator"), r"does not say what generated it .* pass --name NAME"),
+        (lambda a: a.uns.update(generator="floor"), "a row of every table; pass --name"),
+        (lambda a: a[:0].copy(), "has no cells"),
+        (_relabelled, "has none of the conditions of"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_bad_generated_file_is_refused_and_nothing_is_written(folder, tmp_path, change, message):
+    path = _changed(folder, tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        main((path,), real=folder / "test.h5ad", train=folder / "train.h5ad", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_layer_takes_the_counts_of_a_log_normalised_file(folder, tmp_path):
+    path = _changed(folder, tmp_path, _log_normalised)
+    options = {"real": folder / "test.h5ad", "train": folder / "train.h5ad", "protocol": "paper", "umap": False}
+    main((path,), out=tmp_path / "layer", layer="counts", **options)
+    main((folder / "generated_0.h5ad",), out=tmp_path / "plain", **options)
+    layer, plain = (json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("layer", "plain"))
+    assert layer == plain
+    with pytest.raises(ValueError, match="has no layer 'raw'; it has counts"):
+        main((path,), out=tmp_path / "none", layer="raw", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protocol": "paper,cosine"}, "--protocol 'paper,cosine': expected one or more of paper, log"),
+        ({"name": "floor"}, "--name 'floor' is the name of a row of every table"),
+        ({"condition_keys": "donor"}, "has no column 'donor' in obs; it has cell_type, perturbation"),
+    ],
+)
+def test_bad_options_are_refused(folder, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run_main(folder, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_file_twice_or_no_file_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="is given more than once: each file counts as one sampling seed"):
+        run_main(folder, tmp_path / "out", "generated_0.h5ad", "generated_0.h5ad")
+    with pytest.raises(ValueError, match="no generated file given"):
+        main((), real=folder / "test.h5ad", train=folder / "train.h5ad", out=tmp_path / "out")
+
+
+def test_the_command_line_ends_with_one_line_and_code_two(folder, tmp_path):
+    command = [sys.executable, "-m", "eval.evaluate", str(tmp_path / "none.h5ad"), "--out", str(tmp_path / "out")]
+    command += ["--real", str(folder / "test.h5ad"), "--train", str(folder / "train.h5ad")]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith("error: no file ")
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_hold_null_for_what_is_not_a_number():
+    scores = [[Score("condition", "a", "mmd2", float("nan"), 1)], [Score("condition", "a", "mmd2", float("nan"), 1)]]
+    (row,) = summary_rows("dcm", "paper", scores, test_cells={"a": 1})
+    assert (row["mean"], row["std"], row["seeds"], row["condition"]) == (None, None, 0, "a (under 20 cells)")
+    assert json.loads(results_json({"dataset": "d"}, [row]))["rows"] == [row]
+
+
+def test_at_the_floor_is_within_two_standard_deviations_and_bold():
+    floor, near, far = (
+        summary_rows(model, "log", [[Score("pooled", None, "w2", v, 9)] for v in values], test_cells={})[0]
+        for model, values in (("floor", (1.0, 1.2)), ("near", (1.3,)), ("far", (2.0,)))
+    )
+    assert at_floor(near, floor)
+    assert not at_floor(far, floor)
+    table = summary_table([floor, near, far])
+    assert "**1.3**" in table
+    assert "**2**" not in table
+
+
+def test_results_csv_holds_the_rows_of_results_json(results):
+    found, out = results
+    with (out / "results.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(found["rows"])
+    for line, row in zip(lines, found["rows"]):
+        assert (line.pop("dataset"), line.pop("split")) == (found["dataset"], found["split"])
+        assert line == {key: "" if value is None else str(value) for key, value in row.items()}
+
+
+def test_the_report_is_whole(results):
+    _, out = results
+    page = (out / "report.html").read_text()
+    assert "independent_marginals" in page
+    assert page.count("<figure>") == 5
+
+
+def test_every_file_can_have_a_name_of_its_own(folder, tmp_path):
+    found = run_main(folder, tmp_path / "out", name="one,two", protocol="paper", baselines="none", per_condition=False)
+    assert [row["model"] for row in found["rows"] if row["metric"] == "w2"] == ["floor", "one", "two"]
+    assert {row["grouping"] for row in found["rows"]} == {"pooled"}
+    assert "--no-per-condition" in found["command"]
+
+
+def test_a_checkpoint_is_drawn_from_with_every_seed_and_takes_its_folders_name(folder, tmp_path, monkeypatch):
+    (tmp_path / "small").mkdir()
+    asked = []
+
+    def draw(checkpoint: str, *, out: Path, like: Path, seed: int) -> Path:
+        asked.append((checkpoint, like, seed))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes((folder / f"generated_{seed}.h5ad").read_bytes())
+        return out
+
+    monkeypatch.setattr(sample, "main", draw)
+    options = {"protocol": "scldm", "baselines": "none", "sampling_seeds": 2}
+    found = run_main(folder, tmp_path / "out", str(tmp_path / "small"), "generated_0.h5ad", **options)
+    assert asked == [(str(tmp_path / "small"), folder / "test.h5ad", seed) for seed in (0, 1)]
+    seeds = {row["model"]: row["seeds"] for row in found["rows"] if row["metric"] == "w2"}
+    assert seeds == {"floor": 10, "small": 2, "thinned": 1}
+
+
+def test_all_four_protocols_in_one_run(folder, tmp_path):
+    found = run_main(folder, tmp_path / "out", protocol="paper,log,scldm,cfgen", baselines="additive")
+    groupings = {}
+    for row in found["rows"]:
+        groupings.setdefault(row["protocol"], set()).add(row["grouping"])
+    assert groupings["scldm"] == {"pooled"}
+    assert groupings["cfgen"] == {"per_condition", "condition"}
+    assert {row["condition"] for row in found["rows"] if row["protocol"] == "cfgen"} == {None, "type0", "type1"}
+    assert "Mean over the 2 values of cell_type" in (tmp_path / "out" / "results.md").read_text()
+    assert any(row["metric"] == "pearson_delta" and row["grouping"] == "per_condition" for row in found["rows"])
+
+
+def test_the_default_leaves_out_baselines_that_cannot_start_and_a_wish_for_one_says_why(folder, tmp_path):
+    options = {"protocol": "paper", "condition_keys": "cell_type"}
+    found = run_main(folder, tmp_path / "out", **options)
+    assert {row["model"] for row in found["rows"]} == {"floor", "thinned", "independent_marginals"}
+    with pytest.raises(ValueError, match=r"starts from control cells, and the condition columns \(cell_type\)"):
+        run_main(folder, tmp_path / "asked", baselines="additive", **options)
+    assert not (tmp_path / "asked").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"baselines": "mean"}, "--baselines 'mean': expected default, all, none, or some of independent_marginals"),
+        ({"baselines": "scvi_prior"}, r"scvi-tools: pip install 'discrete-cell-models\[baselines\]'"),
+        ({"baselines": "all"}, r"scvi-tools: pip install 'discrete-cell-models\[baselines\]'"),
+        ({"cell_eval": True}, r"cell-eval: pip install 'discrete-cell-models\[baselines\]'"),
+        ({"name": "a,b,c"}, "--name 'a,b,c' holds 3 names: expected one, or one for each of 2 files"),
+        ({"name": "additive"}, "--name 'additive' is the name of a row of every table"),
+        (
+            {"protocol": "cfgen", "condition_keys": "perturbation"},
+            "compares each cell_type by itself, and the condition",
+        ),
+    ],
+)
+def test_more_bad_options_are_refused_before_anything_is_written(folder, tmp_path, options, message, monkeypatch):
+    monkeypatch.setattr(scvi_baseline, "is_installed", lambda: False)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cell_eval" else find(name))
+    with pytest.raises(ValueError, match=message):
+        run_main(folder, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+class StandInEvaluator:
+    """In place of the cell-eval package: scores a perturbation by the number of its predicted cells."""
+
+    def __init__(self, *, adata_pred, adata_real, control_pert, pert_col, outdir, num_threads):
+        assert not Path(outdir).exists()
+        for adata in (adata_real,) if adata_pred is None else (adata_pred, adata_real):
+            assert (adata.obs[pert_col] == control_pert).any()
+            assert not np.array_equal(adata.X.data, np.round(adata.X.data))
+        if adata_pred is not None:
+            assert set(adata_pred.obs[pert_col]) == set(adata_real.obs[pert_col])
+            self.sizes = adata_pred.obs[pert_col].value_counts().drop(control_pert)
+
+    def compute(self, *, profile, write_csv):
+        lines = [{"perturbation": name, "size": float(size), "none": None} for name, size in self.sizes.items()]
+        return SimpleNamespace(to_dicts=lambda: lines), None
+
+    def compute_ceiling(self, *, profile, write_csv, seed):
+        return None, SimpleNamespace(to_dicts=lambda: [{"size": 7.0, "none": None, "nan": float("nan")}])
+
+
+def test_cell_eval_is_given_each_cell_type_with_its_mean_baseline_and_ceiling(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(cell_eval_scores, "check_installed", lambda: None)
+    monkeypatch.setitem(sys.modules, "cell_eval", SimpleNamespace(MetricsEvaluator=StandInEvaluator))
+    options = {"cell_eval": True, "protocol": "paper", "baselines": "additive"}
+    found = run_main(folder, tmp_path / "out", "generated_0.h5ad", **options)
+    ours = [row for row in found["rows"] if row["protocol"] == "cell-eval"]
+    seeds = {row["model"]: row["seeds"] for row in ours}
+    assert seeds == {"floor": 1, "thinned": 1, "additive": 3, "cell_eval_mean": 1, "cell_eval_ceiling": 1}
+    assert [(row["metric"], row["mean"]) for row in ours if row["model"] == "cell_eval_ceiling"] == [("size", 7.0)]
+    test = anndata.read_h5ad(folder / "test.h5ad").obs
+    sizes = (test["cell_type"].astype(str) + " | " + test["perturbation"].astype(str)).value_counts()
+    for row in ours:
+        if row["grouping"] == "condition":
+            assert row["mean"] == sizes[row["condition"].removesuffix(" (under 20 cells)")]
+            assert not row["condition"].startswith("type0 | control")
+    assert "metrics of the cell-eval package" in (tmp_path / "out" / "results.md").read_text()
+
+
+@pytest.mark.slow
+def test_cell_eval_itself_scores_real_cells_above_its_mean_baseline(folder, tmp_path):
+    """The package as it is: two files of thinned training cells, whose perturbations are those of the test cells."""
+    pytest.importorskip("cell_eval", reason="the extra 'baselines' is not installed")
+    found = run_main(folder, tmp_path / "out", cell_eval=True, protocol="paper", baselines="none", per_condition=False)
+    assert found["versions"]["cell-eval"]
+    ours = [row for row in found["rows"] if row["protocol"] == "cell-eval" and row["grouping"] == "per_condition"]
+    means = {(row["model"], row["metric"]): row["mean"] for row in ours}
+    assert {metric for _, metric in means} == {"mae", "overlap_at_N", "discrimination_score_l1"}
+    for model in ("thinned", "floor"):
+        assert means[model, "discrimination_score_l1"] > means["cell_eval_mean", "discrimination_score_l1"] + 0.1
+    assert 0 < means["cell_eval_ceiling", "discrimination_score_l1"] <= 1
+    assert ("cell_eval_ceiling", "mae") not in means
+
+
+def test_cell_eval_means_of_training_perturbations_are_those_of_the_package(folder):
+    baseline = pytest.importorskip("cell_eval._baseline", reason="the extra 'baselines' is not installed")
+    cells = read_cells(
+        [folder / "generated_0.h5ad"], folder / "test.h5ad", folder / "train.h5ad", names=[None], reserved_names=()
+    )
+    values, labels = cell_eval_scores._mean_cells(cells.train, cells.real)
+    for cell_type in ("type0", "type1"):
+        chosen = (cells.train.labels["cell_type"] == cell_type).to_numpy()
+        train = anndata.AnnData(
+            cell_eval_scores.log_cp10k(cells.train.counts[chosen]).toarray(),
+            obs=cells.train.labels[chosen].set_axis([str(row) for row in range(chosen.sum())]),
+        )
+        expected = baseline.build_base_mean_adata(train, pert_col="perturbation", control_pert="control")
+        expected = expected[expected.obs["perturbation"] != "control"].X
+        ours = values[(labels["cell_type"] == cell_type).to_numpy()].toarray()
+        np.testing.assert_allclose(ours[0], np.asarray(expected)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_genes_that_a_file_lacks_are_refused_or_left_out_and_counted(folder, tmp_path):
+    path = _changed(folder, tmp_path, lambda adata: adata[:, 3:][:, ::-1].copy())
+    options = {"real": folder / "test.h5ad", "train": folder / "train.h5ad", "protocol": "paper", "umap": False}
+    with pytest.raises(ValueError, match=r"add them, or compare on the 27 others with --genes shared"):
+        main((path,), out=tmp_path / "refused", **options)
+    main((path,), out=tmp_path / "out", genes="shared", **options)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    note = "27 of the 30 genes of the real cells; left out, as another file lacks them: GENE0000, GENE0001, GENE0002"
+    assert found["genes"] == note
+    assert f"Compared on {note}." in (tmp_path / "out" / "results.md").read_text()
+    assert "--genes shared" in found["command"]
+    for name in ("test.h5ad", "train.h5ad", "generated_0.h5ad"):
+        anndata.read_h5ad(folder / name)[:, 3:].copy().write_h5ad(tmp_path / name)
+    by_hand = {**options, "real": tmp_path / "test.h5ad", "train": tmp_path / "train.h5ad"}
+    main((tmp_path / "generated_0.h5ad",), out=tmp_path / "by_hand", **by_hand)
+    expected = json.loads((tmp_path / "by_hand" / "results.json").read_text())
+    assert expected["rows"] == found["rows"]
+    assert "genes" not in expected
+
+
+def test_genes_by_other_names_are_refused_with_both_names(folder, tmp_path):
+    path = _changed(folder, tmp_path, lambda adata: setattr(adata, "var_names", [f"ENSG{i}" for i in range(30)]))
+    with pytest.raises(ValueError, match=r"no gene of .* is in every file: .* are ENSG0, ENSG1, ENSG2, \.\.\."):
+        main((path,), real=folder / "test.h5ad", train=folder / "train.h5ad", out=tmp_path / "out", genes="shared")
+
+
+@pytest.mark.slow
+def test_samples_that_scvi_itself_drew_are_scored(folder, tmp_path):
+    """A user's way: posterior predictive samples of the test cells in a copy of their file."""
+    scvi = pytest.importorskip("scvi", reason="the extra 'baselines' is not installed")
+    train, test = (anndata.read_h5ad(folder / name) for name in ("train.h5ad", "test.h5ad"))
+    scvi.model.SCVI.setup_anndata(train, categorical_covariate_keys=["cell_type", "perturbation"])
+    model = scvi.model.SCVI(train, n_hidden=16, n_latent=4)
+    model.train(max_epochs=2)
+    drawn = test.copy()
+    drawn.X = np.asarray(model.posterior_predictive_sample(test).todense())
+    drawn.uns = {}
+    drawn.write_h5ad(tmp_path / "scvi.h5ad")
+    options = {"real": folder / "test.h5ad", "train": folder / "train.h5ad", "protocol": "paper", "umap": False}
+    with pytest.raises(ValueError, match=r"does not say what generated it .* pass --name NAME"):
+        main((tmp_path / "scvi.h5ad",), out=tmp_path / "out", **options)
+    main((tmp_path / "scvi.h5ad",), out=tmp_path / "out", name="scVI", **options)
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert {row["n"] for row in rows if row["model"] == "scVI" and row["grouping"] == "pooled"} == {240}
+
+
+@pytest.mark.parametrize(("model_value", "noted"), [(0.11, True), (0.9, False)])
+def test_a_small_n_whose_biased_floor_dominates_is_said(model_value, noted):
+    floor, model, unbiased = (
+        summary_rows(name, protocol, [[Score("pooled", None, "mmd2", value, 50)]], test_cells={})[0]
+        for name, protocol, value in (("floor", "scldm", 0.1), ("dcm", "scldm", model_value), ("dcm", "log", 0.11))
+    )
+    notes = biased_floor_notes([floor, model, unbiased])
+    assert len(notes) == noted
+    assert not noted or "scldm, pooled: the floor (0.1, n = 50) is most of the biased MMD² of dcm (0.11)" in notes[0]

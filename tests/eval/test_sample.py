@@ -1,0 +1,282 @@
+"""Properties of the sampling stage: what is written, and how it ends when something is wrong."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scipy import sparse
+
+from eval.sample import load_checkpoint, main
+from modeling_dcm import DCMForDenoising
+from tests.tiny_training import assert_same_file, two_steps
+from tokenization import DCMTokenizer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(shards, tmp_path_factory) -> Path:
+    """A model with cell types, perturbations and library sizes after two steps of training."""
+    return two_steps(shards, tmp_path_factory.mktemp("sampled") / "checkpoint")
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[dict]:
+    """Arguments of every call of ``generate`` that draws chunks."""
+    found, generate = [], DCMForDenoising.generate
+
+    def recorded(self, *arguments, **options):
+        if options.get("chunks") is not None:
+            found.append(options)
+        return generate(self, *arguments, **options)
+
+    monkeypatch.setattr(DCMForDenoising, "generate", recorded)
+    return found
+
+
+def test_cells_are_integer_counts_with_the_panels_genes_and_the_conditions_asked_for(checkpoint, tmp_path):
+    tokenizer = DCMTokenizer.from_pretrained(checkpoint)
+    pair = "+".join(name for name in tokenizer.perturbations if name != "control")
+    pair = "+".join(pair.split("+")[:2])
+    main(
+        str(checkpoint),
+        out=tmp_path / "cells.h5ad",
+        num_cells=12,
+        cell_type="type1",
+        perturbation=pair,
+        steps=3,
+        seed=4,
+    )
+    cells = anndata.read_h5ad(tmp_path / "cells.h5ad")
+    assert cells.shape == (12, 15)
+    assert list(cells.var_names) == tokenizer.genes
+    assert np.issubdtype(cells.X.dtype, np.integer)
+    assert cells.X.min() >= 0
+    assert cells.X.max() <= tokenizer.max_count
+    assert set(cells.obs["cell_type"]) == {"type1"}
+    assert {frozenset(label.split("+")) for label in cells.obs["perturbation"]} == {frozenset(pair.split("+"))}
+    assert cells.uns["generator"] == "dcm"
+    assert list(cells.uns["dcm_conditions"]) == ["cell_type", "perturbation"]
+    assert cells.uns["dcm_control"] == "control"
+    assert cells.uns["dcm_sampling"]["seed"] == 4
+
+
+def test_the_same_seed_gives_the_same_cells(checkpoint, tmp_path):
+    files = [tmp_path / name for name in ("a.h5ad", "b.h5ad", "c.h5ad")]
+    for file, seed in zip(files, (0, 0, 1)):
+        main(str(checkpoint), out=file, num_cells=20, steps=2, seed=seed)
+    first, again, other = (anndata.read_h5ad(file).X.toarray() for file in files)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_drawn_and_written_in_chunks_the_file_holds_what_one_call_of_generate_draws(checkpoint, tmp_path, calls):
+    out = tmp_path / "cells.h5ad"
+    name = next(name for name in DCMTokenizer.from_pretrained(checkpoint).perturbations if name != "control")
+    options = {"steps": 3, "schedule": "cubic", "temperature": 1.0, "seed": 5, "batch_size": 8, "guidance_scale": 0.0}
+    main(str(checkpoint), out=out, num_cells=23, cell_type="type1", perturbation=name, **options)
+    assert [call["chunks"] for call in calls] == [[0], [1], [2]]
+    model, tokenizer = load_checkpoint(str(checkpoint))
+    conditions = tokenizer.conditions(num_cells=23, cell_type="type1", perturbation=name)
+    expected = tokenizer.decode(model.generate(**conditions, **options), conditions=conditions)
+    expected.uns["generator"] = "dcm"
+    expected.uns["dcm_sampling"] = {"checkpoint": "checkpoint", **options}
+    expected.write_h5ad(tmp_path / "expected.h5ad")
+    assert isinstance(anndata.read_h5ad(out).X, sparse.csr_matrix)
+    assert_same_file(out, tmp_path / "expected.h5ad")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+# --- cells like those of a file --------------------------------------------------------------------------------------
+
+
+def test_like_draws_one_cell_for_each_cell_of_the_file_with_its_conditions(checkpoint, shards, tmp_path):
+    main(str(checkpoint), out=tmp_path / "like.h5ad", like=shards / "test.h5ad", steps=2)
+    drawn, real = (anndata.read_h5ad(file) for file in (tmp_path / "like.h5ad", shards / "test.h5ad"))
+    assert len(drawn) == len(real)
+    for condition in ("cell_type", "perturbation"):
+        assert drawn.obs[condition].astype(str).tolist() == real.obs[condition].astype(str).tolist()
+
+
+def test_like_looks_at_labels_only(checkpoint, shards, tmp_path):
+    real = anndata.read_h5ad(shards / "test.h5ad")
+    real.X = real.X * 7
+    real.write_h5ad(tmp_path / "louder.h5ad")
+    for name, like in (("a", shards / "test.h5ad"), ("b", tmp_path / "louder.h5ad")):
+        main(str(checkpoint), out=tmp_path / f"{name}.h5ad", like=like, steps=2)
+    first, second = (anndata.read_h5ad(tmp_path / f"{name}.h5ad").X.toarray() for name in "ab")
+    assert np.array_equal(first, second)
+
+
+def test_a_perturbation_beside_like_makes_counterfactuals_of_the_other_conditions(checkpoint, shards, tmp_path):
+    name = next(name for name in DCMTokenizer.from_pretrained(checkpoint).perturbations if name != "control")
+    like = shards / "test.h5ad"
+    main(str(checkpoint), out=tmp_path / "cells.h5ad", like=like, perturbation=name, steps=2)
+    drawn, real = (anndata.read_h5ad(file) for file in (tmp_path / "cells.h5ad", like))
+    assert set(drawn.obs["perturbation"]) == {name}
+    assert drawn.obs["cell_type"].astype(str).tolist() == real.obs["cell_type"].astype(str).tolist()
+
+
+def test_a_condition_that_is_overridden_need_not_be_in_the_file(checkpoint, shards, tmp_path):
+    real = anndata.read_h5ad(shards / "test.h5ad")
+    real.obs = real.obs[["cell_type"]]
+    real.write_h5ad(tmp_path / "real.h5ad")
+    main(str(checkpoint), out=tmp_path / "cells.h5ad", like=tmp_path / "real.h5ad", perturbation="control", steps=2)
+    assert set(anndata.read_h5ad(tmp_path / "cells.h5ad").obs["perturbation"]) == {"control"}
+
+
+def test_a_cell_without_label_is_not_taken_for_one_of_any_condition(checkpoint, shards, tmp_path):
+    real = anndata.read_h5ad(shards / "test.h5ad")
+    real.obs["cell_type"] = real.obs["cell_type"].astype(object).where(np.arange(len(real)) > 1, None)
+    real.write_h5ad(tmp_path / "real.h5ad")
+    with pytest.raises(ValueError, match=r"2 cells have no label in obs\['cell_type'\]; label or remove them"):
+        main(str(checkpoint), out=tmp_path / "cells.h5ad", like=tmp_path / "real.h5ad")
+
+
+def test_cells_can_have_the_library_sizes_of_the_cells_that_they_are_like(checkpoint, shards, tmp_path, calls):
+    like = shards / "test.h5ad"
+    main(str(checkpoint), out=tmp_path / "cells.h5ad", like=like, like_library_size=True, steps=2)
+    totals = np.asarray(anndata.read_h5ad(like).X.sum(axis=1)).ravel()
+    assert torch.equal(calls[-1]["library_size"], torch.from_numpy(totals.astype(np.float32)))
+
+
+def test_like_a_file_without_a_condition_lists_its_columns(checkpoint, shards, tmp_path):
+    real = anndata.read_h5ad(shards / "test.h5ad")
+    real.obs = real.obs[["cell_type"]]
+    real.write_h5ad(tmp_path / "real.h5ad")
+    with pytest.raises(ValueError, match=r"has no obs column \['perturbation'\]; its columns: cell_type"):
+        main(str(checkpoint), out=tmp_path / "cells.h5ad", like=tmp_path / "real.h5ad")
+    assert not (tmp_path / "cells.h5ad").exists()
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_cells": 0}, "--num-cells is 0; expected at least 1"),
+        ({"steps": 0}, "--steps is 0; expected at least 1, or auto"),
+        ({"steps": "many"}, "--steps is many; expected at least 1, or auto"),
+        ({"schedule": "square"}, "--schedule is square; expected one of .*cubic.*optimal"),
+        (
+            {"guidance": {"donors": 1.0}},
+            "--guidance is donors; expected weights of cell_type, perturbation, covariates",
+        ),
+        ({"guidance": {"cell_type": 1.0}, "guidance_scale": 2.0}, "give one of them"),
+        ({"temperature": 0.0}, "--temperature is 0.0; expected above 0"),
+        ({"library_size": -1.0}, "--library-size is -1.0; expected 0 or more"),
+        ({"dtype": "float16"}, "--dtype is float16; expected one of float32, bfloat16"),
+        ({"seed": -1}, "--seed is -1; expected 0 or more"),
+        ({"batch_size": 0}, "--batch-size is 0; expected at least 1"),
+        ({"like_library_size": True}, "name the file with --like"),
+        ({"like": Path("a.h5ad"), "num_cells": 3}, "leave out --num-cells"),
+        ({"like": Path("a.h5ad"), "like_layer": "counts"}, "give both, or none"),
+        ({"like": Path("a.h5ad"), "like_library_size": True, "library_size": 9.0}, "contradict each other"),
+    ],
+)
+def test_options_that_no_model_could_follow_are_refused_before_one_is_loaded(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        main(str(tmp_path / "no checkpoint"), out=tmp_path / "new" / "cells.h5ad", **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_missing_file_to_be_like_and_an_output_that_cannot_be_written_are_refused_before_a_model_is_loaded(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected an h5ad file"):
+        main(str(tmp_path / "no checkpoint"), out=tmp_path / "new" / "cells.h5ad", like=tmp_path / "none.h5ad")
+    with pytest.raises(IsADirectoryError, match="is a folder; expected the h5ad file to write"):
+        main(str(tmp_path / "no checkpoint"), out=tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(PermissionError, match="is no folder to write into"):
+        main(str(tmp_path / "no checkpoint"), out=tmp_path / "file" / "cells.h5ad")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.fixture
+def without_curve(checkpoint, tmp_path) -> Path:
+    """The checkpoint without entropy curve."""
+    model, tokenizer = load_checkpoint(str(checkpoint))
+    model.config.entropy_curve = None
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "without_curve")
+    return tmp_path / "without_curve"
+
+
+@pytest.mark.parametrize("options", [{"steps": "auto"}, {"schedule": "optimal"}])
+def test_what_this_model_cannot_do_is_said_before_anything_is_written(without_curve, tmp_path, options):
+    with pytest.raises(ValueError, match="needs the model's entropy curve"):
+        main(str(without_curve), out=tmp_path / "new" / "cells.h5ad", **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_steps_schedule_guidance_and_dtype_reach_the_sampler_and_are_recorded(without_curve, tmp_path, calls):
+    curve = {"observed": [0.0, 7.0, 15.0], "entropy": [1.5, 1.1, 1.0]}
+    model = DCMForDenoising.from_pretrained(without_curve)
+    model.config.entropy_curve = curve
+    model.save_pretrained(without_curve)
+    given = {"steps": "auto", "schedule": "optimal", "guidance": {"cell_type": 0.5}, "dtype": "bfloat16"}
+    main(str(without_curve), out=tmp_path / "cells.h5ad", num_cells=6, cell_type="type1", temperature=0.9, **given)
+    sampling = anndata.read_h5ad(tmp_path / "cells.h5ad").uns["dcm_sampling"]
+    recorded = {"steps": "auto", "schedule": "optimal", "guidance_scale": {"cell_type": 0.5}, "temperature": 0.9}
+    assert {name: sampling[name] for name in recorded} == recorded
+    assert {name: calls[0][name] for name in recorded} == recorded
+    assert sampling["dtype"] == "bfloat16"
+
+
+def test_a_held_out_label_without_vectors_is_an_error_that_says_why_and_lists_near_matches(checkpoint, tmp_path):
+    known = next(name for name in DCMTokenizer.from_pretrained(checkpoint).perturbations if name != "control")
+    reason = "learned a vector for each training perturbation: others need --perturbation-embeddings"
+    with pytest.raises(ValueError, match=f"unknown perturbation '{known[:-1]}'; near matches: .*{known}.*{reason}"):
+        main(str(checkpoint), out=tmp_path / "cells.h5ad", perturbation=known[:-1])
+    assert not (tmp_path / "cells.h5ad").exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("genes.txt", r"it has no the tokenizer \(genes.txt\)|no .*tokenizer"),
+        ("model.safetensors", r"the weights \(model.safetensors\)"),
+        ("config.json", r"the configuration \(config.json\)"),
+    ],
+)
+def test_an_incomplete_checkpoint_says_what_is_missing(checkpoint, tmp_path, missing, message):
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns("checkpoints"))
+    (copy / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=message):
+        main(str(copy), out=tmp_path / "cells.h5ad")
+
+
+def test_weights_that_lack_a_tensor_are_refused_and_not_drawn_at_random(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if name not in ("totals.gene_mean", "head.bias.weight")}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lack 2 tensors of this network \(head.bias.weight, totals.gene_mean\)"):
+        load_checkpoint(str(folder))
+
+
+def test_a_folder_that_is_not_there_is_not_looked_up_on_the_hub(tmp_path):
+    for name in (str(tmp_path / "nothing"), "./nothing", "nothing/"):
+        with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
+            load_checkpoint(name)
+
+
+@pytest.mark.slow
+def test_a_users_mistake_on_the_command_line_is_one_line_exit_code_2_and_no_file(checkpoint, tmp_path):
+    out = tmp_path / "new" / "cells.h5ad"
+    command = [sys.executable, "-m", "eval.sample", str(checkpoint), "--out", str(out), "--cell-type", "type7"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert lines[-1].startswith("error: ")
+    assert "type7" in lines[-1]
+    assert "type1" in lines[-1]  # a near match
+    assert "Traceback" not in done.stderr
+    assert not out.parent.exists()

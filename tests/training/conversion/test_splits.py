@@ -1,0 +1,263 @@
+"""Properties of splits: disjoint, whole, repeatable; random ones stratified, no other leaks a held-out condition."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from training.conversion.conditions import ConditionColumns, read_conditions
+from training.conversion.splits import condition_split, random_split, split_from_column, split_from_names
+
+# --- random -----------------------------------------------------------------------------------------------------------
+
+
+def test_parts_are_disjoint_and_whole():
+    parts = random_split(np.arange(1000) % 7, test_fraction=0.2, validation_fraction=0.1, seed=0)
+    assert np.array_equal(np.sort(np.concatenate(list(parts.values()))), np.arange(1000))
+    assert {name: len(cells) for name, cells in parts.items()} == {"train": 720, "validation": 80, "test": 200}
+
+
+def test_every_condition_gives_its_share_up_to_one_cell():
+    sizes = np.array([3, 10, 11, 57, 400])
+    strata = np.random.default_rng(0).permutation(np.repeat(np.arange(5), sizes))
+    parts = random_split(strata, test_fraction=0.25, validation_fraction=0.1, seed=3)
+    tested = np.bincount(strata[parts["test"]], minlength=5)
+    validated = np.bincount(strata[parts["validation"]], minlength=5)
+    assert (np.abs(tested - sizes * 0.25) < 1).all()
+    assert (np.abs(validated - (sizes - tested) * 0.1) < 1).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_small_conditions_keep_a_training_cell_and_the_total_is_right(size):
+    strata = np.repeat(np.arange(200), size)
+    parts = random_split(strata, test_fraction=0.3, validation_fraction=0.3, seed=0)
+    assert len(np.unique(strata[parts["train"]])) == 200
+    assert len(parts["test"]) == (0 if size == 1 else round(0.3 * size * 200))
+
+
+def test_the_seed_decides():
+    strata = np.arange(300) % 4
+    one, same, other = (
+        random_split(strata, test_fraction=0.2, validation_fraction=0.1, seed=seed) for seed in (1, 1, 2)
+    )
+    assert all(np.array_equal(one[name], same[name]) for name in one)
+    assert not np.array_equal(one["test"], other["test"])
+
+
+def test_cells_of_a_condition_are_equally_likely_to_be_tested():
+    strata = np.zeros(10, dtype=int)
+    times = np.zeros(10)
+    for seed in range(2000):
+        times[random_split(strata, test_fraction=0.2, validation_fraction=0.0, seed=seed)["test"]] += 1
+    assert np.abs(times / 2000 - 0.2).max() < 0.04
+
+
+@pytest.mark.parametrize(("test", "validation"), [(1.0, 0.1), (-0.1, 0.1), (0.2, 1.5)])
+def test_fractions_outside_zero_to_one_are_refused(test, validation):
+    with pytest.raises(ValueError, match=r"fraction is .*; expected at least 0 and below 1"):
+        random_split(np.zeros(5, dtype=int), test_fraction=test, validation_fraction=validation, seed=0)
+
+
+# --- conditions held out ----------------------------------------------------------------------------------------------
+
+LABELS = ["control", "a", "b", "c", "d", "a+b", "a+c", "e+f"]
+N = 1600
+
+
+@pytest.fixture
+def obs() -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    return pd.DataFrame({"line": rng.choice(["k562", "hepg2"], N), "guide": rng.choice(LABELS, N)})
+
+
+@pytest.fixture
+def conditions(obs) -> ConditionColumns:
+    return of(obs)
+
+
+def of(obs: pd.DataFrame, cell_type_key="line", perturbation_key="guide") -> ConditionColumns:
+    keys = {"cell_type_key": cell_type_key, "perturbation_key": perturbation_key, "covariate_keys": []}
+    return read_conditions(obs, **keys, control=None, separator="+")
+
+
+def labels_of(obs: pd.DataFrame, parts, name: str) -> set[str]:
+    return set(obs["guide"].iloc[parts[name]]) - {"control"}
+
+
+def share_of_controls(obs: pd.DataFrame, cells: np.ndarray) -> float:
+    return (obs["guide"].iloc[cells] == "control").sum() / (obs["guide"] == "control").sum()
+
+
+def test_a_held_out_perturbation_is_in_no_training_cell_nor_in_a_combination(obs, conditions):
+    split = condition_split("held-out-perturbations", conditions, N, held_out=["a", "e"])
+    assert labels_of(obs, split.parts, "test") == {"a", "a+b", "a+c", "e+f"}
+    assert labels_of(obs, split.parts, "train") == labels_of(obs, split.parts, "validation") == {"b", "c", "d"}
+    assert split.description == {"held_out": ["a", "e"], "held_out_cell_type": None, "controls": "proportional"}
+
+
+def test_held_out_combinations_have_members_that_were_seen_alone(obs, conditions):
+    split = condition_split("held-out-combinations", conditions, N, test_fraction=0.5)
+    assert labels_of(obs, split.parts, "test") == set(split.description["held_out"]) < {"a+b", "a+c"}
+    assert {"a", "b", "c", "e+f"} < labels_of(obs, split.parts, "train")
+    named = condition_split("held-out-combinations", conditions, N, held_out=["c+a"])
+    assert labels_of(obs, named.parts, "test") == {"a+c"}
+    with pytest.raises(ValueError, match=r"'e\+f' cannot be a held-out combination: e, f never stands alone"):
+        condition_split("held-out-combinations", conditions, N, held_out=["e+f"])
+
+
+def test_few_shot_tests_on_some_perturbations_of_one_cell_type(obs, conditions):
+    split = condition_split("few-shot", conditions, N, cell_type="hepg2", test_fraction=0.3)
+    test = obs.iloc[split.parts["test"]]
+    assert set(test["line"]) == {"hepg2"}
+    assert len(split.description["held_out"]) == 2
+    train = obs.iloc[split.parts["train"]]
+    held = split.description["held_out"]
+    assert set(train.loc[train["line"] == "k562", "guide"]) == set(LABELS)
+    assert set(train.loc[train["line"] == "hepg2", "guide"]) == set(LABELS) - set(held)
+    perturbed = obs[(obs["line"] == "hepg2") & (obs["guide"] != "control")]
+    controls = obs[(obs["line"] == "hepg2") & (obs["guide"] == "control")]
+    assert abs((test["guide"] == "control").sum() / len(controls) - perturbed["guide"].isin(held).mean()) < 1 / len(
+        controls
+    )
+
+
+@pytest.mark.parametrize(("controls", "tested"), [(None, "test"), ("train", "train"), ("test", "test")])
+def test_zero_shot_tests_on_a_whole_cell_type_and_controls_as_told(obs, conditions, controls, tested):
+    parts = condition_split("zero-shot", conditions, N, cell_type="hepg2", controls=controls).parts
+    of_hepg2 = obs["line"] == "hepg2"
+    perturbed = np.flatnonzero(of_hepg2 & (obs["guide"] != "control"))
+    control = np.flatnonzero(of_hepg2 & (obs["guide"] == "control"))
+    assert np.isin(perturbed, parts["test"]).all()
+    assert np.isin(control, parts["test"]).all() == (tested == "test")
+    assert np.isin(control, np.r_[parts["train"], parts["validation"]]).all() == (tested == "train")
+    assert set(obs["line"].iloc[parts["test"]]) == {"hepg2"}
+
+
+def test_zero_shot_needs_no_perturbations(obs):
+    parts = condition_split("zero-shot", of(obs, perturbation_key=None), N, cell_type="hepg2").parts
+    assert np.array_equal(parts["test"], np.flatnonzero(obs["line"] == "hepg2"))
+
+
+@pytest.mark.parametrize(("controls", "share"), [("train", 0.0), ("test", 1.0), ("proportional", None)])
+def test_controls_have_the_fate_that_was_asked_for(obs, conditions, controls, share):
+    split = condition_split("held-out-perturbations", conditions, N, held_out=["a"], controls=controls)
+    if share is None:
+        perturbed = obs["guide"] != "control"
+        share = obs.loc[perturbed, "guide"].str.contains("a").mean()
+    assert abs(share_of_controls(obs, split.parts["test"]) - share) < 0.01
+    assert split.description["controls"] == controls
+
+
+@pytest.mark.parametrize(
+    ("name", "cell_type"),
+    [("held-out-perturbations", None), ("held-out-combinations", None), ("few-shot", "k562"), ("zero-shot", "k562")],
+)
+def test_every_split_is_disjoint_whole_and_repeatable(conditions, name, cell_type):
+    one, same, other = (
+        condition_split(name, conditions, N, cell_type=cell_type, test_fraction=0.4, seed=seed).parts
+        for seed in (1, 1, 7)
+    )
+    assert np.array_equal(np.sort(np.concatenate(list(one.values()))), np.arange(N))
+    assert all(np.array_equal(one[part], same[part]) for part in one)
+    assert not np.array_equal(one["train"], other["train"])
+    rest = len(one["train"]) + len(one["validation"])
+    assert abs(len(one["validation"]) - 0.1 * rest) <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("few-shot", {}, "--split few-shot needs --held-out-cell-type; pass the cell type"),
+        ("held-out-perturbations", {"cell_type": "k562"}, "has no use for --held-out-cell-type 'k562'"),
+        ("zero-shot", {"cell_type": "k563"}, "unknown cell type 'k563'; near matches: 'k562'"),
+        ("zero-shot", {"cell_type": "k562", "held_out": ["a"]}, "leave --held-out away"),
+        ("held-out-perturbations", {"held_out": ["x"]}, "unknown perturbation to hold out 'x'; known labels: 'a', 'b'"),
+        ("held-out-perturbations", {"held_out": list("abcdef")}, None),
+        ("held-out-combinations", {"held_out": ["a"]}, "'a' cannot be a held-out combination: it is no combination"),
+        ("few-shot", {"cell_type": "k562", "test_fraction": 1.0}, "test fraction is 1.0"),
+    ],
+)
+def test_what_cannot_be_held_out_is_refused(conditions, name, options, message):
+    if message is None:  # nothing but controls is left to train on, which is allowed
+        assert len(condition_split(name, conditions, N, controls="train", **options).parts["train"])
+        with pytest.raises(ValueError, match="leaves no training cell; hold out fewer labels"):
+            condition_split(name, conditions, N, controls="test", **options)
+        return
+    with pytest.raises(ValueError, match=message):
+        condition_split(name, conditions, N, **options)
+
+
+def test_splits_need_the_conditions_that_they_divide(obs):
+    with pytest.raises(ValueError, match="few-shot needs perturbations; pass --perturbation-key"):
+        condition_split("few-shot", of(obs, perturbation_key=None), N, cell_type="k562")
+    with pytest.raises(ValueError, match="few-shot needs cell types; pass --cell-type-key"):
+        condition_split("few-shot", of(obs, cell_type_key=None), N, cell_type="k562")
+    singles = obs[~obs["guide"].str.contains("[+]")]
+    with pytest.raises(ValueError, match="needs at least 2 labels that can be held out; found: none"):
+        condition_split("held-out-combinations", of(singles), len(singles))
+
+
+# --- from a file ------------------------------------------------------------------------------------------------------
+
+NAMES = pd.Index([f"cell{i}" for i in range(100)])
+SMALL = {"strata": np.arange(100) % 4, "validation_fraction": 0.1, "seed": 0}
+
+
+def write_split(path, **lists):
+    path.write_text(json.dumps(lists))
+    return path
+
+
+def test_names_in_json_are_the_split(tmp_path):
+    rng = np.random.default_rng(0)
+    test, validation, train = np.split(rng.permutation(100), [30, 45])
+    lists = {
+        name: NAMES[part].tolist() for name, part in zip(("test", "validation", "train"), (test, validation, train))
+    }
+    for content in (lists, {"split": "random", "cells": lists}):
+        parts = split_from_names(write_split(tmp_path / "split.json", **content), NAMES, **SMALL).parts
+        assert [parts[name].tolist() for name in lists] == [sorted(part.tolist()) for part in (test, validation, train)]
+
+
+def test_validation_cells_come_out_of_the_training_cells_where_none_are_named(tmp_path):
+    path = write_split(tmp_path / "split.json", test=NAMES[:20].tolist(), train=NAMES[20:].tolist())
+    parts = split_from_names(path, NAMES, **SMALL).parts
+    assert parts["test"].tolist() == list(range(20))
+    assert len(parts["validation"]) == 8
+    column = pd.Series(["test"] * 20 + ["train"] * 80, name="part", dtype="category")
+    assert all(np.array_equal(split_from_column(column, **SMALL).parts[name], parts[name]) for name in parts)
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ({"train": ["cell0"], "test": ["cell1"]}, "has no part for 98 of 100 cells; name all cells"),
+        (
+            {"train": ["cell0", "cel1"]},
+            r"names 1 train cells that the data lack \(cel1\); cells there are called cell0, ",
+        ),
+        ({"train": ["cell0"], "test": ["cell0"]}, "names 1 test cells more than once"),
+        ({"training": NAMES.tolist()}, "has the part 'training'; expected train, validation, test"),
+        ({"test": NAMES.tolist()}, "names no training cell"),
+        ({"train": 3}, 'is not {"train": '),
+    ],
+)
+def test_wrong_lists_are_refused(tmp_path, lists, message):
+    with pytest.raises(ValueError, match=message):
+        split_from_names(write_split(tmp_path / "split.json", **lists), NAMES, **SMALL)
+
+
+def test_a_column_with_other_labels_or_none_is_refused():
+    for value, message in (("val", "column 'part' has the part 'val'; expected"), (None, "no part for 1 of 100 cells")):
+        column = pd.Series(["train"] * 99 + [value], name="part")
+        with pytest.raises(ValueError, match=message):
+            split_from_column(column, **SMALL)
+
+
+def test_no_file_and_no_json_are_said_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file .*absent.json' \(--split-file\)"):
+        split_from_names(tmp_path / "absent.json", NAMES, **SMALL)
+    (tmp_path / "split.json").write_text("train:")
+    with pytest.raises(ValueError, match="is not JSON"):
+        split_from_names(tmp_path / "split.json", NAMES, **SMALL)

@@ -1,0 +1,166 @@
+"""Every kind of input file gives the same cells, in blocks of any size, and damage is one line that names the file."""
+
+import copy
+import gzip
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.io
+import scipy.sparse
+
+from training.data import formats as count_files
+from training.data import h5ad as h5ad_blocks
+from training.data.formats import open_counts
+from training.data.h5ad import CountFile
+
+CELLS, GENES = 50, 12
+
+
+@pytest.fixture
+def counts() -> scipy.sparse.csr_matrix:
+    counts = np.zeros(CELLS * GENES)
+    counts[np.random.default_rng(0).choice(len(counts), 240, replace=False)] = np.arange(240) + 1
+    return scipy.sparse.csr_matrix(counts.reshape(CELLS, GENES))
+
+
+def as_h5ad(counts, path: Path, **parts) -> Path:
+    anndata.AnnData(**({"X": counts} | parts)).write_h5ad(path)
+    return path
+
+
+def as_10x_h5(counts, path: Path, kinds=("Gene Expression",) * GENES) -> Path:
+    by_feature = counts.T.tocsc()
+    with h5py.File(path, "w") as file:
+        group = file.create_group("matrix")
+        for name in ("data", "indices", "indptr"):
+            group[name] = getattr(by_feature, name)
+        group["shape"] = by_feature.shape
+        group["barcodes"] = [f"AAAC{i}-1" for i in range(CELLS)]
+        features = group.create_group("features")
+        features["id"] = [f"ENSG{i:011d}" for i in range(GENES)]
+        features["name"] = [f"GENE{i}" for i in range(GENES)]
+        features["feature_type"] = list(kinds)
+    return path
+
+
+def as_mtx(counts, folder: Path, *, version: int = 3) -> Path:
+    folder.mkdir()
+    ending = ".gz" if version == 3 else ""
+    open_text = gzip.open if version == 3 else open
+    scipy.io.mmwrite(folder / "matrix.mtx", counts.T.astype(int))
+    if version == 3:
+        (folder / "matrix.mtx.gz").write_bytes(gzip.compress((folder / "matrix.mtx").read_bytes()))
+        (folder / "matrix.mtx").unlink()
+    with open_text(folder / f"{'features' if version == 3 else 'genes'}.tsv{ending}", "wt") as file:
+        kind = "\tGene Expression" if version == 3 else ""
+        file.writelines(f"ENSG{i:011d}\tGENE{i}{kind}\n" for i in range(GENES))
+    with open_text(folder / f"barcodes.tsv{ending}", "wt") as file:
+        file.writelines(f"AAAC{i}-1\n" for i in range(CELLS))
+    return folder
+
+
+def opened(path: Path, scratch: Path, layer: str | None = None) -> CountFile:
+    return open_counts(path, scratch, layer, report=lambda share: None)
+
+
+def read(path: Path, scratch: Path, layer: str | None = None) -> scipy.sparse.csr_matrix:
+    file = copy.deepcopy(opened(path, scratch, layer))  # by the protocol by which other processes are given it
+    return scipy.sparse.vstack([counts for _, counts in file.counts.blocks(lambda cells: None)]).tocsr()
+
+
+KINDS = {
+    "csr": lambda counts, folder: (as_h5ad(counts, folder / "a.h5ad"), None),
+    "csc": lambda counts, folder: (as_h5ad(counts.tocsc(), folder / "a.h5ad"), None),
+    "dense": lambda counts, folder: (as_h5ad(counts.toarray(), folder / "a.h5ad"), None),
+    "layer": lambda counts, folder: (as_h5ad(counts * 0.5, folder / "a.h5ad", layers={"umi": counts}), "umi"),
+    "csc layer without X": lambda counts, folder: (
+        as_h5ad(None, folder / "a.h5ad", shape=counts.shape, layers={"umi": counts.tocsc()}),
+        "umi",
+    ),
+    "raw": lambda counts, folder: (
+        as_h5ad(counts[:, :3], folder / "a.h5ad", raw={"X": counts, "var": pd.DataFrame(index=list("abcdefghijkl"))}),
+        "raw",
+    ),
+    "10x h5": lambda counts, folder: (as_10x_h5(counts, folder / "a.h5"), None),
+    "mtx": lambda counts, folder: (as_mtx(counts, folder / "a"), None),
+    "mtx of Cell Ranger 2": lambda counts, folder: (as_mtx(counts, folder / "a", version=2), None),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block", [4096, 7])
+def test_every_kind_of_file_gives_the_same_counts(counts, tmp_path, monkeypatch, kind, block):
+    monkeypatch.setattr(h5ad_blocks, "BLOCK_CELLS", block)
+    monkeypatch.setattr(h5ad_blocks, "BLOCK_STORED", 20)
+    path, layer = KINDS[kind](counts, tmp_path)
+    found = read(path, tmp_path / "scratch", layer)
+    assert found.dtype == np.int64
+    assert found.has_sorted_indices
+    assert (found != counts).nnz == 0
+
+
+def test_10x_names_are_symbols_with_ids_beside_them(counts, tmp_path):
+    for path in (as_10x_h5(counts, tmp_path / "a.h5"), as_mtx(counts, tmp_path / "a")):
+        file = opened(path, tmp_path / "scratch" / path.suffix)
+        assert file.var.index[3] == "GENE3"
+        assert file.var["gene_ids"].iloc[3] == "ENSG00000000003"
+        assert file.obs.index[3] == "AAAC3-1"
+
+
+def test_features_that_are_no_genes_are_marked(counts, tmp_path):
+    kinds = ["Gene Expression"] * 10 + ["Antibody Capture"] * 2
+    file = opened(as_10x_h5(counts, tmp_path / "a.h5", kinds), tmp_path / "scratch")
+    assert file.are_genes.tolist() == [True] * 10 + [False] * 2
+
+
+@pytest.mark.parametrize("kind", ["csc", "mtx"])
+def test_the_progress_of_sorting_adds_up_to_one_file(counts, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(h5ad_blocks, "BLOCK_STORED", 20)
+    monkeypatch.setattr(count_files, "MTX_LINES", 20)
+    path, layer = KINDS[kind](counts, tmp_path)
+    shares: list[float] = []
+    open_counts(path, tmp_path / "scratch", layer, report=shares.append)
+    assert len(shares) == 12
+    assert abs(sum(shares) - 1) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "10x h5"])
+@pytest.mark.parametrize(("array", "value"), [("indices", 99), ("indices", -1), ("indptr", 10**6)])
+def test_indices_that_cannot_be_true_are_refused(counts, tmp_path, kind, array, value):
+    path, _ = KINDS[kind](counts, tmp_path)
+    with h5py.File(path, "r+") as file:
+        file["matrix" if kind == "10x h5" else "X"][array][5] = value
+    with pytest.raises(ValueError, match=rf"{path.name}': the ind.* of the sparse matrix are damaged"):
+        read(path, tmp_path / "scratch")
+
+
+def test_text_cut_short_is_refused(counts, tmp_path):
+    folder = as_mtx(counts, tmp_path / "a", version=2)
+    matrix = folder / "matrix.mtx"
+    lines = matrix.read_text().splitlines(keepends=True)
+    matrix.write_text("".join(lines[:-4]))
+    with pytest.raises(ValueError, match=r"matrix.mtx' has 236 entries but announces 240: it is cut short"):
+        read(folder, tmp_path / "scratch")
+    matrix.write_text("".join([*lines[:-1], "99 1 1\n"]))
+    with pytest.raises(ValueError, match="gene numbers outside 1 to 12"):
+        read(folder, tmp_path / "again")
+    zipped = as_mtx(counts, tmp_path / "b")
+    data = (zipped / "matrix.mtx.gz").read_bytes()
+    (zipped / "matrix.mtx.gz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"matrix.mtx.gz' cannot be read \(EOFError"):
+        read(zipped, tmp_path / "third")
+    (zipped / "features.tsv.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no features.tsv or genes.tsv \(or .gz\) in the folder"):
+        read(zipped, tmp_path / "fourth")
+
+
+def test_a_missing_matrix_or_layer_lists_those_there(counts, tmp_path):
+    path = as_h5ad(counts, tmp_path / "a.h5ad", layers={"umi": counts}, raw={"X": counts})
+    with pytest.raises(ValueError, match="has no layer 'counts'; layers there: umi, raw"):
+        read(path, tmp_path, "counts")
+    with pytest.raises(ValueError, match="is 10x output, which has no layers"):
+        read(as_10x_h5(counts, tmp_path / "a.h5"), tmp_path, "counts")

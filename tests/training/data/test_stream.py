@@ -1,0 +1,180 @@
+"""Properties of streaming: the same cells as memory-mapped, shuffled by blocks, shared and resumed without loss."""
+
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from eval.simulate import main as simulate
+from training import convert_h5ad
+from training.data import shards
+from training.data import streaming as stream
+from training.data.cells import Cells
+from training.data.streaming import BlockBatchSampler, StreamedCells, open_cells
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """600 cells, most of them for training: 3 files of 5 or fewer blocks of 32 cells."""
+    folder = tmp_path_factory.mktemp("stream")
+    simulate(folder / "cells.h5ad", num_cells=600, num_genes=15, num_perturbations=3, num_pairs=1, vector_dim=4)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    patch.setattr(shards, "ROW_GROUP_CELLS", 32)
+    patch.setattr(shards, "BUCKET_CELLS", 160)
+    keys = {"cell_type_key": "cell_type", "perturbation_key": "perturbation"}
+    convert_h5ad.main(folder / "cells.h5ad", out=folder / "shards", **keys)
+    yield folder / "shards"
+    patch.undo()
+
+
+@pytest.fixture
+def streamed(folder) -> StreamedCells:
+    return open_cells(folder, "train", streaming=True)
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[int]:
+    """Blocks that were read from the files, in order."""
+    blocks: list[int] = []
+    join = StreamedCells._block
+
+    def block(self, index):
+        if index not in self._blocks:
+            blocks.append(index)
+        return join(self, index)
+
+    monkeypatch.setattr(StreamedCells, "_block", block)
+    return blocks
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, values in first.items():
+        assert values.dtype == second[name].dtype
+        assert torch.equal(values, second[name]), name
+
+
+def test_one_function_opens_both(folder):
+    assert type(open_cells(folder, "train")) is Cells
+    assert type(open_cells(folder, "train", streaming=True)) is StreamedCells
+    with pytest.raises(FileNotFoundError, match=r"no holdout/\*\.parquet in"):
+        open_cells(folder, "holdout", streaming=True)
+
+
+def test_streamed_cells_are_the_memory_mapped_cells(folder, streamed):
+    mapped = open_cells(folder, "train")
+    assert len(streamed) == len(mapped) > 400
+    assert len(streamed._places) > 10
+    assert (streamed.csr() != mapped.csr()).nnz == 0
+    for name in ("cell_type", "perturbation"):
+        assert (streamed.labels(name) == mapped.labels(name)).all()
+    for rows in ([0], [300, 3, 3, 0, 161, 31, 32], list(range(len(mapped)))):
+        assert_equal(streamed[rows], mapped[rows])
+
+
+def test_cells_of_many_blocks_are_taken_from_a_few_at_a_time(folder, streamed, read, monkeypatch):
+    joined = []
+    join = StreamedCells._join
+    monkeypatch.setattr(StreamedCells, "_join", lambda self, needed: joined.append(len(needed)) or join(self, needed))
+    rows = np.random.default_rng(0).permutation(len(streamed)).tolist()
+    assert_equal(streamed[rows], open_cells(folder, "train")[rows])
+    assert sorted(read) == list(range(len(streamed._places)))
+    assert max(joined) == stream.BLOCKS_IN_MEMORY
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_damaged_shard_is_named(folder, tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    copy = shutil.copytree(folder, tmp_path / "shards")
+    files = sorted((copy / "train").glob("*.parquet"))
+    whole = files[1].read_bytes()
+    files[1].write_bytes(whole[: len(whole) // 2])  # cut short: without its footer
+    with pytest.raises(ValueError, match=r"the shard '.*00001\.parquet' is damaged \(.*\): copy it again, or run"):
+        open_cells(copy, "train", streaming=streaming)
+    files[1].write_bytes(whole[:4] + bytes(500) + whole[504:])  # its footer is whole, its first values are not
+    with pytest.raises(ValueError, match=r"the shard '.*00001\.parquet' is damaged \(.*\): copy it again, or run"):
+        open_cells(copy, "train", streaming=streaming)[[5, 160]]
+
+
+def test_batches_are_the_cells_that_the_sampler_names(folder, streamed):
+    mapped = open_cells(folder, "train")
+    sampler = streamed._sampler(batch_size=50, seed=0)
+    batches = streamed.batches(batch_size=50, seed=0)
+    for rows in sampler:
+        assert_equal(next(batches), mapped[rows])
+
+
+def test_an_epoch_has_no_cell_twice_epochs_differ_and_cells_come_from_several_blocks(streamed):
+    sampler = BlockBatchSampler(streamed._first_cells, batch_size=16, seed=0)
+    seen = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert len(batches) == len(sampler) == len(streamed) // 16
+        seen.append([row for batch in batches for row in batch])
+        assert len(set(seen[-1])) == len(seen[-1])
+        blocks = [len(np.unique(np.searchsorted(sampler.first_cells, batch, side="right"))) for batch in batches]
+        assert np.mean(blocks) > 2.5
+    assert seen[0] == seen[2] != seen[1]
+
+
+def test_an_epoch_reads_each_block_once(streamed, read):
+    batches = streamed.batches(batch_size=16, seed=0)
+    for _ in range(len(streamed._sampler(batch_size=16, seed=0))):
+        next(batches)
+    assert sorted(read) == sorted(set(read))
+    assert len(read) == len(streamed._places)
+    assert len(streamed._blocks) <= stream.BLOCKS_IN_MEMORY
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_share_the_blocks_and_have_as_many_batches(streamed, world_size):
+    first_cells = streamed._first_cells
+    samplers = [
+        BlockBatchSampler(first_cells, batch_size=8, seed=0, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    for epoch in range(5):
+        blocks, lengths = [], set()
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+            batches = list(sampler)
+            lengths.add(len(batches))
+            rows = [row for batch in batches for row in batch]
+            blocks.append(set(np.searchsorted(first_cells, rows, side="right").tolist()))
+        assert lengths == {len(samplers[0])}
+        assert not set.intersection(*blocks)
+
+
+@pytest.mark.parametrize("start", [0, 1, 13, 26, 27, 40, 60])
+def test_a_resumed_run_goes_on_with_the_same_batches_and_reads_only_what_they_need(folder, streamed, read, start):
+    options = {"batch_size": 16, "seed": 4}
+    uninterrupted = streamed.batches(**options)
+    for _ in range(start):
+        next(uninterrupted)
+    read.clear()
+    resumed = open_cells(folder, "train", streaming=True).batches(**options, start=start)
+    assert_equal(next(resumed), next(uninterrupted))
+    assert len(read) <= 3 * stream.BLOCKS_IN_MEMORY
+    for _ in range(30):
+        assert_equal(next(resumed), next(uninterrupted))
+
+
+def test_data_too_small_to_share_are_refused(folder):
+    cells = open_cells(folder, "validation", streaming=True)
+    with pytest.raises(ValueError, match=r"less than a batch of 64; do not stream data this small \(streaming=False\)"):
+        next(cells.batches(batch_size=64, seed=0))
+    with pytest.raises(ValueError, match="in 2 blocks leave a process as few as 0 of them"):
+        next(cells.batches(batch_size=1, seed=0, rank=2, world_size=3))
+
+
+def test_shards_without_labels_stream_as_well(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    simulate(tmp_path / "cells.h5ad", num_cells=100, num_genes=5, num_perturbations=0, num_pairs=0)
+    convert_h5ad.main(tmp_path / "cells.h5ad", out=tmp_path / "shards")
+    streamed, mapped = (open_cells(tmp_path / "shards", "train", streaming=streaming) for streaming in (True, False))
+    assert len(streamed) == len(mapped)
+    assert_equal(streamed[[3, 1]], mapped[[3, 1]])

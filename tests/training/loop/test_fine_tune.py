@@ -1,0 +1,228 @@
+"""Properties of training that starts from a checkpoint: what is known is kept, what is new is counted."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modeling_dcm import DCMForDenoising
+from modeling_dcm.diffusion_dcm import keyed_generator, mask_counts
+from tokenization import DCMTokenizer
+from training.config import TrainConfig
+from training.convert_h5ad import main as convert
+from training.data.cells import Cells
+from training.loop.fine_tune import load_source, merged_tokenizer, shaped_like
+from training.loop.processes import build_accelerator
+from training.loop.start import build_model, build_tokenizer
+from training.perturbations.table import write_table
+from training.train import main, prepare_start
+
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_latents": 4,
+    "gene_output_bias": 6,
+    "batch_size": 16,
+    "max_steps": 40,
+    "warmup_steps": 2,
+    "learning_rate": 1e-2,
+    "query_genes": 6,
+    "log_every": 20,
+    "validate_every": 50,
+    "validation_cells": 16,
+    "save_every": 50,
+    "trackers": "none",
+}
+NEW_OPTIONS = {name: value for name, value in TINY.items() if name.startswith(("batch", "query", "log", "val"))}
+
+
+@pytest.fixture(scope="module", params=["latent", "dit"])
+def trained(request, shards, tmp_path_factory) -> TrainConfig:
+    options = {name: value for name, value in TINY.items() if name != "num_latents" or request.param == "latent"}
+    config = TrainConfig(data=shards, out=tmp_path_factory.mktemp("runs") / "old", backbone=request.param, **options)
+    main(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def make_shards(cells_h5ad, tmp_path_factory):
+    """Shards of the same cells with half of the genes new, other labels beside the old ones, and deeper counts."""
+
+    def make(factor: int = 1, cell_type_key: str | None = "cell_type") -> Path:
+        adata = anndata.read_h5ad(cells_h5ad)
+        names = adata.var_names.to_list()
+        adata.var_names = [*names[:8], *(f"new{i}" for i in range(len(names) - 8))]
+        adata = adata[:, np.random.default_rng(0).permutation(adata.n_vars)].copy()
+        adata.X = adata.X * factor
+        adata.obs["cell_type"] = adata.obs["cell_type"].astype(str).replace({"type0": "other"})
+        folder = tmp_path_factory.mktemp("new")
+        adata.write_h5ad(folder / "cells.h5ad")
+        out = folder / "shards"
+        convert(folder / "cells.h5ad", out=out, cell_type_key=cell_type_key, perturbation_key="perturbation")
+        return out
+
+    return make
+
+
+def started(config: TrainConfig) -> tuple[DCMForDenoising, DCMTokenizer]:
+    model, tokenizer, _, _ = prepare_start(replace(config, attn="sdpa"), build_accelerator(config))
+    return model.eval(), tokenizer
+
+
+@torch.no_grad()
+def nats(model, tokenizer, genes: list[str], counts: torch.Tensor, labels: dict[str, str]) -> torch.Tensor:
+    """Cross-entropies of half of the genes given the other half, for cells that have these ``genes`` only."""
+    conditions = tokenizer.conditions(num_cells=len(counts), **labels)
+    conditions.pop("num_cells")
+    gene_ids = torch.tensor([tokenizer.genes.index(gene) for gene in genes])
+    special = {"mask_token_id": tokenizer.mask_token_id, "pad_token_id": tokenizer.pad_token_id}
+    k = torch.full((len(counts),), len(genes) // 2)
+    masked = mask_counts(counts, k, keyed_generator(0, 0), **special)
+    law = model.law(masked, gene_ids, library_size=counts.sum(dim=1).float(), **conditions)
+    return law.cross_entropy(counts)[masked == tokenizer.mask_token_id]
+
+
+def known_cells(tokenizer: DCMTokenizer, genes: list[str]) -> torch.Tensor:
+    return torch.randint(0, tokenizer.max_count + 1, (12, len(genes)), generator=keyed_generator(1, 0)) // 3
+
+
+def old_and_new(trained: TrainConfig, data: Path, tmp_path: Path, **options):
+    old = (DCMForDenoising.from_pretrained(trained.out), DCMTokenizer.from_pretrained(trained.out))
+    new = started(TrainConfig(data=data, out=tmp_path / "new", init_from=str(trained.out), **NEW_OPTIONS, **options))
+    return old, new
+
+
+@pytest.mark.parametrize("labels", [{}, {"cell_type": "type1", "perturbation": "control"}])
+def test_half_new_genes_and_new_labels_start_at_the_old_loss_on_the_old_ones(trained, make_shards, tmp_path, labels):
+    old, new = old_and_new(trained, make_shards(), tmp_path)
+    genes = [gene for gene in old[1].genes if gene in new[1].genes]
+    assert len(genes) == 8
+    counts = known_cells(old[1], genes)
+    assert new[1].max_count == old[1].max_count
+    torch.testing.assert_close(
+        nats(*new, genes, counts, labels), nats(*old, genes, counts, labels), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_larger_counts_start_near_the_old_loss_and_can_be_drawn(trained, make_shards, tmp_path):
+    old, new = old_and_new(trained, make_shards(factor=3), tmp_path)
+    assert new[1].max_count > 2 * old[1].max_count
+    genes = [gene for gene in old[1].genes if gene in new[1].genes]
+    counts = known_cells(old[1], genes)
+    labels = {"cell_type": "type1", "perturbation": "control"}
+    before, after = (nats(*which, genes, counts, labels).mean().item() for which in (old, new))
+    assert after == pytest.approx(before, abs=0.15)
+    cells = new[0].generate(**new[1].conditions(num_cells=50), steps=3)
+    assert cells.max() > old[1].max_count
+
+
+def test_a_condition_that_the_new_data_lack_stays_at_not_given(trained, make_shards, tmp_path):
+    old, new = old_and_new(trained, make_shards(cell_type_key=None), tmp_path, library_size_conditioning=False)
+    genes = [gene for gene in old[1].genes if gene in new[1].genes]
+    counts = known_cells(old[1], genes)
+
+    def without_size(model, *arguments, **conditions):
+        return type(model).law(model, *arguments, **{**conditions, "library_size": None})
+
+    old[0].law = lambda *arguments, **conditions: without_size(old[0], *arguments, **conditions)
+    new[0].law = lambda *arguments, **conditions: without_size(new[0], *arguments, **conditions)
+    labels = {"perturbation": "control"}
+    torch.testing.assert_close(
+        nats(*new, genes, counts, labels), nats(*old, genes, counts, labels), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_run_says_what_is_new_trains_resumes_and_can_be_loaded(trained, make_shards, tmp_path, caplog):
+    config = TrainConfig(
+        data=make_shards(), out=tmp_path / "new", init_from=str(trained.out), max_steps=4, save_every=2, **NEW_OPTIONS
+    )
+    with caplog.at_level(logging.INFO):
+        main(replace(config, trackers="none"))
+    assert "genes: 8 known and 7 new, 7 of the checkpoint left out; cell types: 2 known and 1 new" in caplog.text
+    tokenizer, model = DCMTokenizer.from_pretrained(config.out), DCMForDenoising.from_pretrained(config.out)
+    assert tokenizer.cell_types == ["type0", "type1", "other"]
+    assert model.config.hidden_size == 16
+    assert model.generate(**tokenizer.conditions(cell_type="other", num_cells=2), steps=2).shape == (2, 15)
+    assert load_file(config.out / "model.safetensors")
+    options = json.loads((config.out / "training_options.json").read_text())
+    assert options["init_from"] == str(trained.out)
+    main(replace(config, trackers="none", resume=True, init_from=None))
+
+
+def test_another_shape_than_the_checkpoints_is_a_contradiction(trained, make_shards, tmp_path):
+    config = TrainConfig(data=trained.data, out=tmp_path / "new", init_from=str(trained.out), hidden_size=32)
+    with pytest.raises(ValueError, match="hidden_size=32 contradicts init_from, whose checkpoint has 16: leave hidden"):
+        main(config)
+    with pytest.raises(ValueError, match="size='5m' contradicts init_from"):
+        replace(config, hidden_size=64, size="5m")
+
+
+@pytest.fixture(scope="module")
+def trained_with_a_table(shards, perturbation_table, tmp_path_factory) -> TrainConfig:
+    """Frozen vectors for all training perturbations but the first, which learned one."""
+    folder = tmp_path_factory.mktemp("with_table")
+    vectors = load_file(perturbation_table)
+    first = min(vectors)
+    del vectors[first]
+    write_table(vectors, folder / "table.safetensors", {}, [first])
+    config = TrainConfig(
+        data=shards,
+        out=folder / "old",
+        perturbation_embeddings=folder / "table.safetensors",
+        **{**TINY, "max_steps": 4},
+    )
+    main(config)
+    return config
+
+
+def test_learned_and_frozen_vectors_of_the_checkpoint_are_kept(trained_with_a_table, tmp_path):
+    config = trained_with_a_table
+    old, new = old_and_new(config, config.data, tmp_path)
+    assert new[1].perturbations == old[1].perturbations
+    for name in ("table", "has_vector", "learned.weight"):
+        before, after = (model.conditions.perturbation.state_dict()[name] for model, _ in (old, new))
+        assert torch.equal(after, before), name
+    assert old[0].conditions.perturbation.has_vector.sum() == len(old[1].perturbations) - 2  # the first and the control
+
+
+def test_a_new_table_gives_a_frozen_vector_to_what_had_a_learned_one(
+    trained_with_a_table, perturbation_table, tmp_path
+):
+    config = trained_with_a_table
+    old, new = old_and_new(config, config.data, tmp_path, perturbation_embeddings=perturbation_table)
+    before, after = (model.conditions.perturbation for model, _ in (old, new))
+    row = new[1].perturbations.index(min(load_file(perturbation_table)))
+    assert (bool(before.has_vector[row]), bool(after.has_vector[row])) == (False, True)
+    assert torch.equal(after.table[row], load_file(perturbation_table)[new[1].perturbations[row]])
+
+
+def test_new_perturbations_without_a_frozen_vector_are_named(trained_with_a_table, shards, tmp_path, caplog):
+    old = trained_with_a_table
+    source = load_source(str(old.out))
+    left_out = source.tokenizer.perturbations[1]
+    position = source.tokenizer.perturbations.index(left_out)
+    source.tokenizer.perturbations[position] = "ELSEWHERE"
+    config = TrainConfig(data=shards, out=tmp_path / "new", init_from=str(old.out), **NEW_OPTIONS)
+    tokenizer = merged_tokenizer(build_tokenizer(config), source.tokenizer)
+    model = build_model(shaped_like(config, source), tokenizer, Cells(shards, "train", tokenizer), source)
+    said = "1 new perturbations have no frozen vector and learn one (a table from dcm-embed"
+    assert [message.endswith(left_out) for message in caplog.messages if message.startswith(said)] == [True]
+    assert not model.conditions.perturbation.has_vector[tokenizer.perturbations.index(left_out)]
+
+
+def test_what_is_no_checkpoint_or_shares_no_gene_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"init_from='.*nothing' is no checkpoint"):
+        load_source(str(tmp_path / "nothing"))
+    old, new = (DCMTokenizer(genes=[f"{kind}{i}" for i in range(3)], max_count=3) for kind in "ab")
+    with pytest.raises(ValueError, match=r"no gene of the shards \(b0, b1, b2, ...\) is in the checkpoint \(a0,"):
+        merged_tokenizer(new, old)
+    binned = DCMTokenizer(genes=old.genes, max_count=9, count_bins=[4])
+    with pytest.raises(ValueError, match=r"count bins \(4, 9\) in the shards and None in the checkpoint"):
+        merged_tokenizer(binned, old)

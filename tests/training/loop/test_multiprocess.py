@@ -1,0 +1,172 @@
+"""Properties of training in processes of their own: killed and resumed, ended by SIGTERM, two that equal one.
+
+A server process imports the package once; each run is forked from it, so that a run does not cost a start of Python.
+"""
+
+import faulthandler
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import training.loop.states
+import training.train
+from tests.tiny_training import TINY_TRAINING, tiny_training
+from training.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[3]
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["training.train"])
+
+
+@pytest.fixture
+def config(shards, tmp_path) -> TrainConfig:
+    return tiny_training(shards, tmp_path / "checkpoint", max_steps=16, log_every=1)
+
+
+def killed_at(event: int) -> None:
+    """Kill this process at the n-th time that it averages weights or makes a file of a state safe."""
+    left = event
+
+    def counted(function):
+        def call(*arguments):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments)
+
+        return call
+
+    training.train.update_average = counted(training.train.update_average)
+    training.loop.states.os.fsync = counted(os.fsync)
+
+
+def work(config: TrainConfig, cache: str, environment: dict[str, str], kill_at: int | None) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    datasets.config.HF_DATASETS_CACHE = cache
+    if kill_at is not None:
+        killed_at(kill_at)
+    faulthandler.dump_traceback_later(90)  # where it waits, should it wait for ever
+    training.train.main(config)
+    sys.stderr.flush()
+    os._exit(0)  # threads of the server are not in its forks: at their end nobody waits for them
+
+
+def start(config: TrainConfig, processes: int, kill_at: int | None = None) -> list[multiprocessing.Process]:
+    """Processes of one run; the first is killed at event ``kill_at``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = []
+    for rank in range(processes):
+        environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # OpenMP and forks do not go together
+        if processes > 1:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        cache = str(datasets.config.HF_DATASETS_CACHE)
+        worker = SERVER.Process(target=work, args=(config, cache, environment, kill_at if rank == 0 else None))
+        worker.start()
+        workers.append(worker)
+    return workers
+
+
+def finish(workers: list[multiprocessing.Process], seconds: float = 120) -> list[int]:
+    """Exit codes; when one has failed the others are killed, as torchrun does."""
+    until = time.monotonic() + seconds
+    while any(worker.exitcode is None for worker in workers):
+        failed = any(worker.exitcode not in (None, 0, training.train.SAVED_AFTER_SIGNAL) for worker in workers)
+        if failed or time.monotonic() > until:
+            for worker in workers:
+                worker.kill()
+        time.sleep(0.02)
+    return [worker.exitcode for worker in workers]
+
+
+def losses(config: TrainConfig) -> dict[int, float]:
+    lines = [json.loads(line) for line in (config.out / "training.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
+    return load_file(config.out / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_five_times_ends_bit_for_bit_as_an_undisturbed_one(config, tmp_path, processes):
+    whole, killed = (replace(config, out=tmp_path / name, dropout=0.1) for name in ("whole", "killed"))
+    assert finish(start(whole, processes)) == [0] * processes
+    chance = random.Random(processes)
+    for _ in range(5):
+        codes = finish(start(replace(killed, resume=True), processes, kill_at=chance.randint(3, 14)))
+        assert codes[0] == -signal.SIGKILL
+    assert finish(start(replace(killed, resume=True), processes)) == [0] * processes
+    expected = weights(whole)
+    for name, value in weights(killed).items():
+        assert torch.equal(value, expected[name]), name
+    assert losses(killed) == losses(whole)
+    assert not list(killed.out.rglob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["latent", "dit"])
+def test_two_processes_that_share_a_global_batch_do_what_one_does(config, tmp_path, backbone):
+    one = replace(config, out=tmp_path / "one", batch_size=16, backbone=backbone)
+    two = replace(config, out=tmp_path / "two", batch_size=8, backbone=backbone)
+    assert finish(start(one, 1)) == [0]
+    assert finish(start(two, 2)) == [0, 0]
+    expected = losses(one)
+    assert len(expected) == config.max_steps
+    for step, loss in losses(two).items():
+        assert loss == pytest.approx(expected[step], abs=1e-5), step
+    expected = weights(one)
+    for name, value in weights(two).items():
+        torch.testing.assert_close(value, expected[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_a_state_and_exits_with_a_code_of_its_own(config, tmp_path, processes):
+    endless = replace(config, max_steps=100_000, learning_rate_schedule="constant", save_every=100_000)
+    workers = start(endless, processes)
+    log = endless.out / "training.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 7:
+        assert all(worker.exitcode is None for worker in workers)
+        time.sleep(0.02)
+    workers[-1].terminate()  # one of them is enough
+    assert finish(workers) == [training.train.SAVED_AFTER_SIGNAL] * processes
+    state = training.loop.states.all_states(endless.out)[-1]
+    step = int(state.name.removeprefix("step-"))
+    assert step >= 7
+    assert not (endless.out / "model.safetensors").exists()
+    assert finish(start(replace(endless, resume=True, max_steps=step + 2), processes)) == [0] * processes
+    assert max(losses(endless)) == step + 2
+
+
+@pytest.mark.slow
+def test_torchrun_starts_processes_that_work_together(config):
+    options = TINY_TRAINING | {"max_steps": 3}
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    command += ["training.train", "--data", str(config.data), "--out", str(config.out), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    state = json.loads((config.out / "checkpoints" / "step-3" / "state.json").read_text())
+    assert state["num_processes"] == 2
+    assert done.stderr.count("model: ") == 1  # one process speaks

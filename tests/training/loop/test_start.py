@@ -1,0 +1,103 @@
+"""Properties of what training starts from: the marginals, means and sizes of the cells in which a gene was measured.
+
+Letters: N cells, G genes, K largest count, T cell types.
+"""
+
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from modeling_dcm import DCMForDenoising
+from modeling_dcm.conditioning_dcm import ANY
+from modeling_dcm.modeling_dcm import PRIOR_CELLS
+from tokenization import DCMTokenizer
+from training.config import TrainConfig
+from training.convert_h5ad import main as convert
+from training.loop.start import build_model, build_tokenizer, open_cells
+
+GENES = ["A", "B", "C"]
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_latents": 4}
+
+
+def write_cells(path: Path, genes: list[str], cell_types: list[str], means: dict[str, float], seed: int) -> Path:
+    """Poisson counts with a mean for each gene, twice that in the cells of type "two"."""
+    rng = np.random.default_rng(seed)
+    factor = 1 + (np.array(cell_types) == "two")
+    counts = rng.poisson(np.outer(factor, [means[gene] for gene in genes])).astype(np.float32)
+    names = [f"{path.stem}{i}" for i in range(len(counts))]
+    obs = pd.DataFrame({"line": cell_types}, index=names)
+    anndata.AnnData(counts, obs=obs, var=pd.DataFrame(index=genes)).write_h5ad(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def union(tmp_path_factory) -> Path:
+    """Shards of a file with all genes and cells of both types, and of one without C and cells of type "one" only."""
+    folder, means = tmp_path_factory.mktemp("union"), {"A": 4.0, "B": 1.0, "C": 5.0}
+    both = ["one", "two"] * 60
+    files = [
+        write_cells(folder / "all.h5ad", GENES, both, means, seed=0),
+        write_cells(folder / "few.h5ad", ["B", "A"], ["one"] * 240, means, seed=1),
+    ]
+    convert(tuple(files), out=folder / "shards", cell_type_key="line", join="union")
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def started(union, tmp_path_factory) -> tuple[DCMForDenoising, DCMTokenizer, pd.DataFrame, np.ndarray]:
+    """The fresh model and its tokenizer; of the training cells their types, and counts (N, G), NaN if not measured."""
+    config = TrainConfig(data=union, out=tmp_path_factory.mktemp("run"), **TINY)
+    tokenizer = build_tokenizer(config)
+    train = anndata.read_h5ad(union / "train.h5ad")
+    counts = train[:, tokenizer.genes].to_df().to_numpy().astype(float)
+    is_short = train.obs_names.str.startswith("few")
+    counts[np.ix_(is_short, [gene == "C" for gene in tokenizer.genes])] = np.nan
+    assert 100 < is_short.sum() < len(train) - 50
+    return build_model(config, tokenizer, open_cells(config, "train", tokenizer)), tokenizer, train.obs, counts
+
+
+def test_marginals_are_those_of_the_cells_that_measured_a_gene(started):
+    model, tokenizer, _, counts = started
+    inputs = torch.full((1, len(tokenizer.genes)), tokenizer.mask_token_id)
+    with torch.no_grad():
+        p = model.eval()(inputs).logits[0].softmax(dim=-1).double().numpy()
+    for g in range(len(tokenizer.genes)):
+        values = counts[~np.isnan(counts[:, g]), g].astype(int)
+        measured = np.bincount(values, minlength=p.shape[1])
+        assert p[g] * (len(values) + 1) == pytest.approx(measured, abs=1)  # but for one pseudo-cell
+
+
+def test_mean_counts_are_those_of_the_cells_that_measured_a_gene(started):
+    model, tokenizer, obs, counts = started
+    overall = np.nanmean(counts, axis=0)
+    assert model.totals.gene_mean[-1].numpy() == pytest.approx(overall, rel=1e-5)
+    for row, cell_type in enumerate(tokenizer.cell_types):
+        of_type = (obs["cell_type"] == cell_type).to_numpy()
+        N = of_type.sum()
+        expected = (np.nanmean(counts[of_type], axis=0) * N + PRIOR_CELLS * overall) / (N + PRIOR_CELLS)
+        assert model.totals.gene_mean[row].numpy() == pytest.approx(expected, rel=1e-5)
+
+
+def test_library_sizes_are_drawn_as_if_every_gene_had_been_measured(started):
+    model, _, _, counts = started
+    whole, short = (counts[np.isnan(counts).any(axis=1) == lacks] for lacks in (False, True))
+    mean = np.nanmean(counts, axis=0)
+    share = mean[~np.isnan(short[0])].sum() / mean.sum()
+    sizes = np.concatenate([whole.sum(axis=1), np.round(np.nansum(short, axis=1) / share)])
+    everything = (model.library_sizes.keys == ANY).all(dim=1)
+    quantiles = np.quantile(sizes, np.linspace(0, 1, model.library_sizes.quantiles.shape[1]))
+    assert model.library_sizes.quantiles[everything][0].numpy() == pytest.approx(quantiles, rel=1e-5)
+
+
+def test_names_that_no_training_cell_has_are_warned_of(tmp_path, caplog):
+    cells = write_cells(tmp_path / "cells.h5ad", GENES, ["one", "two"] * 60, {"A": 4.0, "B": 1.0, "C": 5.0}, seed=0)
+    convert(cells, out=tmp_path / "shards", cell_type_key="line", split="zero-shot", held_out_cell_type="two")
+    config = TrainConfig(data=tmp_path / "shards", out=tmp_path / "run", **TINY)
+    tokenizer = build_tokenizer(config)
+    build_model(config, tokenizer, open_cells(config, "train", tokenizer))
+    assert "no training cell has these cell types" in caplog.text
+    assert "learns nothing of them: two" in caplog.text

@@ -1,0 +1,222 @@
+"""Properties of what can be seen of a run (log, score, curves, trackers), and of the ways to compute it faster."""
+
+import json
+import logging
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import training.train as loop
+from modeling_dcm.diffusion_dcm import keyed_generator, mask_counts
+from tests.tiny_training import tiny_training
+from training.config import TrainConfig
+from training.loop.curves import draw_curves
+from training.loop.log import MOST_SKIPPED, NotFinite, TrainingLog
+from training.loop.optimiser import averaged_weights
+from training.loop.processes import tracker_names
+from training.loop.start import attention_implementation, compile_blocks
+from training.loop.throughput import PEAK_FLOPS, peak_flops, training_flops
+from training.train import main
+
+OPTIONS = {"max_steps": 4, "log_every": 2, "validate_every": 2, "save_every": 4}
+OPTIONS |= {"score_every": 4, "score_cells": 24, "score_steps": 4}
+
+
+@pytest.fixture
+def config(shards, tmp_path) -> TrainConfig:
+    return tiny_training(shards, tmp_path / "checkpoint", **OPTIONS)
+
+
+def lines(config: TrainConfig) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (config.out / "training.jsonl").read_text().splitlines()]
+
+
+def test_log_score_floor_utilisation_and_picture_of_a_run(config, monkeypatch):
+    monkeypatch.setattr(loop, "peak_flops", lambda device: 1e12)
+    main(config)
+    first, validated, *_, score = lines(config)
+    assert {"loss", "elbo", "gradient_norm", "learning_rate", "cells_per_second", "memory_gib"} <= first.keys()
+    assert 0 < first["flop_utilisation"] < 1
+    assert validated["validation_elbo"] > 0
+    assert score["step"] == 4
+    assert abs(score["score_mmd2"]) < 1
+    assert {"score_mmd2_floor", "score_correlation_slope", "score_correlation_slope_floor"} <= score.keys()
+    assert (config.out / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_score_does_not_disturb_training(config, tmp_path):
+    main(config)
+    plain = replace(config, out=tmp_path / "plain", score_every=None)
+    main(plain)
+    losses = [[line["loss"] for line in lines(run) if "loss" in line] for run in (config, plain)]
+    assert losses[0] == losses[1]
+
+
+def test_without_a_log_there_is_nothing_to_draw(tmp_path):
+    assert draw_curves(tmp_path) is None
+
+
+def test_a_tracker_that_is_not_installed_or_not_known_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr("training.loop.processes.get_available_trackers", list)
+    assert tracker_names("none") == tracker_names("auto") == []
+    for name in ("wandb", "trackio"):
+        with pytest.raises(ValueError, match=rf"'{name}' is not installed \(pip install {name}\); installed are: none"):
+            tracker_names(name)
+    with pytest.raises(ValueError, match=r"accelerate knows no 'wandbb'; did you mean 'wandb'\? It knows: "):
+        tracker_names("wandbb")
+
+
+class Processes:
+    """What a log asks of the accelerator of a single process in fp16."""
+
+    is_main_process, num_processes, device = True, 1, torch.device("cpu")
+
+    def __init__(self, scaler: torch.amp.GradScaler | None):
+        self.scaler = scaler
+
+    def reduce(self, values: torch.Tensor, how: str) -> torch.Tensor:
+        return values
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        assert all(math.isfinite(value) for value in values.values())
+
+
+def noted(config: TrainConfig, scaler, norms: list[float], loss: float = 1.0) -> TrainingLog:
+    log = TrainingLog(config, 0, Processes(scaler), None)
+    for norm in norms:
+        log.note((torch.tensor(loss), torch.tensor(1.0), torch.tensor(norm)), 1e-3)
+    return log
+
+
+def test_with_fp16_steps_that_overflow_are_counted_and_are_no_failure(config):
+    scaler = torch.amp.GradScaler("cpu")
+    noted(config, scaler, [3.0, math.inf, math.nan, 1.0]).line(4)
+    line = lines(config)[-1]
+    assert line["gradient_norm"] == 2.0
+    assert line["skipped_steps"] == 2
+    noted(config, scaler, [math.inf] * 3).line(3)
+    assert "gradient_norm" not in lines(config)[-1]
+    with pytest.raises(NotFinite, match="the gradient norm is inf at step 2"):
+        noted(config, None, [3.0, math.inf]).line(2)
+    with pytest.raises(NotFinite, match="the loss is nan at step 1"):
+        noted(config, scaler, [1.0], loss=math.nan).line(1)
+
+
+def test_a_gradient_that_overflows_at_every_loss_scale_is_a_failure(config):
+    log = noted(config, torch.amp.GradScaler("cpu"), [math.nan] * MOST_SKIPPED)
+    log.check(MOST_SKIPPED)
+    log.note((torch.tensor(1.0), torch.tensor(1.0), torch.tensor(math.nan)), 1e-3)
+    with pytest.raises(NotFinite, match=f"the gradient norm is nan at step {MOST_SKIPPED + 1}"):
+        log.check(MOST_SKIPPED + 1)
+
+
+def test_a_line_for_people_has_whole_steps_units_and_the_time_that_is_left(config, caplog):
+    log = noted(replace(config, max_steps=60_000), None, [1.0] * 4)
+    log.since -= 20  # seconds that the four steps took
+    with caplog.at_level(logging.INFO):
+        log.line(30_000)
+        log.write({"step": 30_000, "validation_elbo": 0.5})
+    first, second = caplog.messages
+    said = re.match(r"step 30,000 of 60,000, (\d+) min left: loss 1, elbo 1 nats per gene, gradient norm 1, ", first)
+    assert int(said[1]) >= 2500
+    assert second == f"step 30,000 of 60,000, {said[1]} min left: validation elbo 0.5 nats per gene"
+
+
+@pytest.mark.slow
+def test_tensorboard_receives_the_numbers_where_it_is_installed(config):
+    pytest.importorskip("tensorboard")
+    main(replace(config, trackers="auto"))
+    assert list((config.out / "trackers").rglob("events.*"))
+
+
+def test_peaks_are_known_by_the_device_name_and_not_for_a_cpu(monkeypatch):
+    assert peak_flops(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
+    assert peak_flops(torch.device("cuda")) == PEAK_FLOPS["H100 PCIe"]
+
+
+def test_flops_of_a_linear_layer_are_counted():
+    layer = torch.nn.Linear(6, 5)
+    assert training_flops(layer, {"input": torch.zeros(4, 6)}) == 3 * 2 * 4 * 6 * 5
+
+
+def test_attention_is_the_best_that_is_installed_and_fits(config, monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for has_flash, expected in ((True, "flash_attention_2"), (False, "sdpa")):
+        monkeypatch.setattr("training.loop.start.is_flash_attn_2_available", lambda has_flash=has_flash: has_flash)
+        assert attention_implementation(config, gpu, "bf16") == expected
+    assert attention_implementation(config, gpu, "no") == attention_implementation(config, cpu, "bf16") == "sdpa"
+    with pytest.raises(ValueError, match="attn='flash_attention_2', but it is not installed"):
+        attention_implementation(replace(config, attn="flash_attention_2"), gpu, "bf16")
+
+
+def batch_of(model, largest: int) -> dict[str, torch.Tensor]:
+    generator = keyed_generator(0, 0)
+    x_0 = torch.randint(0, largest + 1, (6, 7), generator=generator)
+    special = {"mask_token_id": model.config.mask_token_id, "pad_token_id": model.config.pad_token_id}
+    k = torch.tensor([1, 2, 4, 5, 6, 7])
+    return {
+        "input_ids": mask_counts(x_0, k, generator, **special),
+        "labels": x_0,
+        "cell_type_ids": torch.tensor([0, 1, 2, -1, 0, 1]),
+        "perturbation_ids": torch.tensor([[0], [1], [2], [3], [-1], [0]]),
+        "covariate_ids": torch.zeros(6, 2, dtype=torch.long),
+        "library_size": x_0.sum(dim=1).float(),
+    }
+
+
+def gradients(model, batch) -> dict[str, torch.Tensor]:
+    model.train()
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("conditions_given", [True, False])
+@pytest.mark.parametrize("largest", [0, 4])
+def test_every_parameter_has_a_gradient_whatever_the_batch_holds(make_model, backbone, conditions_given, largest):
+    """Processes that share a batch wait for each gradient: none may be missing without rare counts or conditions."""
+    model = make_model(backbone, conditioned=True)
+    batch = batch_of(model, largest)
+    if not conditions_given:
+        for name in ("cell_type_ids", "perturbation_ids", "covariate_ids"):
+            batch[name] = torch.full_like(batch[name], -1)
+        batch["library_size"] = -torch.ones(6)
+    assert [name for name, gradient in gradients(model, batch).items() if gradient is None] == []
+
+
+@pytest.mark.slow
+def test_checkpointing_and_compiled_blocks_give_the_same_gradients(make_model, backbone):
+    model = make_model(backbone, conditioned=True)
+    batch = batch_of(model, 4)
+    expected = {name: gradient.clone() for name, gradient in gradients(model, batch).items()}
+    model.gradient_checkpointing_enable()
+    for name, gradient in gradients(model, batch).items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+    model.gradient_checkpointing_disable()
+    compile_blocks(model, backend="aot_eager")
+    for name, gradient in gradients(model, batch).items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+@pytest.mark.slow
+def test_blocks_are_compiled_once_whatever_a_batch_holds_and_not_where_a_model_is_looked_at(make_model, backbone):
+    """Rare counts, queries without one, validation batches and sampling have shapes of their own."""
+    torch.compiler.reset()
+    model = make_model(backbone, conditioned=True).train()
+    compiled = CompileCounter()
+    compile_blocks(model, backend=compiled)
+    gradients(model, batch_of(model, 4))
+    once = compiled.frame_count
+    assert once == {"dit": 1, "latent": 3}[backbone]  # self-attention; besides, the ways into the latents and back
+    for largest in (0, 1, 4):
+        gradients(model, batch_of(model, largest))
+    ema = [parameter.detach().clone() for parameter in model.parameters()]
+    with averaged_weights(model, ema):
+        model.generate(3, steps=4, library_size="null")
+        model(**{name: value[:2] for name, value in batch_of(model, 4).items()})
+    assert compiled.frame_count == once

@@ -1,0 +1,157 @@
+"""A conversion that is killed leaves nothing that looks finished, and the next one has the same bytes and tidies up."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.training.test_convert_h5ad import files_of, made_up
+from training.convert_h5ad import main
+from training.data.folders import folder_written_aside, remove_leftovers, scratch_folder
+
+# Imports once, then forks a process for each conversion that it is told to start, and says how that ended.
+STARTER = """
+import os, sys
+from pathlib import Path
+from training.convert_h5ad import main
+from training.data import workers as file_workers
+from training.data import h5ad as h5ad_blocks
+from training.data import shards
+h5ad_blocks.BLOCK_CELLS, shards.BUCKET_CELLS = 100, 300
+file_workers.START = "fork"  # quick
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        sources = tuple(sorted(Path().glob("*.h5ad")))
+        main(sources, out=Path("out/shards"), cell_type_key="line", n_top_genes=20, processes=int(line))
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture
+def starter(tmp_path) -> Iterator[subprocess.Popen]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "HF_HOME": str(tmp_path / "hf"),
+        "OMP_NUM_THREADS": "1",
+    }
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTER], cwd=tmp_path, env=environment, text=True, **pipes
+    ) as process:
+        yield process
+        process.kill()
+
+
+def convert(starter: subprocess.Popen, kill_after: float | None = None, processes: int = 1) -> float:
+    """Convert in a process of its own and kill that after so many seconds; returns how long it ran."""
+    starter.stdin.write(f"{processes}\n")
+    starter.stdin.flush()
+    child = int(starter.stdout.readline())
+    start = time.perf_counter()
+    if kill_after is not None:
+        time.sleep(kill_after)
+        with contextlib.suppress(ProcessLookupError):  # it was faster this time
+            os.kill(child, signal.SIGKILL)
+    status = int(starter.stdout.readline())
+    assert kill_after is not None or status == 0
+    return time.perf_counter() - start
+
+
+def wait_until_nobody_writes(out: Path) -> None:
+    """The processes that a killed conversion had started end by themselves and then no longer hold their folder."""
+    deadline = time.perf_counter() + 20
+    while list(out.parent.glob(".*.part")):
+        assert time.perf_counter() < deadline, "a process outlived the conversion that started it"
+        remove_leftovers(out)
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_random_moments_nothing_looks_finished_and_a_rerun_has_identical_bytes(tmp_path, starter, processes):
+    cells = made_up(n=700)
+    cells.X = cells.X.tocsc()
+    for i in range(processes):
+        cells[i * 100 :].copy().write_h5ad(tmp_path / f"{i}.h5ad")
+    out = tmp_path / "out" / "shards"
+    out.parent.mkdir()
+    convert(starter)
+    expected = files_of(out)
+    seconds = convert(starter, processes=processes)
+    assert files_of(out) == expected
+    unfinished = 0
+    for moment in np.random.default_rng(0).permutation(np.linspace(0.02, 0.98, 10)):
+        shutil.rmtree(out, ignore_errors=True)
+        convert(starter, kill_after=moment * seconds, processes=processes)
+        unfinished += not out.exists()
+        assert not out.exists() or files_of(out) == expected
+        if processes > 1:
+            wait_until_nobody_writes(out)
+    assert unfinished > 3
+    shutil.rmtree(out, ignore_errors=True)
+    convert(starter, processes=processes)
+    assert files_of(out) == expected
+    assert [path.name for path in out.parent.iterdir()] == ["shards"]
+
+
+@pytest.mark.slow
+def test_killed_while_replacing_the_earlier_conversion_stays_whole(tmp_path, starter):
+    made_up(n=700).write_h5ad(tmp_path / "cells.h5ad")
+    out = tmp_path / "out" / "shards"
+    convert(starter)
+    expected, seconds = files_of(out), convert(starter)
+    for moment in (0.3, 0.6, 0.9):
+        convert(starter, kill_after=moment * seconds)
+        assert files_of(out) == expected
+
+
+def test_killed_between_the_two_renames_the_earlier_conversion_is_put_back(tmp_path):
+    made_up(n=100).write_h5ad(tmp_path / "cells.h5ad")
+    out = main(tmp_path / "cells.h5ad", out=tmp_path / "shards")
+    expected = files_of(out)
+    out.rename(tmp_path / ".shards.0123abcd.old")
+    remove_leftovers(out)
+    assert files_of(out) == expected
+    shutil.copytree(out, tmp_path / ".shards.4567abcd.old")
+    main(tmp_path / "cells.h5ad", out=out, split_seed=1)
+    assert files_of(out).keys() == expected.keys()
+    assert files_of(out) != expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cells.h5ad", "shards"]
+
+
+def test_leftovers_are_removed_but_not_the_folders_of_living_processes(tmp_path):
+    out = tmp_path / "shards"
+    left = tmp_path / ".shards.0123abcd.part"
+    left.mkdir()
+    other = tmp_path / ".other.0123abcd.part"
+    other.mkdir()
+    with scratch_folder(out) as scratch, folder_written_aside(out) as folder:
+        remove_leftovers(out)
+        assert scratch.is_dir()
+        assert folder.is_dir()
+        assert not left.exists()
+        assert other.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.0123abcd.part", "shards"]
+
+
+def test_a_folder_that_fails_is_removed_and_the_earlier_one_stays(tmp_path):
+    out = tmp_path / "new" / "shards"
+    with folder_written_aside(out) as folder:
+        (folder / "a").touch()
+    with pytest.raises(RuntimeError), folder_written_aside(out) as folder:
+        (folder / "b").touch()
+        raise RuntimeError
+    assert [path.name for path in out.parent.iterdir()] == ["shards"]
+    assert [path.name for path in out.iterdir()] == ["a"]

@@ -1,0 +1,291 @@
+"""Every defect that real files have: what dcm-convert says, as the table of training/README.md prints it.
+
+Each file is made for its defect. A refused file leaves nothing behind; what is accepted says so. Write the table anew
+with ``python -m tests.training.test_convert_defects``.
+"""
+
+import gzip
+import logging
+import re
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+
+from training.convert_h5ad import main
+
+README = Path(__file__).parents[2] / "training" / "README.md"
+HEADING = "| defect | what `dcm-convert` says |\n|---|---|\n"
+N, GENES = 60, 30
+
+
+@dataclass(frozen=True)
+class Defect:
+    """A defect, how to make files of it, and options to convert them with; ``refused`` unless it is only reported."""
+
+    name: str
+    make: Callable[[Path], Path | tuple[Path, ...]]
+    refused: bool = True
+    options: tuple[tuple[str, object], ...] = ()
+    says: str = ""  # for what is only reported: a part of the line that says it
+
+
+def made_up(seed: int = 0) -> anndata.AnnData:
+    rng = np.random.default_rng(seed)
+    counts = rng.poisson(rng.gamma(2.0, 2.0, size=(N, GENES))) + 1
+    return anndata.AnnData(
+        scipy.sparse.csr_matrix(counts.astype(np.float32)),
+        obs=pd.DataFrame({"line": rng.choice(["k562", "rpe1"], N)}, index=[f"cell{i}" for i in range(N)]),
+        var=pd.DataFrame(index=[f"GENE{i}" for i in range(GENES)]),
+    )
+
+
+def changed(change: Callable[[anndata.AnnData], anndata.AnnData | None], name: str = "cells.h5ad"):
+    """Makes a file of cells after ``change``, which works in place or returns other cells."""
+
+    def make(folder: Path) -> Path:
+        cells = made_up()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            other = change(cells) if change is not None else None
+            (cells if other is None else other).write_h5ad(folder / name)
+        return folder / name
+
+    return make
+
+
+def values(*, to: float) -> Callable[[anndata.AnnData], None]:
+    def change(cells: anndata.AnnData) -> None:
+        cells.X.data[[3, -1]] = to
+
+    return change
+
+
+def log_normalised(cells: anndata.AnnData) -> None:
+    cells.X.data = np.log1p(cells.X.data)
+
+
+def log_normalised_with_counts(cells: anndata.AnnData) -> None:
+    cells.layers["counts"] = cells.X.copy()
+    log_normalised(cells)
+
+
+def log_normalised_with_raw(cells: anndata.AnnData) -> None:
+    cells.raw = cells.copy()
+    log_normalised(cells)
+
+
+def scaled(cells: anndata.AnnData) -> None:
+    dense = cells.X.toarray()
+    cells.X = (dense - dense.mean(axis=0)) / dense.std(axis=0)
+
+
+def names(axis: str, *new: str) -> Callable[[anndata.AnnData], None]:
+    def change(cells: anndata.AnnData) -> None:
+        setattr(cells, f"{axis}_names", [*new, *getattr(cells, f"{axis}_names")[len(new) :]])
+
+    return change
+
+
+def missing_labels(cells: anndata.AnnData) -> None:
+    cells.obs["line"] = pd.Categorical([None, None, *cells.obs["line"][2:]])
+
+
+def padded_label(cells: anndata.AnnData) -> None:
+    cells.obs["line"] = ["k562 ", *cells.obs["line"][1:]]
+
+
+def empty_cells(cells: anndata.AnnData) -> None:
+    keep = np.ones((N, 1))
+    keep[:2] = 0
+    cells.X = scipy.sparse.csr_matrix(cells.X.multiply(keep))
+
+
+def zero_genes(cells: anndata.AnnData) -> None:
+    keep = np.ones((1, GENES))
+    keep[:, :2] = 0
+    cells.X = scipy.sparse.csr_matrix(cells.X.multiply(keep))
+
+
+def copied_cell(cells: anndata.AnnData) -> None:
+    counts = cells.X.toarray()
+    counts[7] = counts[3]
+    cells.X = scipy.sparse.csr_matrix(counts)
+
+
+def versioned(cells: anndata.AnnData) -> None:
+    cells.var_names = [f"ENSG{i:011d}.{i % 5}" for i in range(GENES)]
+
+
+def two_kinds(folder: Path) -> tuple[Path, ...]:
+    ensembl = changed(names("var", *(f"ENSG{i:011d}" for i in range(GENES))), "a.h5ad")(folder)
+    return ensembl, changed(None, "b.h5ad")(folder)
+
+
+def cut_short(folder: Path) -> Path:
+    path = changed(None)(folder)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    return path
+
+
+def flipped_bytes(folder: Path) -> Path:
+    path = folder / "cells.h5ad"
+    made_up().write_h5ad(path, compression="gzip")
+    with h5py.File(path) as file:
+        chunk = file["X/data"].id.get_chunk_info(0)
+    data = bytearray(path.read_bytes())
+    data[chunk.byte_offset : chunk.byte_offset + chunk.size] = b"\xa5" * chunk.size
+    path.write_bytes(data)
+    return path
+
+
+def wrong_indices(folder: Path) -> Path:
+    path = changed(None)(folder)
+    with h5py.File(path, "r+") as file:
+        file["X/indices"][5] = 10_000
+    return path
+
+
+def empty_file(folder: Path) -> Path:
+    (folder / "cells.h5ad").touch()
+    return folder / "cells.h5ad"
+
+
+def not_hdf5(folder: Path) -> Path:
+    (folder / "cells.h5ad").write_text("<html>404 Not Found</html>")
+    return folder / "cells.h5ad"
+
+
+def text_for_counts(folder: Path) -> Path:
+    path = changed(None)(folder)
+    with h5py.File(path, "r+") as file:
+        del file["X"]
+        file["X"] = np.full((N, GENES), "4", dtype=h5py.string_dtype())
+    return path
+
+
+def folder_of_h5ad(folder: Path) -> Path:
+    (folder / "sample").mkdir()
+    return changed(None)(folder / "sample").parent
+
+
+def loom(folder: Path) -> Path:
+    with h5py.File(folder / "cells.h5ad", "w") as file:
+        file["matrix"] = np.ones((GENES, N))
+    return folder / "cells.h5ad"
+
+
+def mtx_cut_short(folder: Path) -> Path:
+    path = folder / "sample"
+    path.mkdir()
+    text = "%%MatrixMarket matrix coordinate integer general\n2 3 4\n1 1 5\n2 3 1\n"
+    (path / "matrix.mtx.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+    (path / "features.tsv.gz").write_bytes(gzip.compress(b"ENSG1\tA\nENSG2\tB\n", mtime=0))
+    (path / "barcodes.tsv.gz").write_bytes(gzip.compress(b"AAAC-1\nAAAG-1\nAAAT-1\n", mtime=0))
+    return path
+
+
+def label_as_text(cells: anndata.AnnData) -> None:
+    cells.obs["line"] = ["nan", *cells.obs["line"][1:]]
+
+
+KEY = (("cell_type_key", "line"),)
+DEFECTS = [
+    Defect("NaN or infinite values", changed(values(to=np.nan))),
+    Defect("negative values", changed(values(to=-3))),
+    Defect("values that are not integers", changed(values(to=1000.5))),
+    Defect("log-normalised values", changed(log_normalised)),
+    Defect("log-normalised values, counts in a layer", changed(log_normalised_with_counts)),
+    Defect("log-normalised values, counts in `raw`", changed(log_normalised_with_raw)),
+    Defect("scaled values", changed(scaled)),
+    Defect("values too large for a count", changed(values(to=2.0**40))),
+    Defect("text in the place of counts", text_for_counts),
+    Defect("a gene name twice", changed(names("var", "TP53", "TP53"))),
+    Defect("a gene without a name", changed(names("var", ""))),
+    Defect("Ensembl ids in one file, symbols in another", two_kinds),
+    Defect("Ensembl ids with version", changed(versioned), refused=False, says="without their version"),
+    Defect("a cell name twice", changed(names("obs", "AAAC-1", "AAAC-1"))),
+    Defect("a cell twice under two names", changed(copied_cell), refused=False, says="exactly the counts"),
+    Defect("the same file twice", lambda folder: (changed(None)(folder),) * 2),
+    Defect("cells without a label", changed(missing_labels), options=KEY),
+    Defect("a missing label as text", changed(label_as_text), refused=False, options=KEY, says="is that a missing"),
+    Defect("a label with white space around it", changed(padded_label), options=KEY),
+    Defect("no such column of labels", changed(None), options=(("cell_type_key", "cell_line"),)),
+    Defect("cells without a count", changed(empty_cells), refused=False, says="no count at all"),
+    Defect("genes that are all zero", changed(zero_genes), refused=False, says="all zero in training"),
+    Defect("no counts at all", changed(lambda cells: setattr(cells, "X", scipy.sparse.csr_matrix(cells.shape)))),
+    Defect("no cells", changed(lambda cells: cells[:0].copy())),
+    Defect("a file cut short", cut_short),
+    Defect("damaged bytes", flipped_bytes),
+    Defect("indices beyond the last gene", wrong_indices),
+    Defect("an empty file", empty_file),
+    Defect("no HDF5 file", not_hdf5),
+    Defect("another kind of HDF5 file", loom),
+    Defect("a 10x matrix cut short", mtx_cut_short),
+    Defect("a 10x matrix without its folder", lambda folder: mtx_cut_short(folder) / "matrix.mtx.gz"),
+    Defect("a folder of h5ad files", folder_of_h5ad),
+    Defect("no such file", lambda folder: folder / "cells.h5ad"),
+]
+
+
+def what_is_said(defect: Defect, folder: Path) -> str:
+    """The error, or the line of the log, that converting the defect's files gives, without the folder's name."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("training").addHandler(handler)
+    logging.getLogger("training").setLevel(logging.INFO)
+    try:
+        source = defect.make(folder)
+        main(source, out=folder / "shards", **dict(defect.options))
+        text = next(line for line in lines if defect.says in line) if not defect.refused else "accepted"
+    except (ValueError, OSError) as error:
+        text = f"error: {error}"
+    finally:
+        logging.getLogger("training").removeHandler(handler)
+    return re.sub(r"cannot be read \(.*\);", "cannot be read (...);", " ".join(text.replace(f"{folder}/", "").split()))
+
+
+def row(defect: Defect, text: str) -> str:
+    return f"| {defect.name} | `{text}` |\n"
+
+
+def rows_of_readme() -> list[str]:
+    table = README.read_text(encoding="utf-8").split(HEADING)[1]
+    return [line + "\n" for line in table.split("\n\n")[0].strip().splitlines()]
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=[defect.name for defect in DEFECTS])
+def test_the_readme_says_what_is_said_and_refused_files_leave_nothing(defect, tmp_path):
+    text = what_is_said(defect, tmp_path)
+    assert text.startswith("error: ") == defect.refused
+    assert row(defect, text) in rows_of_readme()
+    left = {path.name for path in tmp_path.iterdir()} - {"cells.h5ad", "a.h5ad", "b.h5ad", "sample"}
+    assert left == (set() if defect.refused else {"shards"})
+
+
+def test_the_readme_lists_no_other_defects():
+    assert [line.split(" | ")[0] for line in rows_of_readme()] == [f"| {defect.name}" for defect in DEFECTS]
+
+
+def _write_table() -> None:
+    rows = []
+    for defect in DEFECTS:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(row(defect, what_is_said(defect, Path(folder))))
+    before, after = README.read_text(encoding="utf-8").split(HEADING)
+    rest = after.split("\n\n", 1)[1:]
+    README.write_text("\n".join([before + HEADING + "".join(rows), *rest]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _write_table()

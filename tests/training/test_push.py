@@ -1,0 +1,200 @@
+"""Properties of ``dcm-push``: what is sent, what never is, and how it ends when the Hub says no."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model_cards.render_card import read_facts
+from tests.hub_server import LoopbackHub
+from tests.tiny_checkpoint import write_tiny_checkpoint
+from training.push_to_hub import answer_of, main, stage
+
+ROOT = Path(__file__).parents[2]
+TOKEN, READ_TOKEN = "hf_writes" + "x" * 25, "hf_reads" + "x" * 26
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_model, tmp_path_factory) -> Path:
+    """A checkpoint as training leaves it, with a state, a log and other things that are nobody's business."""
+    folder = tmp_path_factory.mktemp("push") / "checkpoint"
+    write_tiny_checkpoint(folder, make_model("latent", conditioned=True))
+    (folder / "checkpoints" / "step-3").mkdir(parents=True)
+    (folder / "checkpoints" / "step-3" / "state.safetensors").write_bytes(b"optimiser")
+    for name in ("training.jsonl", ".env", "optimizer.safetensors", "notes.txt", "id_rsa"):
+        (folder / name).write_text("secret")
+    facts = (ROOT / "model_cards" / "dcm-demo.yaml").read_text().replace("type0", "k562")
+    (folder / "card.yaml").write_text(facts)
+    return folder
+
+
+@pytest.fixture
+def hub():
+    with LoopbackHub({TOKEN: "write", READ_TOKEN: "read"}) as server:
+        yield server
+
+
+def push(hub: LoopbackHub, checkpoint: Path, *options: object, home: Path, token: str | None = TOKEN):
+    """``dcm-push`` as a command."""
+    return client(hub, ["-m", "training.push_to_hub", checkpoint, *options], home=home, token=token)
+
+
+def client(hub: LoopbackHub, arguments: list[object], *, home: Path, token: str | None = TOKEN):
+    """Python in a process of its own: the Hub's client reads its environment when it is imported."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": str(ROOT), **({"HF_TOKEN": token} if token else {})}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home, check=False)
+    for secret in (TOKEN, READ_TOKEN, "Traceback"):
+        assert secret not in done.stdout + done.stderr, done.stderr
+    return done
+
+
+def test_only_listed_files_are_built_aside(checkpoint, tmp_path):
+    before = {path.name: path.stat().st_mtime for path in checkpoint.iterdir()}
+    stage(checkpoint, tmp_path / "aside")
+    names = {path.name for path in (tmp_path / "aside").iterdir()}
+    assert {
+        "config.json",
+        "model.safetensors",
+        "genes.txt",
+        "conditions.json",
+        "handler.py",
+        "pipeline_dcm.py",
+    } <= names
+    assert not names & {"checkpoints", "training.jsonl", ".env", "optimizer.safetensors", "notes.txt", "id_rsa"}
+    assert before == {path.name: path.stat().st_mtime for path in checkpoint.iterdir()}
+    options = json.loads((tmp_path / "aside" / "training_options.json").read_text())
+    assert (options["data"], options["out"]) == ("shards", "checkpoint")  # not where they lay
+
+
+@pytest.mark.parametrize("missing", ["config.json", "genes.txt", "model.safetensors"])
+def test_an_incomplete_checkpoint_says_what_it_lacks(missing, checkpoint, tmp_path):
+    copy = write_copy(checkpoint, tmp_path / "copy")
+    (copy / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=f"no complete checkpoint: it has no {missing}"):
+        stage(copy, tmp_path / "aside")
+
+
+def write_copy(checkpoint: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        if file.is_file():
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("repo_id", ["name", "org/name/more", "org/na me"])
+def test_a_repository_that_cannot_be_is_refused_first(repo_id, tmp_path):
+    with pytest.raises(ValueError, match=r"expected org/name|Repo id"):
+        main(tmp_path / "nothing", repo_id)
+
+
+def test_without_facts_for_the_card_nothing_is_done(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no facts for the model card of org/unheard-of"):
+        main(tmp_path, "org/unheard-of")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_a_fresh_process_cannot_load_is_not_pushed(checkpoint, tmp_path):
+    stage(checkpoint, tmp_path / "aside")
+    facts = read_facts(checkpoint / "card.yaml")
+    assert answer_of(tmp_path / "aside", facts["example"]).startswith("100 cells x 7 genes of integer counts; ")
+    (tmp_path / "aside" / "sampling_dcm.py").write_text("import no_such_package\n")
+    with pytest.raises(ValueError, match=r"a fresh process cannot use this checkpoint .*no_such_package"):
+        answer_of(tmp_path / "aside", facts["example"])
+
+
+@pytest.mark.slow
+def test_a_dry_run_lists_everything_and_sends_nothing(hub, checkpoint, tmp_path):
+    done = push(hub, checkpoint, "org/dcm-x", "--dry-run", home=tmp_path, token=None)
+    assert done.returncode == 0, done.stderr
+    assert "model.safetensors" in done.stderr
+    assert "nothing was sent" in done.stderr
+    assert hub.requests == []
+
+
+@pytest.mark.slow
+def test_the_command_pushes_what_it_checked_and_prints_the_address(hub, checkpoint, tmp_path):
+    results = ROOT / "eval" / "results" / "pbmc3k.json"
+    done = push(hub, checkpoint, "org/dcm-x", "--results", results, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{hub.url}/org/dcm-x"
+    files = hub.files("org/dcm-x")
+    assert files["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
+    assert b"model-index" in files["README.md"]
+    assert {"results.json", "handler.py", "pipeline_dcm.py", "modeling_dcm.py"} <= set(files)
+    assert not set(files) & {"training.jsonl", ".env", "optimizer.safetensors", "notes.txt", "id_rsa", "card.yaml"}
+    assert len(hub.repositories["org/dcm-x"].commits) == 2  # the empty one, and ours
+
+
+PUSHES = """
+import json, os, sys
+from pathlib import Path
+from training import push_to_hub
+push_to_hub.PAUSE = 0.01
+said = []
+for folder, repo_id, private, token in json.loads(sys.argv[1]):
+    os.environ["HF_TOKEN"] = token
+    try:
+        said.append(push_to_hub.push(Path(folder), repo_id, private=private))
+    except (ValueError, OSError) as error:
+        said.append(str(error))
+print(json.dumps(said))
+"""
+
+
+def pushes(hub: LoopbackHub, home: Path, *wanted: tuple) -> list[str]:
+    """What each push of a process says, in turn: the address, or the error."""
+    done = client(hub, ["-c", PUSHES, json.dumps(wanted, default=str)], home=home)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def folder_of(home: Path, name: str, **files: str) -> Path:
+    folder = home / name
+    folder.mkdir()
+    for file, text in {"model.safetensors": "weights", "config.json": "{}", **files}.items():
+        (folder / file.replace("_json", ".json")).write_text(text)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_rerun_commits_nothing_and_a_change_removes_what_an_earlier_push_left(hub, tmp_path):
+    repo = "org/dcm-x"
+    hub.drop = {"org/dropped/commit/": 2, "org/unreachable/commit/": 99}
+    first, second = folder_of(tmp_path, "first", results_json="{}"), folder_of(tmp_path, "second", genes_json="1")
+    said = pushes(
+        hub,
+        tmp_path,
+        (first, repo, False, TOKEN),
+        (first, repo, False, TOKEN),
+        (second, repo, False, TOKEN),
+        (second, repo, True, TOKEN),
+        (first, "org/hidden", True, TOKEN),
+        (first, "org/dropped", False, TOKEN),
+        (first, "org/unreachable", False, TOKEN),
+        (first, "org/refused", False, READ_TOKEN),
+        (first, "org/refused", False, "hf_nobody"),
+        (first, "org/refused", False, ""),
+    )
+    assert said[:3] == [f"{hub.url}/{repo}"] * 3
+    commits = [set(commit.files) - {".gitattributes"} for commit in hub.repositories[repo].commits]
+    assert commits == [
+        set(),
+        {"config.json", "model.safetensors", "results.json"},
+        {"config.json", "model.safetensors", "genes.json"},
+    ]
+    assert f"{repo} exists and is public" in said[3]
+    assert hub.repositories["org/hidden"].private
+    assert said[5] == f"{hub.url}/org/dropped"
+    assert len(hub.repositories["org/dropped"].commits) == 2
+    assert "the Hub cannot be reached" in said[6]
+    assert "refused the token for org/refused (403)" in said[7]
+    assert "refused the token for org/refused (401)" in said[8]
+    assert "no token of the Hub" in said[9]
+    assert "org/refused" not in hub.repositories

@@ -1,0 +1,446 @@
+"""Properties of training: noise, start, and runs that repeat, resume and refuse.
+
+Letters: B cells, L genes, k masked genes.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from modeling_dcm import DCMForDenoising
+from tests.tiny_training import tiny_training
+from tokenization import DCMTokenizer
+from training.config import TrainConfig
+from training.data.cells import Cells, GlobalBatchSampler
+from training.loop.batches import TrainBatches, noised
+from training.loop.optimiser import build_optimizer, learning_rate, update_average
+from training.loop.start import build_model, build_tokenizer
+from training.loop.states import newest_state
+from training.train import main
+
+
+@pytest.fixture
+def config(shards, tmp_path) -> TrainConfig:
+    return tiny_training(shards, tmp_path / "checkpoint")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    here, there = weights(first), weights(second)
+    assert here.keys() == there.keys()
+    for name, value in here.items():
+        assert torch.equal(value, there[name]), name
+
+
+# --- optimisation ----------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_warms_up_and_falls_to_zero_or_stays(config):
+    cosine = replace(config, max_steps=100, warmup_steps=10, learning_rate=1.0)
+    rates = [learning_rate(step, cosine) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1, abs=0.05)
+    assert rates[100] == pytest.approx(0)
+    constant = replace(cosine, learning_rate_schedule="constant")
+    assert [learning_rate(step, constant) for step in (9, 50, 99)] == [1.0, 1.0, 1.0]
+
+
+def test_weight_decay_is_on_matrices_and_neither_on_biases_nor_on_embeddings(config, make_model):
+    model = make_model(conditioned=True)
+    decayed, plain = (group["params"] for group in build_optimizer(model, config).param_groups)
+    embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    assert {id(p) for p in embeddings} <= {id(p) for p in plain}
+    assert all(p.ndim > 1 for p in decayed)
+    assert len(decayed) + len(plain) == len(list(model.parameters()))
+
+
+def test_weights_are_averaged_in_float32_and_faster_at_the_start():
+    layer = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    ema, expected = [torch.zeros(1, 1)], 0.0
+    for step in range(40):
+        torch.nn.init.constant_(layer.weight, 1 + step / 8)
+        update_average(ema, layer, step, decay=0.6)
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * (1 + step / 8)
+    assert ema[0].dtype == torch.float32
+    assert ema[0].item() == pytest.approx(expected, rel=1e-5)
+    assert ema[0].to(torch.bfloat16).item() != ema[0].item()
+
+
+# --- noise -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tokenizer() -> DCMTokenizer:
+    return DCMTokenizer.from_labels(
+        genes=[f"g{i}" for i in range(9)],
+        max_count=4,
+        cell_types=["a", "b"],
+        perturbations=["control", "g1", "g2"],
+        control="control",
+        covariates={"donor": ["d0", "d1"], "day": ["t0", "t1", "t2"]},
+    )
+
+
+def clean_batch(B: int, tokenizer: DCMTokenizer) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    counts = torch.randint(0, 5, (B, 9), generator=g)
+    perturbations = torch.stack([torch.randint(0, 3, (B,), generator=g), torch.full((B,), -1)], dim=1)
+    return {
+        "counts": counts,
+        "library_size": counts.sum(dim=1),
+        "cell_type_ids": torch.randint(0, 2, (B,), generator=g),
+        "perturbation_ids": perturbations,
+        "covariate_ids": torch.stack([torch.randint(0, n, (B,), generator=g) for n in (2, 3)], dim=1),
+    }
+
+
+def rows(batch: dict[str, torch.Tensor], start: int, stop: int) -> dict[str, torch.Tensor]:
+    return {name: value[start:stop] for name, value in batch.items()}
+
+
+def test_noise_does_not_depend_on_how_many_processes_share_the_batch(config, tokenizer):
+    batch = clean_batch(12, tokenizer)
+    alone = noised(batch, config, tokenizer, 5, 0, 1, "cpu")
+    shared = [noised(rows(batch, 6 * rank, 6 * rank + 6), config, tokenizer, 5, rank, 2, "cpu") for rank in (0, 1)]
+    assert alone.keys() == shared[0].keys()
+    for name, value in alone.items():
+        assert torch.equal(torch.cat([part[name] for part in shared]), value), name
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_batches_from_any_number_on_are_those_of_the_whole_run(config, world):
+    """300 cells less those of test and validation are a few batches of 40: later ones are of another epoch."""
+    options = replace(config, batch_size=40)
+    tokenizer = build_tokenizer(options)
+    cells = Cells(options.data, "train", tokenizer)
+    batches = TrainBatches(cells, options, rank=world - 1, world=world, device="cpu")
+    whole = list(islice(batches.starting_at(0), 12))
+    orders = GlobalBatchSampler(len(cells), batch_size=40, seed=options.seed, rank=world - 1, world_size=world)
+    assert len(orders) < 7
+    for start in (1, 7, 11):
+        for expected, batch in zip(whole[start:], batches.starting_at(start)):
+            assert expected.keys() == batch.keys()
+            assert all(torch.equal(expected[name], value) for name, value in batch.items())
+    orders.set_epoch(1)
+    rows_of_first = next(iter(orders))
+    assert torch.equal(whole[len(orders)]["labels"], cells[rows_of_first]["counts"])
+
+
+def test_noise_is_keyed_by_seed_and_batch_and_leaves_the_global_state_alone(config, tokenizer):
+    batch = clean_batch(12, tokenizer)
+    before = torch.get_rng_state()
+    first, again, other, seeded = (
+        noised(batch, options, tokenizer, index, 0, 1, "cpu")["input_ids"]
+        for options, index in ((config, 5), (config, 5), (config, 6), (replace(config, seed=1), 5))
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, seeded)
+
+
+def test_every_number_of_masked_genes_occurs_the_whole_cell_included(config, tokenizer):
+    inputs = noised(clean_batch(90, tokenizer), config, tokenizer, 0, 0, 1, "cpu")
+    is_masked = inputs["input_ids"] == tokenizer.mask_token_id
+    assert is_masked.sum(dim=1).bincount(minlength=10).tolist() == [0, *[10] * 9]  # stratified over the batch
+    assert torch.equal(inputs["input_ids"][~is_masked], inputs["labels"][~is_masked])
+
+
+def test_queried_genes_are_masked_and_within_the_budget(config, tokenizer):
+    batch = clean_batch(90, tokenizer)
+    inputs = noised(batch, config, tokenizer, 0, 0, 1, "cpu")
+    queries = inputs["query_positions"]
+    assert queries.shape == (90, 6)
+    chosen = inputs["input_ids"].gather(1, queries.clamp(min=0))
+    assert bool((chosen[queries >= 0] == tokenizer.mask_token_id).all())
+    k = (inputs["input_ids"] == tokenizer.mask_token_id).sum(dim=1)
+    assert torch.equal((queries >= 0).sum(dim=1), k.clamp(max=6))
+    for budget in (None, 9):
+        everything = noised(batch, replace(config, query_genes=budget), tokenizer, 0, 0, 1, "cpu")
+        assert "query_positions" not in everything
+
+
+def test_each_condition_is_dropped_on_its_own_and_never_becomes_another_label(config, tokenizer):
+    batch = clean_batch(4000, tokenizer)
+    inputs = noised(batch, replace(config, label_dropout=0.3), tokenizer, 0, 0, 1, "cpu")
+    clean = {
+        "cell_type": batch["cell_type_ids"],
+        "perturbation": batch["perturbation_ids"][:, 0],
+        "donor": batch["covariate_ids"][:, 0],
+        "day": batch["covariate_ids"][:, 1],
+        "library_size": batch["library_size"].float(),
+    }
+    noisy = {
+        "cell_type": inputs["cell_type_ids"],
+        "perturbation": inputs["perturbation_ids"][:, 0],
+        "donor": inputs["covariate_ids"][:, 0],
+        "day": inputs["covariate_ids"][:, 1],
+        "library_size": inputs["library_size"],
+    }
+    dropped = torch.stack([noisy[name] == -1 for name in clean]).double()
+    assert (dropped.mean(dim=1) - 0.3).abs().max() < 0.03
+    correlation = torch.corrcoef(dropped) - torch.eye(5)
+    assert correlation.abs().max() < 0.07
+    for name, value in clean.items():
+        kept = noisy[name] != -1
+        assert torch.equal(noisy[name][kept], value[kept]), name
+    assert bool((inputs["perturbation_ids"][noisy["perturbation"] == -1] == -1).all())
+
+
+def test_without_label_dropout_every_condition_stays(config, tokenizer):
+    batch = clean_batch(50, tokenizer)
+    inputs = noised(batch, replace(config, label_dropout=0.0), tokenizer, 0, 0, 1, "cpu")
+    for name in ("cell_type_ids", "perturbation_ids", "covariate_ids"):
+        assert torch.equal(inputs[name], batch[name])
+    assert torch.equal(inputs["library_size"], batch["library_size"].float())
+
+
+# --- start -----------------------------------------------------------------------------------------------------------
+
+
+def built(config: TrainConfig):
+    tokenizer = build_tokenizer(config)
+    cells = Cells(config.data, "train", tokenizer)
+    return build_model(config, tokenizer, cells), tokenizer, cells
+
+
+@torch.no_grad()
+def test_a_fresh_model_draws_the_training_marginals_library_sizes_and_knows_the_targets(config):
+    model, tokenizer, cells = built(config)
+    counts = torch.from_numpy(cells.csr().toarray()).long()
+    law = model(torch.full((1, 15), tokenizer.mask_token_id)).logits[0].softmax(dim=-1)
+    mean = law @ torch.arange(len(law[0]), dtype=law.dtype)
+    torch.testing.assert_close(mean, counts.float().mean(dim=0), atol=0.15, rtol=0.05)
+    named = {name: tokenizer.genes[gene] for name, gene in zip(tokenizer.perturbations, model.target_gene_ids.tolist())}
+    singles = [name for name in tokenizer.perturbations if name != "control"]
+    assert all(named[name] == name for name in singles)
+    assert model.target_gene_ids[tokenizer.perturbations.index("control")] == -1
+    totals = counts.sum(dim=1)
+    everything = model.library_sizes.quantiles[-1]
+    assert everything[[0, -1]].tolist() == [totals.min().item(), totals.max().item()]
+    assert everything[32].item() == pytest.approx(totals.double().quantile(0.5).item())
+
+
+def test_conditions_that_are_not_learned_are_not_in_the_vocabulary(config):
+    tokenizer = build_tokenizer(replace(config, conditions="cell_type"))
+    assert tokenizer.cell_types
+    assert not tokenizer.perturbations
+    nothing = build_tokenizer(replace(config, conditions="none"))
+    assert not nothing.cell_types
+    with pytest.raises(ValueError, match=r"conditions='donor': the shards have no \['donor'\]; they have"):
+        build_tokenizer(replace(config, conditions="donor"))
+
+
+def test_a_folder_without_shards_is_refused(config, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer/ in .* expected a folder that dcm-convert wrote"):
+        main(replace(config, data=tmp_path))
+    assert not config.out.exists()
+
+
+# --- perturbation vectors --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wider_table(perturbation_table, tmp_path) -> Path:
+    """The training perturbations' vectors and one of a perturbation that no cell has."""
+    vectors = load_file(perturbation_table)
+    path = tmp_path / "table.safetensors"
+    save_file({**vectors, "UNSEEN": torch.tensor([0.5, -0.5, 1.0, 2.0])}, path)
+    return path
+
+
+def test_training_perturbations_missing_from_the_table_are_listed(config, perturbation_table, tmp_path):
+    vectors = load_file(perturbation_table)
+    missing = sorted(vectors)[:2]
+    save_file({name: vector for name, vector in vectors.items() if name not in missing}, tmp_path / "t.safetensors")
+    with pytest.raises(ValueError, match=f"no vector for 2 of 4 training perturbations: {', '.join(missing)}"):
+        main(replace(config, perturbation_embeddings=tmp_path / "t.safetensors"))
+    assert not config.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"A": torch.ones(4), "B": torch.ones(3)}, r"vectors of lengths \[3, 4\], expected one length"),
+        ({"A": torch.zeros(4)}, "vectors that are not finite, or all zero: A"),
+        ({"A": torch.full((4,), torch.nan)}, "vectors that are not finite, or all zero: A"),
+    ],
+)
+def test_a_bad_table_is_refused(config, tmp_path, content, message):
+    save_file(content, tmp_path / "t.safetensors")
+    with pytest.raises(ValueError, match=message):
+        build_tokenizer(replace(config, perturbation_embeddings=tmp_path / "t.safetensors"))
+
+
+def test_a_table_that_is_no_safetensors_file_or_not_there_is_refused(config, tmp_path):
+    (tmp_path / "t.safetensors").write_text("name,vector\n")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        build_tokenizer(replace(config, perturbation_embeddings=tmp_path / "t.safetensors"))
+    with pytest.raises(FileNotFoundError, match="no perturbation table"):
+        build_tokenizer(replace(config, perturbation_embeddings=tmp_path / "other.safetensors"))
+
+
+@pytest.mark.slow
+def test_the_table_is_frozen_kept_with_its_hash_and_unseen_names_can_be_drawn(config, wider_table):
+    main(replace(config, perturbation_embeddings=wider_table))
+    model = DCMForDenoising.from_pretrained(config.out)
+    tokenizer = DCMTokenizer.from_pretrained(config.out)
+    assert model.config.perturbation_table_sha256 == hashlib.sha256(wider_table.read_bytes()).hexdigest()
+    encoder = model.conditions.perturbation
+    for name, vector in load_file(wider_table).items():
+        index = tokenizer.perturbations.index(name)
+        assert torch.equal(encoder.table[index], vector.float())
+        assert encoder.has_vector[index]
+    assert not encoder.has_vector[tokenizer.perturbations.index("control")]
+    cells = model.generate(**tokenizer.conditions(perturbation="UNSEEN", num_cells=4), steps=2)
+    assert cells.shape == (4, 15)
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_training_twice_with_one_seed_is_identical_and_another_seed_is_not(config, tmp_path):
+    runs = [replace(config, out=tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    for run in runs:
+        main(run)
+    assert_same_weights(runs[0].out, runs[1].out)
+    head = "backbone.embedding.gene.weight"
+    assert not torch.equal(weights(runs[0].out)[head], weights(runs[2].out)[head])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(config, tmp_path, monkeypatch, dropout):
+    options = replace(config, dropout=dropout, gradient_accumulation_steps=2, batch_size=40)  # over an epoch's end
+    whole = replace(options, out=tmp_path / "whole")
+    main(whole)
+    broken = replace(options, out=tmp_path / "broken")
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.train.Validation.losses", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main(broken)
+    assert [path.name for path in (broken.out / "checkpoints").iterdir()] == ["step-3"]
+    assert not (broken.out / "model.safetensors").exists()
+    main(replace(broken, resume=True))
+    assert_same_weights(whole.out, broken.out)
+    logs = [(run.out / "training.jsonl").read_text().splitlines() for run in (whole, broken)]
+    steps, losses = ([[json.loads(line).get(key) for line in log] for log in logs] for key in ("step", "loss"))
+    assert steps[0] == steps[1]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_resuming_an_empty_folder_starts_afresh_and_says_so(config, tmp_path, caplog):
+    main(replace(config, out=tmp_path / "plain"))
+    with caplog.at_level(logging.INFO):
+        main(replace(config, resume=True))
+    assert "nothing to resume" in caplog.text
+    assert "starting afresh" in caplog.text
+    assert_same_weights(config.out, tmp_path / "plain")
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory) -> TrainConfig:
+    config = tiny_training(shards, tmp_path_factory.mktemp("runs") / "checkpoint")
+    main(config)
+    return config
+
+
+def test_a_folder_that_holds_a_run_is_refused_without_resume(finished):
+    with pytest.raises(ValueError, match="holds a run already: add --resume, or choose another --out"):
+        main(finished)
+
+
+def test_a_run_cannot_be_resumed_with_other_options(finished):
+    with pytest.raises(ValueError, match=r"step-6 cannot be resumed with other options .*hidden_size: 16 then, 32 now"):
+        main(replace(finished, resume=True, hidden_size=32))
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, tmp_path):
+    copy = replace(finished, out=tmp_path / "copy", resume=True)
+    shutil.copytree(finished.out, copy.out)
+    main(copy)
+    assert_same_weights(copy.out, finished.out)
+
+
+def test_a_finished_run_is_a_checkpoint_with_model_tokenizer_options_and_log(finished):
+    names = {path.name for path in finished.out.iterdir()}
+    assert {"config.json", "model.safetensors", "genes.txt", "conditions.json", "training.jsonl"} <= names
+    assert {"training_options.json", "checkpoints"} <= names
+    assert not any(name.startswith(".") or name.endswith((".bin", ".pt", ".pkl")) for name in names)
+    model, tokenizer = (kind.from_pretrained(finished.out) for kind in (DCMForDenoising, DCMTokenizer))
+    assert model.config.num_perturbations == len(tokenizer.perturbations)
+    assert model.config.mask_token_id == tokenizer.mask_token_id
+    lines = [json.loads(line) for line in (finished.out / "training.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 6]
+    assert {"loss", "elbo", "learning_rate", "gradient_norm"} <= lines[0].keys()
+    assert {"validation_loss", "validation_elbo"} <= lines[-1].keys()
+
+
+def test_the_checkpoint_holds_the_averaged_weights(finished):
+    state = finished.out / "checkpoints" / "step-6"
+    model = DCMForDenoising.from_pretrained(finished.out)
+    averages, latest = load_file(state / "model.safetensors"), load_file(state / "state.safetensors")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, averages[name]), name
+    moved = [not torch.equal(latest[f"model.{name}"], p) for name, p in model.named_parameters()]
+    assert any(moved)
+
+
+@pytest.mark.slow
+def test_training_lowers_the_loss(config):
+    main(replace(config, max_steps=120, log_every=20, validate_every=200, save_every=200, learning_rate=5e-3))
+    lines = [json.loads(line) for line in (config.out / "training.jsonl").read_text().splitlines()]
+    losses = [line["elbo"] for line in lines if "elbo" in line]
+    assert losses[-1] < losses[0] - 0.03
+
+
+def test_shards_without_validation_cells_can_be_trained_on(config, shards, tmp_path):
+    folder = tmp_path / "no_validation"
+    shutil.copytree(shards, folder, ignore=shutil.ignore_patterns("validation"))
+    out = main(replace(config, data=folder))
+    assert (out / "model.safetensors").exists()
+    assert "validation" not in (out / "training.jsonl").read_text()
+
+
+def test_resuming_with_another_number_of_processes_is_refused(config):
+    main(config)
+    with pytest.raises(ValueError, match="num_processes: 1 then, 2 now"):
+        newest_state(replace(config, resume=True), 2, log=None)
+
+
+def test_a_log_cut_off_in_its_last_line_does_not_stop_a_resumed_run(config):
+    out = main(config)
+    with (out / "training.jsonl").open("a") as file:
+        file.write('{"step": 1')
+    main(replace(config, resume=True))
+    for line in (out / "training.jsonl").read_text().splitlines():
+        assert "step" in json.loads(line)
+
+
+def test_the_controls_vector_is_learned_even_when_the_table_has_one(config, perturbation_table, tmp_path):
+    table = load_file(perturbation_table)
+    width = len(next(iter(table.values())))
+    save_file({**table, "control": torch.zeros(width)}, tmp_path / "with_control.safetensors")
+    out = main(replace(config, perturbation_embeddings=tmp_path / "with_control.safetensors"))
+    model, tokenizer = DCMForDenoising.from_pretrained(out), DCMTokenizer.from_pretrained(out)
+    has_vector = model.conditions.perturbation.has_vector
+    assert not has_vector[tokenizer.perturbations.index("control")]
+    assert has_vector.sum() == len(table)

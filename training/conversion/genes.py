@@ -1,0 +1,168 @@
+"""Look at every count once, and choose the genes: all, those of a list, or the most variable of the training cells.
+
+Knows nothing of labels and Parquet; which cells are trained on is told, and only these can reach the choice.
+
+Shapes: m cells of a block, N cells in all, G joint genes.
+"""
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from training.conversion.duplicates import CellTally
+from training.conversion.inputs import FileCells, InputCells
+from training.data.variable_genes import (
+    ClippedTotals,
+    GeneTotals,
+    expected_spread,
+    standardised_variances,
+    top_genes,
+)
+from training.data.workers import FileWorkers, Report
+
+logger = logging.getLogger(__name__)
+
+
+def read_gene_list(path: Path) -> list[str]:
+    """Genes of a text file, one per line, in order; empty lines are passed over.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no text, names no gene, or one twice.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {str(path)!r} (--genes); expected a text file with one gene per line")
+    try:
+        genes = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not a text file ({error}); expected one gene per line") from error
+    if not genes:
+        raise ValueError(f"{str(path)!r} names no gene; expected one per line")
+    repeated = sorted({gene for gene in genes if genes.count(gene) > 1}) if len(set(genes)) < len(genes) else []
+    if repeated:
+        raise ValueError(
+            f"{str(path)!r} names {len(repeated):,} genes twice ({', '.join(repeated[:5])}); once is enough"
+        )
+    return genes
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The genes that are kept, and what their counts are like.
+
+    Attributes:
+        genes: their positions among the joint genes, ascending.
+        largest: the largest count of any cell, which sizes the columns of the shards and nothing else.
+        largest_in_training: the largest count of a training cell.
+        zero_genes: how many genes have no count in training.
+    """
+
+    genes: np.ndarray
+    largest: int
+    largest_in_training: int
+    zero_genes: int
+
+
+def choose_panel(cells: InputCells, train: np.ndarray, n_top_genes: int | None, workers: FileWorkers) -> Panel:
+    """Validate every value, and choose the genes.
+
+    Args:
+        cells: of all files.
+        train: positions of the training cells.
+        n_top_genes: how many variable genes to keep (seurat_v3); None keeps all.
+        workers: the processes that read the files.
+
+    Raises:
+        ValueError: a value is no count, the training cells have no count, or there are too few genes or cells.
+    """
+    num_genes = len(cells.var)
+    if n_top_genes is not None and not 1 <= n_top_genes <= num_genes:
+        raise ValueError(f"--n-top-genes is {n_top_genes:,}; expected 1 to {num_genes:,}, the genes of the data")
+    in_train = np.zeros(len(cells.obs), dtype=bool)
+    in_train[train] = True
+    bar = {"total": len(cells.obs), "unit": " cells"}
+    found = FileTally(num_genes)
+    for others in workers.run(
+        [partial(tally_file, file, in_train[file.rows]) for file in cells.files], desc="checking counts", **bar
+    ):
+        found.merge(others)
+    _warn_of_cells(cells.obs.index, found.cells)
+    genes = np.arange(num_genes)
+    if n_top_genes is not None:
+        spread = expected_spread(found.training)
+        clipped = ClippedTotals(spread.ceiling)
+        for others in workers.run(
+            [partial(clip_file, file, in_train[file.rows], spread.ceiling) for file in cells.files],
+            desc="choosing genes",
+            **bar,
+        ):
+            clipped.merge(others)
+        genes = top_genes(standardised_variances(found.training, spread, clipped), n_top_genes)
+    in_training = found.training.largest[genes]
+    if not in_training.any():
+        where = " and ".join(file.counts.source for file in cells.files)
+        raise ValueError(f"{where} has no count above 0 in the {len(train):,} training cells")
+    return Panel(
+        genes=genes,
+        largest=int(found.largest[genes].max()),
+        largest_in_training=int(in_training.max()),
+        zero_genes=int((in_training == 0).sum()),
+    )
+
+
+class FileTally:
+    """What one pass over counts finds: totals of the training cells; of all cells the largest counts and a tally."""
+
+    def __init__(self, num_genes: int):
+        self.training = GeneTotals(num_genes)
+        self.largest = np.zeros(num_genes, dtype=np.int64)
+        self.cells = CellTally()
+
+    def merge(self, others: "FileTally") -> None:
+        """Add the cells of the next file."""
+        self.training.merge(others.training)
+        self.largest = np.maximum(self.largest, others.largest)
+        self.cells.merge(others.cells)
+
+
+def tally_file(file: FileCells, in_train: np.ndarray, *, report: Report) -> FileTally:
+    """Validate every value of a file and tally its cells; ``in_train`` (n,) says which of them are trained on."""
+    tally = FileTally(len(file.measured))
+    for rows, counts in file.blocks(report, check=True):
+        tally.largest = np.maximum(tally.largest, counts.max(axis=0).toarray().ravel())
+        tally.training.add(counts[in_train[_within(rows, file)]], file.measured)
+        tally.cells.add(counts)
+    return tally
+
+
+def clip_file(file: FileCells, in_train: np.ndarray, ceiling: np.ndarray, *, report: Report) -> ClippedTotals:
+    """Totals of a file's training cells with counts clipped at ``ceiling`` (G,)."""
+    clipped = ClippedTotals(ceiling)
+    for rows, counts in file.blocks(report):
+        clipped.add(counts[in_train[_within(rows, file)]])
+    return clipped
+
+
+def _within(rows: slice, file: FileCells) -> slice:
+    """Positions among all cells as positions in the file."""
+    return slice(rows.start - file.rows.start, rows.stop - file.rows.start)
+
+
+def _warn_of_cells(names: pd.Index, tally: CellTally) -> None:
+    """Warn of cells without counts, and of cells that are there twice under two names."""
+    empty, (again, first) = tally.empty, tally.repeated
+    if len(empty):
+        shown = ", ".join(names[empty[:3]])
+        logger.warning("%s cells have no count at all (%s); they are kept: drop them", f"{len(empty):,}", shown)
+    if len(again):
+        logger.warning(
+            "%s cells have exactly the counts of another cell (%s those of %s); they are kept: drop copies, or test "
+            "cells may be training cells",
+            f"{len(again):,}",
+            names[again[0]],
+            names[first[0]],
+        )

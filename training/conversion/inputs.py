@@ -1,0 +1,276 @@
+"""Bring the cells of one file or many to one list of genes: which column of which file is which gene.
+
+Gene names are made comparable (a column of ``var`` instead of its index, Ensembl ids without version), cell names
+unique, and every gene that a file lacks is either dropped (intersection) or remembered as not measured there (union).
+Knows nothing of labels' meaning, splits, gene selection and Parquet.
+
+Shapes: N cells in all, G joint genes, F files.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from pandas.api.types import infer_dtype
+from scipy.sparse import csr_matrix
+
+from training.data.formats import open_counts
+from training.data.h5ad import CountFile, Counts
+from training.data.workers import FileWorkers, Report
+
+logger = logging.getLogger(__name__)
+
+ENSEMBL = r"ENS[A-Z]*\d{11}"
+SOURCE_FILE = "source_file"
+
+
+@dataclass(frozen=True)
+class FileCells:
+    """The cells of one file among all cells, and its genes among the joint ones.
+
+    Attributes:
+        counts: where they are.
+        rows: their positions among all N cells.
+        columns: the joint gene of each of the file's columns, -1 where it is none.
+        measured: (G,) whether the file has a gene.
+    """
+
+    counts: Counts
+    rows: slice
+    columns: np.ndarray
+    measured: np.ndarray
+
+    def blocks(self, report: Report, *, check: bool = False) -> Iterator[tuple[slice, csr_matrix]]:
+        """Yield positions among all cells, and counts (m, G) CSR int64 with sorted genes and no stored zeros.
+
+        Args:
+            report: is told the cells of each block.
+            check: validate every stored value, also of genes that are none of the joint ones.
+
+        Raises:
+            ValueError: with ``check``, some value is not a count; or the file is damaged.
+        """
+        for rows, counts in self.counts.blocks(report, check=check):
+            here = slice(rows.start + self.rows.start, rows.stop + self.rows.start)
+            yield here, with_genes(counts, self.columns, len(self.measured))
+
+
+@dataclass(frozen=True)
+class InputCells:
+    """N cells in all, and their G joint genes.
+
+    Attributes:
+        files: the files, in order.
+        obs: annotations of all cells (N rows), indexed by unique cell names.
+        var: annotations of the joint genes (G rows), indexed by gene name.
+    """
+
+    files: list[FileCells]
+    obs: pd.DataFrame
+    var: pd.DataFrame
+
+    @property
+    def measured(self) -> np.ndarray:
+        """(F, G) whether a file has a gene."""
+        return np.stack([file.measured for file in self.files])
+
+
+def with_genes(counts: csr_matrix, columns: np.ndarray, num_genes: int) -> csr_matrix:
+    """Counts with column j moved to ``columns[j]`` and added up there, or dropped where that is -1."""
+    if num_genes == len(columns) and np.array_equal(columns, np.arange(num_genes)):
+        return counts
+    genes = columns[counts.indices]
+    kept = genes >= 0
+    pointers = np.concatenate([[0], np.cumsum(kept)])[counts.indptr]
+    moved = csr_matrix((counts.data[kept], genes[kept], pointers), shape=(counts.shape[0], num_genes))
+    moved.sum_duplicates()
+    return moved
+
+
+def read_cells(
+    sources: Sequence[Path],
+    scratch: Path,
+    workers: FileWorkers,
+    *,
+    layer: str | None = None,
+    gene_key: str | None = None,
+    genes: Sequence[str] | None = None,
+    join: Literal["intersection", "union"] = "intersection",
+    duplicate_genes: Literal["error", "sum"] = "error",
+) -> InputCells:
+    """Read all of the files but their counts, and join their genes.
+
+    Args:
+        sources: files or folders that :func:`training.data.formats.open_counts` opens.
+        scratch: folder for temporary files; removed by the caller.
+        workers: the processes that open the files.
+        layer: of h5ad files, the matrix with the counts.
+        gene_key: column of ``var`` that names the genes; default its index.
+        genes: the genes to take, in this order; default those of the files in the order of the first.
+        join: genes that all files have, or that any has. With ``genes``: whether each file must have all of them.
+        duplicate_genes: what happens to several columns of one gene.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file, its names or an option is wrong.
+    """
+    resolved = [path.resolve() for path in sources]
+    for path in sources:
+        if resolved.count(path.resolve()) > 1:
+            raise ValueError(f"{str(path)!r} is given twice; give each file once")
+    jobs = [partial(open_counts, path, scratch / f"sorted{i}", layer) for i, path in enumerate(sources)]
+    files = list(workers.run(jobs, desc="opening files", total=len(jobs), unit=" files"))
+    names = [_gene_names(file, gene_key, duplicate_genes) for file in files]
+    _check_kinds(files, names)
+    joint = pd.Index(_join_genes(files, names, genes, join))
+    ends = np.cumsum([len(file.obs) for file in files])
+    cells = []
+    for file, name, end in zip(files, names, ends.tolist()):
+        columns = np.where(name != "", joint.get_indexer(name), -1)
+        measured = np.zeros(len(joint), dtype=bool)
+        measured[columns[columns >= 0]] = True
+        cells.append(FileCells(file.counts, slice(end - len(file.obs), end), columns, measured))
+    return InputCells(files=cells, obs=_join_obs(files), var=_join_var(files, names, joint))
+
+
+def _gene_names(file: CountFile, gene_key: str | None, duplicate_genes: str) -> np.ndarray:
+    """Comparable names of a file's columns, (columns,) str; "" for those that are no genes."""
+    var = file.var
+    if gene_key is not None and gene_key not in var:
+        known = ", ".join(map(str, var.columns)) or "none"
+        raise ValueError(f"{str(file.path)!r} has no var column {gene_key!r} (--gene-key); columns there: {known}")
+    column = var.index.to_series() if gene_key is None else var[gene_key]
+    missing = int(column.isna().sum()) + int((column.astype(str).str.strip() == "").sum())
+    if missing:
+        where = "var_names" if gene_key is None else f"var column {gene_key!r}"
+        raise ValueError(f"{str(file.path)!r}: {missing:,} genes have no name in {where}; name or drop them")
+    names = column.astype(str).str.replace(rf"^({ENSEMBL})\.\d+$", r"\1", regex=True)
+    versioned = int((names != column.astype(str)).sum())
+    if versioned:
+        logger.info("%s: %s Ensembl ids are written without their version", file.path.name, f"{versioned:,}")
+    names = names.to_numpy(dtype=object)
+    if file.are_genes is not None and not file.are_genes.all():
+        others = int((~file.are_genes).sum())
+        logger.info("%s: %s features that are no genes are left out", file.path.name, f"{others:,}")
+        names = np.where(file.are_genes, names, "")
+    given = pd.Index(names[names != ""])
+    repeated = sorted(set(given[given.duplicated()]))
+    if repeated and duplicate_genes == "error":
+        raise ValueError(
+            f"{str(file.path)!r}: {len(repeated):,} gene names stand more than once ({', '.join(repeated[:5])}); "
+            "--duplicate-genes sum adds them up, --gene-key names a column of var with other names"
+        )
+    if repeated:
+        logger.info("%s: the columns of %s repeated genes are added up", file.path.name, f"{len(repeated):,}")
+    return names
+
+
+def _check_kinds(files: list[CountFile], names: list[np.ndarray]) -> None:
+    """Raise if some files name their genes by Ensembl id and others do not."""
+    are_ensembl = [_mostly_ensembl(name) for name in names]
+    if len(set(are_ensembl)) > 1:
+        one, other = are_ensembl.index(True), are_ensembl.index(False)
+        raise ValueError(
+            f"genes are Ensembl ids in {files[one].path.name} ({_example(names[one])}) but other names in "
+            f"{files[other].path.name} ({_example(names[other])}); --gene-key names a column of var that both have"
+        )
+
+
+def _mostly_ensembl(names: Sequence[str]) -> bool:
+    return float(pd.Series(names).str.fullmatch(ENSEMBL).mean()) > 0.5
+
+
+def _example(names: Sequence[str]) -> str:
+    return ", ".join([name for name in names if name][:2])
+
+
+def _join_genes(files: list[CountFile], names: list[np.ndarray], wanted: Sequence[str] | None, join: str) -> list[str]:
+    """The joint genes in order."""
+    sets = [set(name) - {""} for name in names]
+    if wanted is None:
+        joint = list(dict.fromkeys(gene for name in names for gene in name if gene))
+        if join == "intersection":
+            joint = [gene for gene in joint if all(gene in have for have in sets)]
+            for file, have in zip(files, sets):
+                if len(joint) < len(have):
+                    logger.info("%s: %s of its genes are not in every file and are dropped (--join union keeps them)",
+                                file.path.name, f"{len(have) - len(joint):,}")  # fmt: skip
+        if not joint:
+            shown = "; ".join(f"{file.path.name}: {_example(name)}" for file, name in zip(files, names))
+            raise ValueError(f"no gene is in all {len(files)} files ({shown}); expected the same kind of names")
+        return joint
+    wanted = pd.Series(list(wanted)).str.replace(rf"^({ENSEMBL})\.\d+$", r"\1", regex=True).tolist()
+    anywhere = set().union(*sets)
+    if not anywhere & set(wanted):
+        raise ValueError(
+            f"none of the {len(wanted):,} genes of --genes ({_example(wanted)}) is in the data ({_example(names[0])}); "
+            f"--gene-key names another column of var: {', '.join(map(str, files[0].var.columns)) or 'none here'}"
+        )
+    for file, have in zip(files, sets):
+        missing = [gene for gene in wanted if gene not in have]
+        if missing and join == "intersection":
+            raise ValueError(
+                f"{str(file.path)!r} lacks {len(missing):,} of the {len(wanted):,} genes of --genes "
+                f"({', '.join(missing[:5])}); remove them from the list, or --join union marks them as not measured"
+            )
+    return wanted
+
+
+def _join_obs(files: list[CountFile]) -> pd.DataFrame:
+    """Annotations of all cells: of several files the columns that all have, and ``source_file``."""
+    for file in files:
+        repeated = sorted(set(file.obs.index[file.obs.index.duplicated()]))
+        if repeated:
+            raise ValueError(
+                f"{str(file.path)!r}: {len(repeated):,} cell names stand more than once ({', '.join(repeated[:5])}); "
+                "adata.obs_names_make_unique(), or drop cells that are there twice"
+            )
+    if len(files) == 1:
+        return files[0].obs
+    stems = _distinct_names([file.path for file in files])
+    shared = [column for column in files[0].obs if all(column in file.obs for file in files)]
+    dropped = sorted({str(column) for file in files for column in file.obs} - set(map(str, shared)))
+    if dropped:
+        logger.info("obs columns that not every file has are left out: %s", ", ".join(dropped))
+    if SOURCE_FILE in shared:
+        shared.remove(SOURCE_FILE)
+    obs = pd.concat([file.obs[shared] for file in files])
+    obs = _storable(obs)
+    origin = np.repeat(np.arange(len(files)), [len(file.obs) for file in files])
+    if obs.index.has_duplicates:
+        logger.info("cell names occur in several files: each becomes <file>:<name>")
+        obs.index = [f"{stems[i]}:{name}" for i, name in zip(origin, obs.index)]
+    obs[SOURCE_FILE] = pd.Categorical.from_codes(origin, categories=stems)
+    return obs
+
+
+def _distinct_names(paths: list[Path]) -> list[str]:
+    """File names without ending; of folders' parents as much as it takes to make them differ."""
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.resolve().with_suffix("").parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def _join_var(files: list[CountFile], names: list[np.ndarray], joint: pd.Index) -> pd.DataFrame:
+    """Annotations of the joint genes: the columns that all files have, each gene's from the first file with it."""
+    shared = [column for column in files[0].var if all(column in file.var for file in files)]
+    parts = [file.var[shared].set_axis(pd.Index(name)) for file, name in zip(files, names)]
+    var = pd.concat(parts)
+    return _storable(var[~var.index.duplicated()].reindex(joint))
+
+
+def _storable(table: pd.DataFrame) -> pd.DataFrame:
+    """``table`` with columns of mixed types, which h5ad cannot hold, as text."""
+    mixed = [
+        column
+        for column in table
+        if table[column].dtype == object and infer_dtype(table[column], skipna=True) not in ("string", "empty")
+    ]
+    return table.assign(**{column: table[column].astype(str).where(table[column].notna()) for column in mixed})

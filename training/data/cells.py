@@ -1,0 +1,287 @@
+"""Read shards: whole batches of cells as tensors, and the batch sampler that says which cells.
+
+Parquet becomes a memory-mapped Arrow table (cached by ``datasets``); the buffers of its two list columns *are* a sparse
+matrix, so a batch is made without a Python loop over values. Knows nothing of models, noise and devices. What is too
+large for a second copy on disk is read by ``stream.py``, whose ``open_cells`` opens either.
+
+Shapes: N cells of the split, B cells of a batch, G genes of the panel, P perturbations of a combination, C covariates.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from scipy.sparse import csr_matrix
+
+from tokenization import DCMTokenizer
+from tokenization.conditions_dcm import CELL_TYPE, PERTURBATION
+from training.data.shards import PANEL
+from training.data.sparse_rows import SparseRows, to_csr
+
+logger = logging.getLogger(__name__)
+
+COUNTS = ("genes", "expressions")
+
+
+class Cells(torch.utils.data.Dataset):
+    """One split of a shards folder. Indices in whole batches: ``cells[[3, 1, 4]]``, ``cells.batches(...)``, or a
+    DataLoader with ``batch_sampler=GlobalBatchSampler(...)`` and ``collate_fn=Cells.collate``.
+
+    Args:
+        folder: what ``dcm-convert`` wrote.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        tokenizer: default the one in the folder.
+        narrow: give counts in the narrowest integers that hold every id, such as int16. A batch of many genes takes
+            most of its time to write zeros; whoever uses the counts widens them at the last moment, on the device.
+
+    Attributes:
+        tokenizer: the vocabularies.
+        conditions: int64 tensors of the whole split: ``cell_type_ids`` (N,), ``perturbation_ids`` (N, P) and
+            ``covariate_ids`` (N, C), those that the data have; -1 where a cell has no label.
+
+    Raises:
+        FileNotFoundError: the folder has no such split.
+        ValueError: the tokenizer knows conditions that the shards lack; those that it does not know are left out.
+    """
+
+    def __init__(self, folder: str | Path, split: str, tokenizer: DCMTokenizer | None = None, *, narrow: bool = False):
+        folder = Path(folder)
+        files = sorted((folder / split).glob("*.parquet"))
+        if not files:
+            raise FileNotFoundError(
+                f"no {split}/*.parquet in {str(folder)!r}; expected a folder that dcm-convert wrote"
+            )
+        self.folder = folder
+        self.split = split
+        self.tokenizer = tokenizer or DCMTokenizer.from_pretrained(folder / "tokenizer")
+        self._narrow = narrow
+        self._type_of_ids = np.min_scalar_type(-self.tokenizer.pad_token_id - 1) if narrow else np.dtype(np.int64)
+        self._features, self._codes = self._open(files)
+        self.conditions = self._condition_ids()
+        self._not_measured = self._read_panels() if PANEL in self._codes else None
+        self._warned = False
+
+    def __reduce__(self) -> tuple:
+        """Another process opens the files anew: what is memory-mapped here is not sent."""
+        return partial(type(self), narrow=self._narrow), (self.folder, self.split, self.tokenizer)
+
+    def __len__(self) -> int:
+        return self._num_cells
+
+    def __getitem__(self, index: int | Sequence[int]) -> dict[str, torch.Tensor]:
+        """A batch for several indices; for one index, one cell without the batch dimension."""
+        if isinstance(index, (int, np.integer)):
+            return {name: values[0] for name, values in self.__getitems__([int(index)]).items()}
+        return self.__getitems__(index)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """A batch.
+
+        Returns:
+            ``counts`` (B, G) count ids, PAD where a gene was not measured, ``library_size`` (B,) the totals before
+            clipping, and the ``conditions`` of these cells. All int64, but ``counts`` where they are ``narrow``.
+
+        Raises:
+            IndexError: an index is not one of the split's cells.
+            ValueError: a training cell has a count above the tokenizer's ``max_count``; elsewhere such counts are
+                clipped, with one warning.
+        """
+        rows = self._checked(indices)
+        indptr, genes, expressions = self._take(rows)
+        totals = np.zeros(len(rows), dtype=np.int64)
+        expressed = np.flatnonzero(np.diff(indptr))  # reduceat has no empty sums
+        if len(expressed):
+            totals[expressed] = np.add.reduceat(expressions, indptr[expressed], dtype=np.int64)
+        if len(expressions):
+            self._clip(expressions)
+        ids = expressions if self.tokenizer.count_bins is None else self.tokenizer.count_ids(expressions)
+        ids = ids.astype(self._type_of_ids, copy=False)  # without bins a count is its own id
+        counts = to_csr(indptr, genes, ids, len(self.tokenizer.genes)).toarray()
+        not_measured = self.not_measured(rows)
+        if not_measured is not None:
+            counts[not_measured] = self.tokenizer.pad_token_id
+        batch = {"counts": torch.from_numpy(counts), "library_size": torch.from_numpy(totals)}
+        index = torch.from_numpy(rows)
+        return batch | {name: ids[index] for name, ids in self.conditions.items()}
+
+    @staticmethod
+    def collate(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """For a DataLoader's ``collate_fn``: batches arrive whole from the data set."""
+        return batch
+
+    def batches(
+        self, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches of this process, epoch after epoch without end.
+
+        Args:
+            batch_size: cells per process and batch.
+            seed: seeds the order of every epoch.
+            rank: this process.
+            world_size: number of processes.
+            start: batches to leave out, of all epochs: where a run that is resumed goes on. They are not read.
+        """
+        sampler = self._sampler(batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+        epoch, skip = divmod(start, len(sampler))
+        while True:
+            sampler.set_epoch(epoch)
+            for index, rows in enumerate(sampler):
+                if index >= skip:
+                    yield self[rows]
+            epoch, skip = epoch + 1, 0
+
+    def csr(self, rows: Sequence[int] | None = None) -> csr_matrix:
+        """Counts of some cells, or of the whole split (N, G), int32, before clipping; 0 where not measured."""
+        rows = np.arange(len(self)) if rows is None else self._checked(rows)
+        indptr, genes, expressions = self._take(rows)
+        return to_csr(indptr, genes, expressions.astype(np.int32), len(self.tokenizer.genes))
+
+    def not_measured(self, rows: Sequence[int]) -> np.ndarray | None:
+        """Which genes (B, G) were not measured in cells ``rows`` (B,); None where all were, in every cell."""
+        return None if self._not_measured is None else self._not_measured[self._codes[PANEL][rows]]
+
+    def labels(self, condition: str) -> np.ndarray:
+        """Full labels (N,) of a condition: ``cell_type``, ``perturbation`` or a covariate's name; None if missing.
+
+        Raises:
+            ValueError: the shards have no such condition.
+        """
+        known = [name for name in self._codes if name != PANEL]
+        if condition not in known:
+            raise ValueError(f"no condition {condition!r} in the shards; they have: {', '.join(known) or 'none'}")
+        return np.array([*self._features[condition].names, None], dtype=object)[self._codes[condition]]
+
+    def _open(self, files: Sequence[Path]) -> tuple[datasets.Features, dict[str, np.ndarray]]:
+        """Features of the shards and the label code of each cell; sets the number of cells and what ``_take`` reads."""
+        shards = datasets.load_dataset("parquet", data_files={self.split: list(map(str, files))}, split=self.split)
+        table = shards.data.table
+        self._num_cells = len(table)
+        self._rows = SparseRows(*(table.column(name) for name in COUNTS))
+        return shards.features, label_codes(table)
+
+    def _take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Row pointers (B + 1,), genes and counts of cells (B,), as :meth:`SparseRows.take`."""
+        return self._rows.take(rows)
+
+    def _sampler(self, **options: int) -> "GlobalBatchSampler":
+        return GlobalBatchSampler(len(self), **options)
+
+    def _checked(self, rows: Sequence[int]) -> np.ndarray:
+        rows = np.asarray(rows, dtype=np.int64)
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
+            raise IndexError(f"cells {rows.min()} to {rows.max()} of {len(self):,}; expected 0 to {len(self) - 1:,}")
+        return rows
+
+    def _read_panels(self) -> np.ndarray:
+        """Which genes (panels, G) were not measured in the cells of each panel."""
+        path = self.folder / "panels.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"no panels.json in {str(self.folder)!r}, though cells have panels; convert again")
+        panels = json.loads(path.read_text(encoding="utf-8"))
+        names = self._features[PANEL].names
+        return np.stack([np.isin(self.tokenizer.genes, panels[name]["missing_genes"]) for name in names])
+
+    def _condition_ids(self) -> dict[str, torch.Tensor]:
+        known = {
+            *([CELL_TYPE] * bool(self.tokenizer.cell_types)),
+            *([PERTURBATION] * bool(self.tokenizer.perturbations)),
+        }
+        known |= set(self.tokenizer.covariates)
+        here = set(self._codes) - {PANEL}
+        if not known <= here:
+            raise ValueError(f"the shards have the conditions {sorted(here)} but the tokenizer {sorted(known)}")
+        ids = {}
+        if CELL_TYPE in known:
+            ids["cell_type_ids"] = self.tokenizer.cell_type_ids(self.labels(CELL_TYPE))
+        if PERTURBATION in known:
+            ids["perturbation_ids"] = self.tokenizer.perturbation_ids(self.labels(PERTURBATION))
+        if self.tokenizer.covariates:
+            columns = {name: self.labels(name) for name in self.tokenizer.covariates}
+            ids["covariate_ids"] = self.tokenizer.covariate_ids(columns)
+        return ids
+
+    def _clip(self, counts: np.ndarray) -> None:
+        """Clip counts at ``max_count`` in place; raise instead for training cells."""
+        largest = int(counts.max())
+        limit = self.tokenizer.max_count
+        if largest <= limit:
+            return
+        if self.split == "train":
+            raise ValueError(
+                f"a training cell has the count {largest:,} above max_count={limit:,}; convert the data again"
+            )
+        if not self._warned:
+            logger.warning("%s cells have counts above max_count=%d (such as %d): clipped", self.split, limit, largest)
+            self._warned = True
+        np.minimum(counts, limit, out=counts)
+
+
+def label_codes(table: pa.Table) -> dict[str, np.ndarray]:
+    """Codes (N,) of every label column of a table of shards, -1 where missing."""
+    names = [name for name in table.column_names if name not in COUNTS]
+    return {name: table.column(name).fill_null(-1).to_numpy() for name in names}
+
+
+# Streams of random numbers of their own: conversion shuffles cells by the permutation of (seed, split), and the same
+# permutation again puts them back in the order of their file. They stand last, as numpy pads seeds with zeros.
+ORDER, FLOOR = 1, 2
+
+
+class GlobalBatchSampler(torch.utils.data.Sampler[list[int]]):
+    """Batches of this process: its piece of every *global* batch, of one order that all processes know.
+
+    Cells are shuffled by (seed, epoch) alone; position j of global batch i is the same cell however many processes
+    share the work: process ``rank`` of ``world_size`` gets positions ``rank * batch_size`` to
+    ``(rank + 1) * batch_size``. What is left after the last full global batch is dropped (another rest each epoch);
+    data smaller than one global batch are repeated to fill it.
+
+    Args:
+        num_cells: cells of the data set.
+        batch_size: cells per process and batch.
+        rank: this process.
+        world_size: number of processes.
+        seed: seeds the order of every epoch.
+
+    Raises:
+        ValueError: a number is below its smallest value, or ``rank`` is not below ``world_size``.
+    """
+
+    def __init__(self, num_cells: int, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        for name, value in (("num_cells", num_cells), ("batch_size", batch_size), ("world_size", world_size)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}; expected 0 to {world_size - 1}")
+        self.num_cells = num_cells
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.epoch = 0
+
+    @property
+    def sampler(self) -> "GlobalBatchSampler":
+        """Itself: accelerate hands the epoch to ``batch_sampler.sampler``."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch; call it before iterating."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return max(1, self.num_cells // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        global_size = self.batch_size * self.world_size
+        order = np.random.default_rng([self.seed, self.epoch, ORDER]).permutation(self.num_cells)
+        if self.num_cells < global_size:
+            order = np.resize(order, global_size)
+        for batch in range(len(self)):
+            start = batch * global_size + self.rank * self.batch_size
+            yield order[start : start + self.batch_size].tolist()

@@ -1,0 +1,210 @@
+"""Open a file of counts of any usual kind: h5ad (``X``, a layer, ``raw``), 10x ``.h5``, or a 10x folder of ``.mtx``.
+
+All become a :class:`CountFile`. Knows nothing of labels, splits, gene panels and Parquet.
+"""
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import h5py
+import numpy as np
+import pandas as pd
+from anndata.io import read_elem, sparse_dataset
+
+from training.data.files import damage_explained, open_h5ad
+from training.data.h5ad import CellBuckets, CountFile, Counts, DenseRows, StoredRows, damage_named, sorted_by_cell
+from training.data.workers import Report
+
+RAW = "raw"
+GENE_EXPRESSION = "Gene Expression"
+MTX_LINES = 2**20
+MTX_FILES = {"matrix": ("matrix.mtx",), "features": ("features.tsv", "genes.tsv"), "barcodes": ("barcodes.tsv",)}
+
+
+def open_counts(path: Path, scratch: Path, layer: str | None = None, *, report: Report) -> CountFile:
+    """Find the counts of one file or folder, and read all that is beside them.
+
+    Args:
+        path: an h5ad file, a 10x ``.h5`` file, or a folder with ``matrix.mtx``, ``features.tsv`` (or ``genes.tsv``)
+            and ``barcodes.tsv``, each of them also as ``.gz``.
+        scratch: folder for counts that must be sorted by cell first; need not exist, removed by the caller.
+        layer: of an h5ad file, a layer, or ``"raw"`` for ``raw.X`` (unless a layer has that name); default ``X``.
+        report: is told the progress of sorting, as shares of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not readable, has no cells or genes, or lacks the matrix asked for.
+    """
+    if path.is_dir():
+        _no_layer(path, layer)
+        file = _open_mtx(path, scratch, report)
+    elif _is_10x(path):
+        _no_layer(path, layer)
+        file = _open_10x(path)
+    elif path.name.removesuffix(".gz").endswith(".mtx"):
+        raise ValueError(f"{str(path)!r} has no names of genes and cells; give its folder, with features and barcodes")
+    else:
+        file = _open_h5ad(path, scratch, layer, report)
+    return _checked(file)
+
+
+def _no_layer(path: Path, layer: str | None) -> None:
+    if layer is not None:
+        raise ValueError(f"--layer {layer!r} was given, but {str(path)!r} is 10x output, which has no layers")
+
+
+def _checked(file: CountFile) -> CountFile:
+    shape = (len(file.obs), len(file.var))
+    if file.counts.matrix.shape != shape:
+        raise ValueError(
+            f"{str(file.path)!r} has counts of shape {file.counts.matrix.shape} for {shape[0]} cells, {shape[1]} genes"
+        )
+    if not all(shape):
+        raise ValueError(f"{str(file.path)!r} has {shape[0]} cells and {shape[1]} genes; expected some of both")
+    file.obs.index, file.var.index = file.obs.index.astype(str), file.var.index.astype(str)
+    return file
+
+
+# --- h5ad -------------------------------------------------------------------------------------------------------------
+
+
+def _open_h5ad(path: Path, scratch: Path, layer: str | None, report: Report) -> CountFile:
+    with open_h5ad(path) as file:
+        layers = sorted(file.get("layers", ()))
+        known = layers + [RAW] * (RAW not in layers and "X" in file.get(RAW, ()))
+        if layer is not None and layer not in known:
+            raise ValueError(f"{str(path)!r} has no layer {layer!r}; layers there: {', '.join(known) or 'none'}")
+        if layer is None and "X" not in file:
+            raise ValueError(f"{str(path)!r} has no X; pass --layer with one of: {', '.join(known)}")
+        raw = layer == RAW and RAW not in layers
+        name = "raw/X" if raw else "X" if layer is None else f"layers/{layer}"
+        with damage_explained(path):
+            obs, var = read_elem(file["obs"]), read_elem(file[RAW]["var"] if raw else file["var"])
+        with damage_named(path):
+            matrix = _matrix(path, file, name, scratch, report)
+    source = "X" if layer is None else "raw.X" if raw else f"layer {layer!r}"
+    others = [name for name in known if name != layer]
+    return CountFile(Counts(path, f"{source} of {path.name}", matrix, others), obs, var)
+
+
+def _matrix(
+    path: Path, file: h5py.File, name: str, scratch: Path, report: Report
+) -> DenseRows | StoredRows | CellBuckets:
+    """The matrix called ``name`` in an h5ad file, sorted by cell if it is not."""
+    element = file[name]
+    if isinstance(element, h5py.Dataset):
+        return DenseRows(path, name)
+    stored = sparse_dataset(element)
+    if stored.format == "csr":
+        return StoredRows(path, name, stored.shape)
+    arrays = [element[array] for array in ("data", "indices", "indptr")]
+    return sorted_by_cell(*arrays, stored.shape, scratch, report)
+
+
+# --- 10x --------------------------------------------------------------------------------------------------------------
+
+
+def _is_10x(path: Path) -> bool:
+    """Whether this is an HDF5 file with 10x's ``matrix`` and not AnnData's ``obs``."""
+    if not path.is_file() or not h5py.is_hdf5(path):
+        return False
+    with damage_explained(path), h5py.File(path, "r") as file:
+        return isinstance(file.get("matrix"), h5py.Group) and "obs" not in file
+
+
+def _open_10x(path: Path) -> CountFile:
+    """The ``.h5`` of Cell Ranger 3 and later: features x barcodes by column, which is cells x genes by row."""
+    with damage_named(path), h5py.File(path, "r") as file:
+        group = file["matrix"]
+        features = {name: group["features"][name].asstr()[:] for name in ("name", "id", "feature_type")}
+        barcodes = group["barcodes"].asstr()[:]
+        matrix = StoredRows(path, "matrix", tuple(int(size) for size in group["shape"][:][::-1]))
+    return _file_of_10x(path, barcodes, features, matrix)
+
+
+def _file_of_10x(path: Path, barcodes, features: dict, matrix: StoredRows | CellBuckets) -> CountFile:
+    var = pd.DataFrame(
+        {"gene_ids": features["id"], "feature_types": features["feature_type"]}, index=pd.Index(features["name"])
+    )
+    return CountFile(
+        counts=Counts(path, f"matrix of {path.name}", matrix),
+        obs=pd.DataFrame(index=pd.Index(barcodes)),
+        var=var,
+        are_genes=np.asarray(var["feature_types"] == GENE_EXPRESSION),
+    )
+
+
+def _open_mtx(path: Path, scratch: Path, report: Report) -> CountFile:
+    """A folder of ``matrix.mtx`` (features x barcodes), ``features.tsv`` (Cell Ranger 2: ``genes.tsv``), barcodes."""
+    files = {kind: _mtx_file(path, names) for kind, names in MTX_FILES.items()}
+    options = {"sep": "\t", "header": None, "dtype": str, "keep_default_na": False, "quoting": 3}
+    with _text_damage_explained(files["features"]):
+        features = pd.read_csv(files["features"], **options)
+    if features.shape[1] < 2:
+        raise ValueError(f"{str(files['features'])!r} has one column; expected gene id, gene name and feature type")
+    with _text_damage_explained(files["barcodes"]):
+        barcodes = pd.read_csv(files["barcodes"], **options)[0]
+    kinds = features[2] if features.shape[1] > 2 else pd.Series(GENE_EXPRESSION, index=features.index)
+    columns = {"id": features[0].tolist(), "name": features[1].tolist(), "feature_type": kinds.tolist()}
+    matrix = _read_mtx(files["matrix"], scratch, report)
+    return _file_of_10x(path, barcodes.tolist(), columns, matrix)
+
+
+def _mtx_file(folder: Path, names: tuple[str, ...]) -> Path:
+    candidates = [folder / (name + ending) for name in names for ending in ("", ".gz")]
+    found = [path for path in candidates if path.is_file()]
+    if not found:
+        is_full = any(folder.glob("*.h5ad"))
+        raise FileNotFoundError(
+            f"no {' or '.join(names)} (or .gz) in the folder {str(folder)!r}; expected a 10x folder with matrix.mtx, "
+            f"features.tsv and barcodes.tsv{'; its h5ad files are given by name: *.h5ad' if is_full else ''}"
+        )
+    return found[0]
+
+
+def _read_mtx(path: Path, scratch: Path, report: Report) -> CellBuckets:
+    """Sort the entries of a Matrix Market file (genes x cells) by cell."""
+    with _text_damage_explained(path), _opened_text(path) as file:
+        header = file.readline().lower().split()
+        if header[:3] != ["%%matrixmarket", "matrix", "coordinate"] or header[3] not in ("integer", "real"):
+            raise ValueError(f"{str(path)!r} is not a sparse Matrix Market file of numbers: it begins {header[:4]}")
+        line = file.readline()
+        while line.startswith("%"):
+            line = file.readline()
+        num_genes, num_cells, stored = (int(number) for number in line.split())
+        dtype = np.int64 if header[3] == "integer" else np.float64
+        buckets = CellBuckets(scratch, (num_cells, num_genes), np.dtype(dtype))
+        read = 0
+        types = {"gene": np.int64, "cell": np.int64, "value": dtype}
+        for chunk in pd.read_csv(file, sep=r"\s+", header=None, names=list(types), dtype=types, chunksize=MTX_LINES):
+            for axis, size in (("gene", num_genes), ("cell", num_cells)):
+                if chunk[axis].min() < 1 or chunk[axis].max() > size:
+                    raise ValueError(f"{str(path)!r} has {axis} numbers outside 1 to {size:,}; copy it again")
+            buckets.add(chunk["cell"].to_numpy() - 1, chunk["gene"].to_numpy() - 1, chunk["value"].to_numpy())
+            read += len(chunk)
+            report(len(chunk) / stored)
+    if read != stored:
+        raise ValueError(f"{str(path)!r} has {read:,} entries but announces {stored:,}: it is cut short; copy it again")
+    return buckets
+
+
+def _opened_text(path: Path) -> IO[str]:
+    return gzip.open(path, "rt") if path.suffix == ".gz" else path.open("rt")
+
+
+@contextmanager
+def _text_damage_explained(path: Path) -> Iterator[None]:
+    """Turn what gzip and pandas raise while reading ``path`` inside the block into one ValueError about the file."""
+    try:
+        yield
+    except (EOFError, OSError, zlib.error, ValueError, IndexError) as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(
+            f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); it looks cut short or damaged: "
+            "copy it again"
+        ) from error

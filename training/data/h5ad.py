@@ -1,0 +1,293 @@
+"""Counts on disk in blocks of cells, and h5ad files written block by block.
+
+Counts are never all in memory: matrices stored by cell (CSR, dense) are read in place; those stored by gene (CSC) or in
+any order (Matrix Market) go through temporary buckets on disk once (:class:`CellBuckets`). ``obs`` and ``var`` are in
+memory. Knows nothing of file formats other than the HDF5 arrays themselves, labels, splits, gene panels and Parquet.
+
+Shapes: n cells, G genes of the file.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse
+
+from tokenization.counts_dcm import CountCheck
+from training.data.files import damage_explained
+from training.data.workers import Report
+
+BLOCK_CELLS = 4096
+BLOCK_STORED = 2**22  # stored values of a sparse matrix
+BLOCK_VALUES = 2**24  # values of a dense matrix
+STORED_CHUNK = 2**16  # stored values that are compressed together
+LARGEST_COUNT = 2**31 - 1
+
+
+class DenseRows:
+    """A dense matrix (n, G) in an HDF5 file, read by cell.
+
+    Args:
+        path: the file, opened for each block, so that this can be sent to another process.
+        name: of the data set.
+    """
+
+    def __init__(self, path: Path, name: str):
+        self.path = path
+        self.name = name
+        with h5py.File(path, "r") as file:
+            self.shape = file[name].shape
+
+    def stop(self, start: int) -> int:
+        """End of the block of cells that begins at ``start``."""
+        return min(start + max(1, min(BLOCK_CELLS, BLOCK_VALUES // max(1, self.shape[1]))), self.shape[0])
+
+    def read(self, rows: slice) -> np.ndarray:
+        """Values of these cells (m, G)."""
+        with h5py.File(self.path, "r") as file:
+            return file[self.name][rows]
+
+
+class StoredRows:
+    """A CSR matrix (n, G) in an HDF5 file, read by cell.
+
+    Args:
+        path: the file, opened for each block, so that this can be sent to another process.
+        name: of the group of ``data``, ``indices`` and ``indptr``.
+        shape: n and G.
+
+    Raises:
+        ValueError: the index pointers contradict the shape or the number of stored values.
+    """
+
+    def __init__(self, path: Path, name: str, shape: tuple[int, int]):
+        self.path = path
+        self.name = name
+        self.shape = tuple(int(size) for size in shape)
+        with h5py.File(path, "r") as file:
+            data, indices, indptr = (file[name][array] for array in ("data", "indices", "indptr"))
+            self.indptr = checked_pointers(indptr[:], lines=shape[0], stored=min(len(data), len(indices)))
+
+    def stop(self, start: int) -> int:
+        """End of the block of cells that begins at ``start``."""
+        within = int(np.searchsorted(self.indptr, self.indptr[start] + BLOCK_STORED, side="right")) - 1
+        return min(max(within, start + 1), start + BLOCK_CELLS, self.shape[0])
+
+    def read(self, rows: slice) -> scipy.sparse.csr_matrix:
+        """Stored values of these cells (m, G)."""
+        pointers = self.indptr[rows.start : rows.stop + 1]
+        stored = slice(int(pointers[0]), int(pointers[-1]))
+        with h5py.File(self.path, "r") as file:
+            data, indices = (file[self.name][array][stored] for array in ("data", "indices"))
+        return scipy.sparse.csr_matrix(
+            (data, checked_indices(indices, self.shape[1]), pointers - pointers[0]),
+            shape=(rows.stop - rows.start, self.shape[1]),
+        )
+
+
+class CellBuckets:
+    """A matrix (n, G) whose values arrive in any order, sorted by cell through temporary files.
+
+    Args:
+        folder: where the temporary files go; made here, removed by the caller.
+        shape: n and G.
+        dtype: of the values.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, int], dtype: np.dtype):
+        self.folder = folder
+        self.folder.mkdir(parents=True)
+        self.shape = shape
+        self.bucket_cells = BLOCK_CELLS
+        self.record = np.dtype([("cell", np.int32), ("gene", np.int32), ("value", dtype)])
+
+    def add(self, cells: np.ndarray, genes: np.ndarray, values: np.ndarray) -> None:
+        """Take the values of some pairs of cell and gene, three arrays of one length."""
+        records = np.empty(len(values), dtype=self.record)
+        records["cell"], records["gene"], records["value"] = cells, genes, values
+        buckets = cells // self.bucket_cells
+        order = np.argsort(buckets, kind="stable")
+        edges = np.flatnonzero(np.diff(buckets[order])) + 1
+        for part in np.split(order, edges):
+            if len(part):
+                with self._path(int(buckets[part[0]])).open("ab") as file:
+                    records[part].tofile(file)
+
+    def stop(self, start: int) -> int:
+        """End of the block of cells that begins at ``start``, a multiple of the bucket's size."""
+        return min(start + self.bucket_cells, self.shape[0])
+
+    def read(self, rows: slice) -> scipy.sparse.csr_matrix:
+        """Stored values of one bucket of cells (m, G)."""
+        path = self._path(rows.start // self.bucket_cells)
+        records = np.fromfile(path, dtype=self.record) if path.exists() else np.empty(0, dtype=self.record)
+        cells = records["cell"] - rows.start
+        order = np.argsort(cells, kind="stable")
+        pointers = np.concatenate([[0], np.cumsum(np.bincount(cells, minlength=rows.stop - rows.start))])
+        return scipy.sparse.csr_matrix(
+            (records["value"][order], records["gene"][order], pointers), shape=(len(pointers) - 1, self.shape[1])
+        )
+
+    def _path(self, bucket: int) -> Path:
+        return self.folder / f"{bucket:06d}"
+
+
+def sorted_by_cell(
+    data: h5py.Dataset,
+    indices: h5py.Dataset,
+    indptr: h5py.Dataset,
+    shape: tuple[int, int],
+    folder: Path,
+    report: Report,
+) -> CellBuckets:
+    """Transpose a CSC matrix (n, G) on disk, reading its arrays once; ``report`` is told the share of each block.
+
+    Raises:
+        ValueError: the arrays contradict the shape or each other.
+    """
+    pointers = checked_pointers(indptr[:], lines=shape[1], stored=min(len(data), len(indices)))
+    buckets = CellBuckets(folder, tuple(int(size) for size in shape), data.dtype)
+    stored = int(pointers[-1])
+    for start in range(0, stored, BLOCK_STORED):
+        stop = min(start + BLOCK_STORED, stored)
+        cells = checked_indices(indices[start:stop], shape[0])
+        genes = np.searchsorted(pointers, np.arange(start, stop), side="right") - 1
+        buckets.add(cells, genes, data[start:stop])
+        report((stop - start) / stored)
+    return buckets
+
+
+def checked_pointers(pointers: np.ndarray, *, lines: int, stored: int) -> np.ndarray:
+    """Index pointers of a compressed matrix, if they can be true."""
+    pointers = pointers.astype(np.int64)
+    whole = len(pointers) == lines + 1 and pointers[0] == 0 and bool((np.diff(pointers) >= 0).all())
+    if not whole or pointers[-1] > stored:
+        raise ValueError(
+            f"the index pointers of the sparse matrix are damaged (expected {lines + 1:,} ascending numbers from 0 to "
+            f"at most {stored:,}); write or copy the file again"
+        )
+    return pointers
+
+
+def checked_indices(indices: np.ndarray, size: int) -> np.ndarray:
+    """Row or column indices of a sparse matrix, if all are in 0..size-1."""
+    if len(indices) and not (indices.min() >= 0 and indices.max() < size):
+        raise ValueError(
+            f"the indices of the sparse matrix are damaged (from {indices.min():,} to {indices.max():,}, expected 0 to "
+            f"{size - 1:,}); write or copy the file again"
+        )
+    return indices
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The counts of one file (n, G); small, so that another process can be given them to read.
+
+    Attributes:
+        path: the file or folder.
+        source: what they are called in messages, such as ``"X of cells.h5ad"``.
+        matrix: where they are on disk.
+        layers: what ``--layer`` could name instead.
+    """
+
+    path: Path
+    source: str
+    matrix: DenseRows | StoredRows | CellBuckets
+    layers: list[str] = field(default_factory=list)
+
+    def blocks(self, report: Report, *, check: bool = False) -> Iterator[tuple[slice, scipy.sparse.csr_matrix]]:
+        """Yield slices of cells and their counts, CSR int64, with sorted genes and no stored zeros.
+
+        Args:
+            report: is told the cells of each block.
+            check: look at every value as it is stored, and raise at the end of the file if one was no count. After
+                a value that is no count, blocks are still read but no longer yielded.
+
+        Raises:
+            ValueError: with ``check``, some value is not a count; or the file is damaged.
+        """
+        checked = CountCheck()
+        start = 0
+        while start < self.matrix.shape[0]:
+            rows = slice(start, self.matrix.stop(start))
+            with damage_named(self.path):
+                block = self.matrix.read(rows)
+                if check:
+                    checked.add(block.data if scipy.sparse.issparse(block) else block)
+            if checked.is_clean and checked.maximum > LARGEST_COUNT:
+                raise ValueError(f"{self.source} has the value {checked.maximum:.4g}; expected counts below 2^31")
+            if checked.is_clean:
+                counts = scipy.sparse.csr_matrix(block).astype(np.int64)
+                counts.sum_duplicates()
+                counts.eliminate_zeros()
+                yield rows, counts
+            report(rows.stop - rows.start)
+            start = rows.stop
+        checked.raise_if_bad(self.source, layers=self.layers, layer_option="--layer {}")
+
+
+@dataclass(frozen=True)
+class CountFile:
+    """A file of n cells and their genes.
+
+    Attributes:
+        counts: where the counts are (n, G).
+        obs: annotations of the cells, indexed by cell name.
+        var: annotations of the genes, indexed by gene name.
+        are_genes: (G,) which columns are genes; others (antibodies, guides) are no gene expression.
+    """
+
+    counts: Counts
+    obs: pd.DataFrame
+    var: pd.DataFrame
+    are_genes: np.ndarray | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file or folder."""
+        return self.counts.path
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while reading ``path`` inside the block into one ValueError that names the file."""
+    try:
+        with damage_explained(path):
+            yield
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{str(path)!r}: {error}") from error
+
+
+class CountWriter:
+    """Write an h5ad file whose counts (CSR int32) arrive in blocks of cells, in the order of ``obs``."""
+
+    def __init__(self, path: Path, *, obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, object]):
+        anndata.AnnData(obs=obs, var=var, uns=uns).write_h5ad(path)
+        self.file = h5py.File(path, "r+")
+        if "X" in self.file:
+            del self.file["X"]
+        group = self.file.create_group("X")
+        group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": (len(obs), len(var))})
+        options = {"maxshape": (None,), "chunks": (STORED_CHUNK,), "compression": "gzip", "compression_opts": 1}
+        self.arrays = {name: group.create_dataset(name, (0,), np.int32, **options) for name in ("data", "indices")}
+        self.lengths = [np.zeros(1, dtype=np.int64)]  # stored values of each cell, after a 0
+
+    def add(self, genes: np.ndarray, counts: np.ndarray, lengths: np.ndarray) -> None:
+        """Append m cells, given as the positions of their expressed genes, the counts there, and (m,) how many."""
+        for name, values in (("data", counts), ("indices", genes)):
+            array = self.arrays[name]
+            array.resize(len(array) + len(values), axis=0)
+            array[len(array) - len(values) :] = values
+        self.lengths.append(lengths.astype(np.int64))
+
+    def finish(self) -> None:
+        """Write where each cell begins, and close the file."""
+        self.file["X"]["indptr"] = np.cumsum(np.concatenate(self.lengths))
+        self.file.close()

@@ -1,0 +1,192 @@
+"""Read shards block by block, straight from Parquet: for data too large for the copy that ``datasets`` would make.
+
+A block is a row group of about 4,096 cells, which the conversion has shuffled. Each epoch deals the blocks to the
+processes in a seeded order, and permutes the cells of a few blocks at a time; so the order is known without reading,
+and a resumed run reads nothing that it leaves out. Knows nothing of models, noise and devices.
+Letters: N cells of the split, B cells of a batch, M blocks.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy.sparse import vstack
+
+from tokenization import DCMTokenizer
+from training.data.cells import COUNTS, ORDER, Cells, GlobalBatchSampler, label_codes
+from training.data.sparse_rows import SparseRows, to_csr
+
+BLOCKS_IN_MEMORY = 4
+
+
+def open_cells(
+    folder: str | Path,
+    split: str,
+    tokenizer: DCMTokenizer | None = None,
+    *,
+    streaming: bool = False,
+    narrow: bool = False,
+) -> Cells:
+    """One split of a shards folder, memory-mapped or streaming. See :class:`Cells` for arguments and errors.
+
+    Memory-mapped cells are read in any order at the same speed, from an Arrow copy that ``datasets`` makes once in its
+    cache (of about the size of the counts in memory). Streaming needs no copy; ``batches`` are shuffled by blocks, and
+    what is asked for in another order is read slowly.
+
+    Raises:
+        ValueError: a shard is damaged; the message names it. Streaming finds damaged counts when it comes to them.
+    """
+    with _damage_named(Path(folder) / split):
+        return (StreamedCells if streaming else Cells)(folder, split, tokenizer, narrow=narrow)
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turn what Arrow and ``datasets`` raise inside the block into one ValueError, if a shard of ``path`` is damaged.
+
+    ``path`` is a shard or a folder of shards. They are read again to find the one: libraries do not say which it was.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # there is no one kind of error for broken bytes
+        for file in sorted(path.glob("*.parquet")) if path.is_dir() else [path]:
+            why = _damage(file)
+            if why:
+                raise ValueError(
+                    f"the shard {str(file)!r} is damaged ({why}): copy it again, or run dcm-convert again"
+                ) from error
+        raise
+
+
+def _damage(file: Path) -> str | None:
+    """What Arrow says to a file that it cannot read, in one line; None for one that it can."""
+    try:
+        for _ in pq.ParquetFile(file).iter_batches():
+            pass
+    except Exception as why:
+        return " ".join(str(why).split())
+    return None
+
+
+class StreamedCells(Cells):
+    """Cells of Parquet row groups, of which the last few read are in memory."""
+
+    def _open(self, files: Sequence[Path]) -> tuple[datasets.Features, dict[str, np.ndarray]]:
+        self._paths = files
+        self._files = [pq.ParquetFile(file, memory_map=True) for file in files]
+        metadata = [file.metadata for file in self._files]
+        self._places = [(i, group) for i, m in enumerate(metadata) for group in range(m.num_row_groups)]
+        sizes = [metadata[i].row_group(group).num_rows for i, group in self._places]
+        self._first_cells = np.cumsum([0, *sizes])  # (M + 1,)
+        self._blocks: OrderedDict[int, tuple[pa.Array, pa.Array]] = OrderedDict()  # the last used is the last
+        self._joined: tuple[tuple[int, ...], SparseRows] | None = None
+        self._num_cells = int(self._first_cells[-1])
+        schema = self._files[0].schema_arrow
+        labels = [name for name in schema.names if name not in COUNTS]
+        table = pa.concat_tables(file.read(columns=labels) for file in self._files)
+        return datasets.Features.from_arrow_schema(schema), label_codes(table)
+
+    def _take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        blocks = np.searchsorted(self._first_cells, rows, side="right") - 1
+        needed = np.unique(blocks)
+        if len(needed) > 2 * BLOCKS_IN_MEMORY:  # more than a batch of a sampler needs
+            return self._take_in_turn(rows, np.searchsorted(needed, blocks) // BLOCKS_IN_MEMORY)
+        first_of_joined = np.zeros(len(self._first_cells), dtype=np.int64)  # where a block begins among those joined
+        first_of_joined[needed] = np.cumsum([0, *np.diff(self._first_cells)[needed]])[:-1]
+        return self._join(tuple(needed.tolist())).take(rows - self._first_cells[blocks] + first_of_joined[blocks])
+
+    def _take_in_turn(self, rows: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As :meth:`_take`, the cells of one group of blocks (B,) after the other, so that memory holds few blocks."""
+        order = np.argsort(groups, kind="stable")
+        parts = np.split(rows[order], np.flatnonzero(np.diff(groups[order])) + 1)
+        G = len(self.tokenizer.genes)
+        found = vstack([to_csr(*self._take(part), G) for part in parts], format="csr")[np.argsort(order)]
+        return found.indptr.astype(np.int64), found.indices, found.data
+
+    def _join(self, needed: tuple[int, ...]) -> SparseRows:
+        """The cells of some blocks, one after the other."""
+        if self._joined is None or self._joined[0] != needed:
+            arrays = {
+                block: self._block(block) for block in sorted(needed, key=lambda block: block not in self._blocks)
+            }
+            columns = zip(*(arrays[block] for block in needed))
+            self._joined = needed, SparseRows(*(pa.chunked_array(column) for column in columns))
+        return self._joined[1]
+
+    def _block(self, block: int) -> tuple[pa.Array, pa.Array]:
+        """Genes and counts of a block, one list for each cell."""
+        if block in self._blocks:
+            self._blocks.move_to_end(block)
+        else:
+            file, group = self._places[block]
+            with _damage_named(self._paths[file]):
+                table = self._files[file].read_row_group(group, columns=list(COUNTS))
+            while len(self._blocks) >= BLOCKS_IN_MEMORY:
+                self._blocks.popitem(last=False)
+            self._blocks[block] = tuple(_one_array(table.column(name)) for name in COUNTS)
+        return self._blocks[block]
+
+    def _sampler(self, **options: int) -> "BlockBatchSampler":
+        return BlockBatchSampler(self._first_cells, **options)
+
+
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+
+
+class BlockBatchSampler(GlobalBatchSampler):
+    """Batches of this process from its own blocks of cells.
+
+    Blocks are dealt anew each epoch, by (seed, epoch) alone; the cells of :data:`BLOCKS_IN_MEMORY` blocks at a time
+    are then permuted. All processes have the same number of batches in every epoch: as many as the fewest cells that
+    any deal can give to a process; what is left is dropped (another rest each epoch).
+
+    Args:
+        first_cells: (M + 1,) first cell of each block, and the number of cells.
+        batch_size: cells per process and batch.
+        rank: this process.
+        world_size: number of processes.
+        seed: seeds the order of every epoch.
+
+    Raises:
+        ValueError: as :class:`GlobalBatchSampler`; also when a process could get less than one batch.
+    """
+
+    def __init__(self, first_cells: np.ndarray, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        super().__init__(int(first_cells[-1]), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+        self.first_cells = first_cells
+        sizes = np.sort(np.diff(first_cells))
+        fewest = int(sizes[: len(sizes) // world_size].sum())
+        self._num_batches = fewest // batch_size
+        if not self._num_batches:
+            raise ValueError(
+                f"{self.num_cells:,} cells in {len(sizes):,} blocks leave a process as few as {fewest:,} of them, less "
+                f"than a batch of {batch_size:,}; do not stream data this small (streaming=False)"
+            )
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        num_blocks = len(self.first_cells) - 1
+        mine = np.random.default_rng([self.seed, self.epoch, ORDER]).permutation(num_blocks)[
+            self.rank :: self.world_size
+        ]
+        waiting = np.zeros(0, dtype=np.int64)
+        left = len(self)
+        for window in range(0, len(mine), BLOCKS_IN_MEMORY):
+            spans = [
+                (self.first_cells[block], self.first_cells[block + 1]) for block in mine[window:][:BLOCKS_IN_MEMORY]
+            ]
+            rng = np.random.default_rng([self.seed, self.epoch, self.rank, window, ORDER])
+            waiting = np.concatenate([waiting, rng.permutation(np.concatenate([np.arange(*span) for span in spans]))])
+            for _ in range(min(left, len(waiting) // self.batch_size)):
+                yield waiting[: self.batch_size].tolist()
+                waiting, left = waiting[self.batch_size :], left - 1

@@ -1,0 +1,247 @@
+"""Start from a trained checkpoint on other data: genes and labels matched by name, everything else taken over.
+
+On the genes and labels that the checkpoint knows, the new network starts as the same function; what is new starts at
+the marginals of the new training cells. Knows nothing of the loop. Letters: G genes, K largest count, D width.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from modeling_dcm import DCMForDenoising
+from tokenization import DCMTokenizer
+from training.config import TrainConfig
+from training.loop.head_transfer import refit_counts, take_head
+
+logger = logging.getLogger(__name__)
+
+SHAPE = ("backbone", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "num_latents")
+SHAPE += ("masked_keys", "cell_summary", "gene_output_bias", "condition_tokens")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to start from."""
+
+    name: str
+    model: DCMForDenoising
+    tokenizer: DCMTokenizer
+
+
+@dataclass(frozen=True)
+class Match:
+    """Names that old and new vocabularies share, and how many they do not."""
+
+    old: list[int]
+    new: list[int]
+    num_new: int
+    num_left_out: int
+
+    @classmethod
+    def of(cls, old: Sequence[str], new: Sequence[str]) -> "Match":
+        position = {name: index for index, name in enumerate(old)}
+        pairs = [(position[name], index) for index, name in enumerate(new) if name in position]
+        return cls([i for i, _ in pairs], [j for _, j in pairs], len(new) - len(pairs), len(old) - len(pairs))
+
+    def __str__(self) -> str:
+        left_out = f", {self.num_left_out} of the checkpoint left out" * bool(self.num_left_out)
+        return f"{len(self.new)} known and {self.num_new} new{left_out}"
+
+
+def load_source(name: str) -> Source:
+    """The checkpoint in a folder or on the Hub.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return Source(name, DCMForDenoising.from_pretrained(name), DCMTokenizer.from_pretrained(name))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"init_from={name!r} is no checkpoint ({reason}); expected a folder or a Hub id") from error
+
+
+def shaped_like(config: TrainConfig, source: Source) -> TrainConfig:
+    """Options with the shape of the checkpoint.
+
+    Raises:
+        ValueError: an option asks for another shape.
+    """
+    theirs = {name: getattr(source.model.config, name) for name in SHAPE}
+    for name, value in theirs.items():
+        if config.is_set(name) and getattr(config, name) != value:
+            mine = getattr(config, name)
+            raise ValueError(f"{name}={mine!r} contradicts init_from, whose checkpoint has {value!r}: leave {name} out")
+    if not config.is_set("library_size_conditioning"):
+        theirs["library_size_conditioning"] = source.model.config.library_size_conditioning
+    return replace(config, **theirs)
+
+
+def merged_tokenizer(new: DCMTokenizer, source: DCMTokenizer) -> DCMTokenizer:
+    """The genes and conditions of the new data, with the labels and counts of the checkpoint and then the new ones.
+
+    Raises:
+        ValueError: no gene in common, or other bins of counts.
+    """
+    if not set(new.genes) & set(source.genes):
+        raise ValueError(
+            f"no gene of the shards ({', '.join(new.genes[:3])}, ...) is in the checkpoint "
+            f"({', '.join(source.genes[:3])}, ...): expected the same kind of names"
+        )
+    bins = [tokenizer.count_bins and (*tokenizer.count_bins, tokenizer.max_count) for tokenizer in (new, source)]
+    if bins[0] != bins[1]:
+        raise ValueError(f"count bins {bins[0]} in the shards and {bins[1]} in the checkpoint: expected the same")
+    known = _perturbations(source, new.control)
+    return DCMTokenizer(
+        genes=new.genes,
+        max_count=max(new.max_count, source.max_count),
+        count_bins=new.count_bins,
+        cell_types=_union(source.cell_types, new.cell_types),
+        perturbations=_union(known, new.perturbations),
+        control=new.control,
+        covariates={name: _union(source.covariates.get(name, []), new.covariates[name]) for name in new.covariates},
+        separator=new.separator,
+    )
+
+
+def _perturbations(source: DCMTokenizer, control: str | None) -> list[str]:
+    """The checkpoint's perturbations, the control under the name that it has in the new data."""
+    names = [control if name == source.control else name for name in source.perturbations]
+    return [name for name in names if name is not None]
+
+
+def _union(old: Sequence[str], new: Sequence[str]) -> list[str]:
+    """Labels of a condition that the new data have, the checkpoint's first; none where they do not have it."""
+    return list(dict.fromkeys([*old, *new])) if new else []
+
+
+@torch.no_grad()
+def transfer(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer) -> None:
+    """Take the checkpoint's weights over into a fresh ``model`` of ``tokenizer``; one line of the log says what is new.
+
+    Raises:
+        ValueError: the checkpoint's perturbations are labels, or other vectors, and ``model`` has a table of vectors.
+    """
+    old, names = source.model, source.tokenizer
+    theirs = dict(old.named_parameters())
+    fresh_head = {name: value.clone() for name, value in model.head.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        if name in theirs and theirs[name].shape == parameter.shape:
+            parameter.copy_(theirs[name])
+    matches = {"genes": Match.of(names.genes, tokenizer.genes)}
+    genes = matches["genes"]
+    for part in ("gene", "gene_reading"):
+        rows, to = (getattr(m.backbone.embedding, part).weight for m in (old, model))
+        to.copy_(rows.mean(dim=0))  # a new gene starts as a mean one
+        to[genes.new] = rows[genes.old]
+    matches |= _take_labels(source, model, tokenizer)
+    _take_condition_mlp(old, model)
+    _take_gene_means(old, model, genes, matches.get("cell types", Match([], [], 0, 0)))
+    take_head(old.head, model.head, fresh_head, genes.old, genes.new)
+    if model.config.num_counts != old.config.num_counts:
+        refit_counts(old, model)
+    counts = f"; counts to {tokenizer.max_count} instead of {names.max_count}"
+    logger.info(
+        "starting from %s: %s%s",
+        source.name,
+        "; ".join(f"{kind}: {match}" for kind, match in matches.items()),
+        counts if tokenizer.max_count != names.max_count else "",
+    )
+
+
+def _take_labels(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer) -> dict[str, Match]:
+    """Vectors of the labels that both know; the last row of each table is *not given*."""
+    old, new, names = source.model.conditions, model.conditions, source.tokenizer
+    pairs = []
+    dropped = [name for name in source.model.config.condition_names if name not in model.config.condition_names]
+    if dropped:
+        logger.warning(
+            "conditions of the checkpoint that the new shards lack are dropped: %s; dcm-convert takes them with "
+            "--cell-type-key, --perturbation-key and --covariate-keys",
+            ", ".join(dropped),
+        )
+    if old.cell_type is not None and new.cell_type is not None:
+        pairs.append(("cell types", old.cell_type, new.cell_type, names.cell_types, tokenizer.cell_types))
+    if old.perturbation is not None and new.perturbation is not None:
+        known = [tokenizer.control if name == names.control else name for name in names.perturbations]
+        labels = (known, tokenizer.perturbations)
+        pairs.append(("perturbations", old.perturbation.learned, new.perturbation.learned, *labels))
+        _take_vectors(old.perturbation, new.perturbation, Match.of(*labels))
+        _tell_learned(new.perturbation, tokenizer, known)
+    for name, encoder in new.covariates.items():
+        if name in old.covariates:
+            labels = (names.covariates[name], tokenizer.covariates[name])
+            pairs.append((name, old.covariates[name], encoder, *labels))
+    matches = {}
+    for kind, theirs, mine, old_labels, new_labels in pairs:
+        match = matches[kind] = Match.of(old_labels, new_labels)
+        mine.weight[match.new] = theirs.weight[match.old]
+        mine.weight[-1] = theirs.weight[-1]
+    if old.library_size is not None and new.library_size is not None:
+        new.library_size.log_mean.copy_(old.library_size.log_mean)
+        new.library_size.log_std.copy_(old.library_size.log_std)
+    return matches
+
+
+def _take_vectors(old: torch.nn.Module, new: torch.nn.Module, match: Match) -> None:
+    """Frozen vectors of known perturbations, where the new table has none. What has none in either keeps the learned
+    vector that :func:`_take_labels` gives it."""
+    if new.linear is None:
+        return
+    if old.linear is None or old.linear.weight.shape != new.linear.weight.shape:
+        width = "learned them as labels" if old.linear is None else f"has vectors of {old.linear.in_features} numbers"
+        raise ValueError(
+            f"perturbation_embeddings has vectors of {new.linear.in_features} numbers, but the checkpoint of init_from "
+            f"{width}: leave perturbation_embeddings out, or take the checkpoint's kind"
+        )
+    for i, j in zip(match.old, match.new, strict=True):
+        if old.has_vector[i] and not new.has_vector[j]:
+            new.table[j], new.has_vector[j] = old.table[i], True
+
+
+def _tell_learned(encoder: torch.nn.Module, tokenizer: DCMTokenizer, known: Sequence[str]) -> None:
+    """Log the new perturbations that must learn a vector beside others that have a frozen one."""
+    if encoder.linear is None:
+        return
+    with_vector = [name for name, has in zip(tokenizer.perturbations, encoder.has_vector.tolist(), strict=True) if has]
+    learned = sorted(set(tokenizer.perturbations) - {*with_vector, *known, tokenizer.control})
+    if learned:
+        logger.warning(
+            "%d new perturbations have no frozen vector and learn one (a table from dcm-embed in "
+            "perturbation_embeddings gives them theirs): %s",
+            len(learned),
+            ", ".join(learned),
+        )
+
+
+def _take_condition_mlp(old: DCMForDenoising, model: DCMForDenoising) -> None:
+    """The first layer reads one block of columns for each condition.
+
+    A new condition's columns start at zero; one that the new data lack is left at its *not given*, in the bias.
+    """
+    theirs, mine = old.conditions, model.conditions
+    D = model.config.hidden_size
+    old_weight, weight = theirs.mlp[0].weight, mine.mlp[0].weight
+    extra = ["time", *(["summary"] if model.config.cell_summary else [])]
+    of_old, of_new = ([*m.config.condition_names, *extra] for m in (old, model))
+    bias = theirs.mlp[0].bias.clone()
+    columns = {name: old_weight[:, i * D : (i + 1) * D] for i, name in enumerate(of_old)}
+    nulls = {"cell_type": theirs.cell_type, "perturbation": theirs.perturbation and theirs.perturbation.learned}
+    nulls |= dict(theirs.covariates.items())
+    nulls["library_size"] = theirs.library_size and theirs.library_size.null
+    for name in set(of_old) - set(of_new):
+        bias += columns[name] @ nulls[name].weight[-1]
+    weight.copy_(torch.cat([columns.get(name, torch.zeros(D, D)) for name in of_new], dim=1))
+    mine.mlp[0].bias.copy_(bias)
+    if mine.summary is not None:  # the sum over genes is divided by the root of their number
+        mine.summary.weight[:, :D] *= (model.config.num_genes / old.config.num_genes) ** 0.5
+
+
+def _take_gene_means(old: DCMForDenoising, model: DCMForDenoising, genes: Match, types: Match) -> None:
+    """Known genes of known cell types keep their mean counts; the others are brought to the checkpoint's depth."""
+    theirs, mine = old.totals.gene_mean, model.totals.gene_mean
+    mine *= theirs[-1, genes.old].sum() / mine[-1, genes.new].sum().clamp(min=1e-6)
+    for i, j in [*zip(types.old, types.new, strict=True), (-1, -1)]:
+        mine[j, genes.new] = theirs[i, genes.old]

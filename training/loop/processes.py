@@ -1,0 +1,96 @@
+"""The processes of a run, as `accelerate` and `torchrun` started them, and the trackers that it reports to.
+
+Knows nothing of data and networks.
+"""
+
+import difflib
+import os
+import socket
+from dataclasses import asdict
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, gather_object
+
+from training.config import TrainConfig
+from training.data.workers import available_cores
+
+WHOLE_COPIES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+# the others wait while the first process validates, scores and saves; their libraries give up after 10 minutes
+PATIENCE = timedelta(hours=2)
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """The accelerator of this process.
+
+    Raises:
+        ValueError: a tracker is not installed, or accelerate was told to split the network over the processes, or to
+            accumulate another number of batches.
+    """
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        cpu=not torch.cuda.is_available(),
+        log_with=tracker_names(config.trackers) or None,
+        project_config=ProjectConfiguration(logging_dir=str(config.out / "trackers")),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    if accelerator.distributed_type not in WHOLE_COPIES:
+        raise ValueError(
+            f"accelerate was configured for {accelerator.distributed_type.value}, expected plain data parallelism: "
+            "these networks fit on one device, and averages and states need all of their weights"
+        )
+    accumulate = accelerator.gradient_accumulation_steps
+    if accumulate != config.gradient_accumulation_steps:
+        raise ValueError(
+            f"accelerate was configured for gradient_accumulation_steps={accumulate}, training for "
+            f"{config.gradient_accumulation_steps}: give --gradient-accumulation-steps {accumulate}, or leave it out "
+            "of accelerate's configuration"
+        )
+    if accelerator.num_processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads_per_process(gather_object([socket.gethostname()]), socket.gethostname()))
+    return accelerator
+
+
+def threads_per_process(hosts: list[str], host: str) -> int:
+    """This process's share of the cores of ``host``, when ``hosts`` are those of all processes.
+
+    A launcher that does not say how many processes share a machine leaves each of them all cores. Their threads then
+    take turns, and since those of OpenMP wait for each other without giving way, steps can take many times longer.
+    """
+    return max(1, available_cores() // hosts.count(host))
+
+
+def tracker_names(wanted: str) -> list[str]:
+    """Accelerate's names of the trackers ``wanted``, separated by commas; ``auto`` is tensorboard where there is one.
+
+    Raises:
+        ValueError: one is not installed, or accelerate does not know it.
+    """
+    installed = [tracker.value for tracker in get_available_trackers()]
+    if wanted == "auto":
+        return [name for name in installed if name == "tensorboard"]
+    names = [] if wanted == "none" else [name.strip() for name in wanted.split(",")]
+    known = sorted(LOGGER_TYPE_TO_CLASS)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"trackers={wanted!r}: accelerate knows no {name!r}; did you mean {near!r}? It knows: "
+                f"{', '.join(known)}; or auto, or none"
+            )
+        if name not in installed:
+            raise ValueError(
+                f"trackers={wanted!r}: {name!r} is not installed (pip install {name}); installed are: "
+                f"{', '.join(installed) or 'none'}"
+            )
+    return names
+
+
+def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Begin a run with each tracker, with the options of training."""
+    if accelerator.log_with:
+        options = {name: v if isinstance(v, bool | int | float) else str(v) for name, v in asdict(config).items()}
+        accelerator.init_trackers(config.out.name or "training", config=options)

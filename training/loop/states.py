@@ -1,0 +1,278 @@
+"""Save and restore the state of a training run, in safetensors and JSON, written aside and renamed.
+
+A state is a folder `OUT/checkpoints/step-N`: the averaged weights with configuration and tokenizer, a checkpoint that
+loads like any other, and beside them all else that the loop needs to go on. Knows nothing of how cells are read.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from modeling_dcm import DCMConfig, DCMForDenoising
+from tokenization import DCMTokenizer
+from training.config import TrainConfig
+from training.data.files import written_aside
+from training.hub.shipped_files import add_shipped_files
+from training.loop.optimiser import averaged_weights
+
+logger = logging.getLogger(__name__)
+
+# options that may differ between a run and its continuation; what the paths hold is compared by its hash
+FREE_TO_CHANGE = {"data", "out", "config", "resume", "init_from", "perturbation_embeddings", "max_time"}
+FREE_TO_CHANGE |= {"log_every", "validate_every", "score_every", "save_every", "keep_last", "keep_best", "trackers"}
+FREE_TO_CHANGE |= {"validation_cells", "score_cells", "score_steps"}
+PACKAGES = ("discrete-cell-models", "torch", "transformers", "accelerate", "datasets", "safetensors", "numpy")
+
+
+def newest_state(config: TrainConfig, num_processes: int, *, log: logging.Logger | None) -> Path | None:
+    """The newest state of ``config.out`` when resuming; None starts afresh.
+
+    Raises:
+        ValueError: without ``resume`` the folder holds a run already; or the state is damaged, or trained with other
+            options, on other data, or by another number of processes.
+    """
+    states = all_states(config.out)
+    if not config.resume:
+        if states or (config.out / "model.safetensors").exists():
+            raise ValueError(f"{str(config.out)!r} holds a run already: add --resume, or choose another --out")
+        return None
+    if not states:
+        if log:
+            log.info("nothing to resume under %s: starting afresh", config.out / "checkpoints")
+        return None
+    _check_same_run(config, num_processes, states[-1])
+    if log:
+        log.info("resuming from %s", states[-1])
+    return states[-1]
+
+
+def all_states(out: Path) -> list[Path]:
+    """Folders of the states of a run, oldest first."""
+    return sorted((out / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _check_same_run(config: TrainConfig, num_processes: int, state: Path) -> None:
+    before = _facts(state)
+    defaults = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
+    then = {**defaults, **before["options"], "num_processes": before["num_processes"]}
+    now = {**_options(config), "num_processes": num_processes}
+    differ = [name for name in now if name not in FREE_TO_CHANGE and then.get(name) != now[name]]
+    if config.learning_rate_schedule == "constant":
+        differ = [name for name in differ if name != "max_steps"]
+    if differ:
+        changes = ", ".join(f"{name}: {then.get(name)!r} then, {now[name]!r} now" for name in differ)
+        hint = "; a cosine schedule ends at max_steps, only a constant one can be prolonged" * ("max_steps" in differ)
+        way_out = (
+            f"give the same ones, or start another run from its weights with --init-from {state} and another --out"
+        )
+        raise ValueError(f"{state.name} cannot be resumed with other options ({changes}{hint}): {way_out}")
+    inputs = _inputs(config)
+    for what in before["hashes"] | inputs:
+        if what not in inputs:
+            raise ValueError(f"{state.name} was trained with --{what.replace('_', '-')}: give the same file again")
+        if what not in before["hashes"]:
+            raise ValueError(f"{state.name} was trained without --{what.replace('_', '-')}: leave it out")
+        if before["hashes"][what] != hash_of(inputs[what]):
+            raise ValueError(
+                f"{state.name} cannot be resumed: {str(inputs[what])!r} does not hold the {what} that it was trained "
+                "with"
+            )
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of all files of a folder of shards that training reads."""
+    digest = hashlib.sha256()
+    parts = [path / name for name in ("train", "validation", "tokenizer")] if path.is_dir() else []
+    for file in sorted(file for part in parts for file in part.rglob("*") if file.is_file()) or [path]:
+        if path.is_dir():
+            digest.update(str(file.relative_to(path)).encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _inputs(config: TrainConfig) -> dict[str, Path]:
+    inputs = {"data": config.data, "perturbation_embeddings": config.perturbation_embeddings}
+    return {what: path for what, path in inputs.items() if path is not None}
+
+
+def run_facts(config: TrainConfig, num_processes: int) -> dict[str, object]:
+    """What a state says of its run: options, hashes of what was read, versions, number of processes."""
+    return {
+        "num_processes": num_processes,
+        "options": _options(config),
+        "hashes": {what: hash_of(path) for what, path in _inputs(config).items()},
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def save_state(
+    config: TrainConfig,
+    facts: dict[str, object],
+    step: int,
+    model: DCMForDenoising,
+    ema: list[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    tokenizer: DCMTokenizer,
+    *,
+    scaler: torch.amp.GradScaler | None = None,
+    validation_loss: float | None = None,
+) -> None:
+    """Write `checkpoints/step-N`, then remove the states that are neither among the last nor among the best.
+
+    Raises:
+        OSError: the state could not be written; earlier ones are as they were.
+    """
+    folder = config.out / "checkpoints" / f"step-{step}"
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+    scaled = None if scaler is None else scaler.state_dict()
+    said = {**facts, "step": step, "validation_loss": validation_loss, "scaler": scaled}
+    try:
+        with written_aside(folder) as aside:
+            aside.mkdir(parents=True)
+            with averaged_weights(model, ema) as averaged:
+                averaged.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            save_file(
+                {name: value.contiguous().clone() for name, value in tensors.items()}, aside / "state.safetensors"
+            )
+            (aside / "state.json").write_text(json.dumps(said, indent=1))
+            for file in aside.iterdir():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+    except (OSError, SafetensorError) as error:
+        raise _not_written(folder, config.out, error) from error
+    _remove_others(config)
+
+
+def _not_written(what: Path, out: Path, error: Exception) -> OSError:
+    free = shutil.disk_usage(out).free / 2**30
+    earlier = ", ".join(state.name for state in all_states(out)[-1:]) or "nothing"
+    return OSError(
+        f"{str(what)!r} could not be written ({error}; {free:.2f} GiB are free there); {earlier} is as it was: "
+        "make room, and go on with --resume"
+    )
+
+
+def _remove_others(config: TrainConfig) -> None:
+    states = all_states(config.out)
+    losses = {state: _facts(state)["validation_loss"] for state in states}
+    validated = sorted((state for state in states if losses[state] is not None), key=losses.__getitem__)
+    for state in set(states) - set(states[-config.keep_last :]) - set(validated[: config.keep_best]):
+        old = state.with_name(f".{state.name}.old")
+        os.replace(state, old)  # a kill while it is being removed must not leave half a state
+        shutil.rmtree(old)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove what a killed run left while it was writing or removing a state."""
+    for pattern in ("checkpoints/.step-*", ".final-*"):
+        for path in out.glob(pattern):
+            shutil.rmtree(path)
+
+
+def load_state_model(folder: Path, *, attn: str, gradient_checkpointing: bool) -> tuple[DCMForDenoising, DCMTokenizer]:
+    """Network, with averaged weights, and tokenizer of a state."""
+    with _damage_named(folder):
+        model_config = DCMConfig.from_pretrained(folder)
+        model = DCMForDenoising.from_pretrained(folder, config=model_config, attn_implementation=attn)
+        tokenizer = DCMTokenizer.from_pretrained(folder)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.train(), tokenizer
+
+
+def restore_state(
+    folder: Path,
+    model: DCMForDenoising,
+    ema: list[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
+) -> int:
+    """Load a state into model, average, optimiser and fp16's loss scaler; return the number of steps done.
+
+    Raises:
+        ValueError: a file of the state is damaged.
+    """
+    with _damage_named(folder):
+        tensors = load_file(folder / "state.safetensors")
+        averages = load_file(folder / "model.safetensors")
+    model.load_state_dict(_part(tensors, "model."))
+    for (name, _), average in zip(model.named_parameters(), ema, strict=True):
+        average.copy_(averages[name])
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in _part(tensors, "optimizer.").items():
+        index, key = name.split(".")
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    facts = _facts(folder)
+    if scaler is not None and facts["scaler"] is not None:
+        scaler.load_state_dict(facts["scaler"])
+    return facts["step"]
+
+
+def save_final(config: TrainConfig, model: DCMForDenoising, tokenizer: DCMTokenizer) -> None:
+    """Write the checkpoint that users load: every file aside, then renamed, the weights last.
+
+    Raises:
+        OSError: it could not be written; the states are as they were.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=config.out, prefix=".final-") as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            add_shipped_files(Path(folder))
+            (Path(folder) / "training_options.json").write_text(json.dumps(_options(config), indent=1))
+            for file in sorted(Path(folder).iterdir(), key=lambda path: path.name == "model.safetensors"):
+                os.replace(file, config.out / file.name)
+    except (OSError, SafetensorError) as error:
+        raise _not_written(config.out, config.out, error) from error
+
+
+class _damage_named:  # noqa: N801 (reads as a statement)
+    """Turn what reading a damaged state raises into one error that names the folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, OSError | ValueError | KeyError | SafetensorError | RuntimeError):
+            raise ValueError(
+                f"the state {str(self.folder)!r} is damaged ({error}): remove the folder to go on from the state "
+                "before it, or afresh if it is the only one"
+            ) from error
+
+
+def _facts(state: Path) -> dict[str, object]:
+    with _damage_named(state):
+        return json.loads((state / "state.json").read_text())
+
+
+def _options(config: TrainConfig) -> dict[str, object]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,97 @@
+"""Look at validation cells during training: the loss, a small score of generated cells, at last the entropy curve.
+
+The shards are opened once; noise and seeds are always the same, so that numbers of different steps can be compared.
+Never looks at test cells. Letters: N cells.
+"""
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from eval.metrics.distances import correlation_agreement, median_bandwidth, mmd2
+from modeling_dcm import DCMForDenoising
+from modeling_dcm.chunks_dcm import dropout_off
+from tokenization import DCMTokenizer
+from training.config import TrainConfig
+from training.data.cells import FLOOR, Cells
+from training.loop.batches import noised
+from training.loop.entropy import complete_cells, validation_entropy
+from training.loop.optimiser import averaged_weights
+from training.loop.start import open_cells
+
+logger = logging.getLogger(__name__)
+
+
+class Validation:
+    """Validation cells of a run, for the averaged weights of its model."""
+
+    def __init__(self, config: TrainConfig, tokenizer: DCMTokenizer, training_cells: Cells):
+        self.config, self.tokenizer, self.training_cells = config, tokenizer, training_cells
+        has_cells = any((config.data / "validation").glob("*.parquet"))
+        self.cells = open_cells(config, "validation", tokenizer) if has_cells else None
+        self.quiet = replace(config, label_dropout=0.0, query_genes=None)
+        self.reference: tuple[np.ndarray, float, dict[str, float]] | None = None
+
+    @torch.no_grad()
+    def losses(self, model: DCMForDenoising, ema: list[torch.Tensor]) -> dict[str, float]:
+        """``validation_loss`` and ``validation_elbo`` (nats per gene), under the same noise; none without cells."""
+        if not self.cells:
+            return {}
+        rows = list(range(min(len(self.cells), self.config.validation_cells)))
+        sums = {"validation_loss": 0.0, "validation_elbo": 0.0}
+        with averaged_weights(model, ema), dropout_off(model):
+            for index in range(0, len(rows), self.config.batch_size):
+                batch = self.cells[rows[index : index + self.config.batch_size]]
+                inputs = noised(batch, self.quiet, self.tokenizer, index, 0, 1, model.device)
+                output = model(**inputs, return_logits=False)
+                sums["validation_loss"] += output.loss.item() * len(batch["counts"]) / len(rows)
+                sums["validation_elbo"] += output.elbo.item() * len(batch["counts"]) / len(rows)
+        return sums
+
+    def score(self, model: DCMForDenoising, ema: list[torch.Tensor]) -> dict[str, float]:
+        """Generated cells of the validation cells' conditions against these cells, on log1p counts.
+
+        ``score_mmd2`` (Eq. 7, unbiased, one RBF with the median width of the validation cells), and
+        ``score_correlation`` and ``score_correlation_slope`` of the 100 most variable genes; each also as
+        ``..._floor``, of as many training cells. None with fewer than two cells.
+        """
+        if not self.cells or len(self.cells) < 2:
+            return {}
+        number = min(len(self.cells), self.config.score_cells)
+        if self.reference is None:
+            real = _log1p(self.cells.csr(range(number)))
+            width = median_bandwidth(real)
+            rows = np.random.default_rng([self.config.seed, 0, FLOOR]).permutation(len(self.training_cells))[:number]
+            floor = _agreement(_log1p(self.training_cells.csr(np.sort(rows))), real, width)
+            self.reference = real, width, {f"{name}_floor": value for name, value in floor.items()}
+        real, width, floor = self.reference
+        conditions = {name: ids[:number] for name, ids in self.cells.conditions.items()}
+        with averaged_weights(model, ema) as averaged:
+            ids = averaged.generate(
+                number,
+                **conditions,
+                steps=self.config.score_steps,
+                seed=self.config.seed,
+                batch_size=self.config.batch_size,
+            )
+        return _agreement(_log1p(self.tokenizer.decode(ids).X), real, width) | floor
+
+    def entropy_curve(self, model: DCMForDenoising) -> dict[str, list[float]] | None:
+        """The entropy curve of ``model``, as it is; None without cells in which every gene was measured."""
+        if not self.cells or not complete_cells(self.cells, 1):
+            logger.info("no validation cells in which every gene was measured: the checkpoint has no entropy curve")
+            return None
+        return validation_entropy(model, self.cells, seed=self.config.seed)[1]
+
+
+def _log1p(counts) -> np.ndarray:
+    return np.log1p(np.asarray(counts.todense(), dtype=np.float64))
+
+
+def _agreement(x: np.ndarray, real: np.ndarray, width: float) -> dict[str, float]:
+    correlation, slope = correlation_agreement(x, real)
+    distance = mmd2(x, real, bandwidths=[width])
+    scores = {"score_mmd2": distance, "score_correlation": correlation, "score_correlation_slope": slope}
+    return {name: value for name, value in scores.items() if np.isfinite(value)}

@@ -1,0 +1,195 @@
+"""Vectors of proteins: the mean of a protein language model's last hidden states over the residues.
+
+Results are kept in a cache, batch by batch, so that a run that was killed, or that has a few new proteins, computes
+only what is new. Knows nothing of genes' names, perturbations and files of sequences. Letters: n proteins, B windows of
+a batch, T tokens of a window (residues and the two special ones), D width of the language model.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import EsmModel, EsmTokenizer
+
+from training.data.files import written_aside
+
+logger = logging.getLogger(__name__)
+
+UNUSED_WEIGHTS = ("pooler.", "contact_head.")  # they have no part in hidden states
+NOT_OF_THE_NETWORK = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
+
+
+@dataclass(frozen=True)
+class ProteinEncoder:
+    """A language model of proteins, ready to run.
+
+    Attributes:
+        model: on its device, in its precision.
+        residue_ids: token of each residue.
+        special_ids: tokens before the first residue, after the last one, and of padding.
+        window: longest stretch of residues that the network sees at once; longer proteins are cut.
+        overlap: residues that neighbouring windows share, at least.
+        batch_tokens: tokens of a batch, at most (a single window may be longer).
+    """
+
+    model: EsmModel
+    residue_ids: dict[str, int]
+    special_ids: tuple[int, int, int]
+    window: int = 1022
+    overlap: int = 256
+    batch_tokens: int = 8192
+
+    @classmethod
+    def load(cls, name: str, *, window: int, overlap: int, batch_tokens: int) -> "ProteinEncoder":
+        """Load transformers' ``EsmModel`` from a local folder or the Hub; bfloat16 on a GPU, else float32 on the CPU.
+
+        Raises:
+            OSError: there is no such folder, nor such a model on the Hub.
+            ValueError: weights are missing in the checkpoint, or the window does not fit the network.
+        """
+        if not 0 <= overlap < window:
+            raise ValueError(f"overlap is {overlap}; expected 0 to {window - 1}, less than the window")
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens is {batch_tokens}; expected at least 1")
+        model, report = EsmModel.from_pretrained(
+            name, add_pooling_layer=False, dtype=torch.float32, output_loading_info=True
+        )
+        lost = sorted(key for key in report["missing_keys"] if not key.startswith(UNUSED_WEIGHTS))
+        if lost:
+            raise ValueError(f"{name!r} lacks {len(lost)} weights of an EsmModel, such as {', '.join(lost[:3])}")
+        if model.config.position_embedding_type == "absolute":
+            longest = model.config.max_position_embeddings - model.config.pad_token_id - 3
+            if window > longest:
+                raise ValueError(f"window is {window}; {name!r} has positions for {longest} residues at most")
+        tokenizer = EsmTokenizer.from_pretrained(name)
+        ids = {token: id_ for token, id_ in tokenizer.get_vocab().items() if len(token) == 1 and token.isalpha()}
+        if not ids or max(ids.values()) >= model.config.vocab_size:
+            raise ValueError(f"{name!r}: the tokenizer's residues do not fit the model's {model.config.vocab_size} ids")
+        if torch.cuda.is_available():
+            model = model.to("cuda", torch.bfloat16)
+        special = tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        return cls(model.eval(), ids, special, window, overlap, batch_tokens)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides a protein's vector: weights, configuration, tokens, precision, windows."""
+        digest = hashlib.sha256()
+        config = {k: v for k, v in self.model.config.to_dict().items() if k not in NOT_OF_THE_NETWORK}
+        numbers = [self.window, self.overlap, str(self.model.dtype), self.special_ids, sorted(self.residue_ids.items())]
+        digest.update(json.dumps([config, numbers], sort_keys=True, default=str).encode())
+        for name, weight in sorted(self.model.state_dict().items()):
+            if not name.startswith(UNUSED_WEIGHTS):
+                digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+                digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    @torch.inference_mode()
+    def vectors(self, sequences: Sequence[str]) -> torch.Tensor:
+        """Mean hidden state over the residues of each sequence, (n, D) float32 on the CPU.
+
+        Special tokens do not count. A residue in several windows has the mean of its states there.
+        """
+        totals = torch.zeros(len(sequences), self.model.config.hidden_size, dtype=torch.float64)
+        pieces = []  # (sequence, first residue, weight of each residue)
+        for index, sequence in enumerate(sequences):
+            spans = windows(len(sequence), self.window, self.overlap)
+            times_seen = np.zeros(len(sequence))
+            for first, last in spans:
+                times_seen[first:last] += 1
+            pieces += [(index, first, 1 / (times_seen[first:last] * len(sequence))) for first, last in spans]
+        for batch in self._batches(pieces):
+            T = 2 + max(len(weights) for _, _, weights in batch)
+            tokens = torch.full((len(batch), T), self.special_ids[2])
+            weight = torch.zeros(len(batch), T)
+            for row, (index, first, weights) in enumerate(batch):
+                residues = sequences[index][first : first + len(weights)]
+                ids = [self.special_ids[0], *(self.residue_ids[residue] for residue in residues), self.special_ids[1]]
+                tokens[row, : len(ids)] = torch.tensor(ids)
+                weight[row, 1 : len(ids) - 1] = torch.from_numpy(weights)
+            tokens, weight = tokens.to(self.model.device), weight.to(self.model.device)
+            hidden = self.model(tokens, attention_mask=tokens != self.special_ids[2]).last_hidden_state  # (B, T, D)
+            pooled = torch.einsum("bt,btd->bd", weight, hidden.float()).double().cpu()
+            for (index, _, _), vector in zip(batch, pooled):
+                totals[index] += vector
+        return totals.float()
+
+    def _batches(self, pieces: list) -> Iterator[list]:
+        """Neighbours in length together, so that little is padded."""
+        return batches(sorted(pieces, key=lambda piece: -len(piece[2])), lambda piece: len(piece[2]), self.batch_tokens)
+
+
+def windows(length: int, size: int, overlap: int) -> list[tuple[int, int]]:
+    """Spans that cover ``length`` residues: one if they fit ``size``, else full ones that share ``overlap`` or more."""
+    if length <= size:
+        return [(0, length)]
+    firsts = [*range(0, length - size, size - overlap), length - size]
+    return [(first, first + size) for first in firsts]
+
+
+def batches(items: Sequence, length_of, most_tokens: int) -> Iterator[list]:
+    """Cut ``items`` (longest first) into batches of at most ``most_tokens`` once padded, one item at the least."""
+    batch: list = []
+    for item in items:
+        if batch and (len(batch) + 1) * (length_of(batch[0]) + 2) > most_tokens:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def embed_proteins(sequences: Sequence[str], encoder: ProteinEncoder, cache: Path) -> dict[str, torch.Tensor]:
+    """The vector (D,) of each distinct sequence; what ``cache`` has is not computed again.
+
+    Batches are cut from all sequences, whatever the cache has, and are written whole. So after a kill at any moment
+    the rest is computed in the same batches, and the vectors have the same bits.
+
+    Args:
+        sequences: residues; repeated ones are computed once.
+        encoder: the language model.
+        cache: folder of caches; that of this encoder is the subfolder named by its fingerprint.
+
+    Raises:
+        ValueError: a sequence has a residue that the language model does not know.
+    """
+    unique = sorted(set(sequences), key=lambda sequence: (-len(sequence), sequence))
+    for sequence in unique:
+        unknown = sorted(set(sequence) - encoder.residue_ids.keys())
+        if unknown:
+            raise ValueError(
+                f"the sequence {sequence[:20]}... has {unknown}; expected residues "
+                f"{''.join(sorted(encoder.residue_ids))}: repair the FASTA file"
+            )
+    folder = cache / encoder.fingerprint()[:16]
+    keys = {sequence: hashlib.sha256(sequence.encode()).hexdigest() for sequence in unique}
+    known = _read_cache(folder, set(keys.values()))
+    logger.info("proteins: %d, %d of them in %s", len(unique), len(known), folder)
+    with tqdm(total=len(unique), desc="embedding proteins", unit="protein", delay=1, disable=None) as bar:
+        for batch in batches(unique, len, encoder.batch_tokens):
+            new = [sequence for sequence in batch if keys[sequence] not in known]
+            if new:
+                vectors = {keys[sequence]: vector for sequence, vector in zip(new, encoder.vectors(new).unbind())}
+                name = hashlib.sha256("".join(vectors).encode()).hexdigest()[:32]
+                with written_aside(folder / f"{name}.safetensors") as aside:
+                    save_file(vectors, aside)
+                known |= vectors
+            bar.update(len(batch))
+    return {sequence: known[key] for sequence, key in keys.items()}
+
+
+def _read_cache(folder: Path, wanted: set[str]) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                found |= {key: file.get_tensor(key) for key in file.keys() if key in wanted}  # noqa: SIM118
+        except SafetensorError as error:
+            logger.warning("%s is damaged (%s): its proteins are computed again", path, error)
+    return found

@@ -1,0 +1,105 @@
+"""The table that training freezes: one safetensors file with a vector for each perturbation's name.
+
+Its metadata list the names that have no vector and are to have a learned one; a name that is neither here nor there was
+forgotten, and training refuses it. Knows nothing of where vectors come from, and nothing of networks.
+Letter: D, length of the vectors.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from training.data.files import written_aside
+
+logger = logging.getLogger(__name__)
+
+ABOUT = "dcm_embed"  # the file's one key of metadata: safetensors writes several in an arbitrary order
+WITHOUT_VECTOR = "without_vector"
+SHOWN = 20
+
+
+@dataclass(frozen=True)
+class PerturbationTable:
+    """What a file says of perturbations.
+
+    Attributes:
+        vectors: name to vector (D,), float32.
+        without_vector: names that are to have a learned vector instead.
+        sha256: of the file.
+    """
+
+    vectors: dict[str, torch.Tensor]
+    without_vector: frozenset[str]
+    sha256: str
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return len(next(iter(self.vectors.values())))
+
+
+def write_table(
+    table: Mapping[str, torch.Tensor], out: Path, about: Mapping[str, object], without_vector: Iterable[str] = ()
+) -> None:
+    """Write vectors (D,) by name as float32, with ``about`` and the names without a vector as JSON in the metadata.
+
+    Raises:
+        ValueError: vectors of different lengths, not finite, or all zero; nothing has been written then.
+    """
+    vectors = {name: vector.detach().float().clone() for name, vector in sorted(table.items())}
+    dim = _dim(vectors, "the table")
+    said = json.dumps({**about, WITHOUT_VECTOR: sorted(without_vector)}, sort_keys=True)
+    with written_aside(out) as aside:
+        save_file(vectors, aside, metadata={ABOUT: said})
+    logger.info("%s: %d vectors of length %d", out, len(vectors), dim)
+
+
+def read_table(path: Path, control: str | None) -> PerturbationTable:
+    """Read a table, of ``dcm-embed`` or any safetensors file with vectors by name.
+
+    Args:
+        path: the file.
+        control: the label of unperturbed cells: its vector is always learned, and is left out here.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds something else, or vectors of different lengths, not finite, or all zero.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no perturbation table {str(path)!r}; expected a safetensors file of one vector per name"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            vectors = {name: file.get_tensor(name).float().flatten() for name in file.keys()}  # noqa: SIM118
+            about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is not a safetensors file ({error})") from error
+    vectors.pop(control, None)
+    _dim(vectors, repr(str(path)))
+    without = frozenset(about.get(WITHOUT_VECTOR, ())) - {control}
+    return PerturbationTable(vectors, without, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first names, and dots when there are more."""
+    names = list(names)
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def _dim(vectors: Mapping[str, torch.Tensor], where: str) -> int:
+    """The one length of the vectors, each finite and not all zero."""
+    lengths = sorted({len(vector) for vector in vectors.values()})
+    if len(lengths) != 1:
+        raise ValueError(f"{where} holds vectors of lengths {lengths}, expected one length")
+    broken = [name for name, vector in vectors.items() if not bool(vector.isfinite().all() and vector.any())]
+    if broken:
+        raise ValueError(f"{where}: vectors that are not finite, or all zero: {listed(broken)}")
+    return lengths[0]
