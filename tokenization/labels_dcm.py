@@ -32,6 +32,13 @@ def unknown_label_error(kind: str, unknown: Sequence[str], known: Sequence[str])
     return ValueError(f"unknown {kind} {unknown[0]!r}{others}; {hint}")
 
 
+def shortened(names: Iterable[object], most: int = 5) -> str:
+    """Return the first names, separated by commas, and how many more there are; ``"none"`` without any."""
+    names = [str(name) for name in names]
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more
+
+
 def factorize(labels: object) -> tuple[list[str], np.ndarray]:
     """Unique labels as strings, and for each of n cells the index of its label, -1 where it is missing (None, NaN).
 

@@ -6,6 +6,7 @@ stderr and exit code 2, never a traceback. Set ``DCM_TRACEBACK=1`` to see the tr
 """
 
 import ctypes
+import importlib.metadata
 import logging
 import os
 import sys
@@ -36,6 +37,14 @@ def user_errors() -> Iterator[None]:
         message = " ".join(str(error).split())
         sys.stderr.write(f"error: {message}\n")
         sys.exit(2)
+
+
+def version_of(package: str) -> str | None:
+    """Return the installed version of a package; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def keep_freed_memory() -> None:

@@ -4,6 +4,7 @@ Knows nothing of models, vocabularies or shards.
 """
 
 import glob
+import hashlib
 import logging
 import os
 import shutil
@@ -70,6 +71,18 @@ def read_h5ad(path: str | Path, *, backed: bool = False) -> anndata.AnnData:
     open_h5ad(path).close()
     with damage_explained(path):
         return anndata.read_h5ad(path, backed="r" if backed else None)
+
+
+def sha256_of(path: str | Path) -> str:
+    """Compute the SHA-256 of a file, or of the names and contents of all files below a folder, as hexadecimal digits."""
+    path = Path(path)
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()
 
 
 @contextmanager
