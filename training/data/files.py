@@ -74,7 +74,7 @@ def read_h5ad(path: str | Path, *, backed: bool = False) -> anndata.AnnData:
 
 
 def sha256_of(path: str | Path) -> str:
-    """Compute the SHA-256 of a file, or of the names and contents of all files below a folder, as hexadecimal digits."""
+    """Compute the SHA-256 of a file, or of the names and contents of all files below a folder, in hexadecimal."""
     path = Path(path)
     if not path.is_dir():
         with path.open("rb") as file:
