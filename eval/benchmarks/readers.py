@@ -52,7 +52,7 @@ class Rates:
 def measure_readers(shards: Path, *, batch_sizes: tuple[int, ...], seconds: float, rounds: int, seed: int) -> Rates:
     """Read random training cells in every way, ``seconds`` in each round, one batch at least."""
     readers = whole_readers(shards)
-    streamed = open_cells(shards, "train", streaming=True, narrow=True)
+    streamed = open_cells(shards, "train", streaming=True)
     found: dict[str, dict[int, list[float]]] = {name: {} for name in READERS}
     jobs = [(B, name) for B in batch_sizes for _ in range(rounds) for name in READERS]
     flowing = {B: streamed.batches(batch_size=B, seed=seed) for B in batch_sizes if _can_stream(streamed, B)}
@@ -61,7 +61,7 @@ def measure_readers(shards: Path, *, batch_sizes: tuple[int, ...], seconds: floa
         if name != STREAMING:
             rate = _cells_per_second(lambda: readers[name](next(sampled[B])), B, seconds)  # noqa: B023 (called at once)
         elif B in flowing:
-            rate = _cells_per_second(lambda: next(flowing[B])["counts"], B, seconds)  # noqa: B023
+            rate = _cells_per_second(lambda: next(flowing[B])["input_ids"], B, seconds)  # noqa: B023
         else:
             continue
         found[name].setdefault(B, []).append(rate)
@@ -70,13 +70,13 @@ def measure_readers(shards: Path, *, batch_sizes: tuple[int, ...], seconds: floa
 
 def whole_readers(shards: Path) -> dict[str, Reader]:
     """Readers of training cells by their numbers; the matrix in memory is int32, as it is in an h5ad file."""
-    narrow, wide = (open_cells(shards, "train", narrow=narrow) for narrow in (True, False))
-    matrix = wide.csr()
+    cells = open_cells(shards, "train")
+    matrix = cells.csr()
     files = [str(path) for path in sorted((shards / "train").glob("*.parquet"))]
     table = datasets.load_dataset("parquet", data_files={"train": files}, split="train")
     return {
-        MAP_STYLE: lambda rows: narrow[rows]["counts"],
-        WIDENED: lambda rows: wide[rows]["counts"],
+        MAP_STYLE: lambda rows: cells[rows]["input_ids"],
+        WIDENED: lambda rows: cells[rows]["input_ids"].long(),
         IN_MEMORY: lambda rows: torch.from_numpy(matrix[rows].toarray()),
         BACKED: _backed_rows(shards),
         PYTHON_LISTS: partial(_from_lists, table.__getitems__, matrix.shape[1]),

@@ -200,7 +200,7 @@ def simulated_batch(case: Case) -> dict[str, torch.Tensor]:
     counts = torch.from_numpy(np.concatenate([block.toarray() for block in blocks])).long().clamp(max=case.max_count)
     cell = torch.arange(case.cells)
     return {
-        "counts": counts,
+        "input_ids": counts,
         "cell_type_ids": cell % NUM_CELL_TYPES,
         "perturbation_ids": (cell % NUM_PERTURBATIONS)[:, None],
         "library_size": counts.sum(dim=1),

@@ -269,7 +269,7 @@ def summarise(result: Result, plan: Plan) -> dict[str, float]:
 def header(plan: Plan, accelerator: Accelerator, peak: float) -> dict[str, object]:
     """What the measurement was made of, for its files."""
     device = accelerator.device
-    cells = simulated_batch(plan.case(plan.sizes[0], plan.genes[-1], cells=8))["counts"]
+    cells = simulated_batch(plan.case(plan.sizes[0], plan.genes[-1], cells=8))["input_ids"]
     on_gpu = device.type == "cuda"
     threads = torch.get_num_threads()
     known = peak_flops(device) is not None

@@ -98,7 +98,7 @@ def clean_batch(B: int, tokenizer: DCMTokenizer) -> dict[str, torch.Tensor]:
     counts = torch.randint(0, 5, (B, 9), generator=g)
     perturbations = torch.stack([torch.randint(0, 3, (B,), generator=g), torch.full((B,), -1)], dim=1)
     return {
-        "counts": counts,
+        "input_ids": counts,
         "library_size": counts.sum(dim=1),
         "cell_type_ids": torch.randint(0, 2, (B,), generator=g),
         "perturbation_ids": perturbations,
@@ -135,7 +135,7 @@ def test_batches_from_any_number_on_are_those_of_the_whole_run(config, world):
             assert all(torch.equal(expected[name], value) for name, value in batch.items())
     orders.set_epoch(1)
     rows_of_first = next(iter(orders))
-    assert torch.equal(whole[len(orders)]["labels"], cells[rows_of_first]["counts"])
+    assert torch.equal(whole[len(orders)]["labels"], cells[rows_of_first]["input_ids"].long())
 
 
 def test_noise_is_keyed_by_seed_and_batch_and_leaves_the_global_state_alone(config, tokenizer):

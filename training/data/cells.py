@@ -10,7 +10,6 @@ Shapes: N cells of the split, B cells of a batch, G genes of the panel, P pertur
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import datasets
@@ -37,8 +36,6 @@ class Cells(torch.utils.data.Dataset):
         folder: what ``dcm-convert`` wrote.
         split: ``"train"``, ``"validation"`` or ``"test"``.
         tokenizer: default the one in the folder.
-        narrow: give counts in the narrowest integers that hold every id, such as int16. A batch of many genes takes
-            most of its time to write zeros; whoever uses the counts widens them at the last moment, on the device.
 
     Attributes:
         tokenizer: the vocabularies.
@@ -50,7 +47,7 @@ class Cells(torch.utils.data.Dataset):
         ValueError: the tokenizer knows conditions that the shards lack; those that it does not know are left out.
     """
 
-    def __init__(self, folder: str | Path, split: str, tokenizer: DCMTokenizer | None = None, *, narrow: bool = False):
+    def __init__(self, folder: str | Path, split: str, tokenizer: DCMTokenizer | None = None):
         folder = Path(folder)
         files = sorted((folder / split).glob("*.parquet"))
         if not files:
@@ -60,8 +57,7 @@ class Cells(torch.utils.data.Dataset):
         self.folder = folder
         self.split = split
         self.tokenizer = tokenizer or DCMTokenizer.from_pretrained(folder / "tokenizer")
-        self._narrow = narrow
-        self._type_of_ids = np.min_scalar_type(-self.tokenizer.pad_token_id - 1) if narrow else np.dtype(np.int64)
+        self._type_of_ids = np.min_scalar_type(-self.tokenizer.pad_token_id - 1)
         self._features, self._codes = self._open(files)
         self.conditions = self._condition_ids()
         self._not_measured = self._read_panels() if PANEL in self._codes else None
@@ -69,7 +65,7 @@ class Cells(torch.utils.data.Dataset):
 
     def __reduce__(self) -> tuple:
         """Another process opens the files anew: what is memory-mapped here is not sent."""
-        return partial(type(self), narrow=self._narrow), (self.folder, self.split, self.tokenizer)
+        return type(self), (self.folder, self.split, self.tokenizer)
 
     def __len__(self) -> int:
         return self._num_cells
@@ -84,8 +80,9 @@ class Cells(torch.utils.data.Dataset):
         """A batch.
 
         Returns:
-            ``counts`` (B, G) count ids, PAD where a gene was not measured, ``library_size`` (B,) the totals before
-            clipping, and the ``conditions`` of these cells. All int64, but ``counts`` where they are ``narrow``.
+            ``input_ids`` (B, G), PAD where a gene was not measured, in the narrowest integers that hold every id: a
+            batch of many genes takes most of its time to write zeros, and the device widens them. In int64
+            ``library_size`` (B,), the totals before clipping, and the ``conditions`` of these cells.
 
         Raises:
             IndexError: an index is not one of the split's cells.
@@ -102,11 +99,11 @@ class Cells(torch.utils.data.Dataset):
             self._clip(expressions)
         ids = expressions if self.tokenizer.count_bins is None else self.tokenizer.count_ids(expressions)
         ids = ids.astype(self._type_of_ids, copy=False)  # without bins a count is its own id
-        counts = to_csr(indptr, genes, ids, len(self.tokenizer.genes)).toarray()
+        input_ids = to_csr(indptr, genes, ids, len(self.tokenizer.genes)).toarray()
         not_measured = self.not_measured(rows)
         if not_measured is not None:
-            counts[not_measured] = self.tokenizer.pad_token_id
-        batch = {"counts": torch.from_numpy(counts), "library_size": torch.from_numpy(totals)}
+            input_ids[not_measured] = self.tokenizer.pad_token_id
+        batch = {"input_ids": torch.from_numpy(input_ids), "library_size": torch.from_numpy(totals)}
         index = torch.from_numpy(rows)
         return batch | {name: ids[index] for name, ids in self.conditions.items()}
 

@@ -30,7 +30,6 @@ def open_cells(
     tokenizer: DCMTokenizer | None = None,
     *,
     streaming: bool = False,
-    narrow: bool = False,
 ) -> Cells:
     """One split of a shards folder, memory-mapped or streaming. See :class:`Cells` for arguments and errors.
 
@@ -42,7 +41,7 @@ def open_cells(
         ValueError: a shard is damaged; the message names it. Streaming finds damaged counts when it comes to them.
     """
     with _damage_named(Path(folder) / split):
-        return (StreamedCells if streaming else Cells)(folder, split, tokenizer, narrow=narrow)
+        return (StreamedCells if streaming else Cells)(folder, split, tokenizer)
 
 
 @contextmanager

@@ -42,13 +42,13 @@ def noised(batch, config: TrainConfig, tokenizer, index: int, rank: int, world: 
     Noise is drawn for the whole global batch from (seed, index of the batch), and this process takes its rows.
     """
     generator = keyed_generator(config.seed, index)
-    x_0 = batch["counts"].to(device, non_blocking=True).long()  # sent as narrow as they come
+    x_0 = batch["input_ids"].to(device, non_blocking=True).long()  # sent as narrow as they come
     B, L = x_0.shape
     own = slice(rank * B, (rank + 1) * B)
     u = stratified_uniform(B * world, generator)[own]
     keys = torch.rand(B * world, L, generator=generator)[own].to(device, non_blocking=True)
     ids = {"mask_token_id": tokenizer.mask_token_id, "pad_token_id": tokenizer.pad_token_id}
-    k = num_masked(u, (batch["counts"] != tokenizer.pad_token_id).sum(dim=1))
+    k = num_masked(u, (batch["input_ids"] != tokenizer.pad_token_id).sum(dim=1))
     inputs = {"input_ids": mask_smallest(x_0, k, keys, **ids), "labels": x_0}
     if config.query_genes is not None and config.query_genes < L:
         inputs["query_positions"] = choose_queries(

@@ -47,7 +47,7 @@ def _batches(cells: Cells, rows: list[int], model: DCMForDenoising) -> Iterator[
     starts = range(0, len(rows), BATCH_SIZE)
     for start in tqdm(starts, desc="entropy curve", unit="batch", delay=1, disable=None):
         batch = cells[rows[start : start + BATCH_SIZE]]
-        batch["input_ids"] = batch.pop("counts").long()
+        batch["input_ids"] = batch["input_ids"].long()
         library_size = batch.pop("library_size").float()
         if model.config.library_size_conditioning:
             batch["library_size"] = library_size

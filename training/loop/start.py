@@ -30,7 +30,7 @@ BLOCK_CELLS = 4096
 
 def open_cells(config: TrainConfig, split: str, tokenizer: DCMTokenizer) -> Cells:
     """One split of the shards of a run; see :func:`training.data.streaming.open_cells`."""
-    return open_split(config.data, split, tokenizer, streaming=config.streaming, narrow=True)
+    return open_split(config.data, split, tokenizer, streaming=config.streaming)
 
 
 def attention_implementation(config: TrainConfig, device: torch.device, mixed_precision: str) -> str:

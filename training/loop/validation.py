@@ -46,8 +46,8 @@ class Validation:
                 batch = self.cells[rows[index : index + self.config.batch_size]]
                 inputs = noised(batch, self.quiet, self.tokenizer, index, 0, 1, model.device)
                 output = model(**inputs, return_logits=False)
-                sums["validation_loss"] += output.loss.item() * len(batch["counts"]) / len(rows)
-                sums["validation_elbo"] += output.elbo.item() * len(batch["counts"]) / len(rows)
+                sums["validation_loss"] += output.loss.item() * len(batch["input_ids"]) / len(rows)
+                sums["validation_elbo"] += output.elbo.item() * len(batch["input_ids"]) / len(rows)
         return sums
 
     def score(self, model: DCMForDenoising, ema: list[torch.Tensor]) -> dict[str, float]:

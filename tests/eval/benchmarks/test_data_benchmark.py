@@ -72,9 +72,9 @@ def test_every_reader_gives_the_same_counts(shards):
     readers = whole_readers(shards)
     assert set(readers) == set(READERS) - {STREAMING}
     for name in set(readers) - {BACKED}:
-        assert torch.equal(readers[name](rows).long(), cells[rows]["counts"]), name
+        assert torch.equal(readers[name](rows).long(), cells[rows]["input_ids"].long()), name
     in_file_order = readers[BACKED](np.arange(len(cells))).long()
-    everything = cells[np.arange(len(cells))]["counts"]
+    everything = cells[np.arange(len(cells))]["input_ids"]
     assert sorted(in_file_order.tolist()) == sorted(everything.tolist())  # shards are shuffled, the h5ad is not
 
 

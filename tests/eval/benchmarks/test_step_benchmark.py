@@ -44,7 +44,7 @@ def batch(make_model):
 
     def make(backbone: str, **options):
         model = make_model(backbone, num_genes=CASE.genes, max_count=CASE.max_count, **options).train()
-        clean = {"counts": simulated_batch(CASE)["counts"]}
+        clean = {"input_ids": simulated_batch(CASE)["input_ids"]}
         config = replace(train_config(CASE, "no"), library_size_conditioning=False)
         return model, noised(clean, config, model.config, 0, 0, 1, "cpu")
 

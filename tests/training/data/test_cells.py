@@ -72,7 +72,11 @@ def test_no_epoch_puts_cells_back_into_the_order_of_their_file(folder, tmp_path,
     for seed in (0, 1):
         batches = cells.batches(batch_size=8, seed=seed)
         for _ in range(2):  # epochs
-            places = [place[row.tobytes()] for batch in islice(batches, num_batches) for row in batch["counts"].numpy()]
+            places = [
+                place[row.tobytes()]
+                for batch in islice(batches, num_batches)
+                for row in batch["input_ids"].long().numpy()
+            ]
             assert abs(np.corrcoef(places, np.arange(len(places)))[0, 1]) < 0.3  # 1 in the order of the file
 
 
@@ -93,15 +97,14 @@ def test_a_batch_is_its_rows_of_the_split_in_the_order_asked_for(folder):
     indices = [200, 3, 3, 0, 287]
     batch = cells.__getitems__(indices)
     expected = cells.csr()[indices].toarray()
-    assert batch["counts"].tolist() == expected.tolist()
+    assert batch["input_ids"].tolist() == expected.tolist()
     assert batch["library_size"].tolist() == expected.sum(axis=1).tolist()
     for name, labels in (("cell_type_ids", "cell_type"), ("perturbation_ids", "perturbation")):
         ids = getattr(cells.tokenizer, name)(cells.labels(labels)[indices])
         assert torch.equal(batch[name], ids)
     assert torch.equal(batch["covariate_ids"], cells.tokenizer.covariate_ids({"day": cells.labels("day")[indices]}))
-    assert all(values.dtype == torch.int64 for values in batch.values())
     assert {name: tuple(values.shape) for name, values in batch.items()} == {
-        "counts": (5, 20),
+        "input_ids": (5, 20),
         "library_size": (5,),
         "cell_type_ids": (5,),
         "perturbation_ids": (5, 2),
@@ -113,14 +116,14 @@ def test_a_batch_of_empty_cells_is_all_zero(folder):
     cells = Cells(folder, "train")
     empty = np.flatnonzero(np.asarray(cells.csr().sum(axis=1)).ravel() == 0)
     assert len(empty)
-    assert cells[empty.tolist()]["counts"].sum() == 0
+    assert cells[empty.tolist()]["input_ids"].sum() == 0
 
 
 def test_a_dataloader_takes_whole_batches_and_one_epoch_is_every_cell(folder):
     cells = Cells(folder, "train")
     sampler = GlobalBatchSampler(len(cells), batch_size=16, seed=0)
     loader = torch.utils.data.DataLoader(cells, batch_sampler=sampler, collate_fn=Cells.collate)
-    counts = torch.cat([batch["counts"] for batch in loader])
+    counts = torch.cat([batch["input_ids"] for batch in loader])
     assert len(counts) == len(cells) // 16 * 16
     assert rows_of(counts.numpy()) == rows_of(cells.csr()[np.concatenate(list(sampler))].toarray())
 
@@ -130,7 +133,7 @@ def test_batches_go_on_where_a_run_was_stopped_and_every_process_has_its_piece(f
 
     def counts_of(number: int, **options) -> torch.Tensor:
         batches = cells.batches(seed=3, **options)
-        return torch.stack([next(batches)["counts"] for _ in range(number)])
+        return torch.stack([next(batches)["input_ids"] for _ in range(number)])
 
     whole = counts_of(40, batch_size=16)  # two epochs of 18 batches, and the start of a third
     for start in (0, 5, 18, 39):
@@ -140,26 +143,26 @@ def test_batches_go_on_where_a_run_was_stopped_and_every_process_has_its_piece(f
 
 
 def test_another_process_opens_the_files_anew(folder):
-    cells = Cells(folder, "train", narrow=True)
+    cells = Cells(folder, "train")
     rebuild, arguments = cells.__reduce__()
     assert arguments == (folder, "train", cells.tokenizer)  # nothing of what is memory-mapped
     again = rebuild(*arguments)
     assert again._rows is not cells._rows
-    assert again[[5, 1]]["counts"].dtype == torch.int8
-    assert torch.equal(again[[5, 1]]["counts"], cells[[5, 1]]["counts"])
+    assert again[[5, 1]]["input_ids"].dtype == torch.int8
+    assert torch.equal(again[[5, 1]]["input_ids"], cells[[5, 1]]["input_ids"])
 
 
 @pytest.mark.parametrize(
     ("max_count", "narrowest"), [(125, torch.int8), (126, torch.int16), (32_765, torch.int16), (32_766, torch.int32)]
 )
-def test_narrow_counts_are_the_same_in_the_narrowest_type_that_holds_mask_and_pad(folder, max_count, narrowest):
+def test_ids_come_in_the_narrowest_type_that_holds_mask_and_pad_and_the_rest_in_int64(folder, max_count, narrowest):
     tokenizer = lowered(folder, max_count)
-    rows = [7, 0, 200]
-    narrow, wide = (Cells(folder, "train", tokenizer, narrow=narrow)[rows] for narrow in (True, False))
-    assert narrow["counts"].dtype == narrowest
+    cells, rows = Cells(folder, "train", tokenizer), [7, 0, 200]
+    batch = cells[rows]
+    assert batch["input_ids"].dtype == narrowest
     assert torch.iinfo(narrowest).max >= tokenizer.pad_token_id
-    assert torch.equal(narrow.pop("counts").long(), wide.pop("counts"))
-    assert all(torch.equal(narrow[name], values) and values.dtype == torch.int64 for name, values in wide.items())
+    assert batch.pop("input_ids").tolist() == cells.csr(rows).toarray().tolist()
+    assert all(values.dtype == torch.int64 for values in batch.values())
 
 
 @pytest.mark.parametrize("index", [-1, 288])
@@ -193,10 +196,9 @@ def test_genes_that_were_not_measured_are_pad(folder, tmp_path):
     (copy / "panels.json").write_text(json.dumps(panels))
     cells, plain = Cells(copy, "train"), Cells(folder, "train")
     indices = [1, 0, 7, 6]
-    expected = plain[indices]["counts"]
+    expected = plain[indices]["input_ids"]
     expected[::2, [3, 19]] = cells.tokenizer.pad_token_id
-    assert torch.equal(cells[indices]["counts"], expected)
-    assert torch.equal(Cells(copy, "train", narrow=True)[indices]["counts"].long(), expected)
+    assert torch.equal(cells[indices]["input_ids"], expected)
     assert cells.not_measured(indices).sum(axis=1).tolist() == [2, 0, 2, 0]
     assert plain.not_measured(indices) is None
     assert set(cells[indices]) == set(plain[indices])
@@ -237,7 +239,7 @@ def test_counts_above_the_largest_are_clipped_elsewhere_with_one_warning(folder,
     indices = list(range(len(cells)))
     for _ in range(2):
         batch = cells[indices]
-    assert torch.equal(batch["counts"], full[indices]["counts"].clamp(max=2))
+    assert torch.equal(batch["input_ids"], full[indices]["input_ids"].clamp(max=2))
     assert torch.equal(batch["library_size"], full[indices]["library_size"])
     assert len(caplog.records) == 1
     assert "validation cells have counts above max_count=2" in caplog.text
@@ -246,7 +248,7 @@ def test_counts_above_the_largest_are_clipped_elsewhere_with_one_warning(folder,
 def test_counts_become_ids_of_bins(folder):
     binned = lowered(folder, 1000, [3, 10])
     counts = Cells(folder, "train").csr()[:50].toarray()
-    assert Cells(folder, "train", binned)[list(range(50))]["counts"].tolist() == binned.count_ids(counts).tolist()
+    assert Cells(folder, "train", binned)[list(range(50))]["input_ids"].tolist() == binned.count_ids(counts).tolist()
 
 
 def test_a_new_conversion_is_not_read_from_the_cache(folder, tmp_path):
@@ -271,7 +273,7 @@ def test_folders_and_conditions_that_are_not_there_are_refused(folder, tmp_path)
 
 def test_conditions_that_the_tokenizer_does_not_know_are_left_out(folder):
     plain = DCMTokenizer.from_labels(genes=[f"g{i}" for i in range(20)], max_count=99)
-    assert set(Cells(folder, "train", plain)[[0, 1]]) == {"counts", "library_size"}
+    assert set(Cells(folder, "train", plain)[[0, 1]]) == {"input_ids", "library_size"}
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
