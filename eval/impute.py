@@ -29,7 +29,7 @@ from eval.drawing.progress import ProgressReport
 from eval.metrics.imputation import MaskedEntries
 from eval.sample import load_checkpoint
 from modeling_dcm import DCMForDenoising
-from modeling_dcm.chunks_dcm import row_chunks
+from modeling_dcm.generation_dcm import row_chunks
 from tokenization.labels_dcm import unknown_label_error
 from training.data.command_line import run
 from training.data.files import written_aside

@@ -32,7 +32,7 @@ from eval.drawing.chunk_files import ChunkFiles
 from eval.drawing.draw_chunks import draw_chunks
 from eval.drawing.like_cells import conditions_of, library_sizes_of
 from modeling_dcm import DCMForDenoising
-from modeling_dcm.denoisers_dcm import GUIDED
+from modeling_dcm.generation_dcm import GUIDED
 from modeling_dcm.schedule_dcm import SCHEDULES
 from tokenization import DCMTokenizer
 from training.data.command_line import run

@@ -23,7 +23,7 @@ from eval.drawing.panel_cells import PanelCells, chunk_seed, read_panel_cells
 from eval.drawing.progress import ProgressReport
 from eval.sample import load_checkpoint
 from modeling_dcm import DCMForDenoising
-from modeling_dcm.chunks_dcm import row_chunks
+from modeling_dcm.generation_dcm import row_chunks
 from training.data.command_line import run
 from training.data.files import written_aside
 

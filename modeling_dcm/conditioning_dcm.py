@@ -1,20 +1,63 @@
-"""What the network is told about a cell: conditions become vectors, and library sizes are drawn for generation.
+"""What is known of a partly revealed cell, and how the network is told: conditions, noise and depth become vectors.
 
-Every condition has a learned null for *not given*; the control is an ordinary label; -1 beside real ids is padding.
-Knows nothing of labels' names. Letters: B cells, P perturbations of a cell, C covariates, D width, N groups.
+*Not given* is -1 in every tensor, ids and ``library_size`` alike (any negative number), and has a learned null. So has
+an argument that is left out (None), but for ``generate(library_size=None)``, which draws it; there ``"null"`` is -1.
+The control is an ordinary label; -1 beside real ids of perturbations is padding, as are NaN rows of vectors.
+Letters: B cells, L genes in the sequence, P perturbations of a cell, C covariates, D width, N groups, V ids.
 """
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from .configuration_dcm import DCMConfig
-from .depth_dcm import Progress, log_ratio
-from .layers_dcm import sinusoidal
 
-CONDITIONS = ("cell_type_ids", "perturbation_ids", "perturbation_embeds", "covariate_ids", "library_size")
 SMOOTH_FEATURES = 16
 LIBRARY_QUANTILES = 65
 ANY = -2  # in a group's key: whatever label
+
+
+class Progress(NamedTuple):
+    """How far a cell is revealed; of each cell (B,), over all its measured genes."""
+
+    t: torch.Tensor  # masked genes over measured genes: the noise level
+    observed_total: torch.Tensor  # sum of the observed counts
+    expected_observed: torch.Tensor  # what the observed genes sum to in a mean training cell
+    expected_masked: torch.Tensor  # what the masked genes sum to in a mean training cell
+    depth: torch.Tensor  # factor between this cell's masked genes and a mean cell's, as far as it is known
+
+
+@dataclass(frozen=True)
+class PartialCells:
+    """What is known of cells: the genes of the sequence as far as they are revealed, and each cell as a whole.
+
+    Conditions and ``progress`` are of the whole cell, also where the sequence is a part of its genes.
+    """
+
+    input_ids: torch.Tensor  # (B, L) counts, MASK or PAD
+    gene_ids: torch.Tensor  # (B, L)
+    mean: torch.Tensor  # (B, L) mean counts of the genes in training cells of the cell's type
+    is_target: torch.Tensor | None  # (B, L) genes that the cell's perturbations target; None: nobody said
+    progress: Progress
+    cell_type_ids: torch.Tensor  # (B,)
+    perturbation_ids: torch.Tensor  # (B, P)
+    perturbation_embeds: torch.Tensor | None  # (B, P, vector)
+    covariate_ids: torch.Tensor  # (B, C)
+    library_size: torch.Tensor  # (B,)
+    all_measured: bool = False  # promises that there is no PAD, so that nobody has to look
+
+    @property
+    def expected(self) -> torch.Tensor:
+        """Counts (B, L) that the genes would have in a mean cell of this type and depth."""
+        return self.mean * self.progress.depth[:, None]
+
+    def at(self, positions: torch.Tensor) -> "PartialCells":
+        """The same cells with the genes at ``positions`` (B, Q) as their sequence."""
+        names = ("input_ids", "gene_ids", "mean", *(() if self.is_target is None else ("is_target",)))
+        return replace(self, **{name: getattr(self, name).gather(1, positions) for name in names})
 
 
 def check_conditions(config: DCMConfig, given: dict[str, torch.Tensor | None]) -> None:
@@ -49,6 +92,77 @@ def check_conditions(config: DCMConfig, given: dict[str, torch.Tensor | None]) -
         for id_, size in zip(largest.tolist(), sizes, strict=True):
             if id_ >= size:
                 raise ValueError(f"{name} holds {id_}, expected labels 0..{size - 1}, or -1 for not given")
+
+
+class CellTotals(nn.Module):
+    """Mean counts of the training cells, by which a partly observed cell shows how deep it was sequenced."""
+
+    def __init__(self, config: DCMConfig):
+        super().__init__()
+        self.mask_token_id, self.pad_token_id = config.mask_token_id, config.pad_token_id
+        # one row for each cell type, and a last one of all cells
+        self.register_buffer("gene_mean", torch.ones(config.num_cell_types + 1, config.num_genes))
+        # twice the count: the middle of a bin is an integer or a half, and integers survive a cast of the model to bf16
+        self.register_buffer("twice_count", (2 * count_values(config)).long())
+
+    def mean(self, gene_ids: torch.Tensor, cell_type_ids: torch.Tensor) -> torch.Tensor:
+        """Mean counts (B, L) of genes (B, L) in each cell's type, or in all cells where it is not given (-1)."""
+        row = torch.where(cell_type_ids < 0, len(self.gene_mean) - 1, cell_type_ids)
+        return self.gene_mean[row[:, None], gene_ids].float()
+
+    def progress(self, input_ids: torch.Tensor, mean: torch.Tensor, library_size: torch.Tensor) -> Progress:
+        """The progress of cells ``input_ids`` (B, L) whose genes have ``mean`` counts (B, L)."""
+        is_masked = input_ids == self.mask_token_id
+        is_measured = input_ids != self.pad_token_id
+        mean = mean * is_measured
+        expected_masked = (mean * is_masked).sum(dim=1)
+        return progress_of(
+            t=is_masked.sum(dim=1) / is_measured.sum(dim=1).clamp(min=1),
+            observed_total=self.total(input_ids),
+            expected_observed=mean.sum(dim=1) - expected_masked,
+            expected_masked=expected_masked,
+            library_size=library_size,
+        )
+
+    def total(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Sum (B,) of the counts among ids (B, L)."""
+        return self.twice_count[input_ids].sum(dim=1).float() / 2
+
+
+def progress_of(
+    t: torch.Tensor,
+    observed_total: torch.Tensor,
+    expected_observed: torch.Tensor,
+    expected_masked: torch.Tensor,
+    library_size: torch.Tensor,
+) -> Progress:
+    """The progress of cells with these sums, each (B,). What is left of the library size tells the depth, or where that
+    is not given the observed counts do."""
+    remainder = log_ratio(library_size.float() - observed_total, expected_masked)
+    depth = torch.where(library_size >= 0, remainder, log_ratio(observed_total, expected_observed))
+    return Progress(t, observed_total, expected_observed, expected_masked, depth.exp())
+
+
+def count_values(config: DCMConfig) -> torch.Tensor:
+    """The count that each id stands for (V,), the middle of a bin; 0 for MASK and PAD."""
+    edges = list(range(config.num_counts)) if config.count_bins is None else list(range(config.count_bins[0]))
+    values = [float(edge) for edge in edges]
+    if config.count_bins is not None:
+        last = [*config.count_bins[1:], config.max_count + 1]
+        values += [(left + right - 1) / 2 for left, right in zip(config.count_bins, last, strict=True)]
+    return torch.tensor([*values, 0.0, 0.0])
+
+
+def log_ratio(total: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """``log((total + 1) / (expected + 1))``: depth against a mean cell, drawn to 0 where little is expected."""
+    return torch.log1p(total.clamp(min=0)) - torch.log1p(expected.clamp(min=0))
+
+
+def sinusoidal(x: torch.Tensor, dim: int, max_period: float = 10_000.0) -> torch.Tensor:
+    """Sines and cosines (B, dim) of a scalar of each cell (B,)."""
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=x.device) / (dim // 2))
+    angles = x.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def smooth_features(z: torch.Tensor) -> torch.Tensor:
@@ -103,7 +217,7 @@ class PerturbationEncoder(nn.Module):
 
 
 class LibrarySizeEncoder(nn.Module):
-    """From log1p of the total over the panel to a vector; below zero or NaN is *not given*, the learned null.
+    """From log1p of the total over the panel to a vector; -1 is *not given*, the learned null.
 
     The logarithm is standardised by the training cells' mean and standard deviation, and its features are smooth: cells
     of nearly the same size get nearly the same vector. With ``config.cell_summary`` the encoder also says how much the
@@ -149,34 +263,25 @@ class ConditionEncoder(nn.Module):
         num_vectors = 1 + len(config.condition_names) + config.cell_summary
         self.mlp = nn.Sequential(nn.Linear(D * num_vectors, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU())
 
-    def forward(
-        self,
-        progress: Progress,
-        observed: torch.Tensor,
-        cell_type_ids: torch.Tensor | None,
-        perturbation_ids: torch.Tensor | None,
-        perturbation_embeds: torch.Tensor | None,
-        covariate_ids: torch.Tensor | None,
-        library_size: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, cells: PartialCells, observed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The condition (B, D) for AdaLN and the condition tokens (B, E, D), None unless configured.
 
-        ``observed`` (B, D) is the sum of the observed genes' readings."""
-        B, device = len(observed), observed.device
-        missing = torch.full((B,), -1, device=device)
+        ``observed`` (B, D) is the sum of the observed genes' readings.
+        """
+        progress = cells.progress
         vectors = []
         if self.cell_type is not None:
-            vectors.append(self.cell_type(missing if cell_type_ids is None else cell_type_ids))
+            vectors.append(self.cell_type(cells.cell_type_ids))
         if self.perturbation is not None:
-            ids = missing[:, None] if perturbation_ids is None else perturbation_ids
-            vectors.append(self.perturbation(ids, perturbation_embeds))
+            vectors.append(self.perturbation(cells.perturbation_ids, cells.perturbation_embeds))
         for index, encoder in enumerate(self.covariates.values()):
-            vectors.append(encoder(missing if covariate_ids is None else covariate_ids[:, index]))
+            vectors.append(encoder(cells.covariate_ids[:, index]))
         if self.library_size is not None:
-            vectors.append(self.library_size(missing if library_size is None else library_size, progress))
+            vectors.append(self.library_size(cells.library_size, progress))
         tokens = torch.stack(vectors, dim=1) if vectors and self.config.condition_tokens else None
         vectors.append(self.time(smooth_features(2 * progress.t - 1).to(self.time.weight.dtype)))
         if self.summary is not None:
+            observed = observed / self.config.num_genes**0.5
             depth = smooth_features(log_ratio(progress.observed_total, progress.expected_observed))
             vectors.append(self.summary(torch.cat([observed, depth.to(observed.dtype)], dim=-1)))
         return self.mlp(torch.cat(vectors, dim=-1)), tokens

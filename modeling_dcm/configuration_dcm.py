@@ -98,7 +98,14 @@ class DCMConfig(PreTrainedConfig):
         return names + (["library_size"] if self.library_size_conditioning else [])
 
     def _check(self) -> None:
-        at_least_one = ("num_genes", "max_count", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        at_least_one = (
+            "num_genes",
+            "max_count",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_latents",
+        )
         for name in (*at_least_one, "max_perturbations_per_cell"):
             _expect(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("num_cell_types", "num_perturbations", "gene_output_bias", "library_size_groups"):
@@ -108,7 +115,6 @@ class DCMConfig(PreTrainedConfig):
         _expect(self.backbone in BACKBONES, "backbone", self.backbone, f"one of {BACKBONES}")
         _expect(self.noise_schedule in NOISE_SCHEDULES, "noise_schedule", self.noise_schedule, f"{NOISE_SCHEDULES}")
         _expect(self.loss_weighting in LOSS_WEIGHTINGS, "loss_weighting", self.loss_weighting, f"{LOSS_WEIGHTINGS}")
-        _expect(self.backbone == "dit" or self.num_latents >= 1, "num_latents", self.num_latents, "at least 1")
         _expect(self.mlp_ratio > 0, "mlp_ratio", self.mlp_ratio, "above 0")
         _expect(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
         _expect(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "in [0, 1)")

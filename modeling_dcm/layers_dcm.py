@@ -1,18 +1,20 @@
-"""The network's parts: token embeddings, attention, AdaLN-zero blocks, the two backbones and the head.
+"""The parts that every backbone is made of: token embeddings, attention and AdaLN-zero blocks.
 
-Knows nothing of noise, losses or labels' meaning: a condition arrives as one vector for each cell. Letters: B cells,
-L genes in the sequence, Q queried genes, S keys, D width, H heads, M latents, K largest count, V ids, R count features.
+A condition arrives as one vector for each cell. Letters: B cells, L genes in the sequence, Q queried genes, S keys,
+D width, H heads, K largest count, V ids, R count features.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .conditioning_dcm import CellTotals, ConditionEncoder, PartialCells
 from .configuration_dcm import DCMConfig
-from .law_dcm import FactoredLogits
 
 NUM_SMALL_COUNTS = 8
 NUM_BUMPS = 24
@@ -47,23 +49,8 @@ def bump(z: torch.Tensor) -> torch.Tensor:
     return torch.exp(-0.5 * z**2) * (z.abs() < 10)
 
 
-def sinusoidal(x: torch.Tensor, dim: int, max_period: float = 10_000.0) -> torch.Tensor:
-    """Sines and cosines (B, dim) of a scalar of each cell (B,)."""
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=x.device) / (dim // 2))
-    angles = x.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
 class AdaLNZero(nn.Linear):
     """From the condition to shifts, scales and gates; zero at initialisation, so that blocks start as the identity."""
-
-
-class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero: the head, which then emits the training marginals."""
-
-
-class CountBias(nn.Embedding):
-    """Biases of the head over counts; zero until the training marginals are set."""
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -206,154 +193,59 @@ class CellEmbedding(nn.Module):
         self.target = nn.Embedding(1, config.hidden_size) if config.num_perturbations else None
         self.level = nn.Linear(NUM_BUMPS, config.hidden_size) if config.cell_summary else None
 
-    def genes(
-        self, gene_ids: torch.Tensor, is_target: torch.Tensor | None, expected: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Identity of the genes (.., L, D), with their ``expected`` counts (.., L) where these are given, flagged where
-        they are the perturbation's target."""
-        identity = self.gene(gene_ids)
-        if self.level is not None and expected is not None:
-            identity = identity + self.level(level_features(expected, self.max_count).to(identity.dtype))
-        if is_target is None:
+    def identity(self, cells: PartialCells, *, with_expected: bool) -> torch.Tensor:
+        """Who the genes (B, L, D) of ``cells`` are, flagged where the perturbation targets them, and on request what is
+        expected of them."""
+        identity = self.gene(cells.gene_ids)
+        if self.level is not None and with_expected:
+            identity = identity + self.level(level_features(cells.expected, self.max_count).to(identity.dtype))
+        if cells.is_target is None:
             return identity
-        return identity + is_target[..., None].to(identity.dtype) * self.target.weight
+        return identity + cells.is_target[..., None].to(identity.dtype) * self.target.weight
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        gene_ids: torch.Tensor,
-        is_target: torch.Tensor | None,
-        expected: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, cells: PartialCells, *, with_expected: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B, L, D), and the sum over the observed genes of what was counted (B, D)."""
+        input_ids = cells.input_ids
         counts = self.count(count_features(self.num_counts, input_ids.device).to(self.count.weight.dtype))
         table = torch.cat([counts, self.mask_and_pad.weight.to(counts.dtype)])  # (V, 2D)
         count, level = (nn.functional.embedding(input_ids, half.contiguous()) for half in table.chunk(2, dim=-1))
-        reading = count + level * self.gene_reading(gene_ids)
+        reading = count + level * self.gene_reading(cells.gene_ids)
         is_observed = (input_ids < self.num_counts).to(reading.dtype)
-        return self.genes(gene_ids, is_target, expected) + reading, (is_observed[:, None] @ reading)[:, 0]
+        return self.identity(cells, with_expected=with_expected) + reading, (is_observed[:, None] @ reading)[:, 0]
 
 
-class DiTBackbone(nn.Module):
-    """Full bidirectional attention over all measured genes (the paper's), or over the observed ones alone.
+class Encoded(NamedTuple):
+    """What a backbone made of partly revealed cells, before any gene is queried."""
 
-    Without ``config.masked_keys`` nobody attends to a masked gene, so those that are not queried can be left out.
+    condition: torch.Tensor  # (B, D)
+    states: torch.Tensor  # (B, S, D): latents, or the tokens of the genes
+    key_mask: torch.Tensor | None = None  # (B, S) states to attend to; None: all of them
+    num_extra: int = 0  # states that stand before those of the genes
+
+
+class Backbone(nn.Module):
+    """From what is known of cells to hidden states of queried genes; a new one is a file with a class that has these.
+
+    Attributes:
+        reads_masked_genes: whether the output depends on masked genes that are not queried; otherwise the sampler
+            leaves them out of the sequence.
     """
 
-    def __init__(self, config: DCMConfig):
-        super().__init__()
-        self.embedding = CellEmbedding(config)
-        # always among the keys where masked genes are not: nothing observed is defined
-        self.nothing = None if config.masked_keys else nn.Embedding(1, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+    reads_masked_genes = True
 
-    def forward(self, tokens, condition, extra_tokens, key_mask, positions=None) -> torch.Tensor:
-        """Hidden states (B, L, D) of the genes ``tokens``, or (B, Q, D) of those at ``positions`` (B, Q); ``key_mask``
-        (B, L) or None. The last block runs at the positions alone: what other genes would become nobody reads."""
-        parts = [tokens]
-        if extra_tokens is not None:
-            parts.insert(0, extra_tokens)
-        if self.nothing is not None:
-            parts.insert(0, self.nothing.weight.expand(len(tokens), -1, -1).to(tokens.dtype))
-        x = torch.cat(parts, dim=1) if len(parts) > 1 else tokens
-        extra = x.shape[1] - tokens.shape[1]
-        if key_mask is not None:
-            key_mask = nn.functional.pad(key_mask, (extra, 0), value=True)
-        for block in self.blocks[:-1]:
-            x = block(x, condition, None, key_mask)
-        if positions is not None:
-            return self.blocks[-1](x, condition, None, key_mask, None, positions + extra)
-        return self.blocks[-1](x, condition, None, key_mask)[:, extra:]
+    def encode(self, cells: PartialCells, conditions: ConditionEncoder) -> Encoded:
+        """Read the observed genes of ``cells``, whose sum ``conditions`` makes a condition of."""
+        raise NotImplementedError
 
+    def query(self, encoded: Encoded, queried: PartialCells, positions: torch.Tensor | None) -> torch.Tensor:
+        """Hidden states (B, Q, D) of the genes ``queried``, at ``positions`` (B, Q) or everywhere."""
+        raise NotImplementedError
 
-class LatentBackbone(nn.Module):
-    """Learned latents read the observed genes, think, and are read by the queried genes: cost linear in genes."""
+    def pool(self, encoded: Encoded, cells: PartialCells) -> torch.Tensor:
+        """One vector (B, D) for each cell."""
+        raise NotImplementedError
 
-    def __init__(self, config: DCMConfig):
-        super().__init__()
-        self.embedding = CellEmbedding(config)
-        self.latents = nn.Embedding(config.num_latents, config.hidden_size)
-        self.nothing = nn.Embedding(1, config.hidden_size)  # always among the keys: nothing observed is defined
-        self.read = Block(config, cross=True)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.write = Block(config, cross=True)
-
-    def forward(self, tokens, condition, extra_tokens, is_observed) -> torch.Tensor:
-        """Latents (B, E+M, D) after reading the observed ones among ``tokens`` (B, L, D)."""
-        keys = torch.cat([self.nothing.weight.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
-        key_mask = None if is_observed is None else nn.functional.pad(is_observed, (1, 0), value=True)
-        return self.think(condition, extra_tokens, keys=keys, key_mask=key_mask)
-
-    def think(self, condition, extra_tokens, **read) -> torch.Tensor:
-        """Latents (B, E+M, D) after reading; ``read`` says from where, see :class:`Block`."""
-        x = self.latents.weight.expand(len(condition), -1, -1)
-        if extra_tokens is not None:
-            x = torch.cat([extra_tokens, x], dim=1)
-        x = self.read(x, condition, **read)
-        for block in self.blocks:
-            x = block(x, condition)
-        return x
-
-
-class CountHead(nn.Module):
-    """The law over counts 0..K of the queried genes, in two stages; there is no output for MASK or PAD.
-
-    First which of the small counts it is, or that it is a large one; then which large one. Large counts are rare, so
-    the second stage, which has nearly all of the outputs, is hardly ever needed: not for the loss, nor for drawing.
-    ``gene_bias`` has C columns for each gene: one for each of the C-1 small counts, the last for all large ones.
-    With C = 0, or C > K, there is one stage.
-
-    Only the weights of the counts start at zero. A modulation that started at zero too would be a saddle: once the bias
-    holds the marginals, neither would have a gradient that knows the conditions.
-    """
-
-    def __init__(self, config: DCMConfig):
-        super().__init__()
-        self.num_counts = config.num_counts
-        columns = min(config.gene_output_bias, config.num_counts)
-        self.num_small = columns - 1 if 0 < columns < config.num_counts else config.num_counts
-        self.norm = layer_norm(config.hidden_size)
-        self.modulation = nn.Linear(config.hidden_size, 2 * config.hidden_size)
-        self.counts = ZeroLinear(NUM_COUNT_FEATURES, config.hidden_size, bias=False)
-        self.large = ZeroLinear(1, config.hidden_size, bias=False) if self.num_small < self.num_counts else None
-        self.bias = CountBias(1, config.num_counts)
-        self.gene_bias = CountBias(config.num_genes, columns) if columns else None
-
-    def forward(self, x: torch.Tensor, condition: torch.Tensor, gene_ids: torch.Tensor) -> FactoredLogits:
-        """The law at genes ``gene_ids`` (B, Q) with hidden states ``x`` (B, Q, D)."""
-        shift, scale = self.modulation(condition).chunk(2, dim=-1)
-        x = modulate(self.norm(x), shift, scale)
-        weight = self.counts(count_features(self.num_counts, x.device).to(self.counts.weight.dtype)).to(x.dtype)
-        bias = self.bias.weight[0]
-        small, large = weight[: self.num_small], weight[self.num_small :]  # (S, D) and (K+1-S, D)
-        if self.large is not None:
-            small = torch.cat([small, self.large.weight.T.to(x.dtype)])
-        logits = nn.functional.linear(x, small).float()
-        if self.large is None:
-            logits = logits + bias if self.gene_bias is None else logits + bias + self.gene_bias(gene_ids)
-            return FactoredLogits(logits, x, None, None)
-        # zeros everywhere are the uniform law over counts: "a large count" then has as many shares as there are
-        shares = nn.functional.pad(bias.new_zeros(self.num_small), (0, 1), value=math.log(len(large)))
-        logits = logits + nn.functional.embedding(gene_ids, self.gene_bias.weight + shares)
-        return FactoredLogits(logits, x, large, bias[self.num_small :])
-
-    @torch.no_grad()
-    def set_marginals(self, histogram: torch.Tensor) -> None:
-        """Start at the log marginals of the training cells: ``histogram`` (G, K+1), cells for each gene and count.
-
-        One pseudo-cell with the counts' law over all genes keeps unseen counts possible.
-        """
-        histogram = histogram.double().cpu()
-        shared = histogram.sum(dim=0) + 1.0
-        shared = shared / shared.sum()
-        log_p = ((histogram + shared) / (histogram.sum(dim=1, keepdim=True) + 1.0)).log()
-        self.bias.weight.zero_()
-        if self.gene_bias is None:
-            self.bias.weight.copy_(shared.log()[None])
-        elif self.large is None:
-            self.gene_bias.weight.copy_(log_p)
-        else:
-            S = self.num_small
-            self.bias.weight[0, S:] = (shared[S:] / shared[S:].sum()).log().to(self.bias.weight)
-            any_large = log_p[:, S:].logsumexp(dim=1, keepdim=True) - math.log(self.num_counts - S)
-            self.gene_bias.weight.copy_(torch.cat([log_p[:, :S], any_large], dim=1))
+    def incremental(self, cells: PartialCells, conditions: ConditionEncoder, totals: CellTotals) -> Callable | None:
+        """A callable that encodes cells from nothing to everything and reuses what it has read, or None: ``(x_t (B, L),
+        known (B, j)) -> encoded, cells``, see :data:`Denoiser` for the arguments."""
+        return None

@@ -1,7 +1,7 @@
-"""DCMForDenoising: from masked counts and conditions to a law over counts at each masked gene.
+"""DCMForDenoising: from masked counts and conditions to a distribution over counts at each masked gene.
 
-Puts embeddings, conditions, backbone and head together, and computes the loss. Randomness is the caller's: `forward`
-draws nothing (apart from dropout, off by default). Files, names of genes and labels are the tokenizer's.
+Puts conditions, backbone and head together, and computes the loss. Randomness is the caller's: `forward` draws nothing
+(apart from dropout, off by default). Knows nothing of files, nor of names of genes and labels (the tokenizer's).
 Letters: B cells, L genes in the sequence, Q queried genes, P perturbations of a cell, D width, K largest count.
 """
 
@@ -14,20 +14,19 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .conditioning_dcm import CONDITIONS, ConditionEncoder, LabelEncoder, LibrarySizes, check_conditions
+from .conditioning_dcm import CellTotals, ConditionEncoder, LabelEncoder, LibrarySizes, PartialCells, check_conditions
 from .configuration_dcm import DCMConfig
-from .depth_dcm import CellTotals, Progress
+from .count_distribution_dcm import CategoricalHead, CountBias, TwoStageCategorical, ZeroLinear
 from .diffusion_dcm import alpha, denoising_loss
+from .dit_dcm import DiTBackbone
 from .generation_dcm import CellGenerationMixin
-from .law_dcm import FactoredLogits
-from .layers_dcm import AdaLNZero, CountBias, CountHead, DiTBackbone, LatentBackbone, ZeroLinear
+from .latent_dcm import LatentBackbone
+from .layers_dcm import AdaLNZero, Encoded
 from .pipeline_dcm import CUSTOM_PIPELINES
 from .scoring_dcm import CellScoringMixin
 
 # isort: split
 # Named for transformers 5.4, which takes from a local folder only the files that this one names itself.
-from .chunks_dcm import row_chunks  # noqa: F401
-from .denoisers_dcm import denoiser  # noqa: F401
 from .sampling_dcm import sample_counts  # noqa: F401
 from .schedule_dcm import reveal_schedule  # noqa: F401
 
@@ -98,7 +97,7 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         self.totals = CellTotals(config)
         self.conditions = ConditionEncoder(config)
         self.backbone = DiTBackbone(config) if config.backbone == "dit" else LatentBackbone(config)
-        self.head = CountHead(config)
+        self.head = CategoricalHead(config)
         self.library_sizes = LibrarySizes(config)
         # gene of the panel with each perturbation's name, or -1; filled at training by name
         self.register_buffer("target_gene_ids", torch.full((config.num_perturbations,), -1))
@@ -146,7 +145,7 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         is_masked = input_ids == self.config.mask_token_id
         k = is_masked.sum(dim=1)
         n = (input_ids != self.config.pad_token_id).sum(dim=1)
-        law = self.law(
+        distribution = self.distribution(
             input_ids,
             gene_ids,
             query_positions,
@@ -158,38 +157,78 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
             library_size=library_size,
         )
         if labels is None:
-            return DCMOutput(logits=law.full())
+            return DCMOutput(logits=distribution.full())
         is_query = is_masked
         if query_positions is not None:
             positions = query_positions.clamp(min=0)
             labels = labels.gather(1, positions)
             is_query = is_masked.gather(1, positions) & (query_positions >= 0)
-        cross_entropy = law.cross_entropy(labels.masked_fill(~is_query, 0))
+        cross_entropy = distribution.cross_entropy(labels.masked_fill(~is_query, 0))
         uniform, elbo = denoising_loss(cross_entropy, is_query, k, n)
         wanted = not self.training if return_logits is None else return_logits
         return DCMOutput(
             loss=elbo if self.config.loss_weighting == "elbo" else uniform,
             elbo=elbo.detach(),
-            logits=law.full() if wanted else None,
+            logits=distribution.full() if wanted else None,
         )
 
-    def law(
+    def distribution(
         self,
         input_ids: torch.Tensor,
         gene_ids: torch.Tensor | None = None,
         query_positions: torch.Tensor | None = None,
         **conditions: torch.Tensor | None,
-    ) -> FactoredLogits:
-        """The law over counts of each queried gene, in two stages: not all of the logits are computed.
+    ) -> TwoStageCategorical:
+        """The distribution over counts of each queried gene, in two stages: not all of the logits are computed.
 
-        Arguments are those of :meth:`forward`, which see; ``law.full()`` are its logits.
+        Arguments are those of :meth:`forward`, which see; ``distribution.full()`` are its logits.
         """
-        gene_ids = self._check_genes(input_ids, gene_ids)
-        check_conditions(self.config, conditions)
-        targets = conditions.pop("target_gene_ids", None)
-        progress = self._progress(input_ids, gene_ids, conditions)
         positions = None if query_positions is None else query_positions.clamp(min=0)
-        return self._law(input_ids, gene_ids, progress, conditions, targets, positions)
+        return self.predict(self.partial_cells(input_ids, gene_ids, **conditions), positions)
+
+    def partial_cells(
+        self, input_ids: torch.Tensor, gene_ids: torch.Tensor | None = None, **conditions: torch.Tensor | None
+    ) -> PartialCells:
+        """What is known of cells, from arguments as those of :meth:`forward`: checked, and -1 where not given."""
+        config, (B, L) = self.config, input_ids.shape
+        if gene_ids is None:
+            if config.num_genes != L:
+                raise ValueError(f"input_ids has {L} genes, the model {config.num_genes}: pass gene_ids for a subset")
+            gene_ids = torch.arange(L, device=input_ids.device)
+        if gene_ids.shape[-1] != L:
+            raise ValueError(f"gene_ids has shape {tuple(gene_ids.shape)}, expected ({L},) or ({B}, {L})")
+        gene_ids = gene_ids.expand(B, L)
+        check_conditions(config, conditions)
+        given = {name: value for name, value in conditions.items() if value is not None}
+        targets = given.pop("target_gene_ids", None)
+        if targets is None and "perturbation_ids" in given and config.num_perturbations:
+            ids = given["perturbation_ids"]
+            targets = self.target_gene_ids[ids.clamp(min=0)].masked_fill(ids < 0, -1)
+        missing = torch.full((B, 1 + len(config.covariates)), -1, device=input_ids.device)
+        given.setdefault("cell_type_ids", missing[:, 0])
+        given.setdefault("perturbation_ids", missing[:, :1])
+        given.setdefault("perturbation_embeds", None)
+        given.setdefault("covariate_ids", missing[:, 1:])
+        if "library_size" not in given or not config.library_size_conditioning:
+            given["library_size"] = missing[:, 0]
+        mean = self.totals.mean(gene_ids, given["cell_type_ids"])
+        return PartialCells(
+            input_ids=input_ids,
+            gene_ids=gene_ids,
+            mean=mean,
+            is_target=None if targets is None else (gene_ids[..., None] == targets[:, None, :]).any(dim=-1),
+            progress=self.totals.progress(input_ids, mean, given["library_size"]),
+            **given,
+        )
+
+    def predict(self, cells: PartialCells, positions: torch.Tensor | None = None) -> TwoStageCategorical:
+        """The distribution over counts of the genes at ``positions`` (B, Q), or of all genes."""
+        return self.query(self.backbone.encode(cells, self.conditions), cells, positions)
+
+    def query(self, encoded: Encoded, cells: PartialCells, positions: torch.Tensor | None) -> TwoStageCategorical:
+        """As :meth:`predict`, of cells that the backbone has encoded."""
+        queried = cells if positions is None else cells.at(positions)
+        return self.head(self.backbone.query(encoded, queried, positions), encoded.condition, queried)
 
     @torch.no_grad()
     def concrete_score(self, input_ids: torch.Tensor, t: torch.Tensor | float, **conditions) -> torch.Tensor:
@@ -281,83 +320,3 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         encoder.learned.train(old.training).requires_grad_(weight.requires_grad)
         config.num_perturbations = known + n
         return torch.arange(known, known + n)
-
-    def _check_genes(self, input_ids: torch.Tensor, gene_ids: torch.Tensor | None) -> torch.Tensor:
-        B, L = input_ids.shape
-        if gene_ids is None:
-            if self.config.num_genes != L:
-                raise ValueError(
-                    f"input_ids has {L} genes, the model {self.config.num_genes}: pass gene_ids for a subset"
-                )
-            gene_ids = torch.arange(L, device=input_ids.device)
-        if gene_ids.shape[-1] != L:
-            raise ValueError(f"gene_ids has shape {tuple(gene_ids.shape)}, expected ({L},) or ({B}, {L})")
-        return gene_ids.expand(B, L)
-
-    def _progress(self, input_ids, gene_ids, given) -> Progress:
-        """How far whole cells (B, L) are revealed, and how deep they are."""
-        size = given.get("library_size") if self.config.library_size_conditioning else None
-        return self.totals(input_ids, gene_ids, given.get("cell_type_ids"), size)
-
-    def _is_target(self, gene_ids, given, target_gene_ids) -> torch.Tensor | None:
-        """Which genes (B, L) the cells' perturbations target; None when that is not known."""
-        perturbation_ids = given.get("perturbation_ids")
-        if target_gene_ids is None and perturbation_ids is not None and self.config.num_perturbations:
-            target_gene_ids = self.target_gene_ids[perturbation_ids.clamp(min=0)].masked_fill(perturbation_ids < 0, -1)
-        if target_gene_ids is None:
-            return None
-        return (gene_ids[..., None] == target_gene_ids[:, None, :]).any(dim=-1)
-
-    def _condition(self, progress, total, given) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Condition (B, D) and condition tokens (B, E, D) or None; ``total`` (B, D): the observed genes' readings."""
-        observed = total / self.config.num_genes**0.5
-        return self.conditions(progress, observed, **{name: given.get(name) for name in CONDITIONS})
-
-    def _embed(self, input_ids, gene_ids, progress, given, target_gene_ids):
-        """Gene tokens (B, L, D), condition (B, D), condition tokens (B, E, D) or None, target flags (B, L) or None."""
-        is_target = self._is_target(gene_ids, given, target_gene_ids)
-        # tokens of "dit" are also queries, so they say what is expected; the latents read what was counted
-        expected = self._expected(gene_ids, progress, given) if self.config.backbone == "dit" else None
-        embedded, total = self.backbone.embedding(input_ids, gene_ids, is_target, expected)
-        return embedded, *self._condition(progress, total, given), is_target
-
-    def _expected(self, gene_ids, progress, given) -> torch.Tensor:
-        """Counts (B, L) that genes (B, L) would have in a mean cell of this type and depth."""
-        return self.totals.mean(gene_ids, given.get("cell_type_ids")) * progress.depth[:, None]
-
-    def _law(
-        self, input_ids, gene_ids, progress, given, target_gene_ids, positions, *, no_pad: bool = False
-    ) -> FactoredLogits:
-        """The law over counts at ``positions`` (B, Q), or at all genes. ``input_ids`` may be a part of the cell,
-        ``progress`` is that of the whole. ``no_pad`` promises that every gene was measured."""
-        embedded, condition, tokens, is_target = self._embed(input_ids, gene_ids, progress, given, target_gene_ids)
-        queried = gene_ids if positions is None else gene_ids.gather(1, positions)
-        if self.config.backbone == "dit":
-            hidden = self._dit_hidden(input_ids, embedded, condition, tokens, positions, no_pad=no_pad)
-            return self.head(hidden, condition, queried)
-        latents = self._latents(input_ids, embedded, condition, tokens)
-        is_query_target = is_target if positions is None or is_target is None else is_target.gather(1, positions)
-        return self._ask(latents, condition, queried, is_query_target, self._expected(queried, progress, given))
-
-    def _ask(self, latents, condition, queried, is_target, expected) -> FactoredLogits:
-        """The law at genes ``queried`` (B, Q) by latents (B, E+M, D) that have read the observed ones."""
-        queries = self.backbone.embedding.genes(queried, is_target, expected)
-        return self.head(self.backbone.write(queries, condition, latents), condition, queried)
-
-    def _dit_hidden(
-        self, input_ids, embedded, condition, tokens, positions=None, *, no_pad: bool = False
-    ) -> torch.Tensor:
-        """Hidden states (B, L, D), or (B, Q, D) at ``positions`` (B, Q).
-
-        A mask is made only where it is needed (it disqualifies flash kernels).
-        """
-        if not self.config.masked_keys:
-            key_mask = input_ids < self.config.num_counts
-        else:
-            measured = input_ids != self.config.pad_token_id
-            key_mask = None if no_pad or bool(measured.all()) else measured
-        return self.backbone(embedded, condition, tokens, key_mask, positions)
-
-    def _latents(self, input_ids, embedded, condition, tokens) -> torch.Tensor:
-        """Latents (B, E+M, D) that have read the observed genes and no others."""
-        return self.backbone(embedded, condition, tokens, input_ids < self.config.num_counts)

@@ -1,4 +1,4 @@
-"""The sampler: reveal genes in a random order fixed in advance, drawing each from the denoiser's law.
+"""The sampler: reveal genes in a random order fixed in advance, drawing each from the denoiser's distribution.
 
 Plain functions over a ``denoise`` callable; knows nothing of networks, conditions or files. Positions first and tokens
 second: the number of genes revealed in a step is the schedule's, and no count, however rare, loses a race against MASK.
@@ -9,12 +9,13 @@ from collections.abc import Callable
 
 import torch
 
-from .law_dcm import FactoredLogits, draw_counts
+from .count_distribution_dcm import TwoStageCategorical
 from .schedule_dcm import Curve, reveal_schedule
 
-# denoise(x_t (B, L), positions (B, q), known (B, j)) -> logits (B, q, K+1), whole or in two stages. `known` are the
-# positions that may hold a count by now: all of them are among it, and what is not observed yet there is still MASK.
-Denoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | FactoredLogits]
+# denoise(x_t (B, L), positions (B, q), known (B, j)) -> the distribution at the positions, or logits (B, q, K+1).
+# `known` are the positions that may hold a count by now: all of them are among it, and what is not observed yet there
+# is still MASK.
+Denoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | TwoStageCategorical]
 
 
 def random_order(x: torch.Tensor, mask_token_id: int, pad_token_id: int, generator: torch.Generator) -> torch.Tensor:
@@ -52,31 +53,31 @@ def sample_counts(
     Returns:
         ids (B, L) without MASK.
     """
-    L = x.shape[1]
-    order = random_order(x, mask_token_id, pad_token_id, generator)
+    B, L = x.shape
+    pi = random_order(x, mask_token_id, pad_token_id, generator)
     is_masked = x == mask_token_id
     given = (~is_masked & (x != pad_token_id)).sum(dim=1).cpu()  # (B,)
-    bounds = _reveal_bounds(is_masked.sum(dim=1).cpu(), given, steps, schedule, curve)  # (B, S+1)
-    widths = bounds.diff(dim=1).amax(dim=0).tolist()
-    num_known = (given[:, None] + bounds).amax(dim=0).tolist()
-    stops = (given[:, None] + bounds).to(x.device)  # positions of `order` that are known after each step
-    order = torch.cat([order, order.new_full((len(x), 1), L)], dim=1)  # (B, L+1), the last is nobody's
-    x = torch.cat([x, x.new_full((len(x), 1), pad_token_id)], dim=1)
-    for step, width in enumerate(widths):
-        known = order[:, : num_known[step]]
-        index = stops[:, step, None] + torch.arange(width, device=x.device)
-        is_own = index < stops[:, step + 1, None]
-        positions = order.gather(1, index.clamp(max=L))  # (B, q)
-        positions = positions.masked_fill(~is_own, L)
-        law = denoise(x[:, :L], positions.clamp(max=L - 1), known)
-        if isinstance(law, FactoredLogits):
-            drawn = law.draw(generator) if temperature == 1.0 else draw_counts(law.full(), temperature, generator)
-        else:
-            drawn = draw_counts(law, temperature, generator)
-        x.scatter_(1, positions, drawn)
+    k = _reveal_bounds(is_masked.sum(dim=1).cpu(), given, steps, schedule, curve)  # (B, S+1)
+    widths = k.diff(dim=1).amax(dim=0).tolist()  # q of each step
+    k = given[:, None] + k  # k[:, s] first positions of pi are known before step s
+    most_known = k.amax(dim=0).tolist()
+    k = k.to(x.device)
+    pi = torch.cat([pi, pi.new_full((B, 1), L)], dim=1)  # (B, L+1), the last is nobody's
+    x_t = torch.cat([x, x.new_full((B, 1), pad_token_id)], dim=1)
+    for s, q in enumerate(widths):
+        # which genes go from MASK at t to a count at s: (m_t - m_s)/m_t of the masked, the next q in the order pi
+        index = k[:, s, None] + torch.arange(q, device=x.device)
+        is_revealed = index < k[:, s + 1, None]  # a cell with fewer to reveal is done before the others
+        positions = pi.gather(1, index.clamp(max=L)).masked_fill(~is_revealed, L)  # (B, q)
+        # p(x_0^i | x_t, c) at these genes i, and one draw of x_0^i from each
+        p = denoise(x_t[:, :L], positions.clamp(max=L - 1), pi[:, : most_known[s]])
+        p = TwoStageCategorical(p) if isinstance(p, torch.Tensor) else p
+        x_0 = p.draw(generator, temperature)
+        # x_s is x_t with x_s^i = x_0^i
+        x_t.scatter_(1, positions, x_0)
         if on_step is not None:
-            on_step(x[:, :L])
-    return x[:, :L]
+            on_step(x_t[:, :L])
+    return x_t[:, :L]
 
 
 def _reveal_bounds(

@@ -83,6 +83,37 @@ def entropies(curve: Curve, num_genes: int) -> np.ndarray:
     return np.interp(np.arange(num_genes), *curve)
 
 
+def curve_points(largest: int, points: int) -> list[int]:
+    """Numbers of observed genes from 0 to ``largest``, spaced like logarithms."""
+    spaced = np.geomspace(1, max(largest, 1), points - 1).round().astype(int)
+    return sorted({0, *np.minimum(spaced, largest).tolist(), largest})
+
+
+def fit_entropy(measured: dict[str, list[float]], num_genes: int, points: int = 64) -> dict[str, list[float]]:
+    """A smooth, decreasing and convex curve through the points of ``measure_entropy`` (`scoring_dcm.py`).
+
+    A non-negative mixture of decaying exponentials ``exp(-j / tau)`` with tau spaced like logarithms, and a constant:
+    every such mixture is decreasing and convex.
+
+    Returns:
+        ``observed`` and ``entropy`` for the configuration; linear interpolation between them stays convex.
+    """
+    try:
+        from scipy.optimize import nnls
+    except ImportError as error:
+        raise ImportError("fitting an entropy curve needs scipy: pip install scipy") from error
+    j = np.asarray(measured["observed"])
+    h = np.asarray(measured["entropy"])
+    tau = np.geomspace(0.5, 4 * num_genes, 40)
+
+    def basis(at: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.ones((len(at), 1)), np.exp(-at[:, None] / tau)], axis=1)
+
+    weights, _ = nnls(basis(j), h)
+    at = np.asarray(curve_points(num_genes - 1, points), dtype=float)
+    return {"observed": at.tolist(), "entropy": (basis(at) @ weights).tolist()}
+
+
 def _of_shape(num_genes: int, steps: int, schedule: str) -> list[int]:
     revealed = [0]
     for step in range(1, steps + 1):

@@ -1,14 +1,21 @@
-"""Score cells with a trained model: bound their likelihood, embed them.
+"""Score cells with a trained model: bound their likelihood, embed them, measure the entropy curve.
 
 Letters: N all cells, B cells of a chunk, L genes in the sequence, Q queried genes, D width, H strata of samples,
 n measured genes of a cell, k masked ones.
 """
 
+from collections.abc import Iterable
+
+import numpy as np
 import torch
 
-from .chunks_dcm import dropout_off, of_rows, row_chunks
 from .conditioning_dcm import check_conditions
 from .diffusion_dcm import keyed_generator, num_masked
+from .generation_dcm import dropout_off, row_chunks, select_rows
+from .schedule_dcm import curve_points
+
+POINTS = 24
+QUERIES = 64
 
 
 class CellScoringMixin:
@@ -60,7 +67,7 @@ class CellScoringMixin:
         with dropout_off(self):
             for chunk, rows in row_chunks(len(input_ids), batch_size):
                 generator = keyed_generator(seed, chunk, self.device)
-                x_0, given = input_ids[rows].to(self.device), of_rows(conditions, rows, self.device)
+                x_0, given = input_ids[rows].to(self.device), select_rows(conditions, rows, self.device)
                 nats = self._paired_nats(x_0, given, num_samples // 2, generator)  # (H, 2, B)
                 bound[rows] = -nats.mean(dim=(0, 1)).cpu()
                 error[rows] = (nats.diff(dim=1)[:, 0].square().sum(dim=0).sqrt() / (2 * len(nats))).cpu()
@@ -95,8 +102,8 @@ class CellScoringMixin:
         """Cross-entropies (B, Q) at positions ``genes`` (B, Q) where ``is_masked`` (B, Q), which hides them; else 0."""
         labels = x_0.gather(1, genes)
         x_t = x_0.scatter(1, genes, labels.masked_fill(is_masked, self.config.mask_token_id))
-        law = self.law(x_t, query_positions=genes, **given)
-        return law.cross_entropy(labels.masked_fill(~is_masked, 0)).double() * is_masked
+        distribution = self.distribution(x_t, query_positions=genes, **given)
+        return distribution.cross_entropy(labels.masked_fill(~is_masked, 0)).double() * is_masked
 
     def _random_order(self, x_0: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Positions (B, L) of each cell: measured genes in random order, then PAD."""
@@ -112,19 +119,68 @@ class CellScoringMixin:
             input_ids = input_ids.masked_fill(mask == 0, self.config.pad_token_id)
         with dropout_off(self):
             chunks = (
-                of_rows({"input_ids": input_ids, **conditions}, rows, self.device)
+                select_rows({"input_ids": input_ids, **conditions}, rows, self.device)
                 for _, rows in row_chunks(len(input_ids), batch_size)
             )
             return torch.cat([self._pooled(**chunk).cpu() for chunk in chunks])
 
-    def _pooled(self, input_ids: torch.Tensor, gene_ids: torch.Tensor | None = None, **conditions) -> torch.Tensor:
-        gene_ids = self._check_genes(input_ids, gene_ids)
-        targets = conditions.pop("target_gene_ids", None)
-        embedded, condition, tokens, _ = self._embed(
-            input_ids, gene_ids, self._progress(input_ids, gene_ids, conditions), conditions, targets
-        )
-        if self.config.backbone == "latent":
-            return self._latents(input_ids, embedded, condition, tokens).mean(dim=1)
-        measured = (input_ids != self.config.pad_token_id)[..., None]
-        hidden = self._dit_hidden(input_ids, embedded, condition, tokens)
-        return (hidden * measured).sum(dim=1) / measured.sum(dim=1).clamp(min=1)
+    def _pooled(self, input_ids: torch.Tensor, **conditions) -> torch.Tensor:
+        cells = self.partial_cells(input_ids, **conditions)
+        return self.backbone.pool(self.backbone.encode(cells, self.conditions), cells)
+
+
+@torch.no_grad()
+def measure_entropy(
+    model, batches: Iterable[dict[str, torch.Tensor]], *, points: int = POINTS, seed: int = 0
+) -> dict[str, list[float]]:
+    """Mean cross-entropy of a masked gene given j random observed genes of its cell.
+
+    Each cell has one random order of its genes. The first j of them are observed and the last :data:`QUERIES` (at most
+    a quarter of the panel) are asked, so that all points of the curve share genes and orders, and differences between
+    them are not noise. The curve ends where those begin.
+
+    Args:
+        model: a :class:`DCMForDenoising`.
+        batches: ``input_ids`` (B, L), complete and clean, all genes measured, with the conditions of
+            :meth:`DCMForDenoising.forward`.
+        points: J.
+        seed: of the random orders, keyed with the index of the batch.
+
+    Returns:
+        ``observed``: j; ``entropy``: h(j) in nats per gene; ``error``: its standard error over cells; ``cells``.
+
+    Raises:
+        ValueError: no cells, or cells with genes that were not measured.
+    """
+    nats: list[np.ndarray] = []
+    observed: list[int] = []
+    with dropout_off(model):
+        for index, batch in enumerate(batches):
+            batch = {name: value.to(model.device) for name, value in batch.items()}
+            x_0 = batch.pop("input_ids")
+            B, L = x_0.shape
+            if bool((x_0 >= model.config.num_counts).any()):
+                raise ValueError("the entropy curve needs cells in which every gene of the panel was measured")
+            num_queries = min(QUERIES, -(-L // 4))
+            observed = curve_points(L - num_queries, points)
+            keys = torch.rand(B, L, generator=keyed_generator(seed, index, model.device), device=model.device)
+            order = keys.argsort(dim=1)
+            queries = order[:, L - num_queries :]
+            labels = x_0.gather(1, queries)
+            of_batch = []
+            for j in observed:
+                masked = torch.zeros_like(x_0, dtype=torch.bool).scatter_(1, order[:, j:], True)
+                x_t = x_0.masked_fill(masked, model.config.mask_token_id)
+                distribution = model.distribution(x_t, query_positions=queries, **batch)
+                of_batch.append(distribution.cross_entropy(labels).double().mean(dim=1))
+            nats.append(torch.stack(of_batch, dim=1).cpu().numpy())  # (B, J)
+    if not nats:
+        raise ValueError("no cells to measure the entropy curve on: convert with --validation-fraction above 0")
+    all_nats = np.concatenate(nats)
+    error = all_nats.std(axis=0, ddof=1) / np.sqrt(len(all_nats)) if len(all_nats) > 1 else np.zeros(len(observed))
+    return {
+        "observed": [float(j) for j in observed],
+        "entropy": all_nats.mean(axis=0).tolist(),
+        "error": error.tolist(),
+        "cells": len(all_nats),
+    }

@@ -11,8 +11,8 @@ from itertools import pairwise
 import torch
 
 from modeling_dcm import DCMForDenoising
-from modeling_dcm.chunks_dcm import dropout_off, of_rows, row_chunks
 from modeling_dcm.diffusion_dcm import keyed_generator, reveal_probability, sigma
+from modeling_dcm.generation_dcm import dropout_off, row_chunks, select_rows
 
 STEPS = 100
 CELLS_AT_ONCE = 16  # logits of every gene and count of more cells would not fit in memory
@@ -98,7 +98,7 @@ def naive_cells(
         for chunk, rows in row_chunks(num_cells, CELLS_AT_ONCE):
             size = rows.stop - rows.start
             generator = keyed_generator(seed, chunk, model.device)
-            given = of_rows(conditions, rows, model.device)
+            given = select_rows(conditions, rows, model.device)
             if model.config.library_size_conditioning:
                 labels = [given.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids")]
                 given["library_size"] = model.library_sizes.draw(size, *labels, generator)

@@ -17,8 +17,8 @@ from torch import nn
 
 from eval.benchmarks.simulated_counts import simulated_blocks
 from modeling_dcm import SIZES, DCMConfig, DCMForDenoising
+from modeling_dcm.count_distribution_dcm import TwoStageCategorical
 from modeling_dcm.diffusion_dcm import denoising_loss
-from modeling_dcm.law_dcm import FactoredLogits
 from modeling_dcm.modeling_dcm import DCMOutput
 from training.config import TrainConfig
 from training.loop.batches import noised
@@ -63,14 +63,16 @@ class PlainStep(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **conditions: torch.Tensor) -> DCMOutput:
         """Loss and elbo; arguments as of the network's forward."""
-        law = self.network.law(input_ids, **conditions)
-        uniform, elbo = plain_loss(law, input_ids, labels, self.network.config)
+        distribution = self.network.distribution(input_ids, **conditions)
+        uniform, elbo = plain_loss(distribution, input_ids, labels, self.network.config)
         return DCMOutput(loss=uniform, elbo=elbo.detach())
 
 
-def plain_loss(law: FactoredLogits, input_ids, labels, config: DCMConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_loss(
+    distribution: TwoStageCategorical, input_ids, labels, config: DCMConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and elbo from logits of every gene and count; ids (B, L)."""
-    log_p = law.full().float().log_softmax(dim=-1)  # (B, L, K+1)
+    log_p = distribution.full().float().log_softmax(dim=-1)  # (B, L, K+1)
     is_masked = input_ids == config.mask_token_id
     cross_entropy = -log_p.gather(2, labels.masked_fill(~is_masked, 0)[..., None])[..., 0]
     return denoising_loss(cross_entropy, is_masked, is_masked.sum(dim=1), (input_ids != config.pad_token_id).sum(dim=1))
@@ -79,16 +81,16 @@ def plain_loss(law: FactoredLogits, input_ids, labels, config: DCMConfig) -> tup
 def head_loss(network: DCMForDenoising, variant: str, batch: dict, hidden: torch.Tensor, condition: torch.Tensor):
     """The loss from hidden states ``hidden`` (B, L, D) of all genes and the condition (B, D): head and loss alone."""
     input_ids, labels = batch["input_ids"], batch["labels"]
-    gene_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    queried = network.partial_cells(input_ids)
     if variant == PLAIN:
-        return plain_loss(network.head(hidden, condition, gene_ids), input_ids, labels, network.config)[0]
+        return plain_loss(network.head(hidden, condition, queried), input_ids, labels, network.config)[0]
     is_query = is_masked = input_ids == network.config.mask_token_id
     if "query_positions" in batch:
         positions = batch["query_positions"].clamp(min=0)
         hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
-        gene_ids, labels = gene_ids.gather(1, positions), labels.gather(1, positions)
+        queried, labels = queried.at(positions), labels.gather(1, positions)
         is_query = is_masked.gather(1, positions) & (batch["query_positions"] >= 0)
-    cross_entropy = network.head(hidden, condition, gene_ids).cross_entropy(labels.masked_fill(~is_query, 0))
+    cross_entropy = network.head(hidden, condition, queried).cross_entropy(labels.masked_fill(~is_query, 0))
     n = (input_ids != network.config.pad_token_id).sum(dim=1)
     return denoising_loss(cross_entropy, is_query, is_masked.sum(dim=1), n)[0]
 

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from scipy.sparse import csr_matrix
 from tqdm.auto import tqdm
 
-from modeling_dcm.chunks_dcm import row_chunks
+from modeling_dcm.generation_dcm import row_chunks
 from training.data.files import written_aside
 
 REQUEST = "request.json"

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from modeling_dcm import DCMConfig
-from modeling_dcm.depth_dcm import CellTotals, count_values, log_ratio
+from modeling_dcm.conditioning_dcm import CellTotals, count_values, log_ratio
+
+NOT_GIVEN = torch.tensor([-1])
 
 
 @pytest.fixture
@@ -17,7 +19,7 @@ def totals() -> CellTotals:
 def test_progress_is_what_one_adds_up_by_hand(totals):
     mask, pad = totals.mask_token_id, totals.pad_token_id
     cell = torch.tensor([[3, mask, 0, mask, pad]])
-    progress = totals(cell, torch.arange(5)[None])
+    progress = totals.progress(cell, totals.mean(torch.arange(5)[None], NOT_GIVEN), NOT_GIVEN)
     assert progress.t.tolist() == [0.5]
     assert progress.observed_total.tolist() == [3.0]
     assert progress.expected_observed.tolist() == [1.0 + 4.0]
@@ -27,7 +29,9 @@ def test_progress_is_what_one_adds_up_by_hand(totals):
 def test_progress_follows_the_genes_and_not_their_positions(totals):
     order = torch.tensor([4, 2, 0, 3, 1])
     cell = torch.tensor([[3, totals.mask_token_id, 0, 7, 2]])
-    for here, there in zip(totals(cell, torch.arange(5)[None]), totals(cell[:, order], order[None]), strict=True):
+    mean = totals.mean(torch.arange(5)[None], NOT_GIVEN)
+    straight = totals.progress(cell, mean, NOT_GIVEN)
+    for here, there in zip(straight, totals.progress(cell[:, order], mean[:, order], NOT_GIVEN), strict=True):
         torch.testing.assert_close(here, there)
 
 

@@ -12,8 +12,8 @@ import torch
 from scipy import stats
 
 from modeling_dcm import generation_dcm
-from modeling_dcm.denoisers_dcm import RevealedGenes, denoiser
 from modeling_dcm.diffusion_dcm import keyed_generator
+from modeling_dcm.generation_dcm import denoiser
 
 MASK, PAD = 5, 6  # of the tiny models
 
@@ -113,9 +113,9 @@ def seen(monkeypatch) -> list[torch.Tensor]:
     """The library sizes (B,) of each chunk that is drawn from now on."""
     seen = []
 
-    def spied(model, gene_ids, conditions, guidance_scale, *, from_nothing):
+    def spied(model, x, gene_ids, conditions, *arguments, **options):
         seen.append(conditions["library_size"])
-        return denoiser(model, gene_ids, conditions, guidance_scale, from_nothing=from_nothing)
+        return denoiser(model, x, gene_ids, conditions, *arguments, **options)
 
     monkeypatch.setattr(generation_dcm, "denoiser", spied)
     return seen
@@ -208,7 +208,7 @@ def test_logits_while_sampling_are_those_of_the_full_sequence(model):
     known = torch.tensor([[4, 0, 1, 2], [1, 6, 3, 0], [0, 2, 3, 6]])  # some are still masked
     positions = torch.tensor([[5, 3], [2, 4], [4, 5]])
     given = {**conditions(3), "library_size": torch.tensor([5.0, -1.0, 80.0])}
-    compact = denoiser(model, torch.arange(7), given, 0.0, from_nothing=False)(x_t, positions, known).full()
+    compact = denoiser(model, x_t, torch.arange(7), given, 0.0, from_nothing=False)(x_t, positions, known).full()
     full = model(x_t, **given).logits.gather(1, positions[..., None].expand(-1, -1, 5))
     torch.testing.assert_close(compact, full, atol=2e-5, rtol=1e-5)
 
@@ -218,17 +218,21 @@ def test_logits_while_sampling_are_those_of_the_full_sequence(model):
 def test_genes_embedded_once_give_the_logits_of_the_full_sequence(make_model, genes):
     model = make_model("latent", conditioned=True, seed=3)
     given = {**conditions(3), "library_size": torch.tensor([5.0, -1.0, 80.0])}
-    ask = denoiser(model, genes, given, 0.0, from_nothing=True)
-    assert isinstance(ask, RevealedGenes)
-    L = len(genes)
+    L, read = len(genes), []
+    embed = model.backbone.embedding.forward
+    model.backbone.embedding.forward = lambda cells, **options: read.append(cells.gene_ids) or embed(cells, **options)
+    denoise = denoiser(model, torch.full((3, L), MASK), genes, given, 0.0, from_nothing=True)
     order = torch.stack([torch.randperm(L, generator=keyed_generator(0, row)) for row in range(3)])
     x_0 = torch.randint(0, 5, (3, L), generator=keyed_generator(1, 0))
     x_t = torch.full((3, L), MASK)
     for start, end in [(0, 1), (1, 3), (3, L)]:
         positions = order[:, start:end]
-        law = ask(x_t, positions, order[:, :start]).full()
+        incremental = denoise(x_t, positions, order[:, :start]).full()
+        assert sum(genes.shape[1] for genes in read) == start  # each gene is embedded once
+        embedded, model.backbone.embedding.forward = model.backbone.embedding.forward, embed
         full = model(x_t, gene_ids=genes, **given).logits.gather(1, positions[..., None].expand(-1, -1, 5))
-        torch.testing.assert_close(law, full, atol=2e-5, rtol=1e-5)
+        model.backbone.embedding.forward = embedded
+        torch.testing.assert_close(incremental, full, atol=2e-5, rtol=1e-5)
         x_t = x_t.scatter(1, positions, x_0.gather(1, positions))
 
 
@@ -237,8 +241,7 @@ def test_without_masked_keys_a_masked_gene_has_no_influence(make_model):
     model = make_model("dit", conditioned=True, masked_keys=False)
     x_t = torch.tensor([[0, 1, MASK, MASK, 2, MASK, MASK]])
     kept = torch.tensor([4, 0, 1, 3])
-    progress = model._progress(x_t, torch.arange(7)[None], {})
-    part = model._law(x_t[:, kept], kept[None], progress, {}, None, None).full()
+    part = model.predict(model.partial_cells(x_t).at(kept[None])).full()
     torch.testing.assert_close(part, model(x_t).logits[:, kept], atol=2e-5, rtol=1e-5)
     nothing_observed = model(torch.full((1, 7), MASK)).logits
     assert bool(nothing_observed.isfinite().all())
@@ -251,8 +254,8 @@ def test_guided_law_is_the_formula_of_the_design(model, scale):
     known, positions = torch.tensor([[0, 1, 4, 6]]), torch.tensor([[2, 3, 5]])
     library_size = torch.tensor([50.0])
     given = {**{name: ids[2:3] for name, ids in conditions(3).items()}, "library_size": library_size}
-    ask = denoiser(model, torch.arange(7), given, scale, from_nothing=False)
-    guided = ask(x_t, positions, known).log_softmax(dim=-1)
+    denoise = denoiser(model, x_t, torch.arange(7), given, scale, from_nothing=False)
+    guided = denoise(x_t, positions, known).log_softmax(dim=-1)
     conditional = model(x_t, **given).logits[:, positions[0]].log_softmax(dim=-1)
     null = model(x_t, library_size=library_size).logits[:, positions[0]].log_softmax(dim=-1)
     expected = ((1 + scale) * conditional - scale * null).log_softmax(dim=-1)
@@ -323,7 +326,9 @@ def test_log_likelihood_is_the_enumerated_elbo_and_below_the_log_of_the_law(make
 def enumerated_elbo(model, x_0: torch.Tensor) -> float:
     """The bound of one cell (7,) by all of its 2^7 - 1 masks."""
     masks = torch.tensor(list(itertools.product([False, True], repeat=7)))[1:]
-    cross_entropy = model.law(x_0.masked_fill(masks, MASK)).cross_entropy(x_0.expand_as(masks)).double() * masks
+    cross_entropy = (
+        model.distribution(x_0.masked_fill(masks, MASK)).cross_entropy(x_0.expand_as(masks)).double() * masks
+    )
     k = masks.sum(dim=1).tolist()
     return -sum((7 / j) * nats / (7 * math.comb(7, j)) for j, nats in zip(k, cross_entropy.sum(dim=1).tolist()))
 

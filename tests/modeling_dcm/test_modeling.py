@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modeling_dcm import SIZES, DCMConfig, DCMForDenoising
+from modeling_dcm.count_distribution_dcm import CountBias, ZeroLinear
 from modeling_dcm.diffusion_dcm import choose_queries, mask_counts, num_masked
-from modeling_dcm.layers_dcm import AdaLNZero, Block, CountBias, ZeroLinear, modulate
+from modeling_dcm.layers_dcm import AdaLNZero, Block, modulate
 
 ATTENTIONS = ("eager", "sdpa")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from modeling_dcm.law_dcm import FactoredLogits, draw_counts
+from modeling_dcm.count_distribution_dcm import TwoStageCategorical, draw_counts
 from modeling_dcm.sampling_dcm import random_order, sample_counts
 from modeling_dcm.schedule_dcm import SHAPES, reveal_schedule
 
@@ -91,7 +91,7 @@ def test_a_count_of_probability_1e_5_appears_at_its_rate_in_ten_million_draws(tw
     law = logits.expand(batch, 5)
     if two_stages:  # small counts 0, 1; the large ones 2, 3, 4 come from the bias of the second stage
         small = torch.cat([logits[:2], logits[2:].logsumexp(0, keepdim=True)]).expand(batch, 3)
-        law = FactoredLogits(small, torch.zeros(batch, 1), torch.zeros(3, 1), torch.zeros(3))
+        law = TwoStageCategorical(small, torch.zeros(batch, 1), torch.zeros(3, 1), torch.zeros(3))
     source = generator(3)
     counted = torch.zeros(5, dtype=torch.long)
     for _ in range(draws // batch):

@@ -9,7 +9,8 @@ import torch
 from tqdm import tqdm
 
 from modeling_dcm import DCMForDenoising
-from modeling_dcm.entropy_dcm import fit_entropy, measure_entropy
+from modeling_dcm.schedule_dcm import fit_entropy
+from modeling_dcm.scoring_dcm import measure_entropy
 from training.data.cells import Cells
 
 BATCH_SIZE = 64

@@ -10,14 +10,19 @@ import numpy as np
 import torch
 
 from modeling_dcm import DCMForDenoising
-from modeling_dcm.layers_dcm import LOWEST_LEVEL, CountHead, count_features, level_features
+from modeling_dcm.count_distribution_dcm import CategoricalHead
+from modeling_dcm.layers_dcm import LOWEST_LEVEL, count_features, level_features
 
 RIDGE = 1e-4  # keeps the weights of fitted features small where the data say nothing
 
 
 @torch.no_grad()
 def take_head(
-    old: CountHead, new: CountHead, fresh: dict[str, torch.Tensor], old_genes: list[int], new_genes: list[int]
+    old: CategoricalHead,
+    new: CategoricalHead,
+    fresh: dict[str, torch.Tensor],
+    old_genes: list[int],
+    new_genes: list[int],
 ) -> None:
     """Biases of counts and genes; the weights that do not depend on either have been copied.
 

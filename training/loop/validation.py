@@ -12,7 +12,7 @@ import torch
 
 from eval.metrics.distances import correlation_agreement, median_bandwidth, mmd2
 from modeling_dcm import DCMForDenoising
-from modeling_dcm.chunks_dcm import dropout_off
+from modeling_dcm.generation_dcm import dropout_off
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
 from training.data.cells import FLOOR, Cells

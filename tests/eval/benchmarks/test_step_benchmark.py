@@ -85,8 +85,8 @@ def test_head_and_loss_alone_give_the_loss_of_the_whole_network(batch, asked):
 def test_a_uniform_law_costs_log_of_its_outputs(batch):
     model, inputs = batch("dit", fresh=True, gene_output_bias=0)
     with torch.no_grad():
-        law = model.law(inputs["input_ids"])
-        elbo = plain_loss(law, inputs["input_ids"], inputs["labels"], model.config)[1]
+        distribution = model.distribution(inputs["input_ids"])
+        elbo = plain_loss(distribution, inputs["input_ids"], inputs["labels"], model.config)[1]
     assert elbo.item() == pytest.approx(math.log(CASE.max_count + 1), rel=1e-5)
 
 

@@ -85,8 +85,8 @@ def nats(model, tokenizer, genes: list[str], counts: torch.Tensor, labels: dict[
     special = {"mask_token_id": tokenizer.mask_token_id, "pad_token_id": tokenizer.pad_token_id}
     k = torch.full((len(counts),), len(genes) // 2)
     masked = mask_counts(counts, k, keyed_generator(0, 0), **special)
-    law = model.law(masked, gene_ids, library_size=counts.sum(dim=1).float(), **conditions)
-    return law.cross_entropy(counts)[masked == tokenizer.mask_token_id]
+    distribution = model.distribution(masked, gene_ids, library_size=counts.sum(dim=1).float(), **conditions)
+    return distribution.cross_entropy(counts)[masked == tokenizer.mask_token_id]
 
 
 def known_cells(tokenizer: DCMTokenizer, genes: list[str]) -> torch.Tensor:
@@ -129,10 +129,10 @@ def test_a_condition_that_the_new_data_lack_stays_at_not_given(trained, make_sha
     counts = known_cells(old[1], genes)
 
     def without_size(model, *arguments, **conditions):
-        return type(model).law(model, *arguments, **{**conditions, "library_size": None})
+        return type(model).distribution(model, *arguments, **{**conditions, "library_size": None})
 
-    old[0].law = lambda *arguments, **conditions: without_size(old[0], *arguments, **conditions)
-    new[0].law = lambda *arguments, **conditions: without_size(new[0], *arguments, **conditions)
+    old[0].distribution = lambda *arguments, **conditions: without_size(old[0], *arguments, **conditions)
+    new[0].distribution = lambda *arguments, **conditions: without_size(new[0], *arguments, **conditions)
     labels = {"perturbation": "control"}
     torch.testing.assert_close(
         nats(*new, genes, counts, labels), nats(*old, genes, counts, labels), atol=1e-4, rtol=1e-4
