@@ -40,7 +40,7 @@ from eval.comparison.protocols import (
 )
 from eval.reports.html_report import html_report
 from eval.reports.plots import comparison_figure
-from eval.reports.report import (
+from eval.reports.tables import (
     FLOOR,
     Row,
     biased_floor_notes,

@@ -27,7 +27,7 @@ from eval.comparison.cells import Cells
 from eval.comparison.labelled_counts import PERTURBATION, SEPARATOR, LabelledCounts
 from eval.comparison.protocols import Score, floor_draws
 from eval.comparison.spaces import log_cp10k
-from eval.reports.report import FLOOR, Row, summary_rows
+from eval.reports.tables import FLOOR, Row, summary_rows
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from eval.comparison.cells import Cells
 from eval.comparison.compared_metrics import METRICS
 from eval.comparison.labelled_counts import LabelledCounts
-from eval.reports import report_figures as figures
+from eval.reports import figures
 from eval.reports.published import PUBLISHED, PUBLISHED_NOTE
-from eval.reports.report import (
+from eval.reports.tables import (
     FLOOR,
     Row,
     at_floor,

@@ -19,7 +19,7 @@ from eval.comparison.cells import read_cells
 from eval.comparison.compared_metrics import POOLED_METRICS
 from eval.comparison.protocols import Score
 from eval.evaluate import main
-from eval.reports.report import ROW_KEYS, at_floor, biased_floor_notes, results_json, summary_rows, summary_table
+from eval.reports.tables import ROW_KEYS, at_floor, biased_floor_notes, results_json, summary_rows, summary_table
 from eval.simulate import simulate
 
 DEFAULT_BASELINES = ("independent_marginals", "perturbation_mean", "additive")

@@ -12,9 +12,9 @@ from scipy import sparse
 from eval.comparison.cells import Cells
 from eval.comparison.labelled_counts import LabelledCounts
 from eval.comparison.protocols import Score
+from eval.reports.figures import INK, differential_figure
 from eval.reports.html_report import html_report
-from eval.reports.report import Row, summary_rows
-from eval.reports.report_figures import INK, differential_figure
+from eval.reports.tables import Row, summary_rows
 
 HEADER = {
     "dataset": "a <b> & dentate gyrus",

@@ -13,12 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from scipy import sparse
 
+import eval.studies.zero_shot as stages
 from eval.comparison.labelled_counts import LabelledCounts
 from eval.simulate import main as simulate
-from eval.studies import experiments
-from eval.studies.experiments import completed, shuffled, zero_shot
-from eval.studies.held_out_report import Study, dot_plot, study_markdown, study_tables
-from eval.studies.held_out_scores import control_cells, marginals_of_all, score_held_out
+from eval.studies.scores import control_cells, marginals_of_all, score_held_out
+from eval.studies.tables import Study, dot_plot, study_markdown, study_tables
+from eval.studies.zero_shot import completed, shuffled
+from eval.studies.zero_shot import main as zero_shot
 
 GENES, CELLS = 12, 160
 LEVEL = {"control": 2.0, "a": 2.0, "b": 6.0, "unseen": 6.0}  # of the first six genes; the others have 2
@@ -137,7 +138,7 @@ def study() -> Study:
         sampling_seeds=3,
         draws=10,
         versions={},
-        command="python -m eval.studies.experiments zero-shot cells.h5ad",
+        command="python -m eval.studies.zero_shot cells.h5ad",
     )
 
 
@@ -219,7 +220,7 @@ def test_a_study_writes_its_files_and_goes_on_where_it_stopped(tmp_path, monkeyp
         raise AssertionError("done again")
 
     for stage in ("convert", "train", "sample", "score_held_out", "write_table", "embed"):
-        monkeypatch.setattr(experiments, stage, refuse)
+        monkeypatch.setattr(stages, stage, refuse)
     zero_shot(**options)
     assert written.read_bytes() == before
     assert capsys.readouterr().out == printed

@@ -1,6 +1,6 @@
 """Whole studies, from an h5ad file to a table: what a line of results says, one command repeats.
 
-    python -m eval.studies.experiments zero-shot cells.h5ad --out study --perturbation-key perturbation \\
+    python -m eval.studies.zero_shot cells.h5ad --out study --perturbation-key perturbation \\
         --control control --vectors coexpression --config training/configs/laptop.yaml --max-steps 2000
 
 zero-shot holds perturbations (or combinations) out, several times; trains one model for each kind of vectors, with
@@ -8,7 +8,6 @@ everything else equal; draws the held-out cells and scores them beside the floor
 done again: the same command goes on after an interruption. Knows the stages, and nothing of what happens inside them.
 """
 
-import hashlib
 import importlib.metadata
 import inspect
 import json
@@ -31,15 +30,15 @@ from safetensors.torch import load_file
 
 from eval.comparison.cells import read_cells
 from eval.comparison.protocols import FLOOR_DRAWS
-from eval.reports.report import FLOOR, Row
+from eval.reports.tables import FLOOR, Row
 from eval.sample import main as sample
-from eval.studies.held_out_report import Study, dot_plot, study_json, study_markdown, study_tables
-from eval.studies.held_out_scores import BASELINES, score_held_out
+from eval.studies.scores import BASELINES, score_held_out
+from eval.studies.tables import Study, dot_plot, study_json, study_markdown, study_tables
 from tokenization import DCMTokenizer
 from training.config import read_config
 from training.convert_h5ad import main as convert
 from training.data.command_line import user_errors
-from training.data.files import open_h5ad, written_aside
+from training.data.files import open_h5ad, sha256_of, written_aside
 from training.embed_perturbations import main as embed
 from training.embed_perturbations import perturbation_names
 from training.perturbations.table import write_table
@@ -67,7 +66,7 @@ class _Plan:
     draws: int
 
 
-def zero_shot(
+def main(
     source: Annotated[Path, tyro.conf.Positional],
     *,
     out: Path,
@@ -134,11 +133,11 @@ def zero_shot(
     training = ["--config", str(config)] if config else []
     training += [] if max_steps is None else ["--max-steps", str(max_steps)]
     facts = {
-        "source_sha256": _sha256(source),
+        "source_sha256": sha256_of(source),
         "conversion": conversion,
         "splits": [{name: str(value) for name, value in one.items()} for one in splits],
-        "split_files_sha256": [_sha256(path) for path in split_files],
-        "vectors": [vectors, _sha256(Path(vectors)) if vectors and Path(vectors).is_file() else None],
+        "split_files_sha256": [sha256_of(path) for path in split_files],
+        "vectors": [vectors, sha256_of(Path(vectors)) if vectors and Path(vectors).is_file() else None],
         "learned": learned,
         "training": [read_config(config) if config else None, max_steps],
         "scores": [sampling_seeds, draws],
@@ -167,11 +166,6 @@ def zero_shot(
     sys.stdout.write(study_tables(study, rows) + "\n")
     logger.info("numbers: %s\ntables:  %s\nfigure:  %s", *(out / f"zero_shot.{kind}" for kind in ("json", "md", "png")))
     return out / "zero_shot.json"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shuffled(vectors: Mapping[str, torch.Tensor], *, seed: int) -> Vectors:
@@ -320,11 +314,11 @@ def _write(out: Path, study: Study, rows: list[Row]) -> None:
 
 
 def _command(arguments: dict[str, object]) -> str:
-    """The command line that gives ``zero_shot`` these arguments; options at their default are left out."""
-    words = ["python", "-m", "eval.studies.experiments", "zero-shot", str(arguments.pop("source"))]
+    """The command line that gives ``main`` these arguments; options at their default are left out."""
+    words = ["python", "-m", "eval.studies.zero_shot", str(arguments.pop("source"))]
     for name, value in arguments.items():
         option = name.replace("_", "-")
-        if value == inspect.signature(zero_shot).parameters[name].default:
+        if value == inspect.signature(main).parameters[name].default:
             continue
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
@@ -334,11 +328,11 @@ def _command(arguments: dict[str, object]) -> str:
 
 
 def cli() -> None:
-    """Entry point of ``python -m eval.studies.experiments``."""
+    """Entry point of ``python -m eval.studies.zero_shot``."""
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     with user_errors():
-        tyro.extras.subcommand_cli_from_dict({"zero-shot": zero_shot})
+        tyro.cli(main)
 
 
 if __name__ == "__main__":

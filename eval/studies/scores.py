@@ -35,7 +35,7 @@ from eval.comparison.protocols import (
     evaluate_pair,
     prepare_reference,
 )
-from eval.reports.report import FLOOR, Row, summary_rows
+from eval.reports.tables import FLOOR, Row, summary_rows
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from scipy import sparse, stats
 from eval.comparison.labelled_counts import PERTURBATION, LabelledCounts
 from eval.comparison.spaces import log_cp10k, principal_components
 from eval.metrics import distances as metrics
-from eval.reports.report import FLOOR, Row
+from eval.reports.tables import FLOOR, Row
 
 INK = "#010203"
 STYLE = {

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from eval.reports.report import FLOOR, Row, results_json
+from eval.reports.tables import FLOOR, Row, results_json
 
 Values = dict[str, dict[tuple[int, str], float]]  # model -> (split, perturbation) -> value
 
