@@ -1,17 +1,31 @@
-"""Discrete Cell Models: configuration, network, diffusion and sampler. Every file here ships with each checkpoint."""
+"""Discrete Cell Models: masked counts and conditions in, cells out. Every file here ships with each checkpoint.
 
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+Its classes are imported, and made known to transformers, when they are asked for: that takes seconds.
+"""
 
-from .configuration_dcm import SIZES, DCMConfig
-from .modeling_dcm import DCMForDenoising
+from typing import TYPE_CHECKING
 
-# `save_pretrained` then writes this code beside the weights, so that a checkpoint needs no installed package
-DCMConfig.register_for_auto_class()
-DCMForDenoising.register_for_auto_class("AutoModel")
-
-# with this package imported, the Auto classes know checkpoints without `trust_remote_code`
-AutoConfig.register(DCMConfig.model_type, DCMConfig, exist_ok=True)
-AutoModel.register(DCMConfig, DCMForDenoising, exist_ok=True)
-AutoModelForMaskedLM.register(DCMConfig, DCMForDenoising, exist_ok=True)
+if TYPE_CHECKING:
+    from .configuration_dcm import SIZES, DCMConfig
+    from .modeling_dcm import DCMForDenoising
 
 __all__ = ["SIZES", "DCMConfig", "DCMForDenoising"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+
+    from .configuration_dcm import SIZES, DCMConfig
+    from .modeling_dcm import DCMForDenoising
+
+    # `save_pretrained` then writes this code beside the weights, so that a checkpoint needs no installed package
+    DCMConfig.register_for_auto_class()
+    DCMForDenoising.register_for_auto_class("AutoModel")
+    # the Auto classes then know checkpoints without `trust_remote_code`
+    AutoConfig.register(DCMConfig.model_type, DCMConfig, exist_ok=True)
+    AutoModel.register(DCMConfig, DCMForDenoising, exist_ok=True)
+    AutoModelForMaskedLM.register(DCMConfig, DCMForDenoising, exist_ok=True)
+    globals().update(SIZES=SIZES, DCMConfig=DCMConfig, DCMForDenoising=DCMForDenoising)
+    return globals()[name]

@@ -8,15 +8,11 @@ defaults of ``model.generate``. Letters: R requests, n cells of a request, N cel
 import difflib
 import reprlib
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 
 import numpy as np
 import torch
 from transformers import Pipeline
-
-try:
-    import anndata
-except ImportError:
-    anndata = None
 
 TASK = "cell-generation"
 # what `config.json` says of it; an Auto class of transformers loads the model
@@ -123,13 +119,14 @@ class CellGenerationPipeline(Pipeline):
         counts = self._counts(ids, seed)
         if drawn["observed"] is not None:
             counts = np.where(drawn["observed"] >= 0, drawn["observed"], counts)
+        has_anndata = find_spec("anndata") is not None
         results, stop = [], 0
         for request, n in zip(drawn["requests"], drawn["sizes"]):
             start, stop = stop, stop + n
             rows = slice(start, stop)
             asked = {name: request[name] for name in FIELDS[:3] if request.get(name) is not None}
             result = {"counts": counts[rows], "genes": list(self.tokenizer.genes), "conditions": asked}
-            if anndata is not None:
+            if has_anndata:
                 conditions = {name: value[rows].cpu() for name, value in drawn["arguments"].items()}
                 result["adata"] = self.tokenizer.decode(ids[rows], conditions=conditions)
                 result["adata"].X = type(result["adata"].X)(counts[rows].astype(np.int32))

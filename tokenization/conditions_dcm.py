@@ -5,16 +5,28 @@ The half of the tokenizer that knows nothing of genes, counts and transformers. 
 Shapes: n cells, P perturbations of a combination (padded with -1 on the right), C covariates.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from .labels_dcm import factorize, join_perturbation, label_ids, split_perturbation, unknown_label_error
 
+if TYPE_CHECKING:
+    import torch
+
 CELL_TYPE = "cell_type"
 PERTURBATION = "perturbation"
+
+
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    """The array as a tensor. torch takes a second to import: whoever only asks for names does without it."""
+    import torch
+
+    return torch.from_numpy(array)
 
 
 def check_names(kind: str, names: Sequence[str]) -> None:
@@ -78,7 +90,7 @@ class ConditionLabels:
     def cell_type_ids(self, labels: object) -> torch.Tensor:
         """Ids (n,) of n cell types, -1 where missing. Raises ValueError for an unknown label."""
         self._require(self.cell_types, CELL_TYPE)
-        return torch.from_numpy(label_ids(labels, self.cell_types, CELL_TYPE))
+        return as_tensor(label_ids(labels, self.cell_types, CELL_TYPE))
 
     def perturbation_ids(self, labels: object) -> torch.Tensor:
         """Ids (n, P) of n perturbations or combinations, ascending, then -1; all -1 where missing.
@@ -97,7 +109,7 @@ class ConditionLabels:
         for row, names in zip(table, split):
             row[: len(names)] = np.sort(flat[start : start + len(names)])
             start += len(names)
-        return torch.from_numpy(table[codes])
+        return as_tensor(table[codes])
 
     def add_perturbations(self, names: Iterable[str]) -> np.ndarray:
         """Learn the names of perturbations that the model has new vectors for, and return their ids (n,) int64.
@@ -142,7 +154,7 @@ class ConditionLabels:
         for position, name in enumerate(self.covariates):
             if name in columns:
                 ids[:, position] = columns[name]
-        return torch.from_numpy(ids)
+        return as_tensor(ids)
 
     def conditions(
         self,

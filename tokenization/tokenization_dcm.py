@@ -16,19 +16,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from transformers import BatchEncoding, PreTrainedTokenizer
 
-from .conditions_dcm import ConditionLabels, check_names
+from .conditions_dcm import ConditionLabels, as_tensor, check_names
 from .counts_dcm import CountCheck
 from .gene_names_dcm import find_genes
 from .labels_dcm import factorize, split_perturbation
-
-try:
-    import anndata
-    from scipy.sparse import csr_matrix
-except ImportError:
-    anndata = None
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +50,7 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
 
     vocab_files_names = {"genes_file": "genes.txt", "conditions_file": "conditions.json"}  # noqa: RUF012
     model_input_names = ["input_ids"]  # noqa: RUF012
+    _auto_class = "AutoTokenizer"  # `save_pretrained` writes this code beside the vocabularies
 
     def __init__(
         self,
@@ -222,7 +216,7 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
             measured_ids = input_ids
             input_ids = np.full((len(counts), len(self.genes)), self.pad_token_id, dtype=np.int64)
             input_ids[:, measured] = measured_ids
-        data = {"input_ids": torch.from_numpy(input_ids), "library_size": torch.from_numpy(counts.sum(axis=1))}
+        data = {"input_ids": as_tensor(input_ids), "library_size": as_tensor(counts.sum(axis=1))}
         return BatchEncoding(data | (self._observed_conditions(cells.obs) if is_anndata else {}))
 
     def _panel_counts(self, matrix: object, names: list[str], layers: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -305,8 +299,11 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
             ValueError: MASK, PAD or other ids that are no counts, a wrong number of genes, or conditions of another
                 number of cells.
         """
-        if anndata is None:
-            raise ImportError("decoding to AnnData needs anndata: pip install anndata")
+        try:
+            import anndata
+            from scipy.sparse import csr_matrix
+        except ImportError as error:
+            raise ImportError("decoding to AnnData needs anndata: pip install anndata") from error
         ids = np.atleast_2d(np.asarray(ids))
         if ids.shape[1] != len(self.genes):
             raise ValueError(f"ids have {ids.shape[1]:,} columns; expected the panel's {len(self.genes):,} genes")

@@ -432,3 +432,18 @@ def test_real_cells_make_the_round_trip():
     assert decoded.obs["cell_type"].tolist() == cells.obs["cell_type"].tolist()
     canonical = ["+".join(sorted(label.split("+"))) for label in cells.obs["perturbation"]]
     assert decoded.obs["perturbation"].tolist() == canonical
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import modeling_dcm, tokenization", {"transformers", "torch", "anndata"}),
+        ("from modeling_dcm.schedule_dcm import SCHEDULES", {"transformers", "torch"}),
+        ("from tokenization.tokenization_dcm import DCMTokenizer", {"torch", "anndata", "scipy"}),
+        ("from modeling_dcm import DCMForDenoising; from tokenization import DCMTokenizer", {"anndata"}),
+    ],
+)
+def test_what_takes_seconds_to_import_is_imported_when_it_is_needed(statement, absent):
+    script = f"import sys; {statement}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not absent & set(done.stdout.split())
