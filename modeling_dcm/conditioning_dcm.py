@@ -8,6 +8,7 @@ Letters: B cells, L genes in the sequence, P perturbations of a cell, C covariat
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -145,12 +146,9 @@ def progress_of(
 
 def count_values(config: DCMConfig) -> torch.Tensor:
     """The count that each id stands for (V,), the middle of a bin; 0 for MASK and PAD."""
-    edges = list(range(config.num_counts)) if config.count_bins is None else list(range(config.count_bins[0]))
-    values = [float(edge) for edge in edges]
-    if config.count_bins is not None:
-        last = [*config.count_bins[1:], config.max_count + 1]
-        values += [(left + right - 1) / 2 for left, right in zip(config.count_bins, last, strict=True)]
-    return torch.tensor([*values, 0.0, 0.0])
+    bins = config.count_bins or []
+    edges = [*range(config.num_counts - len(bins)), *bins, config.max_count + 1]
+    return torch.tensor([*((left + right - 1) / 2 for left, right in pairwise(edges)), 0.0, 0.0])
 
 
 def log_ratio(total: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
@@ -290,17 +288,16 @@ class ConditionEncoder(nn.Module):
 class LibrarySizes(nn.Module):
     """Quantiles of the training cells' library sizes for each group of conditions; generation draws from them.
 
-    A group's key is (cell type, covariates..., perturbations...) with -2 for *whatever*; rows stand from the most
-    specific to the one that matches everything.
+    A group's key is (cell type, covariates..., perturbations...) with :data:`ANY` for *whatever*; rows stand from the
+    most specific to the one that matches everything.
     """
 
     def __init__(self, config: DCMConfig):
         super().__init__()
-        self.key_width = 1 + len(config.covariates) + config.max_perturbations_per_cell
         self.num_covariates = len(config.covariates)
-        groups = config.library_size_groups
-        self.register_buffer("keys", torch.full((groups, self.key_width), ANY))
-        self.register_buffer("quantiles", torch.zeros(groups, LIBRARY_QUANTILES))
+        width = 1 + self.num_covariates + config.max_perturbations_per_cell
+        self.register_buffer("keys", torch.full((config.library_size_groups, width), ANY))
+        self.register_buffer("quantiles", torch.zeros(config.library_size_groups, LIBRARY_QUANTILES))
 
     def draw(
         self,
@@ -324,9 +321,8 @@ class LibrarySizes(nn.Module):
 
     def group_keys(self, num_cells, cell_type_ids, perturbation_ids, covariate_ids) -> torch.Tensor:
         """Keys (B, W) of cells; a combination is sorted, and one wider than the table's is marked as unknown."""
-        device = self.keys.device
-        width = self.key_width - 1 - self.num_covariates
-        missing = torch.full((num_cells, 1), -1, device=device)
+        width = self.keys.shape[1] - 1 - self.num_covariates
+        missing = self.keys.new_full((num_cells, 1), -1)
         covariates = missing.expand(-1, self.num_covariates) if covariate_ids is None else covariate_ids
         perturbations = missing if perturbation_ids is None else perturbation_ids.sort(dim=1, descending=True).values
         too_wide = (perturbations[:, width:] >= 0).any(dim=1, keepdim=True)

@@ -1,7 +1,4 @@
-"""Every number that changes the weights or the maths of a Discrete Cell Model, checked when it is set.
-
-Knows nothing of genes' or labels' names: those are the tokenizer's.
-"""
+"""Every number that changes the weights or the maths of a Discrete Cell Model, checked when it is set."""
 
 from itertools import pairwise
 
@@ -61,12 +58,9 @@ class DCMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.covariates = dict(self.covariates or {})
         self.covariate_order = list(self.covariates if self.covariate_order is None else self.covariate_order)
-        _expect(
-            sorted(self.covariate_order) == sorted(self.covariates),
-            "covariate_order",
-            self.covariate_order,
-            f"the names of covariates {sorted(self.covariates)}",
-        )
+        names = sorted(self.covariates)
+        is_order = sorted(self.covariate_order) == names
+        _expect(is_order, "covariate_order", self.covariate_order, f"the names of covariates {names}")
         self.covariates = {name: self.covariates[name] for name in self.covariate_order}
         kwargs["pad_token_id"] = None
         super().__post_init__(**kwargs)
@@ -98,15 +92,8 @@ class DCMConfig(PreTrainedConfig):
         return names + (["library_size"] if self.library_size_conditioning else [])
 
     def _check(self) -> None:
-        at_least_one = (
-            "num_genes",
-            "max_count",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_latents",
-        )
-        for name in (*at_least_one, "max_perturbations_per_cell"):
+        at_least_one = ("num_genes", "max_count", "max_perturbations_per_cell", "num_latents")
+        for name in (*at_least_one, "hidden_size", "num_hidden_layers", "num_attention_heads"):
             _expect(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("num_cell_types", "num_perturbations", "gene_output_bias", "library_size_groups"):
             _expect(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")

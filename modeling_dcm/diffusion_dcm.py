@@ -1,7 +1,6 @@
 """The absorbing-state diffusion: schedule functions, forward process and loss, each as the paper writes it.
 
-Knows nothing of networks. `m = 1 - alpha` is the mask probability. Letters: B cells, L genes in the sequence, Q queried
-genes, K largest count.
+`m = 1 - alpha` is the mask probability. Letters: B cells, L genes in the sequence, Q queried genes, K largest count.
 """
 
 import numpy as np

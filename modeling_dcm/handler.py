@@ -4,8 +4,8 @@
 
 ``inputs`` is a request of the pipeline (`pipeline_dcm.py` has its fields), or a list of them; ``parameters`` are
 sampling options. The answer is ``{"genes": [...], "results": [...]}``, one result per request: cells x genes counts as
-a CSR matrix (``shape``, ``indptr``, ``indices``, ``counts``) and the ``conditions`` asked for. Knows nothing of HTTP:
-whatever serves it turns the ``ValueError`` of a bad request, whose message is meant for the stranger, into status 400.
+a CSR matrix (``shape``, ``indptr``, ``indices``, ``counts``) and the ``conditions`` asked for.
+Whatever serves it turns the ``ValueError`` of a bad request, whose message is meant for the stranger, into status 400.
 """
 
 import logging

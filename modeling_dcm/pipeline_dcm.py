@@ -1,8 +1,7 @@
 """``pipeline("cell-generation")``: requests with names of labels and genes in, counts with gene names out.
 
-Joins a checkpoint's tokenizer and model, so that a user writes a dictionary and no tensors. Knows nothing of HTTP, of
-limits for strangers (`handler.py`), nor of how cells are drawn. Sampling options that are not given are left to the
-defaults of ``model.generate``. Letters: R requests, n cells of a request, N cells of all, G genes of the panel.
+Joins a checkpoint's tokenizer and model, so that a user writes a dictionary and no tensors; limits for strangers are
+`handler.py`'s. Letters: R requests, n cells of a request, N cells of all, G genes of the panel.
 """
 
 import difflib
@@ -86,17 +85,22 @@ class CellGenerationPipeline(Pipeline):
         for request in requests:
             _check_request(request)
         for field in ("observed", "library_size"):
-            kinds = {_kind(request.get(field)) for request in requests}
+            values = [request.get(field) for request in requests]
+            kinds = {value if value is None else isinstance(value, str) for value in values}
             if len(kinds) > 1:
                 raise ValueError(f"some requests of the list have {field!r} and others have not: ask for them apart")
         observed = [self._observed(request) for request in requests]
         conditions = [self._conditions(request, known) for request, known in zip(requests, observed)]
         sizes = [each.pop("num_cells") for each in conditions]
+        library_size = requests[0].get("library_size")
+        if library_size not in (None, "null"):
+            wanted = torch.tensor([request["library_size"] for request in requests], dtype=torch.float32)
+            library_size = wanted.repeat_interleave(torch.tensor(sizes))
         known = [np.broadcast_to(each, (n, each.shape[1])) for each, n in zip(observed, sizes) if each is not None]
         return {
             "arguments": _joined(conditions),
             "sizes": sizes,
-            "library_size": _library_size(requests, sizes),
+            "library_size": library_size,
             "observed": np.concatenate(known) if known else None,
             "requests": requests,
         }
@@ -116,7 +120,7 @@ class CellGenerationPipeline(Pipeline):
     def postprocess(self, drawn: dict[str, object], seed: int = 0) -> list[dict[str, object]]:
         """One result per request."""
         ids = drawn["cells"].numpy()
-        counts = self._counts(ids, seed)
+        counts = self.tokenizer.counts(ids, seed)
         if drawn["observed"] is not None:
             counts = np.where(drawn["observed"] >= 0, drawn["observed"], counts)
         has_anndata = find_spec("anndata") is not None
@@ -157,14 +161,6 @@ class CellGenerationPipeline(Pipeline):
                 _check_whole(f"observed count of {gene}", count, 0)
                 row[position[gene]] = count
         return table
-
-    def _counts(self, ids: np.ndarray, seed: int) -> np.ndarray:
-        """Counts of ids; one in a bin becomes a count drawn uniformly inside it, as ``tokenizer.decode`` does."""
-        if self.tokenizer.count_bins is None:
-            return ids
-        smallest = np.array(list(self.tokenizer.get_vocab())[: self.tokenizer.num_count_ids], dtype=np.int64)
-        widths = np.diff(smallest, append=self.tokenizer.max_count + 1)
-        return smallest[ids] + np.random.default_rng(seed).integers(widths[ids])
 
 
 def _check_request(request: object) -> None:
@@ -218,17 +214,6 @@ def _joined(conditions: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor
             columns = [torch.nn.functional.pad(column, (0, widest - column.shape[1]), value=-1) for column in columns]
         joined[name] = torch.cat(columns)
     return joined
-
-
-def _library_size(requests: list[Mapping], sizes: list[int]) -> torch.Tensor | str | None:
-    wanted = [request.get("library_size") for request in requests]
-    if wanted[0] is None or wanted[0] == "null":
-        return wanted[0]
-    return torch.tensor([size for size, n in zip(wanted, sizes) for _ in range(n)], dtype=torch.float32)
-
-
-def _kind(value: object) -> str:
-    return "none" if value is None else "null" if isinstance(value, str) else "given"
 
 
 def _near(name: object, known: Sequence[str]) -> str:

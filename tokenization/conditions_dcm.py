@@ -1,7 +1,6 @@
 """The labels of every condition (cell type, perturbation, covariates), to ids and back.
 
-The half of the tokenizer that knows nothing of genes, counts and transformers. This file ships with every checkpoint.
-
+The half of the tokenizer that is not about genes and counts.
 Shapes: n cells, P perturbations of a combination (padded with -1 on the right), C covariates.
 """
 
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .labels_dcm import factorize, join_perturbation, label_ids, split_perturbation, unknown_label_error
+from .labels_dcm import factorize, join_perturbation, label_ids, shortened, split_perturbation, unknown_label_error
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +28,15 @@ def as_tensor(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
+def repeated(names: Sequence[str]) -> list[str]:
+    """The names that stand more than once, sorted."""
+    return sorted(name for name, times in Counter(names).items() if times > 1)
+
+
 def check_names(kind: str, names: Sequence[str]) -> None:
     """Raise ValueError for a name that is repeated, empty, or has white space around it."""
-    repeated = sorted(name for name, times in Counter(names).items() if times > 1)
-    if repeated:
-        raise ValueError(f"{kind} has {len(repeated):,} names more than once: {', '.join(repeated[:5])}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"{kind} has {len(repeated(names)):,} names more than once: {shortened(repeated(names))}")
     for name in names:
         if name != name.strip() or not name or "\n" in name:
             raise ValueError(f"{kind} has the name {name!r}; expected text without white space around it")
@@ -47,26 +50,13 @@ class ConditionLabels:
 
     def _set_labels(
         self,
-        *,
         cell_types: Sequence[str] | None,
         perturbations: Sequence[str] | None,
         control: str | None,
         covariates: Mapping[str, Sequence[str]] | None,
         separator: str | None,
     ) -> None:
-        """Set and check the vocabularies.
-
-        Args:
-            cell_types: labels, or none.
-            perturbations: single names, the control among them, or none.
-            control: the one of ``perturbations`` that is no perturbation, or None.
-            covariates: labels of each covariate, in the order of the columns of ``covariate_ids``.
-            separator: joins single names to a combination (``KLF1+TGFBR2``). A name that contains it by chance is split
-                too: choose another separator for such data, or None for data without combinations.
-
-        Raises:
-            ValueError: a label is repeated or empty, a single name contains the separator, an unknown control.
-        """
+        """Set and check the vocabularies, as they are given to :class:`DCMTokenizer`."""
         self.cell_types = [str(label) for label in cell_types or ()]
         self.perturbations = [str(label) for label in perturbations or ()]
         self.control = control
@@ -123,15 +113,10 @@ class ConditionLabels:
         self._require(self.perturbations, PERTURBATION)
         known = [name for name in names if name in self.perturbations]
         if known:
-            raise ValueError(f"{len(known)} perturbations are known already: {', '.join(known[:5])}; leave them out")
+            raise ValueError(f"{len(known)} perturbations are known already: {shortened(known)}; leave them out")
         before, checked = len(self.perturbations), ConditionLabels()
-        checked._set_labels(
-            cell_types=self.cell_types,
-            perturbations=[*self.perturbations, *names],
-            control=self.control,
-            covariates=self.covariates,
-            separator=self.separator,
-        )
+        together = [*self.perturbations, *names]
+        checked._set_labels(self.cell_types, together, self.control, self.covariates, self.separator)
         self.perturbations = checked.perturbations
         return np.arange(before, len(self.perturbations), dtype=np.int64)
 

@@ -1,7 +1,6 @@
 """Decide whether numbers are counts, and say what is wrong with them when they are not.
 
-Works on plain arrays of stored values, block by block. Knows nothing of files, genes, AnnData or token ids. This file
-ships with every checkpoint, so it needs numpy only.
+Works on plain arrays of stored values, block by block, and needs numpy only.
 """
 
 from collections.abc import Sequence
@@ -14,22 +13,13 @@ LARGEST_LOG_COUNT = 25.0  # log2 of 33 million: no log-normalised value of a cel
 
 @dataclass
 class CountCheck:
-    """Tally of the values that cannot be counts, over as many blocks as are added.
+    """Tally of the values that cannot be counts, over as many blocks as are added."""
 
-    Attributes:
-        values: values looked at (of a sparse matrix: the stored ones).
-        not_finite: how many of them are NaN or infinite.
-        negative: how many are below zero.
-        fractional: how many are not integers.
-        minimum: smallest finite value (0 when there is none).
-        maximum: largest finite value (0 when there is none).
-    """
-
-    values: int = 0
-    not_finite: int = 0
+    values: int = 0  # looked at; of a sparse matrix the stored ones
+    not_finite: int = 0  # NaN or infinite
     negative: int = 0
     fractional: int = 0
-    minimum: float = 0.0
+    minimum: float = 0.0  # of the finite values, and 0
     maximum: float = 0.0
 
     @property

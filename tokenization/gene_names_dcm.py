@@ -1,7 +1,6 @@
 """Find the genes of a panel among the genes of data: by name, and Ensembl ids whatever version is written behind them.
 
-Never guesses: where several names mean one gene, nothing is chosen. Knows nothing of counts and files. This file ships
-with every checkpoint, so it needs numpy only. Letter: G genes that are looked for.
+Never guesses: where several names mean one gene, nothing is chosen. Letter: G genes that are looked for.
 """
 
 import re

@@ -1,7 +1,6 @@
 """Turn label columns into ids, and unknown labels into errors that list near matches.
 
-Knows the separator of combined perturbations, but nothing of genes, counts, files or models. This file ships with
-every checkpoint, so it needs numpy only: pandas columns are recognised by what they offer.
+Needs numpy only: pandas columns are recognised by what they offer.
 """
 
 import difflib

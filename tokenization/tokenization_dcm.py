@@ -1,29 +1,28 @@
 """The tokenizer of Discrete Cell Models: cells of an AnnData to count ids and condition ids, and back.
 
 A count c is the id c; MASK and PAD are the two ids after the largest count. PAD means that a gene was *not measured* in
-a cell; a measured zero is the count 0. The vocabularies (genes in order, labels of every condition) are saved with the
-checkpoint, so a checkpoint is usable on new data without the package. Deliberately knows nothing of the network, of
-noise, of splits, and of how data files are stored. There are no strings to tokenize: of transformers' slow-tokenizer
-machinery only saving, loading and special-token ids are used.
+a cell; a measured zero is the count 0. Knows nothing of the network and of how data files are stored. There are no
+strings to tokenize: of transformers' slow-tokenizer machinery only saving, loading and special-token ids are used.
 
 Shapes: n cells, G genes of the panel, P perturbations of a combination (padded with -1 on the right), C covariates.
 """
 
 import json
 import logging
-import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizer
 
-from .conditions_dcm import ConditionLabels, as_tensor, check_names
+from .conditions_dcm import ConditionLabels, as_tensor, check_names, repeated
 from .counts_dcm import CountCheck
 from .gene_names_dcm import find_genes
-from .labels_dcm import factorize, split_perturbation
+from .labels_dcm import factorize, shortened, split_perturbation
 
 logger = logging.getLogger(__name__)
+
+VOCABULARIES = ("cell_types", "perturbations", "control", "separator", "covariates")  # of conditions.json
 
 
 class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
@@ -68,20 +67,12 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
         **kwargs,
     ):
         if genes is None:
-            genes, conditions = _read_vocabularies(genes_file, conditions_file, kwargs.get("name_or_path", ""))
-            cell_types, perturbations = conditions["cell_types"], conditions["perturbations"]
-            control, covariates = conditions["control"], conditions["covariates"]
-            separator = conditions["separator"]
+            genes, saved = _read_vocabularies(genes_file, conditions_file, kwargs.get("name_or_path", ""))
+            cell_types, perturbations, control, separator, covariates = (saved[name] for name in VOCABULARIES)
         self.genes = [str(gene) for gene in genes]
         self.max_count = max_count
         self.count_bins = None if count_bins is None else [int(edge) for edge in count_bins]
-        self._set_labels(
-            cell_types=cell_types,
-            perturbations=perturbations,
-            control=control,
-            covariates=covariates,
-            separator=separator,
-        )
+        self._set_labels(cell_types, perturbations, control, covariates, separator)
         self._check_panel_and_counts()
         edges = np.arange(max_count + 1) if count_bins is None else np.r_[: count_bins[0], self.count_bins]
         self._left_edges = edges.astype(np.int64)  # (count ids,) smallest count of each id
@@ -160,19 +151,12 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Write ``genes.txt`` and ``conditions.json``."""
         prefix = f"{filename_prefix}-" if filename_prefix else ""
-        conditions = {
-            "cell_types": self.cell_types,
-            "perturbations": self.perturbations,
-            "control": self.control,
-            "separator": self.separator,
-            "covariates": self.covariates,
-        }
+        conditions = {name: getattr(self, name) for name in VOCABULARIES}
         texts = ["\n".join(self.genes) + "\n", json.dumps(conditions, indent=1, ensure_ascii=False) + "\n"]
-        paths = [os.path.join(save_directory, prefix + name) for name in self.vocab_files_names.values()]
+        paths = [Path(save_directory, prefix + name) for name in self.vocab_files_names.values()]
         for path, text in zip(paths, texts, strict=True):
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-        return tuple(paths)
+            path.write_text(text, encoding="utf-8")
+        return tuple(map(str, paths))
 
     # --- cells to ids -----------------------------------------------------------------------------------------------
 
@@ -227,10 +211,8 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
         if matrix.shape[1] != len(names):
             raise ValueError(f"{matrix.shape[1]:,} columns of counts but {len(names):,} gene names; expected as many")
         if len(set(names)) != len(names):
-            repeated = sorted(name for name, times in Counter(names).items() if times > 1)
-            raise ValueError(
-                f"{len(repeated):,} gene names stand more than once ({', '.join(repeated[:5])}); sum or drop duplicates"
-            )
+            names = repeated(names)
+            raise ValueError(f"{len(names):,} gene names stand more than once ({shortened(names)}); sum or drop some")
         check = CountCheck()
         check.add(matrix.data if hasattr(matrix, "indptr") else matrix)
         check.raise_if_bad("the cells", layers=layers)
@@ -285,6 +267,13 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
 
     # --- ids to cells -----------------------------------------------------------------------------------------------
 
+    def counts(self, ids: np.ndarray, seed: int = 0) -> np.ndarray:
+        """Counts of count ids, of any shape; a bin's id becomes a count drawn uniformly inside the bin."""
+        if self.count_bins is None:
+            return self._left_edges[ids]
+        widths = np.diff(self._left_edges, append=self.max_count + 1)[ids]
+        return self._left_edges[ids] + np.random.default_rng(seed).integers(widths)
+
     def decode(self, ids: object, conditions: Mapping[str, object] | None = None, *, seed: int = 0) -> object:
         """Cells as AnnData: counts in ``X`` (CSR int32), genes in ``var_names``, labels of the conditions in ``obs``.
 
@@ -313,10 +302,7 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
                 raise ValueError(f"{count:,} ids are {name} ({special}); only counts can be decoded")
         if ids.size and (ids.min() < 0 or ids.max() >= self.num_count_ids):
             raise ValueError(f"ids run from {ids.min()} to {ids.max()}; expected 0 to {self.num_count_ids - 1}")
-        counts = self._left_edges[ids]
-        if self.count_bins is not None:
-            widths = np.diff(self._left_edges, append=self.max_count + 1)[ids]
-            counts = counts + np.random.default_rng(seed).integers(widths)
+        counts = self.counts(ids, seed)
         labels, uns = self._condition_labels(conditions or {}, len(ids))
         adata = anndata.AnnData(csr_matrix(counts.astype(np.int32)), uns=uns)
         adata.obs_names = [str(i) for i in range(len(ids))]
@@ -330,9 +316,7 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
 def _read_vocabularies(genes_file: str | None, conditions_file: str | None, folder: str) -> tuple[list[str], dict]:
     """Genes and conditions as ``save_vocabulary`` wrote them."""
     for path, name in ((genes_file, "genes.txt"), (conditions_file, "conditions.json")):
-        if path is None or not os.path.isfile(path):
+        if path is None or not Path(path).is_file():
             raise ValueError(f"no {name} in {folder!r}; expected a folder that DCMTokenizer.save_pretrained wrote")
-    with open(genes_file, encoding="utf-8") as file:
-        genes = file.read().splitlines()
-    with open(conditions_file, encoding="utf-8") as file:
-        return genes, json.load(file)
+    genes, conditions = (Path(path).read_text(encoding="utf-8") for path in (genes_file, conditions_file))
+    return genes.splitlines(), json.loads(conditions)
