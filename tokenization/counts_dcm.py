@@ -11,6 +11,11 @@ import numpy as np
 LARGEST_LOG_COUNT = 25.0  # log2 of 33 million: no log-normalised value of a cell is larger
 
 
+def library_size(counts: object) -> np.ndarray:
+    """Total counts (n,) int64 of each cell of a scipy sparse matrix or an array (n, genes)."""
+    return np.asarray(counts.sum(axis=1, dtype=np.int64)).ravel()
+
+
 @dataclass
 class CountCheck:
     """Tally of the values that cannot be counts, over as many blocks as are added."""

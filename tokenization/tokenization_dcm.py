@@ -16,7 +16,7 @@ import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizer
 
 from .conditions_dcm import ConditionLabels, as_tensor, check_names, repeated
-from .counts_dcm import CountCheck
+from .counts_dcm import CountCheck, library_size
 from .gene_names_dcm import find_genes
 from .labels_dcm import factorize, shortened, split_perturbation
 
@@ -200,7 +200,7 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
             measured_ids = input_ids
             input_ids = np.full((len(counts), len(self.genes)), self.pad_token_id, dtype=np.int64)
             input_ids[:, measured] = measured_ids
-        data = {"input_ids": as_tensor(input_ids), "library_size": as_tensor(counts.sum(axis=1))}
+        data = {"input_ids": as_tensor(input_ids), "library_size": as_tensor(library_size(counts))}
         return BatchEncoding(data | (self._observed_conditions(cells.obs) if is_anndata else {}))
 
     def _panel_counts(self, matrix: object, names: list[str], layers: list[str]) -> tuple[np.ndarray, np.ndarray]:

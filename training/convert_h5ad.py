@@ -23,17 +23,26 @@ from tokenization import DCMTokenizer
 from training.conversion.conditions import ConditionColumns, read_conditions
 from training.conversion.genes import Panel, choose_panel, read_gene_list
 from training.conversion.inputs import InputCells, read_cells
-from training.conversion.parts import build_tables, write_parts
-from training.conversion.splits import SPLITS, Controls, SplitName, split_cells
+from training.conversion.splits import Controls, SplitName, split_cells
+from training.conversion.write import build_tables, dataset_card, write_splits
 from training.data.command_line import run
 from training.data.folders import check_replaceable, folder_written_aside, remove_leftovers, scratch_folder
-from training.data.shards import dataset_card, find_panels
+from training.data.shards import SPLITS, find_panels
+from training.data.statistics import STATISTICS
 from training.data.workers import FileWorkers, Report, available_cores, file_workers
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "dcm-shards-1"
-WRITTEN = {"README.md", "split.json", "panels.json", "tokenizer", *SPLITS, *(f"{split}.h5ad" for split in SPLITS)}
+FORMAT = "dcm-shards-2"
+WRITTEN = {
+    "README.md",
+    "split.json",
+    "panels.json",
+    STATISTICS,
+    "tokenizer",
+    *SPLITS,
+    *(f"{split}.h5ad" for split in SPLITS),
+}
 SMALL_INPUT = 2**28  # bytes; starting processes takes longer than they save
 
 
@@ -145,11 +154,13 @@ def main(
             **fractions,
             seed=split_seed,
         )
-        panel = choose_panel(cells, chosen.parts["train"], n_top_genes, workers)
+        panel = choose_panel(cells, chosen.cells["train"], n_top_genes, workers)
         tokenizer = _build_tokenizer(cells, conditions, panel, max_count)
         panels = find_panels(cells.measured[:, panel.genes], [path.name for path in sources], tokenizer.genes)
         tables = build_tables(cells, conditions, panel, panels)
-        written = write_parts(scratch / "parts", cells, chosen.parts, panel, tables, seed=split_seed, workers=workers)
+        written = write_splits(
+            scratch / "splits", cells, chosen.cells, panel, tables, tokenizer, seed=split_seed, workers=workers
+        )
         selection = "list" if genes is not None else "all" if n_top_genes is None else "seurat_v3"
         description = {
             "format": FORMAT,
@@ -161,7 +172,7 @@ def main(
             "layer": layer,
             **_describe(conditions, tokenizer, panel),
             "genes": {"selection": selection, "join": join, "panel": tokenizer.genes},
-            "cells": {name: cells.obs.index[part].tolist() for name, part in chosen.parts.items()},
+            "cells": {name: cells.obs.index[part].tolist() for name, part in chosen.cells.items()},
         }
         with folder_written_aside(out) as folder:
             for path in written:
@@ -172,7 +183,7 @@ def main(
             _write_json(folder / "split.json", description)
             (folder / "README.md").write_text(dataset_card(description), encoding="utf-8")
     remove_leftovers(out)  # those whose processes were still ending a moment ago
-    _report(out, tokenizer, chosen.parts, panel)
+    _report(out, tokenizer, chosen.cells, panel)
     return out
 
 

@@ -25,7 +25,7 @@ from training.convert_h5ad import main
 from training.data import workers as file_workers
 from training.data import h5ad as h5ad_blocks
 from training.data import shards
-h5ad_blocks.BLOCK_CELLS, shards.BUCKET_CELLS = 100, 300
+h5ad_blocks.BLOCK_CELLS, shards.SHARD_CELLS = 100, 300
 file_workers.START = "fork"  # quick
 for line in sys.stdin:
     child = os.fork()

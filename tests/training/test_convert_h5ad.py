@@ -15,6 +15,7 @@ import pytest
 import scipy.sparse
 
 from tokenization import DCMTokenizer
+from training.conversion import write
 from training.convert_h5ad import main
 from training.data import h5ad as h5ad_blocks
 from training.data import shards
@@ -114,7 +115,7 @@ def test_blocks_and_buckets_do_not_change_the_cells(cells, tmp_path, monkeypatch
     whole = convert(cells, tmp_path, **KEYS)
     expected = datasets.load_dataset(str(whole), split="train").to_pandas()
     monkeypatch.setattr(h5ad_blocks, "BLOCK_CELLS", 7)
-    monkeypatch.setattr(shards, "BUCKET_CELLS", 50)
+    monkeypatch.setattr(shards, "SHARD_CELLS", 50)
     (tmp_path / "small").mkdir()
     small = convert(cells, tmp_path / "small", **KEYS)
     assert len(list((small / "train").iterdir())) == 5
@@ -348,7 +349,7 @@ def test_a_failure_while_writing_leaves_the_earlier_conversion(cells, tmp_path, 
     def fail(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(shards.pq, "write_table", fail)
+    monkeypatch.setattr(write.pq, "write_table", fail)
     with pytest.raises(OSError, match="No space left"):
         convert(cells, tmp_path, split_seed=1)
     assert files_of(tmp_path / "shards") == before

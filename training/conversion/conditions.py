@@ -13,12 +13,13 @@ import pandas as pd
 
 from tokenization.conditions_dcm import CELL_TYPE, PERTURBATION
 from tokenization.labels_dcm import factorize, join_perturbation, split_perturbation, unknown_label_error
+from training.data.shards import NOT_LABELS, PANEL
 
 logger = logging.getLogger(__name__)
 
 USUAL_CONTROLS = ("control", "non-targeting")
 MISSING_AS_TEXT = ("nan", "none", "na", "<na>", "null")  # what becomes of missing labels that are written as text
-RESERVED = (CELL_TYPE, PERTURBATION, "genes", "expressions", "panel")
+RESERVED = (CELL_TYPE, PERTURBATION, *NOT_LABELS, PANEL)
 
 
 @dataclass(frozen=True)

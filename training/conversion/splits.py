@@ -21,8 +21,8 @@ import pandas as pd
 from tokenization.conditions_dcm import CELL_TYPE, PERTURBATION
 from tokenization.labels_dcm import factorize, join_perturbation, split_perturbation, unknown_label_error
 from training.conversion.conditions import ConditionColumns
+from training.data.shards import SPLITS
 
-SPLITS = ("train", "validation", "test")
 SplitName = Literal["random", "held-out-perturbations", "held-out-combinations", "few-shot", "zero-shot", "from-file"]
 Controls = Literal["proportional", "train", "test"]
 
@@ -32,11 +32,11 @@ class Split:
     """Which cells are trained on, validated on and tested on.
 
     Attributes:
-        parts: ``train``, ``validation`` and ``test``: disjoint ascending positions that together are all cells.
+        cells: ``train``, ``validation`` and ``test``: disjoint ascending positions that together are all cells.
         description: what ``split.json`` says of it besides the cells.
     """
 
-    parts: dict[str, np.ndarray]
+    cells: dict[str, np.ndarray]
     description: dict[str, object] = field(default_factory=dict)
 
 
@@ -71,7 +71,7 @@ def split_cells(
     strata = conditions.strata(len(obs))
     fractions = {"test_fraction": test_fraction, "validation_fraction": validation_fraction}
     if name == "random":
-        return Split(parts=random_split(strata, **fractions, seed=seed))
+        return Split(cells=random_split(strata, **fractions, seed=seed))
     if name != "from-file":
         labels = None if held_out is None else _listed(held_out)
         return condition_split(
@@ -181,7 +181,7 @@ def condition_split(
     if test.all():
         raise ValueError(f"--split {name} leaves no training cell; hold out fewer labels, or pass --controls train")
     return Split(
-        parts=_with_validation(strata, test, validation_fraction, rng),
+        cells=_with_validation(strata, test, validation_fraction, rng),
         description={"held_out": held, "held_out_cell_type": cell_type, "controls": fate},
     )
 
@@ -248,7 +248,7 @@ def _split_of_labels(labels: np.ndarray, where: str, strata: np.ndarray, fractio
         raise ValueError(f"{where} names no training cell")
     if not len(parts["validation"]):
         parts = _with_validation(strata, labels == "test", fraction, np.random.default_rng(seed))
-    return Split(parts=parts)
+    return Split(cells=parts)
 
 
 def _check_fractions(test_fraction: float, validation_fraction: float) -> None:

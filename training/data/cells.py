@@ -1,31 +1,30 @@
 """Read shards: whole batches of cells as tensors, and the batch sampler that says which cells.
 
 Parquet becomes a memory-mapped Arrow table (cached by ``datasets``); the buffers of its two list columns *are* a sparse
-matrix, so a batch is made without a Python loop over values. Knows nothing of models, noise and devices. What is too
-large for a second copy on disk is read by ``stream.py``, whose ``open_cells`` opens either.
+matrix, so a batch is made without a Python loop over values. What is too large for a second copy on disk is read by
+``streaming.py``, whose ``open_cells`` opens either.
 
-Shapes: N cells of the split, B cells of a batch, G genes of the panel, P perturbations of a combination, C covariates.
+Letters: N cells of the split, B cells of a batch, G genes of the panel, M perturbations of a combination, C covariates,
+P panels of measured genes.
 """
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import torch
 from scipy.sparse import csr_matrix
 
 from tokenization import DCMTokenizer
 from tokenization.conditions_dcm import CELL_TYPE, PERTURBATION
-from training.data.shards import PANEL
-from training.data.sparse_rows import SparseRows, to_csr
+from training.data.shards import COUNTS, LIBRARY_SIZE, NOT_LABELS, PANEL
 
 logger = logging.getLogger(__name__)
-
-COUNTS = ("genes", "expressions")
 
 
 class Cells(torch.utils.data.Dataset):
@@ -39,12 +38,16 @@ class Cells(torch.utils.data.Dataset):
 
     Attributes:
         tokenizer: the vocabularies.
-        conditions: int64 tensors of the whole split: ``cell_type_ids`` (N,), ``perturbation_ids`` (N, P) and
+        conditions: int64 tensors of the whole split: ``cell_type_ids`` (N,), ``perturbation_ids`` (N, M) and
             ``covariate_ids`` (N, C), those that the data have; -1 where a cell has no label.
+        library_size: (N,) int64, total counts over the panel before clipping.
+        panel: (N,) the panel of each cell.
+        measured: (P, G) which genes were measured in the cells of each panel.
 
     Raises:
         FileNotFoundError: the folder has no such split.
-        ValueError: the tokenizer knows conditions that the shards lack; those that it does not know are left out.
+        ValueError: the tokenizer knows conditions that the shards lack (those that it does not know are left out), or
+            an older ``dcm-convert`` wrote them.
     """
 
     def __init__(self, folder: str | Path, split: str, tokenizer: DCMTokenizer | None = None):
@@ -58,9 +61,18 @@ class Cells(torch.utils.data.Dataset):
         self.split = split
         self.tokenizer = tokenizer or DCMTokenizer.from_pretrained(folder / "tokenizer")
         self._type_of_ids = np.min_scalar_type(-self.tokenizer.pad_token_id - 1)
-        self._features, self._codes = self._open(files)
+        self._features, columns = self._open(files)
+        if LIBRARY_SIZE not in columns.column_names:
+            raise ValueError(
+                f"the shards in {str(folder)!r} have no column {LIBRARY_SIZE!r}: an older dcm-convert wrote them; "
+                "convert again"
+            )
+        self.library_size = torch.from_numpy(columns[LIBRARY_SIZE].to_numpy().copy())
+        names = [name for name in columns.column_names if name not in NOT_LABELS]
+        self._codes = {name: columns[name].fill_null(-1).to_numpy() for name in names}
+        self.panel = self._codes.pop(PANEL, np.zeros(len(self), dtype=np.int64))
+        self.measured = self._read_panels() if PANEL in names else np.ones((1, len(self.tokenizer.genes)), dtype=bool)
         self.conditions = self._condition_ids()
-        self._not_measured = self._read_panels() if PANEL in self._codes else None
         self._warned = False
 
     def __reduce__(self) -> tuple:
@@ -82,7 +94,7 @@ class Cells(torch.utils.data.Dataset):
         Returns:
             ``input_ids`` (B, G), PAD where a gene was not measured, in the narrowest integers that hold every id: a
             batch of many genes takes most of its time to write zeros, and the device widens them. In int64
-            ``library_size`` (B,), the totals before clipping, and the ``conditions`` of these cells.
+            ``library_size`` (B,) and the ``conditions`` of these cells.
 
         Raises:
             IndexError: an index is not one of the split's cells.
@@ -91,10 +103,6 @@ class Cells(torch.utils.data.Dataset):
         """
         rows = self._checked(indices)
         indptr, genes, expressions = self._take(rows)
-        totals = np.zeros(len(rows), dtype=np.int64)
-        expressed = np.flatnonzero(np.diff(indptr))  # reduceat has no empty sums
-        if len(expressed):
-            totals[expressed] = np.add.reduceat(expressions, indptr[expressed], dtype=np.int64)
         if len(expressions):
             self._clip(expressions)
         ids = expressions if self.tokenizer.count_bins is None else self.tokenizer.count_ids(expressions)
@@ -103,8 +111,8 @@ class Cells(torch.utils.data.Dataset):
         not_measured = self.not_measured(rows)
         if not_measured is not None:
             input_ids[not_measured] = self.tokenizer.pad_token_id
-        batch = {"input_ids": torch.from_numpy(input_ids), "library_size": torch.from_numpy(totals)}
         index = torch.from_numpy(rows)
+        batch = {"input_ids": torch.from_numpy(input_ids), "library_size": self.library_size[index]}
         return batch | {name: ids[index] for name, ids in self.conditions.items()}
 
     @staticmethod
@@ -141,26 +149,26 @@ class Cells(torch.utils.data.Dataset):
 
     def not_measured(self, rows: Sequence[int]) -> np.ndarray | None:
         """Which genes (B, G) were not measured in cells ``rows`` (B,); None where all were, in every cell."""
-        return None if self._not_measured is None else self._not_measured[self._codes[PANEL][rows]]
+        return None if len(self.measured) == 1 else ~self.measured[self.panel[rows]]
 
-    def labels(self, condition: str) -> np.ndarray:
-        """Full labels (N,) of a condition: ``cell_type``, ``perturbation`` or a covariate's name; None if missing.
+    def labels(self, condition: str) -> pd.Categorical:
+        """Labels (N,) of a condition: ``cell_type``, ``perturbation`` or a covariate's name.
 
         Raises:
             ValueError: the shards have no such condition.
         """
-        known = [name for name in self._codes if name != PANEL]
-        if condition not in known:
-            raise ValueError(f"no condition {condition!r} in the shards; they have: {', '.join(known) or 'none'}")
-        return np.array([*self._features[condition].names, None], dtype=object)[self._codes[condition]]
+        if condition not in self._codes:
+            there = ", ".join(self._codes) or "none"
+            raise ValueError(f"no condition {condition!r} in the shards; they have: {there}")
+        return pd.Categorical.from_codes(self._codes[condition], categories=self._features[condition].names)
 
-    def _open(self, files: Sequence[Path]) -> tuple[datasets.Features, dict[str, np.ndarray]]:
-        """Features of the shards and the label code of each cell; sets the number of cells and what ``_take`` reads."""
+    def _open(self, files: Sequence[Path]) -> tuple[datasets.Features, pa.Table]:
+        """Features and columns of the shards; sets the number of cells and what ``_take`` reads."""
         shards = datasets.load_dataset("parquet", data_files={self.split: list(map(str, files))}, split=self.split)
         table = shards.data.table
         self._num_cells = len(table)
         self._rows = SparseRows(*(table.column(name) for name in COUNTS))
-        return shards.features, label_codes(table)
+        return shards.features, table
 
     def _take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Row pointers (B + 1,), genes and counts of cells (B,), as :meth:`SparseRows.take`."""
@@ -176,32 +184,27 @@ class Cells(torch.utils.data.Dataset):
         return rows
 
     def _read_panels(self) -> np.ndarray:
-        """Which genes (panels, G) were not measured in the cells of each panel."""
+        """Which genes (P, G) were measured in the cells of each panel."""
         path = self.folder / "panels.json"
         if not path.is_file():
             raise FileNotFoundError(f"no panels.json in {str(self.folder)!r}, though cells have panels; convert again")
         panels = json.loads(path.read_text(encoding="utf-8"))
         names = self._features[PANEL].names
-        return np.stack([np.isin(self.tokenizer.genes, panels[name]["missing_genes"]) for name in names])
+        return np.stack([~np.isin(self.tokenizer.genes, panels[name]["missing_genes"]) for name in names])
 
     def _condition_ids(self) -> dict[str, torch.Tensor]:
         known = {
             *([CELL_TYPE] * bool(self.tokenizer.cell_types)),
             *([PERTURBATION] * bool(self.tokenizer.perturbations)),
+            *self.tokenizer.covariates,
         }
-        known |= set(self.tokenizer.covariates)
-        here = set(self._codes) - {PANEL}
-        if not known <= here:
-            raise ValueError(f"the shards have the conditions {sorted(here)} but the tokenizer {sorted(known)}")
-        ids = {}
-        if CELL_TYPE in known:
-            ids["cell_type_ids"] = self.tokenizer.cell_type_ids(self.labels(CELL_TYPE))
-        if PERTURBATION in known:
-            ids["perturbation_ids"] = self.tokenizer.perturbation_ids(self.labels(PERTURBATION))
-        if self.tokenizer.covariates:
-            columns = {name: self.labels(name) for name in self.tokenizer.covariates}
-            ids["covariate_ids"] = self.tokenizer.covariate_ids(columns)
-        return ids
+        there = set(self._codes)
+        if known - there:
+            raise ValueError(
+                f"the shards have the conditions {sorted(there)} but the tokenizer {sorted(known)}; take the "
+                "tokenizer of the shards"
+            )
+        return condition_ids(self.tokenizer, {name: self.labels(name) for name in known})
 
     def _clip(self, counts: np.ndarray) -> None:
         """Clip counts at ``max_count`` in place; raise instead for training cells."""
@@ -219,11 +222,75 @@ class Cells(torch.utils.data.Dataset):
         np.minimum(counts, limit, out=counts)
 
 
-def label_codes(table: pa.Table) -> dict[str, np.ndarray]:
-    """Codes (N,) of every label column of a table of shards, -1 where missing."""
-    names = [name for name in table.column_names if name not in COUNTS]
-    return {name: table.column(name).fill_null(-1).to_numpy() for name in names}
+def condition_ids(tokenizer: DCMTokenizer, labels: Mapping[str, object]) -> dict[str, torch.Tensor]:
+    """Ids of the conditions that the tokenizer knows, as :attr:`Cells.conditions`.
 
+    Args:
+        tokenizer: the vocabularies.
+        labels: (N,) labels of each condition by its name.
+    """
+    ids = {}
+    if tokenizer.cell_types:
+        ids["cell_type_ids"] = tokenizer.cell_type_ids(labels[CELL_TYPE])
+    if tokenizer.perturbations:
+        ids["perturbation_ids"] = tokenizer.perturbation_ids(labels[PERTURBATION])
+    if tokenizer.covariates:
+        ids["covariate_ids"] = tokenizer.covariate_ids({name: labels[name] for name in tokenizer.covariates})
+    return ids
+
+
+# --- rows of two list columns as a sparse matrix ----------------------------------------------------------------------
+
+
+class SparseRows:
+    """N sparse rows, looked at where they lie: two Arrow columns of lists, ``positions`` and the ``values`` there. Only
+    the rows asked for are copied.
+
+    Raises:
+        ValueError: a row has another number of positions than of values.
+    """
+
+    def __init__(self, positions: pa.ChunkedArray, values: pa.ChunkedArray):
+        chunks = list(zip(positions.chunks, values.chunks))
+        self._views = [[chunk.values.to_numpy(zero_copy_only=True) for chunk in pair] for pair in chunks]
+        offsets, others = ([chunk.offsets.to_numpy() for chunk in column.chunks] for column in (positions, values))
+        lengths = [len(chunk) for chunk in positions.chunks]
+        if lengths != [len(chunk) for chunk in values.chunks] or not all(
+            np.array_equal(np.diff(here), np.diff(there)) for here, there in zip(offsets, others)
+        ):
+            raise ValueError("rows have other numbers of genes than of counts: the shards are damaged; convert again")
+        empty = np.zeros(0, dtype=np.int32)
+        self._begins = np.concatenate([empty, *(ends[:-1] for ends in offsets)])  # (N,) within the row's chunk
+        self._ends = np.concatenate([empty, *(ends[1:] for ends in offsets)])
+        self._first_rows = np.cumsum([0, *lengths])
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows (B,) as ``indptr`` (B + 1,) int64, positions and values in the types of the columns."""
+        if not len(rows):
+            return np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32)
+        begins, ends = self._begins[rows], self._ends[rows]
+        indptr = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum(ends - begins, out=indptr[1:])
+        chunks = np.searchsorted(self._first_rows, rows, side="right") - 1
+        # neighbours in the file are copied together
+        starts = np.flatnonzero((np.diff(rows, prepend=-2) != 1) | (np.diff(chunks, prepend=-1) != 0))
+        lasts = np.append(starts[1:], len(rows)) - 1
+        spans = list(zip(chunks[starts].tolist(), begins[starts].tolist(), ends[lasts].tolist()))
+        positions, values = (
+            np.concatenate([self._views[chunk][column][begin:end] for chunk, begin, end in spans]) for column in (0, 1)
+        )
+        return indptr, positions, values
+
+
+def to_csr(indptr: np.ndarray, positions: np.ndarray, values: np.ndarray, G: int) -> csr_matrix:
+    """The matrix (B, G) of what :meth:`SparseRows.take` returned; values keep their type."""
+    return csr_matrix((values, positions.astype(np.int32), indptr), shape=(len(indptr) - 1, G))
+
+
+# --- which cells ------------------------------------------------------------------------------------------------------
 
 # Streams of random numbers of their own: conversion shuffles cells by the permutation of (seed, split), and the same
 # permutation again puts them back in the order of their file. They stand last, as numpy pads seeds with zeros.
@@ -231,7 +298,7 @@ ORDER, FLOOR = 1, 2
 
 
 class GlobalBatchSampler(torch.utils.data.Sampler[list[int]]):
-    """Batches of this process: its piece of every *global* batch, of one order that all processes know.
+    """Batches of this process: its share of every *global* batch, of one order that all processes know.
 
     Cells are shuffled by (seed, epoch) alone; position j of global batch i is the same cell however many processes
     share the work: process ``rank`` of ``world_size`` gets positions ``rank * batch_size`` to

@@ -2,7 +2,7 @@
 
 A block is a row group of about 4,096 cells, which the conversion has shuffled. Each epoch deals the blocks to the
 processes in a seeded order, and permutes the cells of a few blocks at a time; so the order is known without reading,
-and a resumed run reads nothing that it leaves out. Knows nothing of models, noise and devices.
+and a resumed run reads nothing that it leaves out.
 Letters: N cells of the split, B cells of a batch, M blocks.
 """
 
@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from scipy.sparse import vstack
 
 from tokenization import DCMTokenizer
-from training.data.cells import COUNTS, ORDER, Cells, GlobalBatchSampler, label_codes
-from training.data.sparse_rows import SparseRows, to_csr
+from training.data.cells import ORDER, Cells, GlobalBatchSampler, SparseRows, to_csr
+from training.data.shards import COUNTS
 
 BLOCKS_IN_MEMORY = 4
 
@@ -77,7 +77,7 @@ def _damage(file: Path) -> str | None:
 class StreamedCells(Cells):
     """Cells of Parquet row groups, of which the last few read are in memory."""
 
-    def _open(self, files: Sequence[Path]) -> tuple[datasets.Features, dict[str, np.ndarray]]:
+    def _open(self, files: Sequence[Path]) -> tuple[datasets.Features, pa.Table]:
         self._paths = files
         self._files = [pq.ParquetFile(file, memory_map=True) for file in files]
         metadata = [file.metadata for file in self._files]
@@ -88,9 +88,9 @@ class StreamedCells(Cells):
         self._joined: tuple[tuple[int, ...], SparseRows] | None = None
         self._num_cells = int(self._first_cells[-1])
         schema = self._files[0].schema_arrow
-        labels = [name for name in schema.names if name not in COUNTS]
-        table = pa.concat_tables(file.read(columns=labels) for file in self._files)
-        return datasets.Features.from_arrow_schema(schema), label_codes(table)
+        others = [name for name in schema.names if name not in COUNTS]
+        table = pa.concat_tables(file.read(columns=others) for file in self._files)
+        return datasets.Features.from_arrow_schema(schema), table
 
     def _take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         blocks = np.searchsorted(self._first_cells, rows, side="right") - 1

@@ -4,11 +4,8 @@ Knows nothing of the loop. Letters: N training cells, G genes, K largest count.
 """
 
 import logging
-from collections.abc import Iterator
 
-import numpy as np
 import torch
-from scipy.sparse import csr_matrix
 from transformers.utils import is_flash_attn_2_available
 
 from modeling_dcm import SIZES, DCMConfig, DCMForDenoising
@@ -16,6 +13,7 @@ from modeling_dcm.layers_dcm import Block
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
 from training.data.cells import Cells
+from training.data.statistics import Statistics, library_size_quantiles, read_statistics
 from training.data.streaming import open_cells as open_split
 from training.loop.fine_tune import Source, transfer
 from training.perturbations.table import PerturbationTable, listed, read_table
@@ -25,7 +23,6 @@ logger = logging.getLogger(__name__)
 # options of training that are the network's own configuration, besides those of its size
 OWN = ("backbone", "masked_keys", "num_latents", "mlp_ratio", "dropout", "gene_output_bias", "cell_summary")
 OWN += ("library_size_conditioning", "condition_tokens", "loss_weighting", "label_dropout")
-BLOCK_CELLS = 4096
 
 
 def open_cells(config: TrainConfig, split: str, tokenizer: DCMTokenizer) -> Cells:
@@ -121,7 +118,7 @@ def build_model(
     A gene's marginal and mean counts are those of the cells in which it was measured. With a ``source`` the weights are
     then taken over from there, see :func:`transfer`.
     """
-    library_size = torch.cat([torch.from_numpy(counts.sum(axis=1).A1) for _, counts in _blocks(cells)])
+    statistics = read_statistics(cells.folder)
     shape = SIZES[config.size] if config.size else {}
     table = read_table(config.perturbation_embeddings, tokenizer.control) if config.perturbation_embeddings else None
     own = OWN if shape else (*OWN, *SIZES["5m"])
@@ -145,12 +142,13 @@ def build_model(
     )
     model_config._attn_implementation = None if config.attn == "auto" else config.attn
     model = DCMForDenoising(model_config)
-    model.set_marginals(_histogram(cells))
+    model.set_marginals(torch.from_numpy(statistics.histogram(tokenizer)))
     if tokenizer.cell_types:
-        model.set_cell_type_means(*_cell_type_totals(cells, model.totals.gene_mean[-1].numpy()))
+        totals = statistics.cell_type_totals(tokenizer, model.totals.gene_mean[-1].numpy())
+        model.set_cell_type_means(*map(torch.from_numpy, totals))
     model.target_gene_ids.copy_(torch.from_numpy(tokenizer.target_gene_ids))
     if config.library_size_conditioning:
-        _set_library_sizes(model, cells, library_size)
+        _set_library_sizes(model, tokenizer, statistics, cells)
     if table is not None:
         _set_vectors(model, tokenizer, table)
     if source is not None:
@@ -193,58 +191,6 @@ def _warn_of_names_never_seen(
             )
 
 
-def _blocks(cells: Cells) -> Iterator[tuple[np.ndarray, csr_matrix]]:
-    """The training cells some thousands at a time, and which they are: their counts need not be in memory together."""
-    for start in range(0, len(cells), BLOCK_CELLS):
-        rows = np.arange(start, min(start + BLOCK_CELLS, len(cells)))
-        yield rows, cells.csr(rows)
-
-
-def _histogram(cells: Cells) -> torch.Tensor:
-    """How many of the cells that measured a gene have each of its count ids (G, K+1)."""
-    G, V = len(cells.tokenizer.genes), cells.tokenizer.num_count_ids
-    histogram = np.zeros(G * V, dtype=np.int64)
-    for _, counts in _blocks(cells):
-        flat = counts.indices.astype(np.int64) * V + cells.tokenizer.count_ids(counts.data.astype(np.int64))
-        histogram += np.bincount(flat, minlength=G * V)
-    histogram = histogram.reshape(G, V)
-    everything = csr_matrix(np.ones((1, len(cells))))
-    histogram[:, 0] += _num_measured(cells, everything)[0].astype(np.int64) - histogram.sum(axis=1)
-    return torch.from_numpy(histogram)
-
-
-def _cell_type_totals(cells: Cells, gene_mean: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Counts (T, G) summed over the training cells of each type, and how many these are (T,).
-
-    Where a gene was measured in some cells of a type only, the sum is that of as many cells with the mean of these;
-    where in none, with its mean over all cells, ``gene_mean`` (G,).
-    """
-    types = cells.conditions["cell_type_ids"].numpy()
-    given = np.flatnonzero(types >= 0)
-    shape = (len(cells.tokenizer.cell_types), len(cells))
-    of_type = csr_matrix((np.ones(len(given)), (types[given], given)), shape=shape)
-    num_cells = np.asarray(of_type.sum(axis=1))  # (T, 1)
-    num_measured = _num_measured(cells, of_type)  # (T, G)
-    of_block = of_type.tocsc()
-    totals = sum((of_block[:, rows] @ counts).toarray() for rows, counts in _blocks(cells))
-    totals = totals * num_cells / np.maximum(num_measured, 1)
-    totals = np.where(num_measured > 0, totals, gene_mean * num_cells)
-    return torch.from_numpy(totals), torch.from_numpy(num_cells[:, 0])
-
-
-def _num_measured(cells: Cells, member: csr_matrix) -> np.ndarray:
-    """How many cells of each group measured each gene (groups, G); ``member`` (groups, N) is 1 where a cell belongs."""
-    N, member = len(cells), member.tocsc()
-    number = np.tile(np.asarray(member.sum(axis=1)), len(cells.tokenizer.genes))
-    for start in range(0, N, BLOCK_CELLS):
-        rows = np.arange(start, min(start + BLOCK_CELLS, N))
-        missing = cells.not_measured(rows)
-        if missing is None:
-            break
-        number -= member[:, rows] @ missing.astype(np.float32)
-    return number
-
-
 def _set_vectors(model: DCMForDenoising, tokenizer: DCMTokenizer, table: PerturbationTable) -> None:
     """Freeze the vectors of the table; names without one, the control among them, keep their learned vector."""
     encoder = model.conditions.perturbation
@@ -254,30 +200,18 @@ def _set_vectors(model: DCMForDenoising, tokenizer: DCMTokenizer, table: Perturb
             encoder.has_vector[index] = True
 
 
-def _set_library_sizes(model: DCMForDenoising, cells: Cells, library_size: torch.Tensor) -> None:
-    logs = torch.log1p(library_size.double())
-    model.conditions.library_size.log_mean.fill_(logs.mean())
-    model.conditions.library_size.log_std.fill_(logs.std(correction=0).clamp(min=1e-3))
-    sizes, library_size = model.library_sizes, _over_all_genes(cells, library_size, model.totals.gene_mean[-1])
-    ids = [cells.conditions.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids")]
-    keys = sizes.group_keys(len(library_size), *ids)
-    group_keys, quantiles = sizes.from_cells(keys, library_size, num_context=1 + sizes.num_covariates)
-    sizes.keys, sizes.quantiles = group_keys, quantiles
-    model.config.library_size_groups = len(group_keys)
-
-
-def _over_all_genes(cells: Cells, library_size: torch.Tensor, gene_mean: torch.Tensor) -> torch.Tensor:
-    """Library sizes (N,) as if every gene had been measured, as generated cells have them: a cell that lacks genes is
-    larger by the share that these have in a mean cell."""
-    sizes = []
-    for start in range(0, len(cells), BLOCK_CELLS):
-        rows = np.arange(start, min(start + BLOCK_CELLS, len(cells)))
-        missing = cells.not_measured(rows)
-        if missing is None:
-            return library_size
-        share = torch.from_numpy(~missing).double() @ gene_mean.double() / gene_mean.double().sum()
-        sizes.append(library_size[rows] / share.clamp(min=1 / len(gene_mean)))
-    return torch.cat(sizes).round().to(library_size)
+def _set_library_sizes(model: DCMForDenoising, tokenizer: DCMTokenizer, statistics: Statistics, cells: Cells) -> None:
+    """Their scale, and the quantiles of each group of conditions, from which generation draws."""
+    for name in ("log_mean", "log_std"):
+        value = statistics.tensors[f"library_size.{name}"].item()
+        getattr(model.conditions.library_size, name).fill_(value if name == "log_mean" else max(value, 1e-3))
+    groups = statistics.library_sizes(tokenizer)
+    if groups is None:
+        conditions = {name: ids.numpy() for name, ids in cells.conditions.items()}
+        gene_mean = model.totals.gene_mean[-1].numpy()
+        groups = library_size_quantiles(cells.library_size.numpy(), conditions, cells.panel, cells.measured, gene_mean)
+    model.library_sizes.keys, model.library_sizes.quantiles = map(torch.from_numpy, groups)
+    model.config.library_size_groups = len(groups[0])
 
 
 def compile_blocks(model: DCMForDenoising, backend: str = "inductor") -> None:

@@ -91,27 +91,27 @@ def share_of_controls(obs: pd.DataFrame, cells: np.ndarray) -> float:
 
 def test_a_held_out_perturbation_is_in_no_training_cell_nor_in_a_combination(obs, conditions):
     split = condition_split("held-out-perturbations", conditions, N, held_out=["a", "e"])
-    assert labels_of(obs, split.parts, "test") == {"a", "a+b", "a+c", "e+f"}
-    assert labels_of(obs, split.parts, "train") == labels_of(obs, split.parts, "validation") == {"b", "c", "d"}
+    assert labels_of(obs, split.cells, "test") == {"a", "a+b", "a+c", "e+f"}
+    assert labels_of(obs, split.cells, "train") == labels_of(obs, split.cells, "validation") == {"b", "c", "d"}
     assert split.description == {"held_out": ["a", "e"], "held_out_cell_type": None, "controls": "proportional"}
 
 
 def test_held_out_combinations_have_members_that_were_seen_alone(obs, conditions):
     split = condition_split("held-out-combinations", conditions, N, test_fraction=0.5)
-    assert labels_of(obs, split.parts, "test") == set(split.description["held_out"]) < {"a+b", "a+c"}
-    assert {"a", "b", "c", "e+f"} < labels_of(obs, split.parts, "train")
+    assert labels_of(obs, split.cells, "test") == set(split.description["held_out"]) < {"a+b", "a+c"}
+    assert {"a", "b", "c", "e+f"} < labels_of(obs, split.cells, "train")
     named = condition_split("held-out-combinations", conditions, N, held_out=["c+a"])
-    assert labels_of(obs, named.parts, "test") == {"a+c"}
+    assert labels_of(obs, named.cells, "test") == {"a+c"}
     with pytest.raises(ValueError, match=r"'e\+f' cannot be a held-out combination: e, f never stands alone"):
         condition_split("held-out-combinations", conditions, N, held_out=["e+f"])
 
 
 def test_few_shot_tests_on_some_perturbations_of_one_cell_type(obs, conditions):
     split = condition_split("few-shot", conditions, N, cell_type="hepg2", test_fraction=0.3)
-    test = obs.iloc[split.parts["test"]]
+    test = obs.iloc[split.cells["test"]]
     assert set(test["line"]) == {"hepg2"}
     assert len(split.description["held_out"]) == 2
-    train = obs.iloc[split.parts["train"]]
+    train = obs.iloc[split.cells["train"]]
     held = split.description["held_out"]
     assert set(train.loc[train["line"] == "k562", "guide"]) == set(LABELS)
     assert set(train.loc[train["line"] == "hepg2", "guide"]) == set(LABELS) - set(held)
@@ -124,7 +124,7 @@ def test_few_shot_tests_on_some_perturbations_of_one_cell_type(obs, conditions):
 
 @pytest.mark.parametrize(("controls", "tested"), [(None, "test"), ("train", "train"), ("test", "test")])
 def test_zero_shot_tests_on_a_whole_cell_type_and_controls_as_told(obs, conditions, controls, tested):
-    parts = condition_split("zero-shot", conditions, N, cell_type="hepg2", controls=controls).parts
+    parts = condition_split("zero-shot", conditions, N, cell_type="hepg2", controls=controls).cells
     of_hepg2 = obs["line"] == "hepg2"
     perturbed = np.flatnonzero(of_hepg2 & (obs["guide"] != "control"))
     control = np.flatnonzero(of_hepg2 & (obs["guide"] == "control"))
@@ -135,7 +135,7 @@ def test_zero_shot_tests_on_a_whole_cell_type_and_controls_as_told(obs, conditio
 
 
 def test_zero_shot_needs_no_perturbations(obs):
-    parts = condition_split("zero-shot", of(obs, perturbation_key=None), N, cell_type="hepg2").parts
+    parts = condition_split("zero-shot", of(obs, perturbation_key=None), N, cell_type="hepg2").cells
     assert np.array_equal(parts["test"], np.flatnonzero(obs["line"] == "hepg2"))
 
 
@@ -145,7 +145,7 @@ def test_controls_have_the_fate_that_was_asked_for(obs, conditions, controls, sh
     if share is None:
         perturbed = obs["guide"] != "control"
         share = obs.loc[perturbed, "guide"].str.contains("a").mean()
-    assert abs(share_of_controls(obs, split.parts["test"]) - share) < 0.01
+    assert abs(share_of_controls(obs, split.cells["test"]) - share) < 0.01
     assert split.description["controls"] == controls
 
 
@@ -155,7 +155,7 @@ def test_controls_have_the_fate_that_was_asked_for(obs, conditions, controls, sh
 )
 def test_every_split_is_disjoint_whole_and_repeatable(conditions, name, cell_type):
     one, same, other = (
-        condition_split(name, conditions, N, cell_type=cell_type, test_fraction=0.4, seed=seed).parts
+        condition_split(name, conditions, N, cell_type=cell_type, test_fraction=0.4, seed=seed).cells
         for seed in (1, 1, 7)
     )
     assert np.array_equal(np.sort(np.concatenate(list(one.values()))), np.arange(N))
@@ -180,7 +180,7 @@ def test_every_split_is_disjoint_whole_and_repeatable(conditions, name, cell_typ
 )
 def test_what_cannot_be_held_out_is_refused(conditions, name, options, message):
     if message is None:  # nothing but controls is left to train on, which is allowed
-        assert len(condition_split(name, conditions, N, controls="train", **options).parts["train"])
+        assert len(condition_split(name, conditions, N, controls="train", **options).cells["train"])
         with pytest.raises(ValueError, match="leaves no training cell; hold out fewer labels"):
             condition_split(name, conditions, N, controls="test", **options)
         return
@@ -216,17 +216,17 @@ def test_names_in_json_are_the_split(tmp_path):
         name: NAMES[part].tolist() for name, part in zip(("test", "validation", "train"), (test, validation, train))
     }
     for content in (lists, {"split": "random", "cells": lists}):
-        parts = split_from_names(write_split(tmp_path / "split.json", **content), NAMES, **SMALL).parts
+        parts = split_from_names(write_split(tmp_path / "split.json", **content), NAMES, **SMALL).cells
         assert [parts[name].tolist() for name in lists] == [sorted(part.tolist()) for part in (test, validation, train)]
 
 
 def test_validation_cells_come_out_of_the_training_cells_where_none_are_named(tmp_path):
     path = write_split(tmp_path / "split.json", test=NAMES[:20].tolist(), train=NAMES[20:].tolist())
-    parts = split_from_names(path, NAMES, **SMALL).parts
+    parts = split_from_names(path, NAMES, **SMALL).cells
     assert parts["test"].tolist() == list(range(20))
     assert len(parts["validation"]) == 8
     column = pd.Series(["test"] * 20 + ["train"] * 80, name="part", dtype="category")
-    assert all(np.array_equal(split_from_column(column, **SMALL).parts[name], parts[name]) for name in parts)
+    assert all(np.array_equal(split_from_column(column, **SMALL).cells[name], parts[name]) for name in parts)
 
 
 @pytest.mark.parametrize(

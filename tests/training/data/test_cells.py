@@ -19,8 +19,7 @@ import torch
 from tokenization import DCMTokenizer
 from training.convert_h5ad import main
 from training.data import shards
-from training.data.cells import Cells, GlobalBatchSampler
-from training.data.sparse_rows import SparseRows, to_csr
+from training.data.cells import Cells, GlobalBatchSampler, SparseRows, to_csr
 from training.data.streaming import open_cells
 
 
@@ -43,7 +42,7 @@ def folder(tmp_path_factory):
     cells.write_h5ad(folder / "cells.h5ad")
     patch = pytest.MonkeyPatch()
     patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-    patch.setattr(shards, "BUCKET_CELLS", 64)
+    patch.setattr(shards, "SHARD_CELLS", 64)
     keys = {"cell_type_key": "cell_type", "perturbation_key": "perturbation", "covariate_keys": "day"}
     main(folder / "cells.h5ad", out=folder / "shards", **keys)
     yield folder / "shards"
@@ -58,7 +57,7 @@ def rows_of(dense: np.ndarray, *labels: np.ndarray) -> list[tuple]:
 @pytest.mark.parametrize("split_seed", [0, 1])
 def test_no_epoch_puts_cells_back_into_the_order_of_their_file(folder, tmp_path, monkeypatch, split_seed, streaming):
     """Conversion and loader both shuffle, from the same seed by default: the one must not undo the other."""
-    monkeypatch.setattr(shards, "BUCKET_CELLS", 4096)
+    monkeypatch.setattr(shards, "SHARD_CELLS", 4096)
     main(folder.parent / "cells.h5ad", out=tmp_path / "shards", cell_type_key="cell_type", split_seed=split_seed)
     file = anndata.read_h5ad(tmp_path / "shards" / "train.h5ad").X.toarray()
     place = {row.tobytes(): index for index, row in enumerate(file.astype(np.int64))}

@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
     patch.setattr(shards, "ROW_GROUP_CELLS", 32)
-    patch.setattr(shards, "BUCKET_CELLS", 160)
+    patch.setattr(shards, "SHARD_CELLS", 160)
     keys = {"cell_type_key": "cell_type", "perturbation_key": "perturbation"}
     convert_h5ad.main(folder / "cells.h5ad", out=folder / "shards", **keys)
     yield folder / "shards"

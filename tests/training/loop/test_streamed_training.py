@@ -20,7 +20,7 @@ def blocks(cells_h5ad, tmp_path_factory):
     """The cells of ``shards`` in many small row groups."""
     patch = pytest.MonkeyPatch()
     patch.setattr(shards_module, "ROW_GROUP_CELLS", 16)
-    patch.setattr(shards_module, "BUCKET_CELLS", 64)
+    patch.setattr(shards_module, "SHARD_CELLS", 64)
     keys = {"cell_type_key": "cell_type", "perturbation_key": "perturbation"}
     yield convert(cells_h5ad, out=tmp_path_factory.mktemp("blocks") / "shards", **keys)
     patch.undo()

@@ -1,0 +1,264 @@
+"""Write every split as a folder of Parquet shards in a random order, and as one h5ad in the order of the files.
+
+Two passes: several processes sort the input files into temporary files, and then make each h5ad, each shard and the
+statistics from these. What is written does not depend on how many processes there are.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy.sparse import csr_matrix, vstack
+
+from tokenization import DCMTokenizer
+from tokenization.counts_dcm import library_size
+from training.conversion.conditions import ConditionColumns
+from training.conversion.genes import Panel
+from training.conversion.inputs import InputCells
+from training.conversion.shuffle import ShuffledSplit, StoredCells, in_order, of_shard, runs_of_files, sort_cells
+from training.data import shards
+from training.data.cells import condition_ids
+from training.data.h5ad import CountWriter
+from training.data.shards import LIBRARY_SIZE, PANEL, SPLITS, Panels, shard_features
+from training.data.statistics import STATISTICS, compute_statistics, vocabulary_of, write_statistics
+from training.data.workers import FileWorkers, Job, Report
+
+logger = logging.getLogger(__name__)
+
+RUNS_PER_PROCESS = 4  # so that one that is done early finds more to do
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What is written of N cells besides their counts.
+
+    Attributes:
+        obs: their annotations, conditions first.
+        var: annotations of the genes of the panel.
+        uns: what every h5ad says of the conditions.
+        codes: condition name to (N,) ids.
+        features: columns of the shards.
+        measured: (panels, G) which genes were measured in the cells of each panel; one panel where files agree.
+    """
+
+    obs: pd.DataFrame
+    var: pd.DataFrame
+    uns: dict[str, object]
+    codes: dict[str, np.ndarray]
+    features: datasets.Features
+    measured: np.ndarray
+
+    @property
+    def types(self) -> dict[str, np.dtype]:
+        """Of the positions and counts in the shards."""
+        return {name: np.dtype(self.features[name].feature.dtype) for name in shards.COUNTS}
+
+
+def build_tables(cells: InputCells, conditions: ConditionColumns, panel: Panel, panels: Panels | None) -> Tables:
+    """Everything but the counts; ``panels`` says which genes were measured in which files, where these differ."""
+    uns: dict[str, object] = {"dcm_conditions": np.array(list(conditions.columns), dtype=object)}
+    if conditions.control is not None:
+        uns["dcm_control"] = conditions.control
+    others = {}
+    measured = np.ones((1, len(panel.genes)), dtype=bool)
+    if panels is not None:
+        sizes = [file.rows.stop - file.rows.start for file in cells.files]
+        others[PANEL] = pd.Categorical.from_codes(np.repeat(panels.of_file, sizes), categories=list(panels.missing))
+        uns["dcm_panels"] = panels.measured
+        measured = np.stack(list(panels.measured.values()))
+    columns = {**conditions.columns, **others}
+    return Tables(
+        obs=conditions.canonical_obs(cells.obs, others),
+        var=cells.var.iloc[panel.genes],
+        uns=uns,
+        codes={name: column.codes.astype(np.int64) for name, column in columns.items()},
+        features=shard_features(
+            len(panel.genes), panel.largest, {name: column.categories for name, column in columns.items()}
+        ),
+        measured=measured,
+    )
+
+
+def write_splits(
+    folder: Path,
+    cells: InputCells,
+    splits: Mapping[str, np.ndarray],
+    panel: Panel,
+    tables: Tables,
+    tokenizer: DCMTokenizer,
+    *,
+    seed: int,
+    workers: FileWorkers,
+) -> list[Path]:
+    """Write ``SPLIT/*.parquet`` and ``SPLIT.h5ad`` for every split that has cells, and the statistics of ``train``.
+
+    Args:
+        folder: where to, and where temporary files go; made here, removed by the caller.
+        cells: of all files.
+        splits: positions of the cells of each split, ascending.
+        panel: the genes to keep.
+        tables: everything but the counts.
+        tokenizer: the vocabularies that the statistics are about.
+        seed: of the random order of the shards.
+        workers: the processes that read and write.
+
+    Returns:
+        The folders and files written.
+    """
+    for name in splits:
+        if not len(splits[name]):
+            logger.info("no cells for %s: it is not written", name)
+    splits = {name: here for name, here in splits.items() if len(here)}
+    sorted_ = folder / "sorted"
+    places = {  # in the random order
+        name: np.random.default_rng([seed, SPLITS.index(name)]).permutation(len(here)) for name, here in splits.items()
+    }
+    shuffled = [ShuffledSplit(name, here, places[name] // shards.SHARD_CELLS) for name, here in splits.items()]
+    for split in shuffled:
+        (sorted_ / split.name).mkdir(parents=True)
+    runs = runs_of_files(cells.files, RUNS_PER_PROCESS * workers.processes)
+    jobs: list[Job] = []
+    for run, files in enumerate(runs):
+        here = [split.within(slice(files[0].rows.start, files[-1].rows.stop)) for split in shuffled]
+        jobs.append(partial(sort_cells, sorted_, run, files, panel.genes, here, tables.types))
+    for _ in workers.run(jobs, desc="sorting cells", total=len(cells.obs), unit=" cells"):
+        pass
+    stored = partial(StoredCells, num_genes=len(panel.genes), types=tables.types)
+    long, short = [], []  # the h5ads first, as each takes longest
+    for name, here in splits.items():
+        sources = [stored(in_order(sorted_ / name, run)) for run in range(len(runs))]
+        texts = {"obs": tables.obs.iloc[here], "var": tables.var, "uns": tables.uns}
+        long.append(partial(write_h5ad, folder / f"{name}.h5ad", sources, texts))
+        if name == "train":
+            known = {
+                "conditions": {name: ids.numpy() for name, ids in condition_ids(tokenizer, texts["obs"]).items()},
+                "max_count": panel.largest_in_training,
+                "num_cell_types": len(tokenizer.cell_types),
+                "panel": tables.codes[PANEL][here] if PANEL in tables.codes else np.zeros(len(here), dtype=np.int64),
+                "measured": tables.measured,
+            }
+            vocabulary = vocabulary_of(tokenizer)
+            long.append(partial(make_statistics, folder / STATISTICS, sources, known, vocabulary))
+        (folder / name).mkdir()
+        at_place = np.argsort(places[name])
+        for shard, start in enumerate(range(0, len(here), shards.SHARD_CELLS)):
+            rows = at_place[start : start + shards.SHARD_CELLS]
+            codes = {column: values[here[rows]] for column, values in tables.codes.items()}
+            sources = [stored(of_shard(sorted_ / name, shard, run)) for run in range(len(runs))]
+            order = np.argsort(np.argsort(rows))
+            short.append(
+                partial(
+                    write_shard,
+                    folder / name / f"{shard:05d}.parquet",
+                    sources,
+                    order,
+                    codes,
+                    tables.features.arrow_schema,
+                )
+            )
+    total = 2 * sum(map(len, splits.values())) + len(splits["train"])
+    for _ in workers.run(long + short, desc="writing cells", total=total, unit=" cells"):
+        pass
+    return [*(folder / name for split in splits for name in (split, f"{split}.h5ad")), folder / STATISTICS]
+
+
+def write_h5ad(path: Path, sources: Sequence[StoredCells], tables: Mapping[str, object], *, report: Report) -> None:
+    """Write one split's h5ad from its temporary files, block by block."""
+    writer = CountWriter(path, **tables)
+    for source in sources:
+        for counts in source.blocks():
+            writer.add(counts.indices, counts.data, np.diff(counts.indptr))
+            report(counts.shape[0])
+    writer.finish()
+
+
+def make_statistics(
+    path: Path,
+    sources: Sequence[StoredCells],
+    known: Mapping[str, object],
+    vocabulary: Mapping[str, object],
+    *,
+    report: Report,
+) -> None:
+    """Write the statistics of the training cells from their temporary files; ``known`` is what else is known of them,
+    see :func:`compute_statistics`."""
+
+    def blocks() -> Iterator[csr_matrix]:
+        for source in sources:
+            for counts in source.blocks():
+                yield counts
+                report(counts.shape[0])
+
+    write_statistics(path, compute_statistics(blocks(), **known), vocabulary)
+
+
+def write_shard(
+    path: Path,
+    sources: Sequence[StoredCells],
+    order: np.ndarray,
+    codes: Mapping[str, np.ndarray],
+    schema: pa.Schema,
+    *,
+    report: Report,
+) -> None:
+    """Write one Parquet file from its temporary files: row i is their cell ``order[i]``, labels ``codes[..][i]``."""
+    counts = vstack([source.read() for source in sources], format="csr")[order]
+    offsets = pa.array(counts.indptr.astype(np.int32))
+    values = {"genes": counts.indices, "expressions": counts.data}
+    lists = {
+        name: pa.ListArray.from_arrays(offsets, array.astype(schema.field(name).type.value_type.to_pandas_dtype()))
+        for name, array in values.items()
+    }
+    columns = {**lists, LIBRARY_SIZE: pa.array(library_size(counts)), **codes}
+    pq.write_table(
+        pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema),
+        path,
+        row_group_size=shards.ROW_GROUP_CELLS,
+        compression="zstd",
+        use_dictionary=["expressions.list.element", *codes],
+        column_encoding={"genes.list.element": "DELTA_BINARY_PACKED"},
+    )
+    report(len(order))
+
+
+def dataset_card(description: Mapping[str, object]) -> str:
+    """Markdown of ``README.md``: what ``datasets.load_dataset`` needs to find the shards, and what they are.
+
+    Args:
+        description: what ``split.json`` says.
+    """
+    numbers = {name: len(cells) for name, cells in description["cells"].items() if cells}
+    config = "\n".join(f"  - split: {name}\n    path: {name}/*.parquet" for name in numbers)
+    rows = "\n".join(f"| {name} | {number:,} |" for name, number in numbers.items())
+    return f"""---
+configs:
+- config_name: default
+  data_files:
+{config}
+tags:
+- single-cell
+- gene-expression
+---
+
+# Cells of {", ".join(source["file"] for source in description["sources"])}
+
+Counts of {len(description["genes"]["panel"]):,} genes, written by `dcm-convert` of Discrete Cell Models.
+Conditions: {", ".join(f"`{name}`" for name in description["conditions"]) or "none"}.
+
+| split | cells |
+|---|---|
+{rows}
+
+Each row is a cell: `genes` are the positions of its expressed genes in `tokenizer/genes.txt`, `expressions` their
+counts, `library_size` the total of these, and each condition a `ClassLabel`. Genes that are not listed have the count
+0. The largest count in training is {description["largest_training_count"]:,}. The split is `{description["split"]}`
+(seed {description["seed"]}): `split.json` names the cells of each, and the `.h5ad` files are the same cells as AnnData.
+`statistics.safetensors` is what a fresh network starts from: statistics of the training cells.
+"""
