@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from modeling_dcm import DCMForDenoising
-from modeling_dcm.conditioning_dcm import LIBRARY_QUANTILES, LibrarySizes
+from modeling_dcm.conditioning_dcm import LIBRARY_QUANTILES, CellTotals, LibrarySizes, count_values, log_ratio
 from modeling_dcm.configuration_dcm import DCMConfig
 from tokenization import DCMTokenizer
 
@@ -245,7 +245,7 @@ def constant(size: int, cells: int) -> torch.Tensor:
     return torch.full((cells,), size)
 
 
-def test_drawn_library_sizes_have_the_law_of_the_group():
+def test_drawn_library_sizes_have_the_distribution_of_the_group():
     values = torch.from_numpy(stats.lognorm(0.5, scale=3000).rvs(2000, random_state=0)).round()
     sizes = library_sizes([((0, 1, -1), values), ((0, 2, -1), values + 50_000)])
     again = drawn(sizes, 0, [1])
@@ -279,22 +279,15 @@ def test_library_sizes_of_a_combination_do_not_depend_on_its_order_or_padding():
     assert drawn(sizes, 0, [1, 2, 3]).max() <= 30  # a triple was never seen: the cell type's
 
 
-def test_library_sizes_follow_covariates():
+def test_each_cell_of_a_batch_draws_from_its_own_group_of_cell_type_and_covariates():
     sizes = library_sizes(
-        [((0, 0, 1), constant(10, 60)), ((0, 1, 1), constant(90, 60))],
+        [((0, 0, 1), constant(10, 60)), ((0, 1, 1), constant(90, 60)), ((1, 0, 1), constant(77, 60))],
         covariates={"donor": 2},
         max_perturbations_per_cell=1,
     )
-    generator = torch.Generator().manual_seed(0)
-    cell_types, perturbations = torch.zeros(6, dtype=torch.long), torch.ones(6, 1, dtype=torch.long)
-    donors = torch.tensor([[0], [1], [0], [1], [1], [0]])
-    assert sizes.draw(6, cell_types, perturbations, donors, generator).tolist() == [10, 90, 10, 90, 90, 10]
-
-
-def test_each_cell_of_a_batch_draws_from_its_own_group():
-    sizes = library_sizes([((0, 1, -1), constant(10, 60)), ((1, 1, -1), constant(77, 60))])
-    cell_types, perturbations = torch.tensor([0, 1, 1, 0]), torch.ones(4, 1, dtype=torch.long)
-    assert sizes.draw(4, cell_types, perturbations, None, torch.Generator()).tolist() == [10, 77, 77, 10]
+    cell_types, donors = torch.tensor([0, 0, 1, 0, 1, 0]), torch.tensor([[0], [1], [0], [1], [0], [0]])
+    each = sizes.draw(6, cell_types, torch.ones(6, 1, dtype=torch.long), donors, torch.Generator())
+    assert each.tolist() == [10, 90, 77, 90, 77, 10]
 
 
 def test_every_group_has_ascending_quantiles_and_the_last_matches_everything():
@@ -307,6 +300,54 @@ def test_every_group_has_ascending_quantiles_and_the_last_matches_everything():
 def test_a_model_without_library_sizes_says_what_to_give():
     with pytest.raises(ValueError, match="stores no library sizes of its training cells: give library_size="):
         LibrarySizes(DCMConfig()).draw(2, None, None, None, torch.Generator())
+
+
+# --- progress and depth -----------------------------------------------------------------------------------------------
+
+NOT_GIVEN = torch.tensor([-1])
+
+
+@pytest.fixture
+def totals() -> CellTotals:
+    totals = CellTotals(DCMConfig(num_genes=5, max_count=9))
+    totals.gene_mean.copy_(torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]))
+    return totals
+
+
+def test_progress_is_what_one_adds_up_by_hand(totals):
+    mask, pad = totals.mask_token_id, totals.pad_token_id
+    cell = torch.tensor([[3, mask, 0, mask, pad]])
+    progress = totals.progress(cell, totals.mean(torch.arange(5)[None], NOT_GIVEN), NOT_GIVEN)
+    assert progress.t.tolist() == [0.5]
+    assert progress.observed_total.tolist() == [3.0]
+    assert progress.expected_observed.tolist() == [1.0 + 4.0]
+    assert progress.expected_masked.tolist() == [2.0 + 8.0]
+
+
+def test_progress_follows_the_genes_and_not_their_positions(totals):
+    order = torch.tensor([4, 2, 0, 3, 1])
+    cell = torch.tensor([[3, totals.mask_token_id, 0, 7, 2]])
+    mean = totals.mean(torch.arange(5)[None], NOT_GIVEN)
+    straight = totals.progress(cell, mean, NOT_GIVEN)
+    for here, there in zip(straight, totals.progress(cell[:, order], mean[:, order], NOT_GIVEN), strict=True):
+        torch.testing.assert_close(here, there)
+
+
+def test_depth_is_zero_where_nothing_is_expected_and_tends_to_the_logarithm_of_the_ratio():
+    assert log_ratio(torch.tensor([0.0]), torch.tensor([0.0])).tolist() == [0.0]
+    twice = log_ratio(torch.tensor([2e6]), torch.tensor([1e6]))
+    assert twice.item() == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-5)
+
+
+def test_a_remainder_below_zero_counts_as_none():
+    below, none = log_ratio(torch.tensor([-5.0, 0.0]), torch.tensor(3.0))
+    assert below == none
+
+
+def test_ids_stand_for_their_counts_and_a_bin_for_its_middle():
+    assert count_values(DCMConfig(num_genes=2, max_count=3)).tolist() == [0, 1, 2, 3, 0, 0]
+    binned = DCMConfig(num_genes=2, max_count=15, count_bins=[4, 8])
+    assert count_values(binned).tolist() == [0, 1, 2, 3, (4 + 7) / 2, (8 + 15) / 2, 0, 0]
 
 
 # --- new perturbations -----------------------------------------------------------------------------------------------

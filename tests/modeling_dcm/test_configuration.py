@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_dcm import SIZES, DCMConfig
+from modeling_dcm import DCMConfig
 from tests.count_parameters import count_parameters
 
 
@@ -82,12 +82,6 @@ def test_two_configurations_do_not_share_their_covariates():
     first, second = DCMConfig(), DCMConfig()
     first.covariates["donor"] = 2
     assert second.covariates == {}
-
-
-@pytest.mark.parametrize("size", sorted(SIZES))
-def test_every_size_is_a_valid_configuration(size):
-    config = DCMConfig(**SIZES[size])
-    assert {name: getattr(config, name) for name in SIZES[size]} == SIZES[size]
 
 
 @pytest.mark.parametrize(("size", "millions"), [("5m", 5.6), ("10m", 11.8), ("20m", 21.2)])

@@ -84,6 +84,7 @@ def test_each_auto_class_file_names_all_the_files_that_it_needs(checkpoint):
     """Transformers 5.4 copies out of a local folder what the file of the class imports, not what that imports."""
     config = json.loads((checkpoint / "config.json").read_text())
     tokenizer = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForMaskedLM"}
     references = [*config["auto_map"].values(), config["custom_pipelines"]["cell-generation"]["impl"]]
     references += [reference for reference in tokenizer["auto_map"]["AutoTokenizer"] if reference]
     for file in {reference.split(".")[0] for reference in references}:
@@ -129,16 +130,6 @@ def test_a_cast_of_the_weights_leaves_means_and_library_sizes_within_the_precisi
         cast = half.get_buffer(name)
         assert torch.allclose(cast.double(), value.double(), rtol=2**-8, atol=0), name
     assert half.generate(4, steps=2, library_size=9).max() <= whole.config.max_count
-
-
-def test_config_names_every_auto_class_and_the_pipeline(checkpoint):
-    config = json.loads((checkpoint / "config.json").read_text())
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForMaskedLM"}
-    files = [reference.split(".")[0] for reference in config["auto_map"].values()]
-    files.append(config["custom_pipelines"]["cell-generation"]["impl"].split(".")[0])
-    assert all((checkpoint / f"{file}.py").is_file() for file in files)
-    assert AutoConfig.from_pretrained(checkpoint, trust_remote_code=True).num_genes == len(GENES)
-    assert AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True).genes == GENES
 
 
 # --- the pipeline ----------------------------------------------------------------------------------------------------

@@ -38,11 +38,13 @@ def test_bad_schedules_say_what_was_expected():
         reveal_schedule(5, 0)
 
 
-@pytest.fixture(params=[0.0, 0.5])
-def early_weight(request, monkeypatch) -> float:
-    monkeypatch.setattr(schedule_dcm, "EARLY_WEIGHT", request.param)
-    schedule_dcm._optimal.cache_clear()
-    yield request.param
+@pytest.fixture
+def set_early_weight(monkeypatch):
+    def set_to(weight: float) -> None:
+        monkeypatch.setattr(schedule_dcm, "EARLY_WEIGHT", weight)
+        schedule_dcm._optimal.cache_clear()
+
+    yield set_to
     schedule_dcm._optimal.cache_clear()
 
 
@@ -59,7 +61,9 @@ def weighted_cost(revealed, curve, known, weight) -> float:
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
 @pytest.mark.parametrize("known", [0, 3])
 @pytest.mark.parametrize("tau", [0.7, 5.0, 30.0])
-def test_optimal_schedule_is_the_best_of_all_schedules(steps, known, tau, early_weight):
+@pytest.mark.parametrize("early_weight", [0.0, 0.5])
+def test_optimal_schedule_is_the_best_of_all_schedules(steps, known, tau, early_weight, set_early_weight):
+    set_early_weight(early_weight)
     num_genes = 12
     curve = decaying(num_genes + known, tau)
     inner = itertools.combinations(range(1, num_genes), steps - 1)
@@ -69,14 +73,11 @@ def test_optimal_schedule_is_the_best_of_all_schedules(steps, known, tau, early_
     assert weighted_cost(optimal, curve, known, early_weight) == pytest.approx(min(costs), abs=1e-12)
 
 
-def test_a_larger_early_weight_spends_more_steps_on_the_first_genes(monkeypatch):
-    curve = decaying(200, tau=40.0)
+def test_a_larger_early_weight_spends_more_steps_on_the_first_genes(set_early_weight):
     first = []
     for weight in (0.0, 0.5, 1.0):
-        monkeypatch.setattr(schedule_dcm, "EARLY_WEIGHT", weight)
-        schedule_dcm._optimal.cache_clear()
-        first.append(reveal_schedule(200, 8, "optimal", curve)[1])
-    schedule_dcm._optimal.cache_clear()
+        set_early_weight(weight)
+        first.append(reveal_schedule(200, 8, "optimal", decaying(200, tau=40.0))[1])
     assert first[0] > first[1] > first[2]
 
 
@@ -92,10 +93,9 @@ def test_predicted_kl_is_the_sum_of_the_design():
 @pytest.mark.parametrize("num_genes", [1, 2, 40, 500, 17_002])
 @pytest.mark.parametrize("steps", [1, 8, 100])
 def test_optimal_schedule_reveals_everything_in_as_many_steps_and_loses_less_than_the_shapes(
-    num_genes, steps, monkeypatch
+    num_genes, steps, set_early_weight
 ):
-    monkeypatch.setattr(schedule_dcm, "EARLY_WEIGHT", 0.0)
-    schedule_dcm._optimal.cache_clear()
+    set_early_weight(0.0)
     curve = decaying(num_genes, tau=num_genes / 10)
     optimal = reveal_schedule(num_genes, steps, "optimal", curve)
     assert (optimal[0], optimal[-1], len(optimal)) == (0, num_genes, min(steps, num_genes) + 1)
