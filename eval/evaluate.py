@@ -8,71 +8,28 @@ figures in one file). Reads test cells only to score.
     dcm-evaluate checkpoint/ scvi.h5ad --real shards/test.h5ad --train shards/train.h5ad --out results/ --baselines all
 """
 
-import dataclasses
-import importlib.metadata
-import inspect
 import logging
 import platform
 import re
-import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import tyro
-from scipy import sparse
-from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
-from eval.comparison import cell_eval_scores, scvi_baseline
-from eval.comparison.baselines import Sampler, additive, independent_marginals, needs_control, perturbation_mean
-from eval.comparison.cells import Cells, drawn_files, is_checkpoint, read_cells, warn_of_gaps
-from eval.comparison.labelled_counts import LabelledCounts
-from eval.comparison.protocols import (
-    FLOOR_DRAWS,
-    PROTOCOLS,
-    Protocol,
-    Score,
-    evaluate_pair,
-    floor_draws,
-    prepare_reference,
-)
-from eval.reports.html_report import html_report
-from eval.reports.plots import comparison_figure
-from eval.reports.tables import (
-    FLOOR,
-    Row,
-    biased_floor_notes,
-    results_csv,
-    results_json,
-    results_markdown,
-    summary_rows,
-    summary_table,
-)
-from training.data.command_line import run
+from training.data.command_line import command_of, run, version_of
 from training.data.files import written_aside
+
+if TYPE_CHECKING:  # these import seconds of packages: only after the options are known to be right
+    from eval.comparison.baselines import Sampler
+    from eval.comparison.cells import CellCounts, Comparison
+    from eval.comparison.protocols import Protocol
+    from eval.reports.tables import Row
 
 logger = logging.getLogger(__name__)
 
-BASELINE_DRAWS = 3
 FIGURE_CELLS = 2000
 PACKAGES = ("discrete-cell-models", "anndata", "numpy", "POT", "scipy", "torch")
-SCVI_PACKAGE, CELL_EVAL_PACKAGE = "scvi-tools", "cell-eval"
-MARGINALS = independent_marginals.__name__
-BASELINES: dict[str, Callable[[LabelledCounts], Sampler]] = {
-    fit.__name__: fit
-    for fit in (
-        independent_marginals,
-        perturbation_mean,
-        additive,
-        scvi_baseline.scvi_prior,
-        scvi_baseline.scvi_aggregated_posterior,
-    )
-}
-FROM_CONTROL = (perturbation_mean.__name__, additive.__name__)
-FROM_SCVI = (scvi_baseline.scvi_prior.__name__, scvi_baseline.scvi_aggregated_posterior.__name__)
-RESERVED_NAMES = (FLOOR, *BASELINES, cell_eval_scores.MEAN_BASELINE, cell_eval_scores.CEILING)
 
 
 def main(
@@ -82,7 +39,6 @@ def main(
     out: Path,
     protocol: str = "paper,log",
     baselines: str = "default",
-    per_condition: bool = True,
     cell_eval: bool = False,
     name: str | None = None,
     condition_keys: str | None = None,
@@ -90,8 +46,6 @@ def main(
     layer: str | None = None,
     genes: Literal["all", "shared"] = "all",
     dataset: str | None = None,
-    split: str | None = None,
-    checkpoint: str | None = None,
     sampling_seeds: int = 3,
     device: str | None = None,
     seed: int = 0,
@@ -111,7 +65,6 @@ def main(
         protocol: names of protocols, with commas between: paper, log, scldm, cfgen.
         baselines: names with commas between (independent_marginals, perturbation_mean, additive, scvi_prior,
             scvi_aggregated_posterior), or default (those that need no other package), all, or none.
-        per_condition: score each condition by itself, too.
         cell_eval: add the metrics of the cell-eval package, in each cell type, with its mean baseline and its ceiling.
         name: the generator's name, or one for each file with commas between; by default what each file says in
             uns["generator"], or the checkpoint's name.
@@ -123,47 +76,50 @@ def main(
         genes: all: a file that lacks genes of the real cells is refused; shared: compare on the genes that every file
             has, and say in every result how many these are.
         dataset: the data set's name; by default that of the folder of the real file.
-        split: the split's name; by default that of the real file.
-        checkpoint: the checkpoint's name; by default the one that dcm-sample wrote into the files.
         sampling_seeds: how many samples are drawn from each checkpoint.
         device: where to multiply matrices, such as cuda; by default the CPU.
         seed: of every draw (floor, baselines, thinning).
         umap: embed by UMAP in the report (takes up to a minute) where umap-learn is installed, else by PCA.
     """
-    command = _command(dict(locals()))
-    protocols = _parse_protocols(protocol, per_condition=per_condition)
-    _check_paths(generated, out)
-    names = _parse_names(name, len(generated))
-    chosen = _parse_baselines(baselines)
+    command = command_of("dcm-evaluate", main, locals())
+    _check_paths(generated, (real, train), out)
+    from eval.comparison.baselines import BASELINES, FLOOR, FROM_SCVI, baseline_draws, fitted_baselines, named_baselines
+    from eval.comparison.protocols import named_protocols
+
+    protocols, chosen = named_protocols(protocol), named_baselines(baselines)
+    from eval.comparison import cell_eval as cell_eval_package
+    from eval.comparison.cells import drawn_files, read_comparison
+
+    reserved_names = (FLOOR, *BASELINES, cell_eval_package.MEAN_BASELINE, cell_eval_package.CEILING)
+    names = _names(name, len(generated), reserved_names)
     if cell_eval:
-        cell_eval_scores.check_installed()
+        cell_eval_package.check_installed()
     files, names = drawn_files(generated, names, real=real, out=out, seeds=sampling_seeds)
-    cells = read_cells(
+    comparison = read_comparison(
         files,
         real,
         train,
         names=names,
-        reserved_names=RESERVED_NAMES,
+        reserved_names=reserved_names,
         condition_keys=condition_keys,
         layer=layer,
         control=control,
         genes=genes,
     )
-    warn_of_gaps(cells)
-    used = [SCVI_PACKAGE] * bool(set(chosen) & set(FROM_SCVI)) + [CELL_EVAL_PACKAGE] * cell_eval
+    used = ["scvi-tools"] * bool(set(chosen) & set(FROM_SCVI)) + ["cell-eval"] * cell_eval
     header = {
         "dataset": dataset or real.resolve().parent.name,
-        "split": split or real.stem,
-        "checkpoint": checkpoint or cells.checkpoint,
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in (*PACKAGES, *used)},
+        "split": real.stem,
+        "checkpoint": comparison.checkpoint,
+        "versions": {"python": platform.python_version()} | {name: version_of(name) for name in (*PACKAGES, *used)},
         "command": command,
-    } | ({"genes": cells.genes_note()} if cells.genes_left_out else {})
-    samplers = fitted_baselines(cells, chosen, required=baselines not in ("default", "all"))
-    rows = evaluate(cells, protocols, samplers, seed=seed, device=device)
+    } | ({"genes": comparison.genes_note()} if comparison.genes_left_out else {})
+    samplers = fitted_baselines(comparison.train, chosen, required=baselines not in ("default", "all"))
+    rows = evaluate(comparison, protocols, samplers, seed=seed, device=device)
     if cell_eval:
-        draws = {model: _baseline_draws(sample, cells.real, seed=seed) for model, sample in samplers.items()}
-        rows += cell_eval_scores.rows(cells, draws, seed=seed)
-    _write(out, header, rows, cells, samplers, umap=umap, seed=seed)
+        draws = {model: baseline_draws(sample, comparison.real, seed=seed) for model, sample in samplers.items()}
+        rows += cell_eval_package.rows(comparison, draws, seed=seed)
+    _write(out, header, rows, comparison, samplers, umap=umap, seed=seed)
     _log_summary(rows, protocols)
     logger.info(
         "\nnumbers: %s\nreport:  %s\nfigure:  %s", out / "results.json", out / "report.html", out / "figure.png"
@@ -171,27 +127,35 @@ def main(
 
 
 def evaluate(
-    cells: Cells,
-    protocols: Sequence[Protocol],
-    samplers: dict[str, Sampler],
+    comparison: "Comparison",
+    protocols: Sequence["Protocol"],
+    samplers: dict[str, "Sampler"],
     *,
     seed: int = 0,
     device: str | None = None,
-) -> list[Row]:
+) -> list["Row"]:
     """Rows of every protocol: the floor first, then every generator, then the baselines.
 
     Raises:
         ValueError: fewer than two test cells, no training cell of any of their conditions, or a protocol that groups by
             a column that is none of the conditions.
     """
-    sources: dict[str, Iterable[LabelledCounts]] = {
-        FLOOR: floor_draws(cells.train, cells.real, seed=seed),
-        **cells.generated,
-        **{name: _baseline_draws(sample, cells.real, seed=seed) for name, sample in samplers.items()},
+    from threadpoolctl import threadpool_limits
+    from tqdm import tqdm
+
+    from eval.comparison.baselines import BASELINE_DRAWS, FLOOR, FLOOR_DRAWS, baseline_draws, floor_draws
+    from eval.comparison.protocols import evaluate_pair, prepare_reference
+    from eval.reports.tables import summary_rows
+
+    real = comparison.real
+    sources: dict[str, Iterable[CellCounts]] = {
+        FLOOR: floor_draws(comparison.train, real, seed=seed),
+        **comparison.generated,
+        **{name: baseline_draws(sample, real, seed=seed) for name, sample in samplers.items()},
     }
-    references = [prepare_reference(cells.real, protocol, seed=seed) for protocol in protocols]
+    references = [prepare_reference(real, protocol, seed=seed) for protocol in protocols]
     rows: dict[str, list[Row]] = {protocol.name: [] for protocol in protocols}
-    repeats = FLOOR_DRAWS + BASELINE_DRAWS * len(samplers) + sum(len(files) for files in cells.generated.values())
+    repeats = FLOOR_DRAWS + BASELINE_DRAWS * len(samplers) + sum(map(len, comparison.generated.values()))
     # most matrices are small (one condition): a second BLAS thread makes it slower, on a busy machine fivefold
     with (
         threadpool_limits(limits=1, user_api="blas"),
@@ -199,7 +163,7 @@ def evaluate(
     ):
         for model, samples in sources.items():
             bar.set_postfix_str(model)
-            scores: dict[str, list[list[Score]]] = {protocol.name: [] for protocol in protocols}
+            scores = {protocol.name: [] for protocol in protocols}
             for drawn in samples:
                 for reference in references:
                     scores[reference.protocol.name].append(evaluate_pair(drawn, reference, seed=seed, device=device))
@@ -211,75 +175,23 @@ def evaluate(
     return [row for found in rows.values() for row in found]
 
 
-def fitted_baselines(cells: Cells, names: Sequence[str], *, required: bool) -> dict[str, Sampler]:
-    """Fit baselines on the training cells; one that cannot be is an error if ``required``, else left out (logged)."""
-    samplers = {}
-    for name in names:
-        reason = needs_control(cells.train) if name in FROM_CONTROL else None
-        if reason is not None and not required:
-            logger.info("baseline %s is left out: %s", name, reason)
-            continue
-        samplers[name] = BASELINES[name](cells.train)
-    return samplers
-
-
-def _baseline_draws(sample: Sampler, real: LabelledCounts, *, seed: int) -> Iterator[LabelledCounts]:
-    for draw in range(BASELINE_DRAWS):
-        yield baseline_cells(sample, real, seed=seed, draw=draw)
-
-
-def baseline_cells(sample: Sampler, real: LabelledCounts, *, seed: int, draw: int) -> LabelledCounts:
-    """One draw of a baseline, with the conditions of the test cells."""
-    return LabelledCounts(sample(real.labels, np.random.default_rng([seed, draw])), real.labels, real.control)
-
-
-def _parse_protocols(names: str, *, per_condition: bool) -> list[Protocol]:
-    """Protocols by their names; without conditions only those groupings that are not a condition of their own."""
-    wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-    unknown = [name for name in wanted if name not in PROTOCOLS]
-    if unknown or not wanted:
-        raise ValueError(f"--protocol {names!r}: expected one or more of {', '.join(PROTOCOLS)}, with commas between")
-    protocols = [PROTOCOLS[name] for name in wanted]
-    if per_condition:
-        return protocols
-    return [
-        dataclasses.replace(protocol, condition_metrics=()) if protocol.pooled_metrics else protocol
-        for protocol in protocols
-    ]
-
-
-def _parse_baselines(names: str) -> list[str]:
-    """Names of baselines; the words default, all and none stand for lists."""
-    lists = {"default": [name for name in BASELINES if name not in FROM_SCVI], "all": list(BASELINES), "none": []}
-    wanted = lists.get(names)
-    if wanted is None:
-        wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-        unknown = [name for name in wanted if name not in BASELINES]
-        if unknown or not wanted:
-            known = ", ".join(BASELINES)
-            raise ValueError(
-                f"--baselines {names!r}: expected default, all, none, or some of {known}, with commas between"
-            )
-    if set(wanted) & set(FROM_SCVI) and not scvi_baseline.is_installed():
-        raise ValueError(scvi_baseline.MISSING)
-    return wanted
-
-
-def _parse_names(name: str | None, number: int) -> list[str | None]:
+def _names(name: str | None, number: int, reserved_names: Sequence[str]) -> list[str | None]:
     """One name for each generated file or checkpoint."""
     if name is None:
         return [None] * number
     names = [part.strip() for part in name.split(",")]
     if len(names) not in (1, number) or not all(names):
         raise ValueError(f"--name {name!r} holds {len(names)} names: expected one, or one for each of {number} files")
-    taken = [part for part in names if part in RESERVED_NAMES]
+    taken = [part for part in names if part in reserved_names]
     if taken:
         raise ValueError(f"--name {taken[0]!r} is the name of a row of every table; expected another name")
     return names if len(names) == number else names * number
 
 
-def _check_paths(generated: Sequence[Path], out: Path) -> None:
+def _check_paths(generated: Sequence[Path], real: Sequence[Path], out: Path) -> None:
     """Refuse an empty or repeated list of files, a file that is not there, and an ``--out`` that cannot be a folder."""
+    from eval.comparison.cells import is_checkpoint
+
     if not generated:
         raise ValueError("no generated file given; expected one or more h5ad files or checkpoints")
     repeated = [path for path in generated if list(generated).count(path) > 1]
@@ -288,12 +200,17 @@ def _check_paths(generated: Sequence[Path], out: Path) -> None:
     absent = [path for path in generated if not path.exists() and not is_checkpoint(path)]
     if absent:
         raise FileNotFoundError(f"no file {str(absent[0])!r}; expected an h5ad file or a checkpoint")
+    absent = [path for path in real if not path.is_file()]
+    if absent:
+        raise FileNotFoundError(f"no file {str(absent[0])!r}; expected an h5ad file of real cells")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {str(out)!r} is a file; expected the name of a folder to write to")
 
 
-def _log_summary(rows: Sequence[Row], protocols: Sequence[Protocol]) -> None:
+def _log_summary(rows: Sequence["Row"], protocols: Sequence["Protocol"]) -> None:
     """One table for each protocol: all cells pooled, or the mean over conditions where it pools none."""
+    from eval.reports.tables import biased_floor_notes, summary_table
+
     for protocol in protocols:
         shown = [row for row in rows if row["protocol"] == protocol.name and row["condition"] is None]
         grouping = "pooled" if any(row["grouping"] == "pooled" for row in shown) else "per_condition"
@@ -307,67 +224,50 @@ def _log_summary(rows: Sequence[Row], protocols: Sequence[Protocol]) -> None:
 def _write(
     out: Path,
     header: dict[str, object],
-    rows: list[Row],
-    cells: Cells,
-    samplers: dict[str, Sampler],
+    rows: list["Row"],
+    comparison: "Comparison",
+    samplers: dict[str, "Sampler"],
     *,
     umap: bool,
     seed: int,
 ) -> None:
-    """Write every file of the evaluation."""
-    _write_text(out / "results.json", results_json(header, rows))
-    _write_text(out / "results.csv", results_csv(header, rows))
-    _write_text(out / "results.md", results_markdown(header, rows))
-    marginals = samplers.get(MARGINALS) or independent_marginals(cells.train)
-    baseline = baseline_cells(marginals, cells.real, seed=seed, draw=0)
-    _write_figures(out, cells, baseline, str(header["dataset"]), seed=seed)
-    page = html_report(header, rows, cells, baseline, baseline_name=MARGINALS, umap=umap, seed=seed)
+    """Write every file of the evaluation; figures show cells of the independent marginals, too."""
+    from eval.comparison.baselines import baseline_draws, independent_marginals
+    from eval.reports import html_report, tables
+
+    _write_text(out / "results.json", tables.results_json(header, rows))
+    _write_text(out / "results.csv", tables.results_csv(header, rows))
+    _write_text(out / "results.md", tables.results_markdown(header, rows))
+    marginals = independent_marginals.__name__
+    sample = samplers.get(marginals) or independent_marginals(comparison.train)
+    baseline = next(baseline_draws(sample, comparison.real, seed=seed))
+    _write_figures(out, comparison, baseline, marginals, str(header["dataset"]), seed=seed)
+    page = html_report.html_report(header, rows, comparison, baseline, baseline_name=marginals, umap=umap, seed=seed)
     _write_text(out / "report.html", page)
 
 
-def _write_figures(out: Path, cells: Cells, baseline: LabelledCounts, dataset: str, *, seed: int) -> None:
+def _write_figures(
+    out: Path, comparison: "Comparison", baseline: "CellCounts", baseline_name: str, dataset: str, *, seed: int
+) -> None:
     """One figure per generator, of its first file: ``figure.png``, and ``figure_NAME.png`` from the second on."""
+    import numpy as np
+
+    from eval.reports.plots import comparison_figure
+
     rng = np.random.default_rng(seed)
-    real, thinned = _thinned(cells.real.counts, rng), _thinned(baseline.counts, rng)
-    for position, (model, files) in enumerate(cells.generated.items()):
-        figure = comparison_figure(
-            real, _thinned(files[0].counts, rng), thinned, dataset=dataset, model=model, baseline_name=MARGINALS
-        )
+    real, drawn = (cells.thinned(FIGURE_CELLS, rng).counts for cells in (comparison.real, baseline))
+    for position, (model, files) in enumerate(comparison.generated.items()):
+        generated = files[0].thinned(FIGURE_CELLS, rng).counts
+        figure = comparison_figure(real, generated, drawn, dataset=dataset, model=model, baseline_name=baseline_name)
         path = out / ("figure.png" if not position else f"figure_{re.sub(r'[^A-Za-z0-9._-]+', '_', model)}.png")
         with written_aside(path) as aside:
             figure.savefig(aside, format="png", dpi=130)
-
-
-def _thinned(counts: sparse.csr_matrix, rng: np.random.Generator) -> sparse.csr_matrix:
-    """At most ``FIGURE_CELLS`` random cells."""
-    return counts[np.sort(rng.choice(counts.shape[0], min(counts.shape[0], FIGURE_CELLS), replace=False))]
 
 
 def _write_text(path: Path, text: str) -> None:
     """Write a text file in one step."""
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
-
-
-def _version(package: str) -> str | None:
-    """The installed version of a package."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _command(arguments: dict[str, object]) -> str:
-    """The command line that gives ``main`` these arguments; options at their default are left out."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(main).parameters.items()}
-    words = ["dcm-evaluate", *map(str, arguments.pop("generated"))]
-    for name, value in arguments.items():
-        option = name.replace("_", "-")
-        if isinstance(value, bool):
-            words += [f"--{option}" if value else f"--no-{option}"] * (value != defaults[name])
-        elif value != defaults[name]:
-            words += [f"--{option}", str(value)]
-    return shlex.join(words)
 
 
 def cli() -> None:

@@ -35,7 +35,7 @@ from eval.benchmarks.resources import PeakMemory, known_peak
 from eval.benchmarks.sampling import PROTOCOL, Sampled, benchmark_sampling, summary
 from eval.benchmarks.sampling_report import figure, last_line, notes, table
 from eval.benchmarks.steps import main as training_benchmark
-from eval.comparison.labelled_counts import LabelledCounts, from_anndata
+from eval.comparison.cells import CellCounts, from_anndata
 from eval.sample import load_checkpoint
 from modeling_dcm.schedule_dcm import AUTO_TOLERANCE, as_curve, entropies, predicted_kl, reveal_schedule
 from tokenization import DCMTokenizer
@@ -240,7 +240,7 @@ def _condition_columns(tokenizer: DCMTokenizer) -> list[str]:
     return columns + list(tokenizer.covariates)
 
 
-def _real_cells(path: Path, tokenizer: DCMTokenizer, columns: list[str]) -> LabelledCounts:
+def _real_cells(path: Path, tokenizer: DCMTokenizer, columns: list[str]) -> CellCounts:
     """Real cells over the checkpoint's panel, with the labels of its conditions."""
     adata = read_h5ad(path)
     missing = [column for column in columns if column not in adata.obs]
@@ -252,7 +252,7 @@ def _real_cells(path: Path, tokenizer: DCMTokenizer, columns: list[str]) -> Labe
     return from_anndata(adata, name=str(path), conditions=columns, genes=tokenizer.genes)
 
 
-def _condition_ids(cells: LabelledCounts, tokenizer: DCMTokenizer) -> dict[str, torch.Tensor]:
+def _condition_ids(cells: CellCounts, tokenizer: DCMTokenizer) -> dict[str, torch.Tensor]:
     """Conditions of the cells as ids (N, ..)."""
     labels = {name: cells.labels[name].tolist() for name in cells.labels}
     fixed = {name: labels.pop(name) for name in ("cell_type", "perturbation") if name in labels}

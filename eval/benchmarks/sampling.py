@@ -17,8 +17,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from eval.benchmarks.naive_sampler import STEPS as NAIVE_STEPS
 from eval.benchmarks.naive_sampler import forward_rule, naive_cells, reverse_rule
 from eval.benchmarks.resources import PeakMemory, Timer, count_flops
-from eval.comparison.labelled_counts import LabelledCounts
-from eval.comparison.protocols import FLOOR_DRAWS, PROTOCOLS, Reference, evaluate_pair, floor_draws, prepare_reference
+from eval.comparison.baselines import FLOOR_DRAWS, floor_draws
+from eval.comparison.cells import CellCounts
+from eval.comparison.protocols import PROTOCOLS, Reference, evaluate_pair, prepare_reference
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.schedule_dcm import as_curve, predicted_kl, reveal_schedule
 from tokenization import DCMTokenizer
@@ -118,7 +119,7 @@ class Sampled:
     model: DCMForDenoising
     tokenizer: DCMTokenizer
     conditions: dict[str, torch.Tensor]
-    real: LabelledCounts
+    real: CellCounts
     seeds: int
     batch_size: int
 
@@ -133,11 +134,11 @@ class Sampled:
     def scores(self, ids: torch.Tensor, reference: Reference, seed: int) -> dict[str, float]:
         """The metrics of drawn cells."""
         counts = self.tokenizer.decode(ids, seed=seed).X
-        return _scores(LabelledCounts(counts, self.real.labels), reference)
+        return _scores(CellCounts(counts, self.real.labels), reference)
 
 
 def benchmark_sampling(
-    sampled: Sampled, *, train: LabelledCounts | None = None, num_naive: int = 8, peak_flops: float | None = None
+    sampled: Sampled, *, train: CellCounts | None = None, num_naive: int = 8, peak_flops: float | None = None
 ) -> list[Row]:
     """Rows of every setting that the model can do, of the two yardsticks, and of the floor.
 
@@ -257,7 +258,7 @@ def _share(timer: Timer, model: DCMForDenoising) -> float | None:
     return timer.cpu_share if model.device.type == "cpu" else None
 
 
-def _scores(drawn: LabelledCounts, reference: Reference) -> dict[str, float]:
+def _scores(drawn: CellCounts, reference: Reference) -> dict[str, float]:
     return {score.metric: score.value for score in evaluate_pair(drawn, reference) if score.grouping == "pooled"}
 
 

@@ -1,29 +1,67 @@
-"""Baselines that every generator is shown beside, all through one interface: ``fit(train) -> sample(conditions, rng)``.
+"""Draw what every generator is shown beside: the floor (real training cells), and baselines fitted on them.
 
-``conditions`` is a data frame with one row per wanted cell and the training cells' condition columns; what comes back
-are integer counts, one row per wanted cell. The two that predict means (of a perturbation, of a combination) move real
-control cells to the predicted mean, so that they have a spread and gene-gene structure to be compared. Knows nothing of
-files or metrics.
+A baseline is ``fit(train) -> sample(conditions, rng)``: ``conditions`` is a data frame with one row per wanted cell and
+the training cells' condition columns; what comes back are integer counts, one row per wanted cell. The two that predict
+means (of a perturbation, of a combination) move real control cells to the predicted mean, so that they have a spread
+and gene-gene structure to be compared.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from eval.comparison.labelled_counts import PERTURBATION, SEPARATOR, LabelledCounts
+from eval.comparison.cells import PERTURBATION, SEPARATOR, CellCounts
 
 logger = logging.getLogger(__name__)
 
 Sampler = Callable[[pd.DataFrame, np.random.Generator], sparse.csr_matrix]
+FLOOR = "floor"  # its name in every table
+FLOOR_DRAWS = 10
+BASELINE_DRAWS = 3
 GENES_AT_ONCE = 512
 CELLS_AT_ONCE = 1024
 COMBINED = "+"  # joins the names of a combination, as in KLF1+TGFBR2
 
 
-def independent_marginals(train: LabelledCounts) -> Sampler:
+def floor_draws(
+    train: CellCounts, real: CellCounts, *, draws: int = FLOOR_DRAWS, seed: int = 0
+) -> Iterator[CellCounts]:
+    """Yield samples of real training cells with as many cells in each condition as the test cells have.
+
+    Drawn without replacement; with replacement only in a condition with fewer training than test cells, which is
+    logged, as is a condition without any training cell (it stays out of the floor).
+    """
+    wanted = {condition: rows.size for condition, rows in real.rows_by_condition.items()}
+    available, none = train.rows_by_condition, np.empty(0, dtype=np.int64)
+    absent = [condition for condition in wanted if condition not in available]
+    short = [condition for condition in wanted if 0 < available.get(condition, none).size < wanted[condition]]
+    if len(absent) == len(wanted):
+        raise ValueError(
+            f"no training cell has a condition of the test cells (test: {absent[0]!r}, training: "
+            f"{next(iter(available))!r}, for example): there is no floor"
+        )
+    if absent:
+        logger.warning("floor: %d conditions have no training cells and stay out (%s, ...)", len(absent), absent[0])
+    if short:
+        logger.warning(
+            "floor: %d conditions have fewer training than test cells: drawn with replacement (%s, ...)",
+            len(short),
+            short[0],
+        )
+    for draw in range(draws):
+        rng = np.random.default_rng([seed, draw])
+        rows = [
+            rng.choice(available[condition], size, replace=condition in short)
+            for condition, size in wanted.items()
+            if condition in available
+        ]
+        yield train.take(np.concatenate(rows))
+
+
+def independent_marginals(train: CellCounts) -> Sampler:
     """Draw every gene by itself from the training cells of the condition: right marginals, no gene-gene structure.
 
     A condition without training cells backs off to the cells that share its leading columns (its cell type, say), and
@@ -31,18 +69,13 @@ def independent_marginals(train: LabelledCounts) -> Sampler:
     """
     by_gene = train.counts.tocsc()
 
-    def sample(conditions: pd.DataFrame, rng: np.random.Generator) -> sparse.csr_matrix:
-        order, blocks = [], []
-        for labels, rows in wanted_conditions(train, conditions):
-            source = training_rows(train, labels, who="marginals")
-            blocks.append(_resampled(by_gene[source], len(rows), rng))
-            order.append(rows)
-        return _in_order(blocks, order)
+    def drawn(labels: tuple[str, ...], number: int, rng: np.random.Generator) -> sparse.csr_matrix:
+        return _resampled(by_gene[training_rows(train, labels, who="marginals")], number, rng)
 
-    return sample
+    return _sampler(train, drawn)
 
 
-def perturbation_mean(train: LabelledCounts) -> Sampler:
+def perturbation_mean(train: CellCounts) -> Sampler:
     """Predict the same for every perturbation: the mean over all of them, each weighing the same, in the cell type.
 
     What a model must beat to have learned anything about *which* perturbation it is. The control is its own mean.
@@ -65,7 +98,7 @@ def perturbation_mean(train: LabelledCounts) -> Sampler:
     return _moved_control_cells(train, predicted)
 
 
-def additive(train: LabelledCounts) -> Sampler:
+def additive(train: CellCounts) -> Sampler:
     """Predict a combination from its parts: their log fold changes add (pseudo-count 1 on the mean counts).
 
     A single perturbation is its own mean in the cell type; where it was not seen there, its average log fold change in
@@ -100,7 +133,81 @@ def additive(train: LabelledCounts) -> Sampler:
     return _moved_control_cells(train, predicted)
 
 
-def needs_control(train: LabelledCounts) -> str | None:
+def scvi_prior(train: CellCounts) -> Sampler:
+    """Decode ``z ~ N(0, I)`` by scVI, with the condition and the library size of a random training cell of it.
+
+    Raises:
+        ValueError: scvi-tools is not installed.
+    """
+    from eval.comparison import scvi
+
+    return scvi.fit(train, from_prior=True)
+
+
+def scvi_aggregated_posterior(train: CellCounts) -> Sampler:
+    """Decode ``z ~ q(z | x)`` by scVI of a random training cell ``x`` of the condition, with its library size.
+
+    Easier than the prior's task: each cell drawn starts from a real one.
+
+    Raises:
+        ValueError: scvi-tools is not installed.
+    """
+    from eval.comparison import scvi
+
+    return scvi.fit(train, from_prior=False)
+
+
+FROM_CONTROL = (perturbation_mean.__name__, additive.__name__)
+FROM_SCVI = (scvi_prior.__name__, scvi_aggregated_posterior.__name__)
+BASELINES: dict[str, Callable[[CellCounts], Sampler]] = {
+    fit.__name__: fit
+    for fit in (independent_marginals, perturbation_mean, additive, scvi_prior, scvi_aggregated_posterior)
+}
+
+
+def named_baselines(names: str) -> list[str]:
+    """Names of baselines, with commas between; the words default, all and none stand for lists.
+
+    Raises:
+        ValueError: an unknown name, or one whose package is not installed.
+    """
+    lists = {"default": [name for name in BASELINES if name not in FROM_SCVI], "all": list(BASELINES), "none": []}
+    wanted = lists.get(names)
+    if wanted is None:
+        wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+        if not wanted or not set(wanted) <= set(BASELINES):
+            known = ", ".join(BASELINES)
+            raise ValueError(
+                f"--baselines {names!r}: expected default, all, none, or some of {known}, with commas between"
+            )
+    if set(wanted) & set(FROM_SCVI):
+        from eval.comparison import scvi
+
+        scvi.check_installed()
+    return wanted
+
+
+def fitted_baselines(train: CellCounts, names: Sequence[str], *, required: bool) -> dict[str, Sampler]:
+    """Fit baselines on the training cells; one that cannot be is an error if ``required``, else left out (logged)."""
+    samplers = {}
+    for name in names:
+        reason = needs_control(train) if name in FROM_CONTROL else None
+        if reason is not None and not required:
+            logger.info("baseline %s is left out: %s", name, reason)
+            continue
+        samplers[name] = BASELINES[name](train)
+    return samplers
+
+
+def baseline_draws(
+    sample: Sampler, real: CellCounts, *, draws: int = BASELINE_DRAWS, seed: int = 0
+) -> Iterator[CellCounts]:
+    """Yield samples of a baseline with the conditions of the test cells."""
+    for draw in range(draws):
+        yield CellCounts(sample(real.labels, np.random.default_rng([seed, draw])), real.labels, real.control)
+
+
+def needs_control(train: CellCounts) -> str | None:
     """Why the baselines that start from control cells cannot be computed; None if they can."""
     if PERTURBATION not in train.labels:
         return f"the condition columns ({', '.join(train.labels) or 'none'}) have no {PERTURBATION!r}"
@@ -111,16 +218,15 @@ def needs_control(train: LabelledCounts) -> str | None:
     return None
 
 
-def wanted_conditions(train: LabelledCounts, conditions: pd.DataFrame) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
-    """Yield each distinct condition of a data frame, as its labels, and its rows."""
-    columns = list(train.labels)
-    wanted = conditions.reset_index(drop=True)[columns]
-    groups = wanted.groupby(columns, sort=True).indices if columns else {(): np.arange(len(wanted))}
-    for labels, rows in groups.items():
-        yield labels if isinstance(labels, tuple) else (labels,), rows
+def cells_by_labels(labels: pd.DataFrame) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    """Yield each distinct combination of labels of a data frame, in order, and its rows."""
+    columns = list(labels)
+    groups = labels.reset_index(drop=True).groupby(columns, sort=True).indices if columns else {(): range(len(labels))}
+    for key, rows in groups.items():
+        yield key if isinstance(key, tuple) else (key,), np.asarray(rows)
 
 
-def training_rows(train: LabelledCounts, labels: tuple[str, ...], *, who: str) -> np.ndarray:
+def training_rows(train: CellCounts, labels: tuple[str, ...], *, who: str) -> np.ndarray:
     """Training cells of a condition, or of as many of its leading columns as some training cell shares (logged)."""
     matches = np.ones(len(train), dtype=bool)
     for position, column in enumerate(train.labels):
@@ -141,13 +247,10 @@ def training_rows(train: LabelledCounts, labels: tuple[str, ...], *, who: str) -
 class _Means:
     """Mean counts (G,) of the training cells by context (all labels but the perturbation's) and perturbation."""
 
-    def __init__(self, train: LabelledCounts):
+    def __init__(self, train: CellCounts):
         self._train = train
-        self._context_columns = list(train.labels.columns.drop(PERTURBATION))
-        keys = train.labels[[*self._context_columns, PERTURBATION]].reset_index(drop=True)
-        groups = keys.groupby(list(keys)).indices
-        groups = {key if isinstance(key, tuple) else (key,): rows for key, rows in groups.items()}
-        self._rows = {(key[:-1], key[-1]): rows for key, rows in groups.items()}
+        labels = train.labels[[*train.labels.columns.drop(PERTURBATION), PERTURBATION]]
+        self._rows = {(key[:-1], key[-1]): rows for key, rows in cells_by_labels(labels)}
         self._known = {key: np.asarray(train.counts[rows].mean(axis=0)).ravel() for key, rows in self._rows.items()}
         self.perturbations = sorted({name for _, name in self._rows if name != train.control})
 
@@ -182,7 +285,7 @@ class _Means:
 
 
 def _moved_control_cells(
-    train: LabelledCounts, predicted: Callable[["_Means", tuple[str, ...], str], np.ndarray]
+    train: CellCounts, predicted: Callable[["_Means", tuple[str, ...], str], np.ndarray]
 ) -> Sampler:
     """Sampler that draws control cells of the context and moves them to the predicted mean counts."""
     reason = needs_control(train)
@@ -191,17 +294,12 @@ def _moved_control_cells(
     means = _Means(train)
     position = list(train.labels).index(PERTURBATION)
 
-    def sample(conditions: pd.DataFrame, rng: np.random.Generator) -> sparse.csr_matrix:
-        order, blocks = [], []
-        for labels, rows in wanted_conditions(train, conditions):
-            context = (*labels[:position], *labels[position + 1 :])
-            controls = rng.choice(means.control_rows(context), len(rows))
-            target = predicted(means, context, labels[position])
-            blocks.append(_moved(train.counts[controls], means.control(context), target, rng))
-            order.append(rows)
-        return _in_order(blocks, order)
+    def drawn(labels: tuple[str, ...], number: int, rng: np.random.Generator) -> sparse.csr_matrix:
+        context = (*labels[:position], *labels[position + 1 :])
+        controls = rng.choice(means.control_rows(context), number)
+        return _moved(train.counts[controls], means.control(context), predicted(means, context, labels[position]), rng)
 
-    return sample
+    return _sampler(train, drawn)
 
 
 def _moved(
@@ -228,9 +326,19 @@ def _moved(
     return moved
 
 
-def _in_order(blocks: list[sparse.csr_matrix], order: list[np.ndarray]) -> sparse.csr_matrix:
-    """The blocks' cells, in the order of the rows they were asked for."""
-    return sparse.vstack(blocks, format="csr")[np.argsort(np.concatenate(order), kind="stable")]
+def _sampler(
+    train: CellCounts, drawn: Callable[[tuple[str, ...], int, np.random.Generator], sparse.csr_matrix]
+) -> Sampler:
+    """Sampler that draws the wanted number of cells of each condition, and puts them in the order asked for."""
+
+    def sample(conditions: pd.DataFrame, rng: np.random.Generator) -> sparse.csr_matrix:
+        order, blocks = [], []
+        for labels, rows in cells_by_labels(conditions[list(train.labels)]):
+            blocks.append(drawn(labels, len(rows), rng))
+            order.append(rows)
+        return sparse.vstack(blocks, format="csr")[np.argsort(np.concatenate(order), kind="stable")]
+
+    return sample
 
 
 def _resampled(source: sparse.csc_matrix, num_cells: int, rng: np.random.Generator) -> sparse.csr_matrix:

@@ -1,43 +1,99 @@
-"""Read everything that an evaluation compares: real test and training cells, and generated files or checkpoints.
+"""The cells of a comparison, read from files: real test cells, real training cells, and those of every generator.
 
-A checkpoint is drawn from first, with the conditions of the real test cells and several seeds. Knows nothing of
-metrics.
+Genes are matched by name, and what is not counts is refused. A checkpoint is drawn from first, with the conditions of
+the real test cells and several seeds.
 """
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import anndata
+import numpy as np
 import pandas as pd
+from scipy import sparse
 
-from eval.comparison.labelled_counts import (
-    PERTURBATION,
-    LabelledCounts,
-    check_unique_genes,
-    condition_columns,
-    from_anndata,
-)
-from eval.comparison.protocols import missing_cells
+from tokenization.counts_dcm import CountCheck
+from tokenization.labels_dcm import shortened
 from training.data.files import read_h5ad
+
+if TYPE_CHECKING:
+    import anndata
 
 logger = logging.getLogger(__name__)
 
-GENES_NAMED = 5
+PERTURBATION = "perturbation"
+DEFAULT_CONDITIONS = ("cell_type", PERTURBATION)
+SEPARATOR = " | "
+
+
+@dataclass(frozen=True, eq=False)
+class CellCounts:
+    """Counts (n, G) of the same genes in the same order for everything that is compared, and the cells' conditions.
+
+    Attributes:
+        counts: (n, G) CSR, integer.
+        labels: n rows, one string column per condition (cell type, perturbation, covariates); no column is
+            unconditional.
+        control: the label of unperturbed cells in the column ``perturbation``; None if there are none.
+    """
+
+    counts: sparse.csr_matrix
+    labels: pd.DataFrame
+    control: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.counts.shape[0] != len(self.labels):
+            raise ValueError(
+                f"{self.counts.shape[0]} cells but labels for {len(self.labels)}: expected one row per cell"
+            )
+
+    def __len__(self) -> int:
+        return self.counts.shape[0]
+
+    @cached_property
+    def rows_by_condition(self) -> dict[str, np.ndarray]:
+        """Condition's name (its labels joined by " | "; "all" if there are no columns) -> the rows of its cells."""
+        names = joined_labels(self.labels)
+        return {str(name): np.asarray(rows) for name, rows in names.groupby(names, sort=True).indices.items()}
+
+    def take(self, rows: np.ndarray) -> "CellCounts":
+        """The cells of some rows, in that order."""
+        return CellCounts(self.counts[rows], self.labels.iloc[rows].reset_index(drop=True), self.control)
+
+    def thinned(self, most: int, rng: np.random.Generator) -> "CellCounts":
+        """At most so many random cells, in their order."""
+        return self.take(np.sort(rng.choice(len(self), min(len(self), most), replace=False)))
+
+    def control_rows(self, condition: str | None) -> np.ndarray | None:
+        """Rows of the control cells that share every other label with a condition.
+
+        None for the control's own condition, for a name that is no condition (such as that of all cells together), and
+        where there are no such cells.
+        """
+        rows = self.rows_by_condition.get(condition)
+        if rows is None or self.control is None or PERTURBATION not in self.labels:
+            return None
+        wanted = self.labels.iloc[rows[0]]
+        if wanted[PERTURBATION] == self.control:
+            return None
+        wanted = wanted.copy()
+        wanted[PERTURBATION] = self.control
+        return self.rows_by_condition.get(SEPARATOR.join(wanted))
 
 
 @dataclass(frozen=True)
-class Cells:
+class Comparison:
     """Everything that is compared: genes and condition columns are the same in all of it.
 
     ``genes_left_out`` are genes of the real cells that some other file lacks; none unless that was allowed.
     """
 
-    real: LabelledCounts
-    train: LabelledCounts
-    generated: dict[str, list[LabelledCounts]]
+    real: CellCounts
+    train: CellCounts
+    generated: dict[str, list[CellCounts]]
     genes: list[str]
     checkpoint: str | None
     genes_left_out: tuple[str, ...] = ()
@@ -46,66 +102,24 @@ class Cells:
         """What a reader of the numbers must know where not all genes of the real cells are compared."""
         if not self.genes_left_out:
             return None
-        named, more = self.genes_left_out[:GENES_NAMED], len(self.genes_left_out) - GENES_NAMED
         return (
             f"{len(self.genes):,} of the {len(self.genes) + len(self.genes_left_out):,} genes of the real cells; left "
-            f"out, as another file lacks them: {', '.join(named)}" + (f" and {more:,} more" if more > 0 else "")
+            f"out, as another file lacks them: {shortened(self.genes_left_out)}"
         )
 
 
-def read_cells(
-    generated: Sequence[Path],
-    real: Path,
-    train: Path,
-    *,
-    names: Sequence[str | None],
-    reserved_names: Sequence[str],
-    condition_keys: str | None = None,
-    layer: str | None = None,
-    control: str | None = None,
-    genes: Literal["all", "shared"] = "all",
-) -> Cells:
-    """Read all files, with the genes of the real one and one set of condition columns.
+def joined_labels(labels: pd.DataFrame) -> pd.Series:
+    """Name of each cell's condition: its labels joined by " | ", "all" if there are no columns."""
+    names = pd.Series("all", index=range(len(labels)))
+    for position, column in enumerate(labels):
+        values = labels[column].reset_index(drop=True)
+        names = values if position == 0 else names + SEPARATOR + values
+    return names
 
-    Args:
-        generated: h5ad files; those with one name are the seeds of one generator.
-        real: the real test cells.
-        train: the real training cells.
-        names: a name for each generated file; None is what the file says in ``uns["generator"]``.
-        reserved_names: names that a generator cannot have.
-        condition_keys: columns of obs with commas between, or none; None is what the real file says.
-        layer: layer of the generated files that holds the counts.
-        control: label of control cells; None is what the real file says.
-        genes: every file must have all genes of the real cells, or those that all files share are compared.
 
-    Raises:
-        FileNotFoundError: a file that is not there.
-        ValueError: a file that is not counts of the same genes with the same condition columns.
-    """
-    real_file = read_h5ad(real)
-    files = [read_h5ad(path) for path in generated]
-    train_file = read_h5ad(train)
-    conditions = condition_columns(condition_keys, real_file, files)
-    others = {str(path): file.var_names for path, file in zip((*generated, train), (*files, train_file))}
-    compared, left_out = _compared_genes(real_file.var_names, others, genes, real=str(real))
-    control = str(real_file.uns["dcm_control"]) if control is None and "dcm_control" in real_file.uns else control
-    real_cells = from_anndata(real_file, name=str(real), conditions=conditions, genes=compared, control=control)
-    if control is not None and PERTURBATION in conditions and control not in set(real_cells.labels[PERTURBATION]):
-        known = ", ".join(sorted(set(real_cells.labels[PERTURBATION]))[:5])
-        logger.warning("no test cell is labelled %r (control); perturbations there: %s, ...", control, known)
-    by_model: dict[str, list[LabelledCounts]] = {}
-    for path, file, name in zip(generated, files, names):
-        cells = from_anndata(file, name=str(path), conditions=conditions, genes=compared, layer=layer, control=control)
-        if not set(cells.rows_by_condition) & set(real_cells.rows_by_condition):
-            raise ValueError(
-                f"{str(path)!r} has none of the conditions of {str(real)!r} (columns {', '.join(conditions)}); it has "
-                f"{next(iter(cells.rows_by_condition))!r}, the other {next(iter(real_cells.rows_by_condition))!r}, ..."
-            )
-        by_model.setdefault(name or _generator(file, path, reserved_names), []).append(cells)
-    train_cells = from_anndata(train_file, name=str(train), conditions=conditions, genes=compared, control=control)
-    found = [file.uns.get("dcm_sampling", {}).get("checkpoint") for file in files]
-    checkpoints = list(dict.fromkeys(str(checkpoint) for checkpoint in found if checkpoint is not None))
-    return Cells(real_cells, train_cells, by_model, compared, ", ".join(checkpoints) or None, left_out)
+def is_checkpoint(path: Path) -> bool:
+    """Whether an argument is a checkpoint's folder, or may be its id on the Hub, and not a file of cells."""
+    return path.is_dir() or (path.suffix not in (".h5ad", ".h5") and not path.exists() and len(path.parts) == 2)
 
 
 def drawn_files(
@@ -133,54 +147,159 @@ def drawn_files(
     return paths, all_names
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether an argument is a checkpoint's folder, or may be its id on the Hub, and not a file of cells."""
-    return path.is_dir() or (path.suffix not in (".h5ad", ".h5") and not path.exists() and len(path.parts) == 2)
+def read_comparison(
+    generated: Sequence[Path],
+    real: Path,
+    train: Path,
+    *,
+    names: Sequence[str | None],
+    reserved_names: Sequence[str],
+    condition_keys: str | None = None,
+    layer: str | None = None,
+    control: str | None = None,
+    genes: Literal["all", "shared"] = "all",
+) -> Comparison:
+    """Read all files, with the genes of the real one and one set of condition columns.
+
+    Args:
+        generated: h5ad files; those with one name are the seeds of one generator.
+        real: the real test cells.
+        train: the real training cells.
+        names: a name for each generated file; None is what the file says in ``uns["generator"]``.
+        reserved_names: names that a generator cannot have.
+        condition_keys: columns of obs with commas between, or none; None is what the real file says.
+        layer: layer of the generated files that holds the counts.
+        control: label of control cells; None is what the real file says.
+        genes: every file must have all genes of the real cells, or those that all files share are compared.
+
+    Raises:
+        FileNotFoundError: a file that is not there.
+        ValueError: a file that is not counts of the same genes with the same condition columns.
+    """
+    real_file = read_h5ad(real)
+    files = [read_h5ad(path) for path in generated]
+    train_file = read_h5ad(train)
+    others = {str(path): file.var_names for path, file in zip((*generated, train), (*files, train_file))}
+    kept, left_out = _common_genes(real_file.var_names, others, genes, real=str(real))
+    control = str(real_file.uns["dcm_control"]) if control is None and "dcm_control" in real_file.uns else control
+    conditions = _condition_columns(condition_keys, real_file, files)
+    options = {"conditions": conditions, "genes": kept, "control": control}
+    real_cells = from_anndata(real_file, name=str(real), **options)
+    if control is not None and PERTURBATION in conditions and control not in set(real_cells.labels[PERTURBATION]):
+        known = ", ".join(sorted(set(real_cells.labels[PERTURBATION]))[:5])
+        logger.warning("no test cell is labelled %r (control); perturbations there: %s, ...", control, known)
+    by_model: dict[str, list[CellCounts]] = {}
+    for path, file, name in zip(generated, files, names):
+        cells = from_anndata(file, name=str(path), layer=layer, **options)
+        if not set(cells.rows_by_condition) & set(real_cells.rows_by_condition):
+            raise ValueError(
+                f"{str(path)!r} has none of the conditions of {str(real)!r} (columns {', '.join(conditions)}); it has "
+                f"{next(iter(cells.rows_by_condition))!r}, the other {next(iter(real_cells.rows_by_condition))!r}, ..."
+            )
+        by_model.setdefault(name or _generator(file, path, reserved_names), []).append(cells)
+    found = [file.uns.get("dcm_sampling", {}).get("checkpoint") for file in files]
+    checkpoints = list(dict.fromkeys(str(checkpoint) for checkpoint in found if checkpoint is not None))
+    train_cells = from_anndata(train_file, name=str(train), **options)
+    comparison = Comparison(real_cells, train_cells, by_model, kept, ", ".join(checkpoints) or None, left_out)
+    _warn_of_gaps(comparison)
+    return comparison
 
 
-def warn_of_gaps(cells: Cells) -> None:
-    """Say which test cells have no generated partner, and which generated cells are never compared."""
-    for model, files in cells.generated.items():
-        for position, file in enumerate(files, start=1):
-            number, short, unmatched = missing_cells(file, cells.real)
-            if number:
-                logger.warning(
-                    "%s, file %d: %d of %d test cells have no generated partner, in %d conditions (%s, ...); it is "
-                    "compared on fewer cells than the floor",
-                    model,
-                    position,
-                    number,
-                    len(cells.real),
-                    len(short),
-                    short[0],
-                )
-            if unmatched:
-                logger.warning(
-                    "%s, file %d: %d conditions are not among the test cells and are left out (%s, ...)",
-                    model,
-                    position,
-                    len(unmatched),
-                    unmatched[0],
-                )
+def from_anndata(
+    adata: "anndata.AnnData",
+    *,
+    name: str,
+    conditions: Sequence[str],
+    genes: Sequence[str],
+    layer: str | None = None,
+    control: str | None = None,
+) -> CellCounts:
+    """Take the counts and the condition columns of ``obs``; genes are matched by name and put in order.
+
+    Args:
+        adata: cells with raw counts (any numeric type).
+        name: what to call the file in messages.
+        conditions: columns of ``obs``.
+        genes: the wanted genes in order. Other genes are dropped, which is logged.
+        layer: where the counts are; None is ``X``.
+        control: the label of unperturbed cells.
+
+    Raises:
+        ValueError: values that are not counts, duplicate or missing genes, a missing column or label, no cells.
+    """
+    if adata.n_obs == 0:
+        raise ValueError(f"{name!r} has no cells; expected one or more")
+    absent = [column for column in conditions if column not in adata.obs]
+    if absent:
+        raise ValueError(
+            f"{name!r} has no column {', '.join(map(repr, absent))} in obs; it has {shortened(adata.obs.columns, 20)}; "
+            "choose columns that every file has with --condition-keys A,B (or --condition-keys none)"
+        )
+    labels = adata.obs[list(conditions)].reset_index(drop=True)
+    for column in conditions:
+        unlabelled = int(labels[column].isna().sum())
+        if unlabelled:
+            raise ValueError(f"{name!r}: {unlabelled:,} cells have no label in obs[{column!r}]; label or remove them")
+    _check_unique_genes(adata.var_names, name)
+    positions = adata.var_names.get_indexer(pd.Index(genes))
+    missing = [gene for gene, position in zip(genes, positions) if position < 0]
+    if missing:
+        raise ValueError(
+            f"{name!r} lacks {len(missing):,} of the {len(genes):,} genes to compare ({shortened(missing)}); expected "
+            f"all of them, by the same names (its own: {shortened(adata.var_names, 3)})"
+        )
+    if adata.n_vars > len(genes):
+        logger.info("%s: %d genes that are not compared are left out", name, adata.n_vars - len(genes))
+    return CellCounts(_integer_counts(adata, name, layer)[:, positions].tocsr(), labels.astype(str), control)
 
 
-def _compared_genes(
+def _integer_counts(adata: "anndata.AnnData", name: str, layer: str | None) -> sparse.csr_matrix:
+    """``X`` or a layer as CSR, every value a finite, non-negative integer."""
+    if layer is not None and layer not in adata.layers:
+        raise ValueError(f"{name!r} has no layer {layer!r}; it has {', '.join(adata.layers) or 'none'}")
+    counts = sparse.csr_matrix(adata.X if layer is None else adata.layers[layer])
+    check = CountCheck()
+    check.add(counts.data)
+    source = f"X of {name!r}" if layer is None else f"layer {layer!r} of {name!r}"
+    check.raise_if_bad(source, layers=list(adata.layers), layer_option="--layer {}")
+    return counts.astype(np.int32 if check.maximum <= np.iinfo(np.int32).max else np.int64)
+
+
+def _condition_columns(
+    requested: str | None, real: "anndata.AnnData", generated: Sequence["anndata.AnnData"]
+) -> list[str]:
+    """Columns that make up a condition: ``requested`` (A,B or none), else what the real file says, else the usual ones.
+
+    A file written by ``dcm-convert`` or ``dcm-sample`` lists them in ``uns["dcm_conditions"]``; for any other,
+    ``cell_type`` and ``perturbation`` are taken where every file has them.
+    """
+    if requested is not None:
+        names = [name.strip() for name in requested.split(",") if name.strip()]
+        return [] if names in ([], ["none"]) else names
+    if "dcm_conditions" in real.uns:
+        return [str(name) for name in np.asarray(real.uns["dcm_conditions"]).ravel()]
+    return [name for name in DEFAULT_CONDITIONS if all(name in file.obs for file in (real, *generated))]
+
+
+def _common_genes(
     of_real: pd.Index, others: dict[str, pd.Index], genes: Literal["all", "shared"], *, real: str
 ) -> tuple[list[str], tuple[str, ...]]:
     """The genes to compare, in the order of the real cells, and those left out because another file lacks them."""
     for name, found in others.items():
-        check_unique_genes(found, name)
+        _check_unique_genes(found, name)
     absent = {name: of_real[~of_real.isin(found)] for name, found in others.items()}
     short = next((name for name, lacking in absent.items() if len(lacking)), None)
     if short is None:
         return list(map(str, of_real)), ()
     lacking = set().union(*absent.values())
-    named = ", ".join(map(str, absent[short][:GENES_NAMED])) + (", ..." if len(absent[short]) > GENES_NAMED else "")
-    what = f"{short!r} lacks {len(absent[short]):,} of the {len(of_real):,} genes of the real cells ({named})"
+    what = (
+        f"{short!r} lacks {len(absent[short]):,} of the {len(of_real):,} genes of the real cells "
+        f"({shortened(absent[short])})"
+    )
     if len(lacking) == len(of_real):
         raise ValueError(
             f"{what}; no gene of {real!r} is in every file: name genes alike in all of them (those of {short!r} are "
-            f"{', '.join(map(str, others[short][:3]))}, ...)"
+            f"{shortened(others[short], 3)})"
         )
     if genes == "all":
         raise ValueError(
@@ -191,7 +310,16 @@ def _compared_genes(
     return kept, tuple(str(gene) for gene in of_real if gene in lacking)
 
 
-def _generator(file: anndata.AnnData, path: Path, reserved_names: Sequence[str]) -> str:
+def _check_unique_genes(names: pd.Index, file: str) -> None:
+    """Refuse genes that cannot be matched by name."""
+    if not names.is_unique:
+        repeated = names[names.duplicated()].unique()
+        raise ValueError(
+            f"{file!r} has {len(repeated):,} duplicate gene names ({shortened(repeated)}); make them unique"
+        )
+
+
+def _generator(file: "anndata.AnnData", path: Path, reserved_names: Sequence[str]) -> str:
     """The generator's name as the file tells it."""
     if "generator" not in file.uns:
         raise ValueError(f"{str(path)!r} does not say what generated it (uns['generator']); pass --name NAME")
@@ -200,3 +328,33 @@ def _generator(file: anndata.AnnData, path: Path, reserved_names: Sequence[str])
             f"{str(path)!r}: uns['generator'] is {file.uns['generator']!r}, a row of every table; pass --name"
         )
     return str(file.uns["generator"])
+
+
+def _warn_of_gaps(comparison: Comparison) -> None:
+    """Say which test cells have no generated partner, and which generated cells are never compared."""
+    wanted = comparison.real.rows_by_condition
+    for model, files in comparison.generated.items():
+        for position, file in enumerate(files, start=1):
+            found = file.rows_by_condition
+            lacking = {name: rows.size - (found[name].size if name in found else 0) for name, rows in wanted.items()}
+            short = {name: number for name, number in lacking.items() if number > 0}
+            unmatched = [name for name in found if name not in wanted]
+            if short:
+                logger.warning(
+                    "%s, file %d: %d of %d test cells have no generated partner, in %d conditions (%s, ...); it is "
+                    "compared on fewer cells than the floor",
+                    model,
+                    position,
+                    sum(short.values()),
+                    len(comparison.real),
+                    len(short),
+                    next(iter(short)),
+                )
+            if unmatched:
+                logger.warning(
+                    "%s, file %d: %d conditions are not among the test cells and are left out (%s, ...)",
+                    model,
+                    position,
+                    len(unmatched),
+                    unmatched[0],
+                )

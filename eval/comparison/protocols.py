@@ -1,25 +1,21 @@
-"""Named recipes for comparing generated with real cells, and the floor that every number is read against.
+"""Compare generated with real cells by a named recipe: space, metrics, groups and number of cells.
 
-A protocol fixes the space, the metrics and the number of cells. Both sides always have the same number of cells in each
-condition, and whatever is fitted (kernel width, genes, components) is fitted on the real test cells alone, once for
-every model. Knows nothing of files, generators or how the numbers are shown.
+Both samples always have the same number of cells in each condition, and whatever is fitted (kernel width, genes,
+components) is fitted on the real test cells alone, once for every model.
 """
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
 
-from eval.comparison.compared_metrics import METRICS, POOLED_METRICS, Sides
-from eval.comparison.labelled_counts import PERTURBATION, LabelledCounts
+from eval.comparison.cells import PERTURBATION, CellCounts
+from eval.comparison.metric_table import METRICS, POOLED_METRICS, Pair
 from eval.comparison.spaces import Projection, log_cp10k, principal_components, variable_genes
-from eval.metrics import distances as metrics
+from eval.metrics.blocks import Matrix
+from eval.metrics.distances import median_bandwidth
 
-logger = logging.getLogger(__name__)
-
-FLOOR_DRAWS = 10
 FEW_CELLS = 20
 DISTANCES = ("mmd2", "w2", "w2_gaussian")
 
@@ -77,14 +73,6 @@ def _log1p(counts: sparse.csr_matrix) -> sparse.csr_matrix:
     return counts.astype(np.float64).log1p()
 
 
-def _fit_components(counts: sparse.csr_matrix, values: sparse.csr_matrix) -> Projection:
-    return principal_components(values)
-
-
-def _fit_components_of_variable_genes(counts: sparse.csr_matrix, values: sparse.csr_matrix) -> Projection:
-    return principal_components(values, variable_genes(counts))
-
-
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
@@ -113,7 +101,7 @@ PROTOCOLS = {
             condition_metrics=(),
             max_cells=5000,
             max_cells_per_perturbation=1000,
-            fit=_fit_components,
+            fit=lambda counts, values: principal_components(values),
             bandwidths=(1.0, 2.0, 4.0, 8.0, 16.0),
             biased_mmd2=True,
         ),
@@ -126,7 +114,7 @@ PROTOCOLS = {
             pooled_metrics=(),
             condition_metrics=("mmd2", "w2"),
             max_cells=None,
-            fit=_fit_components_of_variable_genes,
+            fit=lambda counts, values: principal_components(values, variable_genes(counts)),
             bandwidths=(0.01, 0.1, 1.0, 10.0, 100.0),
             biased_mmd2=True,
             group_by="cell_type",
@@ -134,6 +122,18 @@ PROTOCOLS = {
         ),
     )
 }
+
+
+def named_protocols(names: str) -> list[Protocol]:
+    """Protocols by their names, with commas between.
+
+    Raises:
+        ValueError: no name, or one that is not known.
+    """
+    wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if not wanted or not set(wanted) <= set(PROTOCOLS):
+        raise ValueError(f"--protocol {names!r}: expected one or more of {', '.join(PROTOCOLS)}, with commas between")
+    return [PROTOCOLS[name] for name in wanted]
 
 
 @dataclass(frozen=True)
@@ -155,18 +155,18 @@ class ReferenceGroup:
 class Reference:
     """Real test cells made ready for one protocol: every model is compared with exactly these."""
 
-    real: LabelledCounts
+    real: CellCounts
     protocol: Protocol
     groups: tuple[ReferenceGroup, ...]
     projection: Projection | None = None
 
-    def space(self, counts: sparse.csr_matrix) -> metrics.Matrix:
+    def space(self, counts: sparse.csr_matrix) -> Matrix:
         """Counts (n, G) in the space of the protocol."""
         values = self.protocol.transform(counts)
         return values if self.projection is None else self.projection(values)
 
 
-def prepare_reference(real: LabelledCounts, protocol: Protocol, *, seed: int = 0) -> Reference:
+def prepare_reference(real: CellCounts, protocol: Protocol, *, seed: int = 0) -> Reference:
     """Fix the real test cells, the fitted space and the kernel widths: one pooled group and one per condition.
 
     Raises:
@@ -189,7 +189,7 @@ def prepare_reference(real: LabelledCounts, protocol: Protocol, *, seed: int = 0
     fitted = Reference(real, protocol, (), projection)
     wanted = [("pooled", None, pooled)] if protocol.pooled_metrics else []
     if protocol.condition_metrics and real.labels.shape[1]:
-        for name, rows in _conditions(real, protocol).items():
+        for name, rows in _groups(real, protocol).items():
             size = sum(found.size for found in rows.values())
             if protocol.max_cells is not None and size > protocol.max_cells:
                 thinned = np.sort(rng.choice(np.concatenate(list(rows.values())), protocol.max_cells, replace=False))
@@ -202,7 +202,7 @@ def prepare_reference(real: LabelledCounts, protocol: Protocol, *, seed: int = 0
     return Reference(real, protocol, tuple(groups), projection)
 
 
-def _kept_rows(real: LabelledCounts, protocol: Protocol, rng: np.random.Generator) -> np.ndarray:
+def _kept_rows(real: CellCounts, protocol: Protocol, rng: np.random.Generator) -> np.ndarray:
     """Rows of the pooled comparison, thinned to the protocol's caps."""
     rows = np.arange(len(real))
     if protocol.max_cells_per_perturbation is not None and PERTURBATION in real.labels:
@@ -213,7 +213,7 @@ def _kept_rows(real: LabelledCounts, protocol: Protocol, rng: np.random.Generato
     return np.sort(rng.choice(rows, cap, replace=False))
 
 
-def _conditions(real: LabelledCounts, protocol: Protocol) -> dict[str, dict[str, np.ndarray]]:
+def _groups(real: CellCounts, protocol: Protocol) -> dict[str, dict[str, np.ndarray]]:
     """Name of each group -> its full conditions and their rows."""
     if protocol.group_by is None:
         return {condition: {condition: rows} for condition, rows in real.rows_by_condition.items()}
@@ -231,11 +231,11 @@ def _bandwidths(reference: Reference, rows: dict[str, np.ndarray]) -> tuple[floa
     chosen = np.concatenate(list(rows.values()))
     if chosen.size < 2:
         return (float("nan"),)
-    return (metrics.median_bandwidth(reference.space(reference.real.counts[chosen])),)
+    return (median_bandwidth(reference.space(reference.real.counts[chosen])),)
 
 
 def evaluate_pair(
-    generated: LabelledCounts, reference: Reference, *, seed: int = 0, device: str | None = None
+    generated: CellCounts, reference: Reference, *, seed: int = 0, device: str | None = None
 ) -> list[Score]:
     """Compare generated cells with the real test cells, pooled and in each condition.
 
@@ -245,7 +245,7 @@ def evaluate_pair(
     is nan; Pearson delta is there only for perturbations beside which there are real control cells.
     """
     rng = np.random.default_rng(seed)
-    protocol = reference.protocol
+    protocol, real = reference.protocol, reference.real.counts
     scores = []
     for group in reference.groups:
         ours, theirs = _matched_rows(generated.rows_by_condition, group.rows, rng)
@@ -254,88 +254,32 @@ def evaluate_pair(
             names = tuple(name for name in names if name != "pearson_delta")
         values = dict.fromkeys(names, float("nan"))
         if ours.size > 1:
-            sides = _sides(generated.counts[ours], reference.real.counts[theirs], reference, group, device)
-            values = {name: METRICS[name].compute(sides) for name in names}
+            pair = Pair(
+                x=reference.space(generated.counts[ours]),
+                y=reference.space(real[theirs]),
+                x_counts=generated.counts[ours],
+                y_counts=real[theirs],
+                bandwidths=group.bandwidths,
+                biased=protocol.biased_mmd2,
+                control=reference.space(real[group.control_rows]) if "pearson_delta" in names else None,
+                device=device,
+            )
+            values = {name: METRICS[name].compute(pair) for name in names}
         scores += [Score(group.grouping, group.condition, name, values[name], ours.size) for name in names]
     fewest = protocol.fewest_cells
     large = {group.condition for group in reference.groups if group.grouping == "condition" and group.n >= fewest}
-    for name in protocol.condition_metrics:
-        used = [s for s in scores if s.metric == name and s.condition in large and np.isfinite(s.value)]
-        if used:
-            mean, n = float(np.mean([s.value for s in used])), round(float(np.median([s.n for s in used])))
-            scores.append(Score("per_condition", None, name, mean, n))
-    return scores
+    return scores + mean_scores([score for score in scores if score.condition in large], protocol.condition_metrics)
 
 
-def floor_draws(
-    train: LabelledCounts, real: LabelledCounts, *, draws: int = FLOOR_DRAWS, seed: int = 0
-) -> Iterator[LabelledCounts]:
-    """Yield samples of real training cells with as many cells in each condition as the test cells have.
-
-    Drawn without replacement; with replacement only in a condition with fewer training than test cells, which is
-    logged, as is a condition without any training cell (it stays out of the floor).
-    """
-    wanted = {condition: rows.size for condition, rows in real.rows_by_condition.items()}
-    available, none = train.rows_by_condition, np.empty(0, dtype=np.int64)
-    absent = [condition for condition in wanted if condition not in available]
-    short = [condition for condition in wanted if 0 < available.get(condition, none).size < wanted[condition]]
-    if len(absent) == len(wanted):
-        raise ValueError(
-            f"no training cell has a condition of the test cells (test: {absent[0]!r}, training: "
-            f"{next(iter(available))!r}, for example): there is no floor"
-        )
-    if absent:
-        logger.warning("floor: %d conditions have no training cells and stay out (%s, ...)", len(absent), absent[0])
-    if short:
-        logger.warning(
-            "floor: %d conditions have fewer training than test cells: drawn with replacement (%s, ...)",
-            len(short),
-            short[0],
-        )
-    for draw in range(draws):
-        rng = np.random.default_rng([seed, draw])
-        rows = [
-            rng.choice(available[condition], size, replace=condition in short)
-            for condition, size in wanted.items()
-            if condition in available
-        ]
-        yield train.take(np.concatenate(rows))
-
-
-def missing_cells(generated: LabelledCounts, real: LabelledCounts) -> tuple[int, list[str], list[str]]:
-    """How a generated file falls short of the test cells.
-
-    Returns:
-        The number of test cells that have no generated partner, the conditions in which some have none, and the
-        generated conditions that are not among the test cells (never compared).
-    """
-    found, wanted = generated.rows_by_condition, real.rows_by_condition
-    lacking = {c: rows.size - found[c].size if c in found else rows.size for c, rows in wanted.items()}
-    lacking = {condition: number for condition, number in lacking.items() if number > 0}
-    return sum(lacking.values()), list(lacking), [condition for condition in found if condition not in wanted]
-
-
-def _sides(
-    generated: sparse.csr_matrix,
-    real: sparse.csr_matrix,
-    reference: Reference,
-    group: ReferenceGroup,
-    device: str | None,
-) -> Sides:
-    """Both sides in the space of a protocol; the library size stays that of the counts."""
-    control = None
-    if group.control_rows is not None and "pearson_delta" in reference.protocol.condition_metrics:
-        control = reference.space(reference.real.counts[group.control_rows])
-    return Sides(
-        x=reference.space(generated),
-        y=reference.space(real),
-        x_counts=generated,
-        y_counts=real,
-        bandwidths=group.bandwidths,
-        biased=reference.protocol.biased_mmd2,
-        control=control,
-        device=device,
-    )
+def mean_scores(scores: Sequence[Score], metrics: Sequence[str]) -> list[Score]:
+    """Plain mean over conditions of each metric's finite scores, ``n`` their median number of cells."""
+    means = []
+    for metric in metrics:
+        found = [score for score in scores if score.metric == metric and np.isfinite(score.value)]
+        if found:
+            value, n = np.mean([score.value for score in found]), np.median([score.n for score in found])
+            means.append(Score("per_condition", None, metric, float(value), round(float(n))))
+    return means
 
 
 def _matched_rows(

@@ -1,7 +1,6 @@
-"""Spaces that published evaluations compare cells in: log-normalised counts, and principal components of them.
+"""Compute the spaces that published evaluations compare cells in: log-normalised counts, and their components.
 
-A space that is fitted sees the real test cells alone, so it is the same for every model. Knows nothing of conditions,
-metrics or files.
+A space that is fitted sees the real test cells alone, so it is the same for every model.
 
 Shapes: ``n`` cells, ``G`` genes, ``d`` components.
 """

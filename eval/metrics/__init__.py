@@ -1,0 +1,1 @@
+"""Metrics as plain functions: matrices of cells in, numbers out. Needs numpy, scipy, torch and POT only."""

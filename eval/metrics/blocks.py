@@ -1,7 +1,6 @@
-"""Cells in blocks: checked matrices, and products and squared distances of all pairs of cells in bounded memory.
+"""Check matrices of cells; compute moments, and products and squared distances of all pairs, in bounded memory.
 
-What the metrics are computed from. Every product is taken in float64. Knows nothing of any metric, of files or of what
-the columns are.
+What the metrics are computed from. Every sum and product is taken in float64.
 
 Shapes: ``n`` cells of ``x``, ``m`` cells of ``y``, ``d`` genes (or components).
 """
@@ -9,7 +8,6 @@ Shapes: ``n`` cells of ``x``, ``m`` cells of ``y``, ``d`` genes (or components).
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 from scipy import sparse
 
 Matrix = np.ndarray | sparse.csr_matrix | sparse.csr_array
@@ -62,9 +60,20 @@ def dense(x: Matrix, rows: slice) -> np.ndarray:
     return (block.toarray() if sparse.issparse(block) else block).astype(np.float64, copy=False)
 
 
-def stacked(x: Matrix, y: Matrix) -> np.ndarray:
-    """Both sides as one dense array (n + m, d)."""
-    return np.concatenate([dense(cells, slice(None)) for cells in (x, y)])
+def column_means(x: Matrix) -> np.ndarray:
+    """(d,) means of the columns."""
+    return np.asarray(x.sum(axis=0, dtype=np.float64)).ravel() / x.shape[0]
+
+
+def mean_and_variance(x: Matrix) -> tuple[np.ndarray, np.ndarray]:
+    """(d,) means and (d,) variances (n - 1 in the denominator) of the genes; a constant gene has variance exactly 0."""
+    x = checked(x, "x", min_cells=2)
+    mean = column_means(x)
+    squares = sum(_squares_around(x[rows], mean) for rows in blocks(x.shape[0]))
+    largest, smallest = x.max(axis=0), x.min(axis=0)
+    if sparse.issparse(x):
+        largest, smallest = largest.toarray().ravel(), smallest.toarray().ravel()
+    return mean, np.where(largest == smallest, 0.0, squares / (x.shape[0] - 1))
 
 
 def nonzero_shares(x: Matrix) -> np.ndarray:
@@ -121,4 +130,14 @@ def _multiplied(a: np.ndarray, b: np.ndarray, device: str | None) -> np.ndarray:
     """``a b^T``, computed on ``device``."""
     if device is None:
         return a @ b.T
+    import torch  # takes longer to import than most comparisons to compute
+
     return (torch.from_numpy(a).to(device) @ torch.from_numpy(b).to(device).T).cpu().numpy()
+
+
+def _squares_around(x: Matrix, mean: np.ndarray) -> np.ndarray:
+    """(d,) sums of squared deviations from ``mean``; of a sparse matrix without a dense copy."""
+    if not sparse.issparse(x):
+        return ((x - mean) ** 2).sum(axis=0)
+    stored = np.bincount(x.indices, (x.data - mean[x.indices]) ** 2, minlength=mean.size)
+    return stored + (x.shape[0] - np.bincount(x.indices, minlength=mean.size)) * mean**2

@@ -13,9 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import sparse, stats
 
-from eval.comparison.labelled_counts import PERTURBATION, LabelledCounts
+from eval.comparison.cells import PERTURBATION, CellCounts
 from eval.comparison.spaces import log_cp10k, principal_components
-from eval.metrics import distances as metrics
+from eval.metrics import gene_agreement as metrics
 from eval.reports.tables import FLOOR, Row
 
 INK = "#010203"
@@ -187,7 +187,7 @@ def condition_figure(rows: Sequence[Row], protocol: str, metric: str) -> tuple[F
     return figure, worst
 
 
-def differential_figure(real: LabelledCounts, generated: LabelledCounts, genes: Sequence[str]) -> Figure | None:
+def differential_figure(real: CellCounts, generated: CellCounts, genes: Sequence[str]) -> Figure | None:
     """The ten genes that each of the strongest perturbations moves most, in real and in generated cells.
 
     Change: mean log1p(CP10k) minus that of the real control cells of the same cell type. Perturbations are those with
@@ -225,7 +225,7 @@ def differential_figure(real: LabelledCounts, generated: LabelledCounts, genes: 
     return figure
 
 
-def has_perturbations(real: LabelledCounts) -> bool:
+def has_perturbations(real: CellCounts) -> bool:
     """Whether there are perturbed cells and controls to compare them with."""
     return PERTURBATION in real.labels and real.control in set(real.labels[PERTURBATION])
 

@@ -12,9 +12,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from eval.comparison.cells import Cells
-from eval.comparison.compared_metrics import METRICS
-from eval.comparison.labelled_counts import LabelledCounts
+from eval.comparison.cells import CellCounts, Comparison
+from eval.comparison.metric_table import METRICS
 from eval.reports import figures
 from eval.reports.published import PUBLISHED, PUBLISHED_NOTE
 from eval.reports.tables import (
@@ -53,8 +52,8 @@ svg { max-width: 100%; height: auto; } code { overflow-wrap: anywhere; }
 def html_report(
     header: dict[str, object],
     rows: Sequence[Row],
-    cells: Cells,
-    baseline: LabelledCounts,
+    cells: Comparison,
+    baseline: CellCounts,
     *,
     baseline_name: str,
     umap: bool = True,
@@ -88,7 +87,7 @@ def html_report(
     )
 
 
-def _introduction(title: str, header: dict[str, object], cells: Cells) -> str:
+def _introduction(title: str, header: dict[str, object], cells: Comparison) -> str:
     """What was compared, and how to read the tables."""
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items() if version)
     genes = f"<p><strong>Compared on {html.escape(str(header['genes']))}.</strong></p>" if header.get("genes") else ""
@@ -208,9 +207,9 @@ def _is_condition(row: Row, protocol: str) -> bool:
 
 def _pictures(
     model: str,
-    generated: LabelledCounts,
-    cells: Cells,
-    baseline: LabelledCounts,
+    generated: CellCounts,
+    cells: Comparison,
+    baseline: CellCounts,
     baseline_name: str,
     *,
     umap: bool,
@@ -257,7 +256,7 @@ def _pictures(
     return parts
 
 
-def _thinned(cells: LabelledCounts, rng: np.random.Generator) -> LabelledCounts:
+def _thinned(cells: CellCounts, rng: np.random.Generator) -> CellCounts:
     """At most 2,000 random cells."""
     return cells.take(np.sort(rng.choice(len(cells), min(len(cells), CELLS_SHOWN), replace=False)))
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from scipy import linalg, sparse
 
-from eval.metrics import distances as metrics
+from eval.metrics import gene_agreement as metrics
 
 REAL, GENERATED, BASELINE = "#1f5fa8", "#e8762d", "#9a9a9a"
 

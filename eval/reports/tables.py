@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from eval.comparison.compared_metrics import METRICS
+from eval.comparison.baselines import FLOOR
+from eval.comparison.metric_table import METRICS
 from eval.comparison.protocols import FEW_CELLS, PROTOCOLS, Score
 
-FLOOR = "floor"
 FLOOR_DOMINATES = 0.5
 CELL_EVAL_METRICS = {
     "overlap_at_N": ("overlap of differential genes (DES)", "↑"),

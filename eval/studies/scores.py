@@ -18,24 +18,25 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from eval.comparison.baselines import (
+    FLOOR,
+    FLOOR_DRAWS,
     Sampler,
     additive,
+    cells_by_labels,
     independent_marginals,
     perturbation_mean,
     training_rows,
-    wanted_conditions,
 )
-from eval.comparison.labelled_counts import PERTURBATION, LabelledCounts
+from eval.comparison.cells import PERTURBATION, CellCounts
 from eval.comparison.protocols import (
     FEW_CELLS,
-    FLOOR_DRAWS,
     PROTOCOLS,
     Reference,
     Score,
     evaluate_pair,
     prepare_reference,
 )
-from eval.reports.tables import FLOOR, Row, summary_rows
+from eval.reports.tables import Row, summary_rows
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +44,13 @@ METRICS = ("w2", "mmd2", "pearson_delta")
 PROTOCOL = replace(PROTOCOLS["log"], pooled_metrics=(), condition_metrics=METRICS)
 
 
-def control_cells(train: LabelledCounts) -> Sampler:
+def control_cells(train: CellCounts) -> Sampler:
     """Predict that the perturbation does nothing: real control cells, of the same cell type and covariates."""
 
     def sample(conditions: pd.DataFrame, rng: np.random.Generator) -> sparse.csr_matrix:
         chosen = np.empty(len(conditions), dtype=np.int64)
         as_control = conditions.assign(**{PERTURBATION: train.control})
-        for labels, rows in wanted_conditions(train, as_control):
+        for labels, rows in cells_by_labels(as_control[list(train.labels)]):
             source = training_rows(train, labels, who=control_cells.__name__)
             chosen[rows] = rng.choice(source, len(rows), replace=len(rows) > len(source))
         return train.counts[chosen]
@@ -57,18 +58,18 @@ def control_cells(train: LabelledCounts) -> Sampler:
     return sample
 
 
-def marginals_of_all(train: LabelledCounts) -> Sampler:
+def marginals_of_all(train: CellCounts) -> Sampler:
     """Each gene by itself, from all training cells of the same cell type and covariates."""
-    return independent_marginals(LabelledCounts(train.counts, train.labels.drop(columns=PERTURBATION)))
+    return independent_marginals(CellCounts(train.counts, train.labels.drop(columns=PERTURBATION)))
 
 
 BASELINES = (perturbation_mean, additive, control_cells, marginals_of_all)
 
 
 def score_held_out(
-    train: LabelledCounts,
-    test: LabelledCounts,
-    generated: Mapping[str, Sequence[LabelledCounts]],
+    train: CellCounts,
+    test: CellCounts,
+    generated: Mapping[str, Sequence[CellCounts]],
     *,
     draws: int = FLOOR_DRAWS,
     seed: int = 0,
@@ -110,7 +111,7 @@ def score_held_out(
             sides = {FLOOR: held.take(others)}
             sides |= {name: files[draw % len(files)] for name, files in generated.items()}
             for name, sample in samplers.items():
-                sides[name] = LabelledCounts(sample(compared.labels, rng), compared.labels, compared.control)
+                sides[name] = CellCounts(sample(compared.labels, rng), compared.labels, compared.control)
             reference = _reference(compared, controls, seed=draw)
             for name, cells in sides.items():
                 scores[name].append(_by_perturbation(evaluate_pair(cells, reference, seed=draw), held))
@@ -130,31 +131,31 @@ def score_held_out(
     ]
 
 
-def _controls_of(cells: LabelledCounts) -> LabelledCounts:
+def _controls_of(cells: CellCounts) -> CellCounts:
     return cells.take(np.flatnonzero(cells.labels[PERTURBATION] == cells.control))
 
 
-def _together(parts: Sequence[LabelledCounts]) -> LabelledCounts:
+def _together(parts: Sequence[CellCounts]) -> CellCounts:
     counts = sparse.vstack([part.counts for part in parts], format="csr")
     labels = pd.concat([part.labels for part in parts], ignore_index=True)
-    return LabelledCounts(counts, labels, parts[0].control)
+    return CellCounts(counts, labels, parts[0].control)
 
 
-def _halves(cells: LabelledCounts, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _halves(cells: CellCounts, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Rows of two random halves of equal size of every condition; the odd cell is left out."""
     shuffled = [rng.permutation(rows) for rows in cells.rows_by_condition.values()]
     halves = [(rows[: len(rows) // 2], rows[len(rows) // 2 : 2 * (len(rows) // 2)]) for rows in shuffled]
     return np.concatenate([one for one, _ in halves]), np.concatenate([other for _, other in halves])
 
 
-def _reference(held: LabelledCounts, controls: LabelledCounts, *, seed: int) -> Reference:
+def _reference(held: CellCounts, controls: CellCounts, *, seed: int) -> Reference:
     """One comparison for each held-out condition with enough cells, beside all control cells."""
     reference = prepare_reference(_together([held, controls]), PROTOCOL, seed=seed)
     large = {name for name, rows in held.rows_by_condition.items() if len(rows) >= FEW_CELLS}
     return replace(reference, groups=tuple(group for group in reference.groups if group.condition in large))
 
 
-def _by_perturbation(scores: Sequence[Score], held: LabelledCounts) -> list[Score]:
+def _by_perturbation(scores: Sequence[Score], held: CellCounts) -> list[Score]:
     """Average the conditions of each perturbation; then the perturbations. ``n`` is the median number of cells."""
     label_of = {name: held.labels[PERTURBATION].iloc[rows[0]] for name, rows in held.rows_by_condition.items()}
     grouped: dict[tuple[str, str], list[Score]] = defaultdict(list)

@@ -28,8 +28,8 @@ import transformers
 import tyro
 from safetensors.torch import load_file
 
-from eval.comparison.cells import read_cells
-from eval.comparison.protocols import FLOOR_DRAWS
+from eval.comparison.baselines import FLOOR_DRAWS
+from eval.comparison.cells import read_comparison
 from eval.reports.tables import FLOOR, Row
 from eval.sample import main as sample
 from eval.studies.scores import BASELINES, score_held_out
@@ -255,7 +255,7 @@ def _one_split(plan: _Plan, folder: Path, of_split: dict[str, object], *, seed: 
             samples[drawn] = model
     if not path.exists():
         names = list(samples.values())
-        cells = read_cells(
+        cells = read_comparison(
             list(samples), shards / "test.h5ad", shards / "train.h5ad", names=names, reserved_names=RESERVED_NAMES
         )
         rows = score_held_out(cells.train, cells.real, cells.generated, draws=plan.draws)

@@ -7,8 +7,10 @@ stderr and exit code 2, never a traceback. Set ``DCM_TRACEBACK=1`` to see the tr
 
 import ctypes
 import importlib.metadata
+import inspect
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +47,21 @@ def version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def command_of(program: str, main: Callable[..., object], arguments: dict[str, object]) -> str:
+    """Return the command line that gives ``main`` these arguments: the first is positional, defaults are left out."""
+    words, parameters = [program], inspect.signature(main).parameters
+    for position, (name, parameter) in enumerate(parameters.items()):
+        value, option = arguments[name], "--" + name.replace("_", "-")
+        if value == parameter.default:
+            continue
+        if isinstance(value, bool):
+            words.append(option if value else f"--no-{option[2:]}")
+        else:
+            values = value if isinstance(value, tuple) else [value]
+            words += [option] * (position > 0) + [str(part) for part in values]
+    return shlex.join(words)
 
 
 def keep_freed_memory() -> None:

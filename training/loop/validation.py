@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from eval.metrics.distances import correlation_agreement, median_bandwidth, mmd2
+from eval.metrics.distances import median_bandwidth, mmd2
+from eval.metrics.gene_agreement import correlation_agreement
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.generation_dcm import dropout_off
 from tokenization import DCMTokenizer

@@ -1,5 +1,6 @@
 """Baselines: each predicts what it says, in whole counts, for the conditions asked for and in their order."""
 
+import importlib.util
 import logging
 
 import numpy as np
@@ -7,19 +8,26 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from eval.comparison import baselines, scvi_baseline
-from eval.comparison.baselines import additive, independent_marginals, needs_control, perturbation_mean
-from eval.comparison.labelled_counts import LabelledCounts
+from eval.comparison import baselines
+from eval.comparison.baselines import (
+    additive,
+    independent_marginals,
+    needs_control,
+    perturbation_mean,
+    scvi_aggregated_posterior,
+    scvi_prior,
+)
+from eval.comparison.cells import CellCounts
 
 
 @pytest.fixture
-def train() -> LabelledCounts:
+def train() -> CellCounts:
     """Two cell types; genes 0 and 1 are perfectly correlated; type b never expresses gene 2."""
     rng = np.random.default_rng(0)
     level = rng.integers(0, 9, 400)
     labels = pd.DataFrame({"cell_type": np.repeat(["a", "b"], 200), "perturbation": np.tile(["control", "x"], 200)})
     gene_2 = np.where(labels["cell_type"] == "a", rng.integers(1, 4, 400), 0)
-    return LabelledCounts(sparse.csr_matrix(np.stack([level, level, gene_2], axis=1)), labels)
+    return CellCounts(sparse.csr_matrix(np.stack([level, level, gene_2], axis=1)), labels)
 
 
 def conditions(cell_type: str, perturbation: str, num: int = 3000) -> pd.DataFrame:
@@ -56,7 +64,7 @@ def test_an_unseen_condition_backs_off_to_its_cell_type_and_then_to_all_and_says
 
 
 def test_without_conditions_all_training_cells_are_the_source(train):
-    unconditional = LabelledCounts(train.counts, train.labels[[]])
+    unconditional = CellCounts(train.counts, train.labels[[]])
     cells = independent_marginals(unconditional)(pd.DataFrame(index=range(100)), np.random.default_rng(0))
     assert cells.shape == (100, 3)
 
@@ -79,11 +87,11 @@ MEANS = {  # of three genes; B undoes A in gene 0, both raise gene 1, gene 2 is 
 
 
 @pytest.fixture
-def screen() -> LabelledCounts:
+def screen() -> CellCounts:
     """Cells whose counts are those of their condition's mean times 0, 1 or 2: all genes move together."""
     labels = pd.DataFrame([pair for pair in MEANS for _ in range(300)], columns=["cell_type", "perturbation"])
     level = np.repeat(np.array(list(MEANS.values())), 300, axis=0) * np.tile([0, 1, 2], 500)[:, None]
-    return LabelledCounts(sparse.csr_matrix(level.astype(np.int32)), labels, "control")
+    return CellCounts(sparse.csr_matrix(level.astype(np.int32)), labels, "control")
 
 
 def mean_of(sampler, cell_type: str, perturbation: str) -> np.ndarray:
@@ -137,11 +145,11 @@ def test_every_baseline_answers_in_the_order_asked_for_and_repeats_itself(screen
     ("change", "message"),
     [
         (
-            lambda s: LabelledCounts(s.counts, s.labels[["cell_type"]], "control"),
+            lambda s: CellCounts(s.counts, s.labels[["cell_type"]], "control"),
             r"\(cell_type\) have no 'perturbation'",
         ),
-        (lambda s: LabelledCounts(s.counts, s.labels), "no label of control cells is known .* pass --control LABEL"),
-        (lambda s: LabelledCounts(s.counts, s.labels, "ntc"), r"no training cell is labelled 'ntc' \(control\)"),
+        (lambda s: CellCounts(s.counts, s.labels), "no label of control cells is known .* pass --control LABEL"),
+        (lambda s: CellCounts(s.counts, s.labels, "ntc"), r"no training cell is labelled 'ntc' \(control\)"),
     ],
 )
 def test_without_control_cells_the_mean_baselines_say_why_they_cannot_start(screen, change, message):
@@ -153,8 +161,8 @@ def test_without_control_cells_the_mean_baselines_say_why_they_cannot_start(scre
 
 
 def test_scvi_names_its_extra_where_it_is_not_installed(screen, monkeypatch):
-    monkeypatch.setattr(scvi_baseline, "is_installed", lambda: False)
-    for fit in (scvi_baseline.scvi_prior, scvi_baseline.scvi_aggregated_posterior):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for fit in (scvi_prior, scvi_aggregated_posterior):
         with pytest.raises(ValueError, match=r"scvi-tools: pip install 'discrete-cell-models\[baselines\]'"):
             fit(screen)
 
@@ -164,7 +172,7 @@ def test_scvi_knows_the_conditions_from_its_prior_and_from_its_posterior(screen)
     """One model, as both baselines share it: counts in the order asked for, with the conditions' means."""
     pytest.importorskip("scvi", reason="the extra 'baselines' is not installed")
     state = np.random.get_state()[1].copy()
-    for fit in (scvi_baseline.scvi_prior, scvi_baseline.scvi_aggregated_posterior):
+    for fit in (scvi_prior, scvi_aggregated_posterior):
         sampler = fit(screen)
         assert mean_of(sampler, "a", "B")[0] > 2 * mean_of(sampler, "b", "A")[0]
         assert mean_of(sampler, "a", "control")[2] < 0.1

@@ -12,22 +12,22 @@ from scipy import sparse
 from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import rbf_kernel
 
-from eval.comparison.labelled_counts import LabelledCounts
+from eval.comparison.baselines import floor_draws
+from eval.comparison.cells import CellCounts, Comparison, _warn_of_gaps
 from eval.comparison.protocols import (
     PROTOCOLS,
     Protocol,
     evaluate_pair,
-    floor_draws,
-    missing_cells,
     prepare_reference,
 )
 from eval.comparison.spaces import log_cp10k, principal_components, variable_genes
-from eval.metrics import distances as metrics
+from eval.metrics import distances, gene_agreement
 
+BY_GENE = (gene_agreement.mean_r2, gene_agreement.variance_r2, gene_agreement.zero_fraction_error)
 LOG, PAPER = PROTOCOLS["log"], PROTOCOLS["paper"]
 
 
-def cells(sizes: dict[str, int], *, seed: int, level: float = 2.0, num_genes: int = 8) -> LabelledCounts:
+def cells(sizes: dict[str, int], *, seed: int, level: float = 2.0, num_genes: int = 8) -> CellCounts:
     """Poisson cells whose genes share a factor; a condition's mean depends on its name."""
     rng = np.random.default_rng(seed)
     labels = np.repeat(list(sizes), list(sizes.values()))
@@ -36,7 +36,7 @@ def cells(sizes: dict[str, int], *, seed: int, level: float = 2.0, num_genes: in
     )
     counts = rng.poisson(rate * np.linspace(0.3, 2, num_genes))
     order = rng.permutation(labels.size)
-    return LabelledCounts(sparse.csr_matrix(counts[order]), pd.DataFrame({"cell_type": labels[order]}))
+    return CellCounts(sparse.csr_matrix(counts[order]), pd.DataFrame({"cell_type": labels[order]}))
 
 
 def by_key(scores) -> dict:
@@ -44,7 +44,7 @@ def by_key(scores) -> dict:
 
 
 @pytest.fixture
-def real() -> LabelledCounts:
+def real() -> CellCounts:
     return cells({"a": 40, "b": 25, "c": 8}, seed=0)
 
 
@@ -54,9 +54,11 @@ def test_pooled_scores_are_the_metrics_of_the_matrices(real):
     x, y = (np.log1p(side.counts.toarray().astype(float)) for side in (generated, real))
     for name in ("mmd2", "w2", "w2_gaussian", "mean_r2", "variance_r2", "zero_fraction_error"):
         score = scores["pooled", None, name]
-        assert score.value == pytest.approx(getattr(metrics, name)(x, y), abs=1e-9)
+        assert score.value == pytest.approx(
+            getattr(distances if "2" in name[:4] else gene_agreement, name)(x, y), abs=1e-9
+        )
         assert score.n == 73
-    pearson, slope = metrics.correlation_agreement(x, y)
+    pearson, slope = gene_agreement.correlation_agreement(x, y)
     assert scores["pooled", None, "correlation_pearson"].value == pytest.approx(pearson)
     assert scores["pooled", None, "correlation_slope"].value == pytest.approx(slope)
 
@@ -64,7 +66,7 @@ def test_pooled_scores_are_the_metrics_of_the_matrices(real):
 def test_the_library_size_is_that_of_the_counts_in_every_protocol(real):
     generated = cells({"a": 40, "b": 25, "c": 8}, seed=1)
     scores = by_key(evaluate_pair(generated, prepare_reference(real, LOG)))
-    expected = metrics.library_size_cv_ratio(generated.counts, real.counts)
+    expected = gene_agreement.library_size_cv_ratio(generated.counts, real.counts)
     assert scores["pooled", None, "library_size_cv_ratio"].value == pytest.approx(expected)
 
 
@@ -72,22 +74,22 @@ def test_paper_is_in_counts_with_the_three_distances_only(real):
     scores = by_key(evaluate_pair(real, prepare_reference(real, PAPER)))
     assert {metric for grouping, _, metric in scores if grouping == "pooled"} == {"mmd2", "w2", "w2_gaussian"}
     group = prepare_reference(real, PAPER).groups[0]
-    assert group.bandwidths == pytest.approx((metrics.median_bandwidth(real.counts),), rel=1e-9)
+    assert group.bandwidths == pytest.approx((distances.median_bandwidth(real.counts),), rel=1e-9)
 
 
 def test_the_bandwidth_comes_from_the_test_cells_alone(real):
     """A generator far away must not widen the kernel and so flatter itself."""
     reference = prepare_reference(real, PAPER)
-    far = LabelledCounts(real.counts * 50, real.labels)
-    sigma = metrics.median_bandwidth(real.counts)
-    expected = metrics.mmd2(far.counts, real.counts, bandwidths=[sigma])
+    far = CellCounts(real.counts * 50, real.labels)
+    sigma = distances.median_bandwidth(real.counts)
+    expected = distances.mmd2(far.counts, real.counts, bandwidths=[sigma])
     assert by_key(evaluate_pair(far, reference))["pooled", None, "mmd2"].value == pytest.approx(expected)
     for group in reference.groups[1:]:
         chosen = real.counts[real.rows_by_condition[group.condition]]
-        assert group.bandwidths == pytest.approx((metrics.median_bandwidth(chosen),))
+        assert group.bandwidths == pytest.approx((distances.median_bandwidth(chosen),))
 
 
-def test_each_condition_has_as_many_cells_on_both_sides(real):
+def test_each_condition_has_as_many_cells_on_both_sides_and_what_is_missing_is_said(real, caplog):
     generated = cells(
         {"a": 100, "b": 10, "d": 30}, seed=1
     )  # too many, too few, none of c, and one that is not asked for
@@ -96,7 +98,9 @@ def test_each_condition_has_as_many_cells_on_both_sides(real):
     assert [scores["condition", name, "w2"].n for name in "abc"] == [40, 10, 0]
     assert np.isnan(scores["condition", "c", "w2"].value)
     assert ("condition", "d", "w2") not in scores
-    assert missing_cells(generated, real) == (15 + 8, ["b", "c"], ["d"])
+    _warn_of_gaps(Comparison(real, real, {"mine": [generated]}, [], None))
+    assert "mine, file 1: 23 of 73 test cells have no generated partner, in 2 conditions (b, ...)" in caplog.text
+    assert "mine, file 1: 1 conditions are not among the test cells and are left out (d, ...)" in caplog.text
 
 
 def test_per_condition_is_the_mean_over_conditions_with_twenty_test_cells(real):
@@ -108,14 +112,14 @@ def test_per_condition_is_the_mean_over_conditions_with_twenty_test_cells(real):
 
 
 def test_without_condition_columns_all_is_pooled(real):
-    unconditional = LabelledCounts(real.counts, real.labels[[]])
+    unconditional = CellCounts(real.counts, real.labels[[]])
     groupings = {score.grouping for score in evaluate_pair(unconditional, prepare_reference(unconditional, LOG))}
     assert groupings == {"pooled"}
 
 
 def test_a_condition_of_one_cell_and_one_of_identical_cells_are_survived():
     counts = sparse.csr_matrix(np.array([[1, 2], [3, 1], [3, 1], [3, 1], [2, 2]]))
-    real = LabelledCounts(counts, pd.DataFrame({"cell_type": ["one", "same", "same", "same", "two"]}))
+    real = CellCounts(counts, pd.DataFrame({"cell_type": ["one", "same", "same", "same", "two"]}))
     scores = by_key(evaluate_pair(real, prepare_reference(real, PAPER)))
     assert np.isnan(scores["condition", "one", "mmd2"].value)
     assert scores["condition", "same", "mmd2"].value == 0
@@ -138,7 +142,7 @@ def test_the_same_seed_gives_the_same_scores(real):
 
 def test_floor_has_the_conditions_of_the_test_cells_and_no_training_cell_twice(real):
     train = cells({"a": 120, "b": 70, "c": 30, "d": 50}, seed=2)
-    train = LabelledCounts(train.counts + sparse.csr_matrix(np.eye(270, 8, k=-262) * 1000), train.labels)
+    train = CellCounts(train.counts + sparse.csr_matrix(np.eye(270, 8, k=-262) * 1000), train.labels)
     draws = list(floor_draws(train, real, draws=4, seed=0))
     assert len(draws) == 4
     for draw in draws:
@@ -169,7 +173,7 @@ def test_floor_says_where_it_repeats_cells_or_has_none(real, caplog):
         next(floor_draws(cells({"z": 5}, seed=0), real))
 
 
-def perturbed(sizes: dict[tuple[str, str], int], *, seed: int, num_genes: int = 60) -> LabelledCounts:
+def perturbed(sizes: dict[tuple[str, str], int], *, seed: int, num_genes: int = 60) -> CellCounts:
     """Cells of (cell type, perturbation); a perturbation moves two genes, a cell type all of them."""
     rng = np.random.default_rng(seed)
     labels = pd.DataFrame([pair for pair, size in sizes.items() for _ in range(size)])
@@ -179,7 +183,7 @@ def perturbed(sizes: dict[tuple[str, str], int], *, seed: int, num_genes: int = 
     for column, name in enumerate(("control", "x", "y")):
         level[:, column] *= np.where(labels["perturbation"] == name, 4.0, 1.0)
     counts = rng.poisson(level * rng.gamma(4, 1 / 4, (len(labels), 1)))
-    return LabelledCounts(sparse.csr_matrix(counts), labels, "control")
+    return CellCounts(sparse.csr_matrix(counts), labels, "control")
 
 
 SIZES = {("a", "control"): 40, ("a", "x"): 30, ("b", "control"): 25, ("b", "x"): 6}
@@ -222,7 +226,7 @@ def test_scldm_equals_scanpy_scikit_learn_and_pot():
 
 def test_scldm_takes_at_most_a_thousand_cells_of_a_perturbation_and_five_thousand_in_all():
     names = [f"p{i}" for i in range(7)]
-    real = LabelledCounts(
+    real = CellCounts(
         sparse.csr_matrix(np.random.default_rng(0).poisson(1.0, (7100, 3))),
         pd.DataFrame({"perturbation": np.repeat(names, [1100] + [1000] * 6)}),
     )
@@ -259,7 +263,7 @@ def test_cfgen_equals_scanpy_scikit_learn_and_pot():
 
 
 def test_cfgen_needs_cell_types(real):
-    unconditional = LabelledCounts(real.counts, real.labels[[]])
+    unconditional = CellCounts(real.counts, real.labels[[]])
     with pytest.raises(ValueError, match="compares each cell_type by itself, and the condition columns are none"):
         prepare_reference(unconditional, PROTOCOLS["cfgen"])
 
@@ -329,7 +333,7 @@ def test_pearson_delta_is_taken_against_real_control_cells_of_the_cell_type():
         assert ("condition", f"{name} | control", "pearson_delta") not in scores
     averaged = scores["per_condition", None, "pearson_delta"]  # b | x has six cells only
     assert averaged.value == scores["condition", "a | x", "pearson_delta"].value
-    without = LabelledCounts(real.counts, real.labels)
+    without = CellCounts(real.counts, real.labels)
     assert not any(
         score.metric == "pearson_delta" for score in evaluate_pair(generated, prepare_reference(without, LOG))
     )

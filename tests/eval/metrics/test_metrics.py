@@ -13,8 +13,7 @@ from sklearn.metrics import r2_score
 from sklearn.neighbors import NearestNeighbors
 
 from eval.benchmarks import metrics as metrics_benchmark
-from eval.metrics import distances as metrics
-from eval.metrics.distances import blocks as cell_blocks
+from eval.metrics import blocks, distances, gene_agreement
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -48,20 +47,20 @@ def kernel_loops(x: np.ndarray, y: np.ndarray, sigmas: list[float], *, biased: b
 def test_mmd2_equals_explicit_kernel_loops(counts, sigmas, biased):
     x, y = counts
     expected = kernel_loops(x, y, sigmas, biased=biased)
-    assert metrics.mmd2(x, y, bandwidths=sigmas, biased=biased) == pytest.approx(expected, abs=1e-12)
+    assert distances.mmd2(x, y, bandwidths=sigmas, biased=biased) == pytest.approx(expected, abs=1e-12)
 
 
 def test_mmd2_default_bandwidth_is_the_median_rule_on_y(counts):
     x, y = counts
     sigma = np.sqrt(np.median(pdist(y, "sqeuclidean")) / 2)
-    assert metrics.median_bandwidth(y) == pytest.approx(sigma, rel=1e-12)
-    assert metrics.mmd2(x, y) == metrics.mmd2(x, y, bandwidths=[metrics.median_bandwidth(y)])
+    assert distances.median_bandwidth(y) == pytest.approx(sigma, rel=1e-12)
+    assert distances.mmd2(x, y) == distances.mmd2(x, y, bandwidths=[distances.median_bandwidth(y)])
 
 
 def test_unbiased_mmd2_has_expectation_zero_for_equal_laws_and_the_biased_one_has_not(rng):
     pairs = [(rng.normal(size=(12, 3)), rng.normal(size=(15, 3))) for _ in range(400)]
-    unbiased = np.array([metrics.mmd2(x, y, bandwidths=[1.5]) for x, y in pairs])
-    biased = np.array([metrics.mmd2(x, y, bandwidths=[1.5], biased=True) for x, y in pairs])
+    unbiased = np.array([distances.mmd2(x, y, bandwidths=[1.5]) for x, y in pairs])
+    biased = np.array([distances.mmd2(x, y, bandwidths=[1.5], biased=True) for x, y in pairs])
     assert abs(unbiased.mean()) < 3 * unbiased.std() / np.sqrt(unbiased.size)
     assert biased.mean() > 10 * biased.std() / np.sqrt(biased.size)
 
@@ -69,45 +68,42 @@ def test_unbiased_mmd2_has_expectation_zero_for_equal_laws_and_the_biased_one_ha
 def test_biased_mmd2_of_one_law_is_what_its_docstring_says(rng):
     """(1/n + 1/m) (kernels - mean kernel sum of two cells): the floor that a small n puts under every model."""
     sigmas, n, m = [1.0, 2.0], 12, 15
-    biased = np.mean([metrics.mmd2(*two_normal_samples(rng, n, m), bandwidths=sigmas, biased=True) for _ in range(500)])
+    pairs = [(rng.normal(size=(n, 3)), rng.normal(size=(m, 3))) for _ in range(500)]
+    biased = np.mean([distances.mmd2(x, y, bandwidths=sigmas, biased=True) for x, y in pairs])
     far = rng.normal(size=(4000, 3)), rng.normal(size=(4000, 3))
     squared = ((far[0] - far[1]) ** 2).sum(axis=1)
     mean_kernels = sum(np.exp(-squared / (2 * sigma**2)).mean() for sigma in sigmas)
     assert biased == pytest.approx((1 / n + 1 / m) * (len(sigmas) - mean_kernels), rel=0.03)
 
 
-def two_normal_samples(rng: np.random.Generator, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
-    return rng.normal(size=(n, 3)), rng.normal(size=(m, 3))
-
-
 def test_biased_mmd2_of_a_sample_with_itself_is_zero(counts):
     x, _ = counts
-    assert metrics.mmd2(x, x, biased=True) == pytest.approx(0, abs=1e-12)
+    assert distances.mmd2(x, x, biased=True) == pytest.approx(0, abs=1e-12)
 
 
 def test_median_bandwidth_where_cells_repeat():
     mostly_equal = np.zeros((10, 3))
     mostly_equal[0] = 2.0
-    assert metrics.median_bandwidth(mostly_equal) == pytest.approx(np.sqrt(9 * 12 / 45 / 2))
-    assert metrics.median_bandwidth(np.ones((4, 3))) == 1.0
+    assert distances.median_bandwidth(mostly_equal) == pytest.approx(np.sqrt(9 * 12 / 45 / 2))
+    assert distances.median_bandwidth(np.ones((4, 3))) == 1.0
 
 
 def test_w2_equals_the_best_of_all_permutations(rng):
     x, y = rng.normal(size=(5, 3)), rng.normal(size=(5, 3))
     best = min(((x - y[list(order)]) ** 2).sum(axis=1).mean() for order in permutations(range(5)))
-    assert metrics.w2(x, y) == pytest.approx(np.sqrt(best), rel=1e-9)
+    assert distances.w2(x, y) == pytest.approx(np.sqrt(best), rel=1e-9)
 
 
 @pytest.mark.parametrize("size", [17, 23])
 def test_w2_equals_exact_transport_of_pot(rng, size):
     x, y = rng.normal(size=(17, 4)), rng.normal(size=(size, 4))
-    assert metrics.w2(x, y) == pytest.approx(np.sqrt(ot.emd2([], [], ot.dist(x, y))), rel=1e-9)
+    assert distances.w2(x, y) == pytest.approx(np.sqrt(ot.emd2([], [], ot.dist(x, y))), rel=1e-9)
 
 
 def test_w2_of_a_shift_is_its_length_and_order_does_not_matter(rng):
     x, shift = rng.normal(size=(20, 3)), np.array([1.0, -2.0, 2.0])
-    assert metrics.w2(x, x[::-1] + shift) == pytest.approx(3.0)
-    assert metrics.w2(x, rng.permutation(x)) == pytest.approx(0.0, abs=1e-6)
+    assert distances.w2(x, x[::-1] + shift) == pytest.approx(3.0)
+    assert distances.w2(x, rng.permutation(x)) == pytest.approx(0.0, abs=1e-6)
 
 
 def gaussian_w2_by_square_roots(x: np.ndarray, y: np.ndarray) -> float:
@@ -121,36 +117,36 @@ def gaussian_w2_by_square_roots(x: np.ndarray, y: np.ndarray) -> float:
 
 def test_gaussian_w2_equals_matrix_square_roots(rng):
     x, y = rng.normal(size=(40, 5)) @ rng.normal(size=(5, 5)), 1 + rng.normal(size=(30, 5))
-    assert metrics.w2_gaussian(x, y) == pytest.approx(gaussian_w2_by_square_roots(x, y), rel=1e-9)
+    assert distances.w2_gaussian(x, y) == pytest.approx(gaussian_w2_by_square_roots(x, y), rel=1e-9)
 
 
 def test_gaussian_w2_is_the_same_on_the_wide_and_on_the_tall_side(rng):
     """Genes that are all zero change nothing, but make the matrices wider than they are tall."""
     x, y = rng.poisson(2, (12, 5)), rng.poisson(3, (9, 5))
     wide_x, wide_y = (np.pad(z, ((0, 0), (0, 20))) for z in (x, y))
-    assert metrics.w2_gaussian(wide_x, wide_y) == pytest.approx(metrics.w2_gaussian(x, y), rel=1e-9)
-    assert metrics.w2_gaussian(wide_x[:4], wide_y) == pytest.approx(metrics.w2_gaussian(x[:4], y), rel=1e-9)
+    assert distances.w2_gaussian(wide_x, wide_y) == pytest.approx(distances.w2_gaussian(x, y), rel=1e-9)
+    assert distances.w2_gaussian(wide_x[:4], wide_y) == pytest.approx(distances.w2_gaussian(x[:4], y), rel=1e-9)
 
 
 def test_gaussian_w2_of_many_cells_equals_that_of_the_singular_values(rng, monkeypatch):
     """The faster way through the squared matrix; where cells repeat it is left, and a sample is at 0 from itself."""
     x, y = (rng.poisson(np.exp(rng.normal(size=90)), (60, 90)) for _ in range(2))
     expected = gaussian_w2_by_square_roots(x, y)
-    monkeypatch.setattr(metrics, "SQUARED_FROM", 1)
-    assert metrics.w2_gaussian(x, y) == pytest.approx(expected, rel=1e-6)
+    monkeypatch.setattr(distances, "SQUARED_FROM", 1)
+    assert distances.w2_gaussian(x, y) == pytest.approx(expected, rel=1e-6)
     repeated = np.concatenate([x[:20], x[:20], x[:20]])
-    assert metrics.w2_gaussian(repeated, repeated) == pytest.approx(0, abs=1e-5)
-    monkeypatch.setattr(metrics.linalg, "svdvals", None)
-    assert metrics.w2_gaussian(x, y) == pytest.approx(expected, rel=1e-6)
+    assert distances.w2_gaussian(repeated, repeated) == pytest.approx(0, abs=1e-5)
+    monkeypatch.setattr(distances.linalg, "svdvals", None)
+    assert distances.w2_gaussian(x, y) == pytest.approx(expected, rel=1e-6)
 
 
 def test_quiet_and_loud_genes_are_multiplied_alike(rng, monkeypatch):
     x, y = (rng.poisson(np.linspace(0.01, 3, 40), (30, 40)) for _ in range(2))
-    expected = [metrics.mmd2(x, y), metrics.w2(x, y), metrics.w2_gaussian(x, y)]
+    expected = [distances.mmd2(x, y), distances.w2(x, y), distances.w2_gaussian(x, y)]
     for share in (0.0, 0.5, 1.1):
-        monkeypatch.setattr(cell_blocks, "LOUD_SHARE", share)
+        monkeypatch.setattr(blocks, "LOUD_SHARE", share)
         a, b = sparse.csr_matrix(x), sparse.csr_matrix(y)
-        found = [metrics.mmd2(a, b), metrics.w2(a, b), metrics.w2_gaussian(a, b)]
+        found = [distances.mmd2(a, b), distances.w2(a, b), distances.w2_gaussian(a, b)]
         assert found == pytest.approx(expected, rel=1e-9)
 
 
@@ -158,16 +154,16 @@ def test_quiet_and_loud_genes_are_multiplied_alike(rng, monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_the_device_does_not_matter(counts, form, device):
     x, y = (form(cells) for cells in counts)
-    for metric in (metrics.mmd2, metrics.w2, metrics.w2_gaussian, metrics.nearest_neighbour_accuracy):
+    for metric in (distances.mmd2, distances.w2, distances.w2_gaussian, distances.nearest_neighbour_accuracy):
         assert metric(x, y, device=device) == pytest.approx(metric(x, y), rel=1e-9)
 
 
 def test_memory_does_not_grow_with_the_number_of_pairs(monkeypatch):
     """All distances of 3,000 cells would be 72 MB; blocks of 100 cells need a small part of it."""
-    monkeypatch.setattr(cell_blocks, "BLOCK_CELLS", 100)
+    monkeypatch.setattr(blocks, "BLOCK_CELLS", 100)
     cells = sparse.random(3000, 50, density=0.1, format="csr", random_state=0)
     tracemalloc.start()
-    metrics.mmd2(cells, cells, bandwidths=[1.0])
+    distances.mmd2(cells, cells, bandwidths=[1.0])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10e6
@@ -175,7 +171,7 @@ def test_memory_does_not_grow_with_the_number_of_pairs(monkeypatch):
 
 def test_gaussian_w2_of_a_shift_is_its_length(rng):
     x = rng.normal(size=(30, 3))
-    assert metrics.w2_gaussian(x, x + np.array([2.0, 0.0, 0.0])) == pytest.approx(2.0)
+    assert distances.w2_gaussian(x, x + np.array([2.0, 0.0, 0.0])) == pytest.approx(2.0)
 
 
 def test_gaussian_w2_of_commuting_covariances_is_the_distance_of_their_roots(rng):
@@ -184,21 +180,21 @@ def test_gaussian_w2_of_commuting_covariances_is_the_distance_of_their_roots(rng
     base = linalg.qr(base - base.mean(axis=0), mode="economic")[0] * np.sqrt(49)  # exact unit covariance
     scale_x, scale_y, shift = np.array([1, 2, 3, 4.0]), np.array([2, 2, 1, 5.0]), np.array([0, 1, 0, -1.0])
     expected = np.sqrt((shift**2).sum() + ((scale_x - scale_y) ** 2).sum())
-    assert metrics.w2_gaussian(base * scale_x + shift, base * scale_y) == pytest.approx(expected, rel=1e-9)
+    assert distances.w2_gaussian(base * scale_x + shift, base * scale_y) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(
     "metric",
     [
-        metrics.mmd2,
-        metrics.w2,
-        metrics.w2_gaussian,
-        metrics.correlation_agreement,
-        metrics.mean_r2,
-        metrics.variance_r2,
-        metrics.zero_fraction_error,
-        metrics.library_size_cv_ratio,
-        metrics.nearest_neighbour_accuracy,
+        distances.mmd2,
+        distances.w2,
+        distances.w2_gaussian,
+        gene_agreement.correlation_agreement,
+        gene_agreement.mean_r2,
+        gene_agreement.variance_r2,
+        gene_agreement.zero_fraction_error,
+        gene_agreement.library_size_cv_ratio,
+        distances.nearest_neighbour_accuracy,
     ],
 )
 def test_sparse_dense_gene_order_and_block_size_do_not_matter(counts, metric, monkeypatch):
@@ -206,7 +202,7 @@ def test_sparse_dense_gene_order_and_block_size_do_not_matter(counts, metric, mo
     expected = metric(x, y)
     order = np.random.default_rng(1).permutation(x.shape[1])
     assert metric(x[:, order], y[:, order]) == pytest.approx(expected, abs=1e-9)
-    monkeypatch.setattr(cell_blocks, "BLOCK_CELLS", 4)
+    monkeypatch.setattr(blocks, "BLOCK_CELLS", 4)
     assert metric(sparse.csr_matrix(x), sparse.csr_matrix(y)) == pytest.approx(expected, abs=1e-9)
 
 
@@ -215,73 +211,73 @@ def test_correlation_agreement_equals_numpy(rng):
     upper = np.triu_indices(8, k=1)
     ours, theirs = np.corrcoef(x.T)[upper], np.corrcoef(y.T)[upper]
     fit = stats.linregress(theirs, ours)
-    assert metrics.correlation_agreement(x, y) == pytest.approx((fit.rvalue, fit.slope), abs=1e-12)
+    assert gene_agreement.correlation_agreement(x, y) == pytest.approx((fit.rvalue, fit.slope), abs=1e-12)
 
 
 def test_correlation_agreement_of_a_sample_with_itself_is_one_and_independent_genes_have_no_slope(rng):
     y = rng.normal(size=(3000, 1)) + rng.normal(size=(3000, 10)) * np.linspace(0.2, 3, 10)
-    assert metrics.correlation_agreement(y, y) == pytest.approx((1.0, 1.0))
+    assert gene_agreement.correlation_agreement(y, y) == pytest.approx((1.0, 1.0))
     independent = np.stack([rng.permutation(column) for column in y.T], axis=1)
-    assert abs(metrics.correlation_agreement(independent, y)[1]) < 0.1
+    assert abs(gene_agreement.correlation_agreement(independent, y)[1]) < 0.1
 
 
 def test_correlation_takes_the_most_variable_genes_of_y_and_a_constant_gene_has_none(rng):
     y = rng.normal(size=(50, 6)) * [1, 5, 1, 4, 3, 0]
     x = rng.normal(size=(50, 6))
     x[:, 1] = 7.0
-    assert metrics.most_variable_genes(y, 3).tolist() == [1, 3, 4]
-    assert metrics.most_variable_genes(y, 100).size == 5
-    ours, _ = metrics.correlation_triangles(x, y, num_genes=3)
+    assert gene_agreement.most_variable_genes(y, 3).tolist() == [1, 3, 4]
+    assert gene_agreement.most_variable_genes(y, 100).size == 5
+    ours, _ = gene_agreement.correlation_triangles(x, y, num_genes=3)
     assert ours[:2].tolist() == [0, 0]
     assert ours[2] == pytest.approx(np.corrcoef(x[:, 3], x[:, 4])[0, 1])
 
 
 def test_correlation_agreement_is_nan_where_nothing_varies(rng):
     y = np.zeros((10, 5))
-    assert np.isnan(metrics.correlation_agreement(rng.normal(size=(10, 5)), y)).all()
+    assert np.isnan(gene_agreement.correlation_agreement(rng.normal(size=(10, 5)), y)).all()
 
 
 def test_r2_equals_scikit_learn(counts):
     x, y = counts
-    assert metrics.mean_r2(x, y) == pytest.approx(r2_score(y.mean(axis=0), x.mean(axis=0)))
-    assert metrics.variance_r2(x, y) == pytest.approx(r2_score(y.var(axis=0, ddof=1), x.var(axis=0, ddof=1)))
-    assert metrics.mean_r2(y, y) == 1.0
+    assert gene_agreement.mean_r2(x, y) == pytest.approx(r2_score(y.mean(axis=0), x.mean(axis=0)))
+    assert gene_agreement.variance_r2(x, y) == pytest.approx(r2_score(y.var(axis=0, ddof=1), x.var(axis=0, ddof=1)))
+    assert gene_agreement.mean_r2(y, y) == 1.0
 
 
 def test_zero_fraction_and_library_size_by_hand():
     x, y = np.array([[0, 1], [0, 3]]), np.array([[0, 2], [4, 2]])
-    assert metrics.zero_fraction_error(x, y) == pytest.approx((0.5 + 0.0) / 2)
-    assert metrics.library_size_cv_ratio(x, y) == pytest.approx((np.sqrt(2) / 2) / (np.sqrt(8) / 4))
-    assert np.isnan(metrics.library_size_cv_ratio(x, np.ones((3, 2))))
+    assert gene_agreement.zero_fraction_error(x, y) == pytest.approx((0.5 + 0.0) / 2)
+    assert gene_agreement.library_size_cv_ratio(x, y) == pytest.approx((np.sqrt(2) / 2) / (np.sqrt(8) / 4))
+    assert np.isnan(gene_agreement.library_size_cv_ratio(x, np.ones((3, 2))))
 
 
 def test_nearest_neighbour_accuracy_equals_scikit_learn(rng):
     x, y = rng.normal(size=(30, 4)), rng.normal(size=(30, 4)) + 0.7
     cells, side = np.concatenate([x, y]), np.repeat([0, 1], 30)
     nearest = NearestNeighbors(n_neighbors=2).fit(cells).kneighbors(cells)[1][:, 1]
-    assert metrics.nearest_neighbour_accuracy(x, y) == pytest.approx((side[nearest] == side).mean())
+    right = side[nearest] == side
+    assert distances.nearest_neighbour_accuracy(x, y) == pytest.approx((right.mean(), right[30:].mean()))
 
 
 def test_one_side_all_told_apart_and_the_other_not_shows_in_the_two_accuracies(rng):
     """A spread-out sample around a dense one: everybody's neighbour is in the dense one."""
     dense, spread = 0.01 * rng.normal(size=(30, 200)), rng.normal(size=(30, 200))
-    assert metrics.nearest_neighbour_accuracies(dense, spread) == (1.0, 0.0)
-    assert metrics.nearest_neighbour_accuracy(dense, spread) == 0.5
+    assert distances.nearest_neighbour_accuracy(dense, spread) == (0.5, 0.0)
 
 
 def test_nearest_neighbour_accuracy_at_its_ends(rng):
     x = rng.normal(size=(40, 3))
-    assert metrics.nearest_neighbour_accuracy(x, x + 100) == 1.0
-    assert metrics.nearest_neighbour_accuracy(x, x) == 0.0  # copies
+    assert distances.nearest_neighbour_accuracy(x, x + 100) == (1.0, 1.0)
+    assert distances.nearest_neighbour_accuracy(x, x) == (0.0, 0.0)  # copies
     same = np.log1p(np.full((5, 3), 2.0))
-    assert metrics.nearest_neighbour_accuracy(same, same) == pytest.approx(4 / 9)  # ties share the vote
+    assert distances.nearest_neighbour_accuracy(same, same) == pytest.approx((4 / 9, 4 / 9))  # ties share the vote
 
 
 def test_pearson_delta_equals_scipy(rng):
     x, y, control = (rng.normal(size=(20, 7)) + rng.normal(size=7) for _ in range(3))
     expected = stats.pearsonr(x.mean(axis=0) - control.mean(axis=0), y.mean(axis=0) - control.mean(axis=0)).statistic
-    assert metrics.pearson_delta(x, y, control) == pytest.approx(expected)
-    assert np.isnan(metrics.pearson_delta(control, y, control))
+    assert gene_agreement.pearson_delta(x, y, control) == pytest.approx(expected)
+    assert np.isnan(gene_agreement.pearson_delta(control, y, control))
 
 
 def test_means_and_variances_equal_numpy_and_entries_stored_twice_add_up(rng):
@@ -291,35 +287,35 @@ def test_means_and_variances_equal_numpy_and_entries_stored_twice_add_up(rng):
     halves = sparse.csr_matrix((np.repeat(cells[rows, columns] / 2, 2), np.repeat(columns, 2), starts), cells.shape)
     assert not halves.has_canonical_format
     for form in (cells, sparse.csr_matrix(cells), halves):
-        mean, variance = metrics.mean_and_variance(form)
+        mean, variance = blocks.mean_and_variance(form)
         np.testing.assert_allclose(mean, cells.mean(axis=0), rtol=1e-12)
         np.testing.assert_allclose(variance, cells.var(axis=0, ddof=1), rtol=1e-12, atol=1e-12)
 
 
 def test_a_constant_gene_has_variance_exactly_zero():
     cells = np.log1p(np.array([[3.0, 1.0], [3.0, 2.0], [3.0, 5.0]]))
-    assert metrics.mean_and_variance(sparse.csr_matrix(cells))[1][0] == 0.0
+    assert blocks.mean_and_variance(sparse.csr_matrix(cells))[1][0] == 0.0
 
 
 def test_bad_input_is_refused_with_its_numbers(counts):
     x, y = counts
     with pytest.raises(ValueError, match="x has 6 genes and y has 5: expected the same genes"):
-        metrics.w2(x, y[:, :5])
+        distances.w2(x, y[:, :5])
     with pytest.raises(ValueError, match="x has 1 cells: expected 2 or more"):
-        metrics.mmd2(x[:1], y)
+        distances.mmd2(x[:1], y)
     with pytest.raises(ValueError, match="y has 1 values that are NaN or infinite"):
-        metrics.w2_gaussian(x, np.where(np.arange(y.size).reshape(y.shape) == 3, np.nan, y))
+        distances.w2_gaussian(x, np.where(np.arange(y.size).reshape(y.shape) == 3, np.nan, y))
     with pytest.raises(ValueError, match=r"bandwidths=\[0.0\]: expected one or more positive numbers"):
-        metrics.mmd2(x, y, bandwidths=[0])
+        distances.mmd2(x, y, bandwidths=[0])
     with pytest.raises(ValueError, match=r"x has shape \(6,\)"):
-        metrics.w2(x[0], y)
+        distances.w2(x[0], y)
 
 
 def test_the_benchmark_ends_with_its_numbers_and_the_square_roots_agree(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(metrics_benchmark, "_measured", metrics_benchmark._measure)  # in this process
-    result = metrics_benchmark.main(num_cells=40, num_genes=60, yardstick_genes=12, out=tmp_path / "metrics.md")
+    result = metrics_benchmark.main(num_cells=40, num_genes=60, yardstick_genes=12, out=tmp_path / "distances.md")
     shown = capsys.readouterr().out
-    assert shown == (tmp_path / "metrics.md").read_text()
+    assert shown == (tmp_path / "distances.md").read_text()
     assert shown.splitlines()[-1] == " ".join(f"{name}={value:.2f}" for name, value in result.items())
     assert list(result) == ["mmd2_and_w2_gaussian_s", "peak_gib", "sqrtm_speedup"]
     ours, roots = (line.split("|")[4] for line in shown.splitlines()[4:6])

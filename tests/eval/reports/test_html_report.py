@@ -9,8 +9,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from eval.comparison.cells import Cells
-from eval.comparison.labelled_counts import LabelledCounts
+from eval.comparison.cells import CellCounts, Comparison
 from eval.comparison.protocols import Score
 from eval.reports.figures import INK, differential_figure
 from eval.reports.html_report import html_report
@@ -26,7 +25,7 @@ HEADER = {
 VOID = {"meta", "link", "br", "img"}
 
 
-def cells(seed: int) -> LabelledCounts:
+def cells(seed: int) -> CellCounts:
     """Two cell types of 50 controls and 50 perturbed cells, whose gene 3 is up."""
     rng = np.random.default_rng(seed)
     labels = pd.DataFrame(
@@ -34,7 +33,7 @@ def cells(seed: int) -> LabelledCounts:
     )
     level = rng.gamma(3, 1, (200, 1)) * np.linspace(0.3, 2, 12)
     level[(labels["perturbation"] == "x").to_numpy(), 3] *= 6
-    return LabelledCounts(sparse.csr_matrix(rng.poisson(level)), labels, "control")
+    return CellCounts(sparse.csr_matrix(rng.poisson(level)), labels, "control")
 
 
 def rows() -> list[Row]:
@@ -55,7 +54,7 @@ def rows() -> list[Row]:
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    compared = Cells(cells(0), cells(1), {"<mine>": [cells(2)]}, [f"gene{i}" for i in range(12)], None)
+    compared = Comparison(cells(0), cells(1), {"<mine>": [cells(2)]}, [f"gene{i}" for i in range(12)], None)
     return html_report(HEADER, rows(), compared, cells(3), baseline_name="marginals", umap=False)
 
 
@@ -135,7 +134,7 @@ def test_published_numbers_stand_apart_and_only_for_their_data_set(page):
     assert "CFGen" in section
     assert "CFGen" not in page[: page.index("<h2>As published")]
     assert "scGPT" not in page
-    compared = Cells(cells(0), cells(1), {}, [f"gene{i}" for i in range(12)], None)
+    compared = Comparison(cells(0), cells(1), {}, [f"gene{i}" for i in range(12)], None)
     other = html_report({**HEADER, "dataset": "pbmc3k"}, rows(), compared, cells(3), baseline_name="m", umap=False)
     assert "As published" not in other
 
@@ -146,4 +145,4 @@ def test_the_gene_that_a_perturbation_moves_is_the_first_of_its_panel():
     assert {axes.get_title() for axes in shown} == {"a | x", "b | x"}
     assert all(axes.get_yticklabels()[-1].get_text() == "gene3" for axes in shown)
     alone = cells(0)
-    assert differential_figure(LabelledCounts(alone.counts, alone.labels), cells(2), []) is None
+    assert differential_figure(CellCounts(alone.counts, alone.labels), cells(2), []) is None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.comparison.cells import Cells
+from eval.comparison.cells import Comparison
 from eval.reports.html_report import html_report
 from tests.eval.reports.test_html_report import HEADER, cells, rows
 from tests.headless_browser import Browser, missing, until
@@ -44,7 +44,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
-    compared = Cells(cells(0), cells(1), {"<mine>": [cells(2)]}, [f"gene{i}" for i in range(12)], None)
+    compared = Comparison(cells(0), cells(1), {"<mine>": [cells(2)]}, [f"gene{i}" for i in range(12)], None)
     path = tmp_path_factory.mktemp("report") / "report.html"
     page = html_report(HEADER, rows(), compared, cells(3), baseline_name="marginals", umap=False)
     path.write_text(guarded(page))

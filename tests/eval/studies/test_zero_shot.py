@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from scipy import sparse
 
 import eval.studies.zero_shot as stages
-from eval.comparison.labelled_counts import LabelledCounts
+from eval.comparison.cells import CellCounts
 from eval.simulate import main as simulate
 from eval.studies.scores import control_cells, marginals_of_all, score_held_out
 from eval.studies.tables import Study, dot_plot, study_markdown, study_tables
@@ -27,14 +27,14 @@ TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "nu
 TINY |= {"query_genes": 32, "warmup_steps": 30, "learning_rate": 4e-3, "ema_decay": 0.99, "validation_cells": 64}
 
 
-def cells_of(perturbations: list[str], *, seed: int, num: int = CELLS) -> LabelledCounts:
+def cells_of(perturbations: list[str], *, seed: int, num: int = CELLS) -> CellCounts:
     """Poisson cells of two batches; batch "2" is twice as deep."""
     rng = np.random.default_rng(seed)
     labels = pd.DataFrame([(p, b) for p in perturbations for b in ("1", "2")] * num, columns=["perturbation", "batch"])
     rate = np.full((len(labels), GENES), 2.0)
     rate[:, : GENES // 2] = labels["perturbation"].map(LEVEL).to_numpy()[:, None]
     rate *= labels["batch"].astype(int).to_numpy()[:, None]
-    return LabelledCounts(sparse.csr_matrix(rng.poisson(rate)), labels, "control")
+    return CellCounts(sparse.csr_matrix(rng.poisson(rate)), labels, "control")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The metrics of the Virtual Cell Challenge, by the ``cell-eval`` package, as rows of an evaluation.
+"""Compute the metrics of the Virtual Cell Challenge by the ``cell-eval`` package, as rows of an evaluation.
 
 Each cell type (and covariate) is evaluated by itself. Beside the generators, the baselines and the floor (one draw of
 real training cells) stand the package's own yardsticks: for every perturbation the mean over all training
@@ -22,12 +22,11 @@ import pandas as pd
 from scipy import sparse
 from tqdm import tqdm
 
-from eval.comparison.baselines import needs_control
-from eval.comparison.cells import Cells
-from eval.comparison.labelled_counts import PERTURBATION, SEPARATOR, LabelledCounts
-from eval.comparison.protocols import Score, floor_draws
+from eval.comparison.baselines import FLOOR, floor_draws, needs_control
+from eval.comparison.cells import PERTURBATION, CellCounts, Comparison, joined_labels
+from eval.comparison.protocols import Score, mean_scores
 from eval.comparison.spaces import log_cp10k
-from eval.reports.tables import FLOOR, Row, summary_rows
+from eval.reports.tables import Row, summary_rows
 
 logger = logging.getLogger(__name__)
 
@@ -37,24 +36,20 @@ CEILING = "cell_eval_ceiling"
 PROFILE = "vcc"
 MISSING = "--cell-eval needs the package cell-eval: pip install 'discrete-cell-models[baselines]'"
 
-Labelled = tuple[sparse.csr_matrix, pd.DataFrame]
+LogCells = tuple[sparse.csr_matrix, pd.DataFrame]  # log-normalised, as cell-eval takes them, and their labels
 
 
 def check_installed() -> None:
-    """Refuse to start where the package is not there.
-
-    Raises:
-        ValueError: cell-eval is not installed.
-    """
+    """Refuse to start where the package is not there."""
     if importlib.util.find_spec("cell_eval") is None:
         raise ValueError(MISSING)
 
 
-def rows(cells: Cells, baselines: Mapping[str, Iterable[LabelledCounts]], *, seed: int = 0) -> list[Row]:
+def rows(comparison: Comparison, baselines: Mapping[str, Iterable[CellCounts]], *, seed: int = 0) -> list[Row]:
     """Rows of the floor, every generator, every baseline, the package's mean baseline and its ceiling.
 
     Args:
-        cells: what is compared.
+        comparison: what is compared.
         baselines: name -> draws, each with the conditions of the test cells.
         seed: of the floor's draw and of the ceiling's halves.
 
@@ -62,32 +57,27 @@ def rows(cells: Cells, baselines: Mapping[str, Iterable[LabelledCounts]], *, see
         ValueError: cell-eval is not installed, or there are no control cells.
     """
     check_installed()
-    for real in (cells.train, cells.real):
-        reason = needs_control(real)
+    train, real = comparison.train, comparison.real
+    for cells in (train, real):
+        reason = needs_control(cells)
         if reason is not None:
             raise ValueError(f"--cell-eval compares perturbations with control cells, and {reason}")
-    found: list[Row] = []
-    test_cells = {condition: rows.size for condition, rows in cells.real.rows_by_condition.items()}
-    sources = {FLOOR: floor_draws(cells.train, cells.real, draws=1, seed=seed), **cells.generated, **baselines}
+    sources = {FLOOR: floor_draws(train, real, draws=1, seed=seed), **comparison.generated, **baselines}
+    found: dict[str, list[list[Score]]] = {}
     with tqdm(desc=PROTOCOL, unit=" files", disable=None) as bar:
         for model, files in sources.items():
-            repeats = []
+            found[model] = []
             for file in files:
-                repeats.append(_scores(_log_cells(file), cells.real))
+                found[model].append(_scores((log_cp10k(file.counts), file.labels), real))
                 bar.update()
-            found += summary_rows(model, PROTOCOL, repeats, test_cells=test_cells)
-        mean = _scores(_mean_cells(cells.train, cells.real), cells.real)
-        found += summary_rows(MEAN_BASELINE, PROTOCOL, [mean], test_cells=test_cells)
+        found[MEAN_BASELINE] = [_scores(_mean_cells(train, real), real)]
         bar.update()
-        return found + summary_rows(CEILING, PROTOCOL, [_ceiling(cells.real, seed=seed)], test_cells=test_cells)
+        found[CEILING] = [_ceiling(real, seed=seed)]
+    test_cells = {condition: rows.size for condition, rows in real.rows_by_condition.items()}
+    return [row for model in found for row in summary_rows(model, PROTOCOL, found[model], test_cells=test_cells)]
 
 
-def _log_cells(cells: LabelledCounts) -> Labelled:
-    """Cells as cell-eval takes them: log-normalised, with their labels."""
-    return log_cp10k(cells.counts), cells.labels
-
-
-def _mean_cells(train: LabelledCounts, real: LabelledCounts) -> Labelled:
+def _mean_cells(train: CellCounts, real: CellCounts) -> LogCells:
     """The labels of the test cells, each cell the mean over the training labels of its context.
 
     As in the package, each perturbation weighs the same, and the control is one of them.
@@ -105,7 +95,7 @@ def _mean_cells(train: LabelledCounts, real: LabelledCounts) -> Labelled:
     return sparse.csr_matrix(cells), real.labels
 
 
-def _scores(generated: Labelled, real: LabelledCounts) -> list[Score]:
+def _scores(generated: LogCells, real: CellCounts) -> list[Score]:
     """Every metric for every condition of the test cells, and its mean over them."""
     values, labels = generated
     real_values, scores = log_cp10k(real.counts), []
@@ -115,15 +105,10 @@ def _scores(generated: Labelled, real: LabelledCounts) -> list[Score]:
         scores += _of_context(
             (values[drawn], labels.iloc[drawn]), (real_values[chosen], real.labels.iloc[chosen]), real.control
         )
-    for metric in dict.fromkeys(score.metric for score in scores):
-        found = [score for score in scores if score.metric == metric and np.isfinite(score.value)]
-        if found:
-            mean, n = np.mean([score.value for score in found]), np.median([score.n for score in found])
-            scores.append(Score("per_condition", None, metric, float(mean), round(float(n))))
-    return scores
+    return scores + mean_scores(scores, list(dict.fromkeys(score.metric for score in scores)))
 
 
-def _ceiling(real: LabelledCounts, *, seed: int) -> list[Score]:
+def _ceiling(real: CellCounts, *, seed: int) -> list[Score]:
     """The package's ceiling of every metric, the mean over cell types, each weighing as its perturbations do."""
     values, contexts = log_cp10k(real.counts), _contexts(real.labels)
     found: dict[str, list[tuple[float, int]]] = {}
@@ -147,7 +132,7 @@ def _ceiling(real: LabelledCounts, *, seed: int) -> list[Score]:
     return [Score("per_condition", None, metric, float(mean), n) for metric, mean in means.items()]
 
 
-def _of_context(generated: Labelled, real: Labelled, control: str) -> list[Score]:
+def _of_context(generated: LogCells, real: LogCells, control: str) -> list[Score]:
     """Scores of one cell type: perturbations of both sides, with the real control cells on both."""
     (values, labels), (real_values, real_labels) = generated, real
     shared = set(labels[PERTURBATION]) & set(real_labels[PERTURBATION]) - {control}
@@ -165,7 +150,7 @@ def _of_context(generated: Labelled, real: Labelled, control: str) -> list[Score
     with _evaluator(true, predicted, control) as evaluator:
         table, _ = evaluator.compute(profile=PROFILE, write_csv=False)
     sizes = pd.Series(real_names).value_counts()
-    conditions = _conditions(real_labels)
+    conditions = dict(zip(real_labels[PERTURBATION], joined_labels(real_labels)))
     return [
         Score("condition", conditions[line["perturbation"]], metric, float(value), int(sizes[line["perturbation"]]))
         for line in table.to_dicts()
@@ -204,10 +189,4 @@ def _anndata(values: sparse.csr_matrix, names: np.ndarray) -> anndata.AnnData:
 
 def _contexts(labels: pd.DataFrame) -> pd.Series:
     """Name of each cell's labels but the perturbation's."""
-    columns = list(labels.columns.drop(PERTURBATION))
-    return labels[columns].agg(SEPARATOR.join, axis=1) if columns else pd.Series("all", index=labels.index)
-
-
-def _conditions(labels: pd.DataFrame) -> dict[str, str]:
-    """Perturbation -> the full condition's name, within one context."""
-    return dict(zip(labels[PERTURBATION], labels.agg(SEPARATOR.join, axis=1)))
+    return joined_labels(labels.drop(columns=PERTURBATION))

@@ -1,8 +1,8 @@
-"""scVI as a baseline: cells from its prior, and from its aggregated posterior, through ``fit(train) -> sample``.
+"""Fit scVI on the training cells and draw from its prior or from its aggregated posterior.
 
 One model is trained with scvi-tools' defaults (its number of epochs too: 400 up to 20,000 cells, fewer above), every
-condition column a categorical covariate of the decoder. Needs the
-extra ``baselines``; knows nothing of files or metrics. Reference: Lopez et al., Nature Methods 15 (2018), 1053-1058.
+condition column a categorical covariate of the decoder. Needs the extra ``baselines``.
+Reference: Lopez et al., Nature Methods 15 (2018), 1053-1058.
 """
 
 import contextlib
@@ -19,37 +19,18 @@ import pandas as pd
 import torch
 from scipy import sparse
 
-from eval.comparison.baselines import Sampler, training_rows, wanted_conditions
-from eval.comparison.labelled_counts import LabelledCounts
+from eval.comparison.baselines import Sampler, cells_by_labels, training_rows
+from eval.comparison.cells import CellCounts
 
 CELLS_AT_ONCE = 512
 SEED = 0
 MISSING = "scVI baselines need the package scvi-tools: pip install 'discrete-cell-models[baselines]'"
 
 
-def scvi_prior(train: LabelledCounts) -> Sampler:
-    """Decode ``z ~ N(0, I)`` with the condition and the library size of a random training cell of it.
-
-    Raises:
-        ValueError: scvi-tools is not installed.
-    """
-    return _sampler(train, from_prior=True)
-
-
-def scvi_aggregated_posterior(train: LabelledCounts) -> Sampler:
-    """Decode ``z ~ q(z | x)`` of a random training cell ``x`` of the condition, with its library size.
-
-    Easier than the prior's task: each cell drawn starts from a real one.
-
-    Raises:
-        ValueError: scvi-tools is not installed.
-    """
-    return _sampler(train, from_prior=False)
-
-
-def is_installed() -> bool:
-    """Whether scvi-tools can be imported."""
-    return importlib.util.find_spec("scvi") is not None
+def check_installed() -> None:
+    """Refuse to start where scvi-tools is not there."""
+    if importlib.util.find_spec("scvi") is None:
+        raise ValueError(MISSING)
 
 
 @dataclass(frozen=True)
@@ -62,15 +43,18 @@ class _Trained:
     variance: np.ndarray
 
 
-def _sampler(train: LabelledCounts, *, from_prior: bool) -> Sampler:
-    """Sampler that gives every wanted cell a training cell of its condition (backing off as the marginals do)."""
+def fit(train: CellCounts, *, from_prior: bool) -> Sampler:
+    """Return a sampler that gives every wanted cell a training cell of its condition (backing off as marginals do).
+
+    ``z`` is drawn from the prior, or from that training cell's posterior.
+    """
     trained = _trained(train)
     sizes = np.asarray(train.counts.sum(axis=1), dtype=np.float32).ravel()
     log_sizes = torch.from_numpy(np.log(np.maximum(sizes, 1.0)))[:, None]
 
     def sample(conditions: pd.DataFrame, rng: np.random.Generator) -> sparse.csr_matrix:
         donors = np.empty(len(conditions), dtype=np.int64)
-        for labels, rows in wanted_conditions(train, conditions):
+        for labels, rows in cells_by_labels(conditions[list(train.labels)]):
             donors[rows] = rng.choice(training_rows(train, labels, who="scVI"), len(rows))
         z = rng.standard_normal((len(donors), trained.mean.shape[1]))
         if not from_prior:
@@ -80,23 +64,22 @@ def _sampler(train: LabelledCounts, *, from_prior: bool) -> Sampler:
             torch.manual_seed(int(rng.integers(2**31)))
             for start in range(0, len(donors), CELLS_AT_ONCE):
                 rows = donors[start : start + CELLS_AT_ONCE]
-                law = trained.model.module.generative(
+                distribution = trained.model.module.generative(
                     z=torch.from_numpy(z[start : start + CELLS_AT_ONCE]).float(),
                     library=log_sizes[rows],
                     batch_index=torch.zeros((len(rows), 1), dtype=torch.long),
                     cat_covs=None if trained.covariates is None else trained.covariates[rows],
                 )["px"]
-                blocks.append(sparse.csr_matrix(law.sample().cpu().numpy().round().astype(np.int64)))
+                blocks.append(sparse.csr_matrix(distribution.sample().cpu().numpy().round().astype(np.int64)))
         return sparse.vstack(blocks, format="csr")
 
     return sample
 
 
 @functools.lru_cache(maxsize=1)
-def _trained(train: LabelledCounts) -> _Trained:
+def _trained(train: CellCounts) -> _Trained:
     """An SCVI model trained on all training cells; the two baselines share it."""
-    if not is_installed():
-        raise ValueError(MISSING)
+    check_installed()
     import scvi
 
     columns = list(train.labels)

@@ -1,0 +1,70 @@
+"""The table of metrics by the names that stand in results.json: label, which way is better, and how to compute each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from scipy import sparse
+
+from eval.metrics import distances, gene_agreement
+from eval.metrics.blocks import Matrix
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two samples to compare: ``x`` generated and ``y`` real in the space of the protocol, and their counts.
+
+    ``control`` are real control cells of the same cell type and covariates, None where the comparison is not one
+    perturbation's.
+    """
+
+    x: Matrix
+    y: Matrix
+    x_counts: sparse.csr_matrix
+    y_counts: sparse.csr_matrix
+    bandwidths: tuple[float, ...]
+    biased: bool
+    control: Matrix | None
+    device: str | None
+
+    @cached_property
+    def correlation(self) -> tuple[float, float]:
+        """Agreement of the gene-gene correlations and its slope: two rows of a table from one computation."""
+        return gene_agreement.correlation_agreement(self.x, self.y)
+
+    @cached_property
+    def neighbours(self) -> tuple[float, float]:
+        """1-NN accuracy over all cells and over the real ones, from one search."""
+        return distances.nearest_neighbour_accuracy(self.x, self.y, device=self.device)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric in a table: its label, which way is better, and how to compute it."""
+
+    label: str
+    better: str
+    compute: Callable[[Pair], float]
+
+
+def _mmd2(p: Pair) -> float:
+    return distances.mmd2(p.x, p.y, bandwidths=p.bandwidths, biased=p.biased, device=p.device)
+
+
+METRICS = {
+    "mmd2": Metric("MMD²", "↓", _mmd2),
+    "w2": Metric("W2", "↓", lambda p: distances.w2(p.x, p.y, device=p.device)),
+    "w2_gaussian": Metric("W2, Gaussian", "↓", lambda p: distances.w2_gaussian(p.x, p.y, device=p.device)),
+    "correlation_pearson": Metric("gene-gene correlation", "↑", lambda p: p.correlation[0]),
+    "correlation_slope": Metric("its slope", "→ 1", lambda p: p.correlation[1]),
+    "mean_r2": Metric("mean R²", "↑", lambda p: gene_agreement.mean_r2(p.x, p.y)),
+    "variance_r2": Metric("variance R²", "↑", lambda p: gene_agreement.variance_r2(p.x, p.y)),
+    "zero_fraction_error": Metric("zero-fraction error", "↓", lambda p: gene_agreement.zero_fraction_error(p.x, p.y)),
+    "library_size_cv_ratio": Metric(
+        "library-size CV ratio", "→ 1", lambda p: gene_agreement.library_size_cv_ratio(p.x_counts, p.y_counts)
+    ),
+    "nearest_neighbour_accuracy": Metric("1-NN accuracy", "→ 0.5", lambda p: p.neighbours[0]),
+    "nearest_neighbour_accuracy_real": Metric("1-NN accuracy, real cells only", "→ 0.5", lambda p: p.neighbours[1]),
+    "pearson_delta": Metric("Pearson delta", "↑", lambda p: gene_agreement.pearson_delta(p.x, p.y, p.control)),
+}
+POOLED_METRICS = tuple(name for name in METRICS if name != "pearson_delta")
