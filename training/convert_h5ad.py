@@ -2,48 +2,35 @@
 
     dcm-convert cells.h5ad --out shards/ --cell-type-key cell_type --perturbation-key perturbation --control control
 
-Everything that can be learnt from data is decided here, from training cells only (gene panel, largest count), and
-stored: vocabularies in ``tokenizer/``, the cells of each part in ``split.json``. Deliberately knows nothing of models,
-training and noise.
+Everything that can be learnt from data is decided here, from training cells only (gene panel, largest count,
+statistics), and stored: vocabularies in ``tokenizer/``, the cells of each split in ``split.json``. Needed packages are
+imported where they are needed, so that ``--help`` and a wrong option answer at once.
 """
 
-import hashlib
-import importlib.metadata
 import json
 import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
 import tyro
 
-from tokenization import DCMTokenizer
-from training.conversion.conditions import ConditionColumns, read_conditions
-from training.conversion.genes import Panel, choose_panel, read_gene_list
-from training.conversion.inputs import InputCells, read_cells
-from training.conversion.splits import Controls, SplitName, split_cells
-from training.conversion.write import build_tables, dataset_card, write_splits
-from training.data.command_line import run
-from training.data.folders import check_replaceable, folder_written_aside, remove_leftovers, scratch_folder
-from training.data.shards import SPLITS, find_panels
-from training.data.statistics import STATISTICS
-from training.data.workers import FileWorkers, Report, available_cores, file_workers
+from training.data.command_line import run, version_of
+
+if TYPE_CHECKING:
+    from tokenization import DCMTokenizer
+    from training.conversion.conditions import ConditionColumns
+    from training.conversion.genes import Panel
+    from training.data.workers import FileWorkers, Report
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "dcm-shards-2"
-WRITTEN = {
-    "README.md",
-    "split.json",
-    "panels.json",
-    STATISTICS,
-    "tokenizer",
-    *SPLITS,
-    *(f"{split}.h5ad" for split in SPLITS),
-}
 SMALL_INPUT = 2**28  # bytes; starting processes takes longer than they save
+PACKAGES = ("anndata", "datasets", "numpy", "pyarrow", "scikit-misc", "scipy", "transformers")
+SplitName = Literal["random", "held-out-perturbations", "held-out-combinations", "few-shot", "zero-shot", "from-file"]
+Controls = Literal["proportional", "train", "test"]
 
 
 def main(
@@ -61,7 +48,6 @@ def main(
     n_top_genes: int | None = None,
     join: Literal["intersection", "union"] = "intersection",
     duplicate_genes: Literal["error", "sum"] = "error",
-    max_count: int | None = None,
     split: SplitName = "random",
     held_out: str | None = None,
     held_out_cell_type: str | None = None,
@@ -91,7 +77,6 @@ def main(
         join: of several files, genes that all have, or that any has; genes that a file lacks are then marked as not
             measured in its cells. With --genes, "union" allows genes that the data lack.
         duplicate_genes: what to do with several columns of one gene.
-        max_count: largest count of the vocabulary; default the largest of the training cells.
         split: random (a share of every condition), held-out-perturbations, held-out-combinations (both members seen
             alone), few-shot (some perturbations of --held-out-cell-type), zero-shot (all of them), or from-file.
         held_out: perturbations to test on, separated by commas, or @FILE with one per line; default a share
@@ -115,21 +100,31 @@ def main(
         FileNotFoundError: there is no such file.
         ValueError: a file, a value, a label or an option is wrong; nothing has been written then.
     """
+    from training.data.folders import check_replaceable, folder_written_aside, remove_leftovers, scratch_folder
+    from training.data.workers import file_workers
+
     sources = (source,) if isinstance(source, Path) else tuple(source)
+    for path in sources:
+        if not path.exists():
+            raise FileNotFoundError(f"no file {str(path)!r}; expected an h5ad file")
     if genes is not None and n_top_genes is not None:
         raise ValueError("--genes and --n-top-genes were both given; pass one of them")
     remove_leftovers(out)
-    check_replaceable(out, mark="split.json", written=WRITTEN)
-    gene_list = None if genes is None else read_gene_list(genes)
+    check_replaceable(out, mark="split.json", written=_names_written())
     processes = _sensible_processes(sources) if processes is None else processes
     with scratch_folder(out) as scratch, file_workers(processes, scratch) as workers:
+        from training.conversion.conditions import read_conditions
+        from training.conversion.genes import choose_panel, read_gene_list
+        from training.conversion.inputs import read_cells
+        from training.conversion.splits import split_cells
+
         cells = read_cells(
             sources,
             scratch,
             workers,
             layer=layer,
             gene_key=gene_key,
-            genes=gene_list,
+            genes=None if genes is None else read_gene_list(genes),
             join=join,
             duplicate_genes=duplicate_genes,
         )
@@ -155,9 +150,12 @@ def main(
             seed=split_seed,
         )
         panel = choose_panel(cells, chosen.cells["train"], n_top_genes, workers)
-        tokenizer = _build_tokenizer(cells, conditions, panel, max_count)
-        panels = find_panels(cells.measured[:, panel.genes], [path.name for path in sources], tokenizer.genes)
-        tables = build_tables(cells, conditions, panel, panels)
+
+        # takes seconds, so not before labels and counts are known to be right
+        from training.conversion.write import build_tables, dataset_card, write_splits
+
+        tokenizer = _build_tokenizer(cells.var.index[panel.genes], conditions, panel)
+        tables = build_tables(cells, conditions, panel, [path.name for path in sources])
         written = write_splits(
             scratch / "splits", cells, chosen.cells, panel, tables, tokenizer, seed=split_seed, workers=workers
         )
@@ -170,42 +168,53 @@ def main(
             **chosen.description,
             "sources": _describe_sources(sources, workers),
             "layer": layer,
-            **_describe(conditions, tokenizer, panel),
+            "conditions": list(conditions.columns),
+            "columns": conditions.sources,
+            "control": conditions.control,
+            "separator": conditions.separator,
+            "max_count": tokenizer.max_count,
+            "versions": {name: version_of(name) for name in PACKAGES},
             "genes": {"selection": selection, "join": join, "panel": tokenizer.genes},
-            "cells": {name: cells.obs.index[part].tolist() for name, part in chosen.cells.items()},
+            "cells": {name: cells.obs.index[here].tolist() for name, here in chosen.cells.items()},
         }
         with folder_written_aside(out) as folder:
             for path in written:
                 path.rename(folder / path.name)
             tokenizer.save_pretrained(folder / "tokenizer")
-            if panels is not None:
-                _write_json(folder / "panels.json", panels.missing)
+            if tables.panels is not None:
+                _write_json(folder / "panels.json", tables.panels.missing)
             _write_json(folder / "split.json", description)
             (folder / "README.md").write_text(dataset_card(description), encoding="utf-8")
     remove_leftovers(out)  # those whose processes were still ending a moment ago
-    _report(out, tokenizer, chosen.cells, panel)
+    logger.info("cells: %s", ", ".join(f"{len(here):,} {name}" for name, here in chosen.cells.items()))
+    _report(tokenizer, panel)
+    logger.info("written: %s", out)
     return out
 
 
+def _names_written() -> set[str]:
+    """Names of all files and folders that a conversion writes."""
+    splits = ("train", "validation", "test")
+    others = {"README.md", "split.json", "panels.json", "statistics.safetensors", "tokenizer"}
+    return {*others, *splits, *(f"{split}.h5ad" for split in splits)}
+
+
 def _sensible_processes(sources: Sequence[Path]) -> int:
+    from training.data.workers import available_cores
+
     files = [file for path in sources for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()]
     if sum(file.stat().st_size for file in files) < SMALL_INPUT:
         return 1
     return min(available_cores(), len(sources))
 
 
-def _build_tokenizer(
-    cells: InputCells, conditions: ConditionColumns, panel: Panel, max_count: int | None
-) -> DCMTokenizer:
-    if max_count is not None and max_count < panel.largest_in_training:
-        raise ValueError(
-            f"--max-count is {max_count:,} but the training cells have counts up to {panel.largest_in_training:,}; "
-            f"pass --max-count {panel.largest_in_training} or more, or leave it out"
-        )
+def _build_tokenizer(genes: Sequence[str], conditions: "ConditionColumns", panel: "Panel") -> "DCMTokenizer":
+    from tokenization import DCMTokenizer
+
     labels = {name: list(column.categories) for name, column in conditions.columns.items()}
     return DCMTokenizer.from_labels(
-        genes=cells.var.index[panel.genes],
-        max_count=panel.largest_in_training if max_count is None else max_count,
+        genes=genes,
+        max_count=panel.largest_in_training,
         cell_types=labels.pop("cell_type", None),
         perturbations=labels.pop("perturbation", None),
         control=conditions.control,
@@ -218,48 +227,23 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _describe_sources(sources: Sequence[Path], workers: FileWorkers) -> list[dict[str, str]]:
+def _describe_sources(sources: Sequence[Path], workers: "FileWorkers") -> list[dict[str, str]]:
     jobs = [partial(_sha256_reported, path) for path in sources]
     sums = workers.run(jobs, desc="summing files", total=len(jobs), unit=" files")
     return [{"file": path.name, "sha256": sum_} for path, sum_ in zip(sources, sums)]
 
 
-def _sha256_reported(path: Path, *, report: Report) -> str:
-    digest = _sha256(path)
+def _sha256_reported(path: Path, *, report: "Report") -> str:
+    from training.data.files import sha256_of
+
+    digest = sha256_of(path)
     report(1)
     return digest
 
 
-def _sha256(path: Path) -> str:
-    """Of a file's bytes; of a folder, of the sums of its files in the order of their names."""
-    if path.is_dir():
-        sums = "".join(f"{file.name} {_sha256(file)}\n" for file in sorted(path.iterdir()) if file.is_file())
-        return hashlib.sha256(sums.encode()).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _describe(conditions: ConditionColumns, tokenizer: DCMTokenizer, panel: Panel) -> dict[str, object]:
-    """What ``split.json`` says of the vocabularies, and the versions that wrote it."""
-    packages = ("anndata", "datasets", "numpy", "pyarrow", "scikit-misc", "scipy", "transformers")
-    return {
-        "conditions": list(conditions.columns),
-        "columns": conditions.sources,
-        "control": conditions.control,
-        "separator": conditions.separator,
-        "max_count": tokenizer.max_count,
-        "largest_training_count": panel.largest_in_training,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }
-
-
-def _report(out: Path, tokenizer: DCMTokenizer, parts: dict[str, np.ndarray], panel: Panel) -> None:
-    logger.info("cells: %s", ", ".join(f"{len(cells):,} {name}" for name, cells in parts.items()))
+def _report(tokenizer: "DCMTokenizer", panel: "Panel") -> None:
     logger.info("genes: %s (%s all zero in training)", f"{len(tokenizer.genes):,}", f"{panel.zero_genes:,}")
-    logger.info(
-        "largest count in training: %s, of the vocabulary: %s (of all cells: %s)",
-        *(f"{count:,}" for count in (panel.largest_in_training, tokenizer.max_count, panel.largest)),
-    )
+    logger.info("largest count in training: %s (of all cells: %s)", f"{tokenizer.max_count:,}", f"{panel.largest:,}")
     known = [f"{len(tokenizer.cell_types)} cell types"] * bool(tokenizer.cell_types)
     known += [f"{len(tokenizer.perturbations)} perturbations"] * bool(tokenizer.perturbations)
     known += [f"{len(labels)} labels of {name}" for name, labels in tokenizer.covariates.items()]
@@ -267,7 +251,6 @@ def _report(out: Path, tokenizer: DCMTokenizer, parts: dict[str, np.ndarray], pa
     targets = tokenizer.target_gene_ids
     if len(targets):
         logger.info("%d of %d perturbations are named like a gene of the panel", (targets >= 0).sum(), len(targets))
-    logger.info("written: %s", out)
 
 
 def cli() -> None:

@@ -13,7 +13,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -22,9 +21,6 @@ from tokenization.conditions_dcm import CELL_TYPE, PERTURBATION
 from tokenization.labels_dcm import factorize, join_perturbation, split_perturbation, unknown_label_error
 from training.conversion.conditions import ConditionColumns
 from training.data.shards import SPLITS
-
-SplitName = Literal["random", "held-out-perturbations", "held-out-combinations", "few-shot", "zero-shot", "from-file"]
-Controls = Literal["proportional", "train", "test"]
 
 
 @dataclass(frozen=True)
@@ -41,13 +37,13 @@ class Split:
 
 
 def split_cells(
-    name: SplitName,
+    name: str,
     obs: pd.DataFrame,
     conditions: ConditionColumns,
     *,
     held_out: str | None,
     cell_type: str | None,
-    controls: Controls | None,
+    controls: str | None,
     split_file: Path | None,
     split_key: str | None,
     test_fraction: float,
@@ -125,13 +121,13 @@ def random_split(
 
 
 def condition_split(
-    name: SplitName,
+    name: str,
     conditions: ConditionColumns,
     num_cells: int,
     *,
     held_out: Sequence[str] | None = None,
     cell_type: str | None = None,
-    controls: Controls | None = None,
+    controls: str | None = None,
     test_fraction: float = 0.2,
     validation_fraction: float = 0.1,
     seed: int = 0,

@@ -26,7 +26,7 @@ from training.conversion.shuffle import ShuffledSplit, StoredCells, in_order, of
 from training.data import shards
 from training.data.cells import condition_ids
 from training.data.h5ad import CountWriter
-from training.data.shards import LIBRARY_SIZE, PANEL, SPLITS, Panels, shard_features
+from training.data.shards import LIBRARY_SIZE, PANEL, SPLITS, Panels, find_panels, shard_features
 from training.data.statistics import STATISTICS, compute_statistics, vocabulary_of, write_statistics
 from training.data.workers import FileWorkers, Job, Report
 
@@ -45,7 +45,7 @@ class Tables:
         uns: what every h5ad says of the conditions.
         codes: condition name to (N,) ids.
         features: columns of the shards.
-        measured: (panels, G) which genes were measured in the cells of each panel; one panel where files agree.
+        panels: which genes were measured in which files, where these differ.
     """
 
     obs: pd.DataFrame
@@ -53,26 +53,31 @@ class Tables:
     uns: dict[str, object]
     codes: dict[str, np.ndarray]
     features: datasets.Features
-    measured: np.ndarray
+    panels: Panels | None
 
     @property
     def types(self) -> dict[str, np.dtype]:
         """Of the positions and counts in the shards."""
         return {name: np.dtype(self.features[name].feature.dtype) for name in shards.COUNTS}
 
+    def measured(self, cells: np.ndarray) -> dict[str, np.ndarray]:
+        """The panel of each of some cells (n,), and which genes were measured in each panel (P, G)."""
+        if self.panels is None:
+            return {"panel": np.zeros(len(cells), dtype=np.int64), "measured": np.ones((1, len(self.var)), dtype=bool)}
+        return {"panel": self.codes[PANEL][cells], "measured": np.stack(list(self.panels.measured.values()))}
 
-def build_tables(cells: InputCells, conditions: ConditionColumns, panel: Panel, panels: Panels | None) -> Tables:
-    """Everything but the counts; ``panels`` says which genes were measured in which files, where these differ."""
+
+def build_tables(cells: InputCells, conditions: ConditionColumns, panel: Panel, files: Sequence[str]) -> Tables:
+    """Collect everything but the counts; ``files`` are the names of the input files."""
+    panels = find_panels(cells.measured[:, panel.genes], files, cells.var.index[panel.genes].tolist())
     uns: dict[str, object] = {"dcm_conditions": np.array(list(conditions.columns), dtype=object)}
     if conditions.control is not None:
         uns["dcm_control"] = conditions.control
     others = {}
-    measured = np.ones((1, len(panel.genes)), dtype=bool)
     if panels is not None:
         sizes = [file.rows.stop - file.rows.start for file in cells.files]
         others[PANEL] = pd.Categorical.from_codes(np.repeat(panels.of_file, sizes), categories=list(panels.missing))
         uns["dcm_panels"] = panels.measured
-        measured = np.stack(list(panels.measured.values()))
     columns = {**conditions.columns, **others}
     return Tables(
         obs=conditions.canonical_obs(cells.obs, others),
@@ -82,7 +87,7 @@ def build_tables(cells: InputCells, conditions: ConditionColumns, panel: Panel, 
         features=shard_features(
             len(panel.genes), panel.largest, {name: column.categories for name, column in columns.items()}
         ),
-        measured=measured,
+        panels=panels,
     )
 
 
@@ -141,8 +146,7 @@ def write_splits(
                 "conditions": {name: ids.numpy() for name, ids in condition_ids(tokenizer, texts["obs"]).items()},
                 "max_count": panel.largest_in_training,
                 "num_cell_types": len(tokenizer.cell_types),
-                "panel": tables.codes[PANEL][here] if PANEL in tables.codes else np.zeros(len(here), dtype=np.int64),
-                "measured": tables.measured,
+                **tables.measured(here),
             }
             vocabulary = vocabulary_of(tokenizer)
             long.append(partial(make_statistics, folder / STATISTICS, sources, known, vocabulary))
@@ -258,7 +262,7 @@ Conditions: {", ".join(f"`{name}`" for name in description["conditions"]) or "no
 
 Each row is a cell: `genes` are the positions of its expressed genes in `tokenizer/genes.txt`, `expressions` their
 counts, `library_size` the total of these, and each condition a `ClassLabel`. Genes that are not listed have the count
-0. The largest count in training is {description["largest_training_count"]:,}. The split is `{description["split"]}`
+0. The largest count in training is {description["max_count"]:,}. The split is `{description["split"]}`
 (seed {description["seed"]}): `split.json` names the cells of each, and the `.h5ad` files are the same cells as AnnData.
 `statistics.safetensors` is what a fresh network starts from: statistics of the training cells.
 """

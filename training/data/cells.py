@@ -27,9 +27,8 @@ from training.data.shards import COUNTS, LIBRARY_SIZE, NOT_LABELS, PANEL
 logger = logging.getLogger(__name__)
 
 
-class Cells(torch.utils.data.Dataset):
-    """One split of a shards folder. Indices in whole batches: ``cells[[3, 1, 4]]``, ``cells.batches(...)``, or a
-    DataLoader with ``batch_sampler=GlobalBatchSampler(...)`` and ``collate_fn=Cells.collate``.
+class Cells:
+    """One split of a shards folder, read in whole batches: ``cells[[3, 1, 4]]`` or ``cells.batches(...)``.
 
     Args:
         folder: what ``dcm-convert`` wrote.
@@ -75,20 +74,10 @@ class Cells(torch.utils.data.Dataset):
         self.conditions = self._condition_ids()
         self._warned = False
 
-    def __reduce__(self) -> tuple:
-        """Another process opens the files anew: what is memory-mapped here is not sent."""
-        return type(self), (self.folder, self.split, self.tokenizer)
-
     def __len__(self) -> int:
         return self._num_cells
 
-    def __getitem__(self, index: int | Sequence[int]) -> dict[str, torch.Tensor]:
-        """A batch for several indices; for one index, one cell without the batch dimension."""
-        if isinstance(index, (int, np.integer)):
-            return {name: values[0] for name, values in self.__getitems__([int(index)]).items()}
-        return self.__getitems__(index)
-
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+    def __getitem__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """A batch.
 
         Returns:
@@ -114,11 +103,6 @@ class Cells(torch.utils.data.Dataset):
         index = torch.from_numpy(rows)
         batch = {"input_ids": torch.from_numpy(input_ids), "library_size": self.library_size[index]}
         return batch | {name: ids[index] for name, ids in self.conditions.items()}
-
-    @staticmethod
-    def collate(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """For a DataLoader's ``collate_fn``: batches arrive whole from the data set."""
-        return batch
 
     def batches(
         self, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0
@@ -297,7 +281,7 @@ def to_csr(indptr: np.ndarray, positions: np.ndarray, values: np.ndarray, G: int
 ORDER, FLOOR = 1, 2
 
 
-class GlobalBatchSampler(torch.utils.data.Sampler[list[int]]):
+class GlobalBatchSampler:
     """Batches of this process: its share of every *global* batch, of one order that all processes know.
 
     Cells are shuffled by (seed, epoch) alone; position j of global batch i is the same cell however many processes
@@ -328,11 +312,6 @@ class GlobalBatchSampler(torch.utils.data.Sampler[list[int]]):
         self.world_size = world_size
         self.seed = seed
         self.epoch = 0
-
-    @property
-    def sampler(self) -> "GlobalBatchSampler":
-        """Itself: accelerate hands the epoch to ``batch_sampler.sampler``."""
-        return self
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch; call it before iterating."""

@@ -7,9 +7,12 @@ measured different genes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
+
+if TYPE_CHECKING:
+    import datasets
 
 SPLITS = ("train", "validation", "test")
 COUNTS = ("genes", "expressions")
@@ -54,12 +57,14 @@ def find_panels(measured: np.ndarray, files: Sequence[str], genes: Sequence[str]
     return Panels(missing=missing, measured=patterns, of_file=of_file)
 
 
-def shard_features(num_genes: int, largest_count: int, labels: Mapping[str, Sequence[str]]) -> datasets.Features:
+def shard_features(num_genes: int, largest_count: int, labels: Mapping[str, Sequence[str]]) -> "datasets.Features":
     """Columns of a shard: the narrowest integers that hold every gene and count, and a ClassLabel per condition.
 
     Raises:
         ValueError: a count does not fit into 32 bits.
     """
+    import datasets  # takes seconds, and only writing needs it
+
     if largest_count >= 2**31:
         raise ValueError(f"the largest count is {largest_count:,}; expected counts below 2^31")
     columns = {

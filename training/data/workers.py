@@ -21,7 +21,7 @@ from tqdm import tqdm
 from training.data.folders import hold
 
 START = "forkserver"  # imports the packages once for all processes, and no thread or open file is inherited
-PRELOADED = ["training.convert_h5ad"]
+PRELOADED = ["training.conversion.write"]
 POLL_SECONDS = 0.1
 
 Report = Callable[[float], object]  # is told of progress, in the unit of the bar

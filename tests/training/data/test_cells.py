@@ -94,7 +94,7 @@ def test_a_split_is_the_cells_of_its_h5ad(folder, split):
 def test_a_batch_is_its_rows_of_the_split_in_the_order_asked_for(folder):
     cells = Cells(folder, "train")
     indices = [200, 3, 3, 0, 287]
-    batch = cells.__getitems__(indices)
+    batch = cells[indices]
     expected = cells.csr()[indices].toarray()
     assert batch["input_ids"].tolist() == expected.tolist()
     assert batch["library_size"].tolist() == expected.sum(axis=1).tolist()
@@ -118,13 +118,10 @@ def test_a_batch_of_empty_cells_is_all_zero(folder):
     assert cells[empty.tolist()]["input_ids"].sum() == 0
 
 
-def test_a_dataloader_takes_whole_batches_and_one_epoch_is_every_cell(folder):
+def test_one_epoch_is_every_cell(folder):
     cells = Cells(folder, "train")
-    sampler = GlobalBatchSampler(len(cells), batch_size=16, seed=0)
-    loader = torch.utils.data.DataLoader(cells, batch_sampler=sampler, collate_fn=Cells.collate)
-    counts = torch.cat([batch["input_ids"] for batch in loader])
-    assert len(counts) == len(cells) // 16 * 16
-    assert rows_of(counts.numpy()) == rows_of(cells.csr()[np.concatenate(list(sampler))].toarray())
+    batches = islice(cells.batches(batch_size=16, seed=0), len(cells) // 16)
+    assert rows_of(torch.cat([batch["input_ids"] for batch in batches]).numpy()) == rows_of(cells.csr().toarray())
 
 
 def test_batches_go_on_where_a_run_was_stopped_and_every_process_has_its_piece(folder):
@@ -139,16 +136,6 @@ def test_batches_go_on_where_a_run_was_stopped_and_every_process_has_its_piece(f
         assert torch.equal(counts_of(40 - start, batch_size=16, start=start), whole[start:])
     pieces = [counts_of(40, batch_size=8, rank=rank, world_size=2) for rank in (0, 1)]
     assert torch.equal(torch.cat(pieces, dim=1), whole)
-
-
-def test_another_process_opens_the_files_anew(folder):
-    cells = Cells(folder, "train")
-    rebuild, arguments = cells.__reduce__()
-    assert arguments == (folder, "train", cells.tokenizer)  # nothing of what is memory-mapped
-    again = rebuild(*arguments)
-    assert again._rows is not cells._rows
-    assert again[[5, 1]]["input_ids"].dtype == torch.int8
-    assert torch.equal(again[[5, 1]]["input_ids"], cells[[5, 1]]["input_ids"])
 
 
 @pytest.mark.parametrize(
@@ -355,11 +342,6 @@ def test_fewer_cells_than_a_global_batch_are_repeated():
     everything = [index for piece in pieces for index in piece[0]]
     assert len(everything) == 12
     assert sorted(np.bincount(everything).tolist()) == [2, 2, 2, 3, 3]
-
-
-def test_accelerate_finds_the_epoch_through_the_sampler_property():
-    sampler = GlobalBatchSampler(5, batch_size=4, seed=0)
-    assert sampler.sampler is sampler
 
 
 @pytest.mark.parametrize(

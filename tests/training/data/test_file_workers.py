@@ -123,6 +123,7 @@ KILLED = """
 import multiprocessing, sys
 from pathlib import Path
 from training import convert_h5ad
+from training.conversion import genes
 
 def say(cells, train, n_top_genes, workers):
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)  # both have opened files
@@ -133,6 +134,6 @@ def work_for_ever(*, report):
         pass
 
 if __name__ == "__main__":
-    convert_h5ad.choose_panel = say
+    genes.choose_panel = say
     convert_h5ad.main(tuple(map(Path, sys.argv[1:4])), out=Path(sys.argv[4]), processes=2)
 """
