@@ -83,47 +83,36 @@ def main(
     """
     command = command_of("dcm-evaluate", main, locals())
     _check_paths(generated, (real, train), out)
-    from eval.comparison.baselines import BASELINES, FLOOR, FROM_SCVI, baseline_draws, fitted_baselines, named_baselines
+    from eval.comparison.baselines import FROM_SCVI, baseline_draws, fitted_baselines, named_baselines
     from eval.comparison.protocols import named_protocols
 
     protocols, chosen = named_protocols(protocol), named_baselines(baselines)
-    from eval.comparison import cell_eval as cell_eval_package
+    from eval.comparison.cell_eval import RESERVED_NAMES, cell_eval_rows, check_installed
     from eval.comparison.cells import drawn_files, read_comparison
 
-    reserved_names = (FLOOR, *BASELINES, cell_eval_package.MEAN_BASELINE, cell_eval_package.CEILING)
-    names = _names(name, len(generated), reserved_names)
+    names = _names(name, len(generated), RESERVED_NAMES)
     if cell_eval:
-        cell_eval_package.check_installed()
+        check_installed()
     files, names = drawn_files(generated, names, real=real, out=out, seeds=sampling_seeds)
-    comparison = read_comparison(
-        files,
-        real,
-        train,
-        names=names,
-        reserved_names=reserved_names,
-        condition_keys=condition_keys,
-        layer=layer,
-        control=control,
-        genes=genes,
-    )
-    used = ["scvi-tools"] * bool(set(chosen) & set(FROM_SCVI)) + ["cell-eval"] * cell_eval
+    options = {"condition_keys": condition_keys, "layer": layer, "control": control, "genes": genes}
+    comparison = read_comparison(files, real, train, names=names, reserved_names=RESERVED_NAMES, **options)
+    packages = (*PACKAGES, *["scvi-tools"] * bool(set(chosen) & set(FROM_SCVI)), *["cell-eval"] * cell_eval)
     header = {
         "dataset": dataset or real.resolve().parent.name,
         "split": real.stem,
         "checkpoint": comparison.checkpoint,
-        "versions": {"python": platform.python_version()} | {name: version_of(name) for name in (*PACKAGES, *used)},
+        "versions": {"python": platform.python_version()} | {package: version_of(package) for package in packages},
         "command": command,
     } | ({"genes": comparison.genes_note()} if comparison.genes_left_out else {})
     samplers = fitted_baselines(comparison.train, chosen, required=baselines not in ("default", "all"))
     rows = evaluate(comparison, protocols, samplers, seed=seed, device=device)
     if cell_eval:
         draws = {model: baseline_draws(sample, comparison.real, seed=seed) for model, sample in samplers.items()}
-        rows += cell_eval_package.rows(comparison, draws, seed=seed)
+        rows += cell_eval_rows(comparison, draws, seed=seed)
     _write(out, header, rows, comparison, samplers, umap=umap, seed=seed)
-    _log_summary(rows, protocols)
-    logger.info(
-        "\nnumbers: %s\nreport:  %s\nfigure:  %s", out / "results.json", out / "report.html", out / "figure.png"
-    )
+    _log_summary(rows)
+    files = (out / name for name in ("results.json", "report.html", "figure.png"))
+    logger.info("\nnumbers: %s\nreport:  %s\nfigure:  %s", *files)
 
 
 def evaluate(
@@ -207,16 +196,17 @@ def _check_paths(generated: Sequence[Path], real: Sequence[Path], out: Path) -> 
         raise ValueError(f"--out {str(out)!r} is a file; expected the name of a folder to write to")
 
 
-def _log_summary(rows: Sequence["Row"], protocols: Sequence["Protocol"]) -> None:
-    """One table for each protocol: all cells pooled, or the mean over conditions where it pools none."""
+def _log_summary(rows: Sequence["Row"]) -> None:
+    """One table for each named protocol: all cells pooled, or the mean over conditions where it pools none."""
+    from eval.comparison.protocols import PROTOCOLS
     from eval.reports.tables import biased_floor_notes, summary_table
 
-    for protocol in protocols:
-        shown = [row for row in rows if row["protocol"] == protocol.name and row["condition"] is None]
-        grouping = "pooled" if any(row["grouping"] == "pooled" for row in shown) else "per_condition"
-        shown = [row for row in shown if row["grouping"] == grouping]
-        what = "all cells pooled" if grouping == "pooled" else "mean over conditions"
-        logger.info("\nprotocol %s, %s (mean ± sd):\n%s", protocol.name, what, summary_table(shown))
+    for protocol in dict.fromkeys(row["protocol"] for row in rows if row["protocol"] in PROTOCOLS):
+        for grouping, what in (("pooled", "all cells pooled"), ("per_condition", "mean over conditions")):
+            shown = [row for row in rows if (row["protocol"], row["grouping"]) == (protocol, grouping)]
+            if shown:
+                logger.info("\nprotocol %s, %s (mean ± sd):\n%s", protocol, what, summary_table(shown))
+                break
     for note in biased_floor_notes(rows):
         logger.warning("%s", note)
 
@@ -231,23 +221,28 @@ def _write(
     umap: bool,
     seed: int,
 ) -> None:
-    """Write every file of the evaluation; figures show cells of the independent marginals, too."""
+    """Write every file of the evaluation; figures show real and generated cells, and independent marginals."""
     from eval.comparison.baselines import baseline_draws, independent_marginals
     from eval.reports import html_report, tables
 
-    _write_text(out / "results.json", tables.results_json(header, rows))
-    _write_text(out / "results.csv", tables.results_csv(header, rows))
-    _write_text(out / "results.md", tables.results_markdown(header, rows))
-    marginals = independent_marginals.__name__
-    sample = samplers.get(marginals) or independent_marginals(comparison.train)
-    baseline = next(baseline_draws(sample, comparison.real, seed=seed))
-    _write_figures(out, comparison, baseline, marginals, str(header["dataset"]), seed=seed)
-    page = html_report.html_report(header, rows, comparison, baseline, baseline_name=marginals, umap=umap, seed=seed)
-    _write_text(out / "report.html", page)
+    name = independent_marginals.__name__
+    sample = samplers.get(name) or independent_marginals(comparison.train)
+    marginals = next(baseline_draws(sample, comparison.real, seed=seed))
+    options = {"baseline_name": name, "seed": seed}
+    pages = {
+        "results.json": tables.results_json(header, rows),
+        "results.csv": tables.results_csv(header, rows),
+        "results.md": tables.results_markdown(header, rows),
+        "report.html": html_report.html_report(header, rows, comparison, marginals, umap=umap, **options),
+    }
+    for file, text in pages.items():
+        with written_aside(out / file) as aside:
+            aside.write_text(text, encoding="utf-8")
+    _write_figures(out, comparison, marginals, dataset=str(header["dataset"]), **options)
 
 
 def _write_figures(
-    out: Path, comparison: "Comparison", baseline: "CellCounts", baseline_name: str, dataset: str, *, seed: int
+    out: Path, comparison: "Comparison", baseline: "CellCounts", *, dataset: str, baseline_name: str, seed: int
 ) -> None:
     """One figure per generator, of its first file: ``figure.png``, and ``figure_NAME.png`` from the second on."""
     import numpy as np
@@ -262,12 +257,6 @@ def _write_figures(
         path = out / ("figure.png" if not position else f"figure_{re.sub(r'[^A-Za-z0-9._-]+', '_', model)}.png")
         with written_aside(path) as aside:
             figure.savefig(aside, format="png", dpi=130)
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a text file in one step."""
-    with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
 
 
 def cli() -> None:

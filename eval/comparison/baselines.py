@@ -6,6 +6,7 @@ means (of a perturbation, of a combination) move real control cells to the predi
 and gene-gene structure to be compared.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
@@ -46,18 +47,12 @@ def floor_draws(
     if absent:
         logger.warning("floor: %d conditions have no training cells and stay out (%s, ...)", len(absent), absent[0])
     if short:
-        logger.warning(
-            "floor: %d conditions have fewer training than test cells: drawn with replacement (%s, ...)",
-            len(short),
-            short[0],
-        )
+        what = "floor: %d conditions have fewer training than test cells: drawn with replacement (%s, ...)"
+        logger.warning(what, len(short), short[0])
+    present = {condition: size for condition, size in wanted.items() if condition in available}
     for draw in range(draws):
         rng = np.random.default_rng([seed, draw])
-        rows = [
-            rng.choice(available[condition], size, replace=condition in short)
-            for condition, size in wanted.items()
-            if condition in available
-        ]
+        rows = [rng.choice(available[name], size, replace=name in short) for name, size in present.items()]
         yield train.take(np.concatenate(rows))
 
 
@@ -84,18 +79,17 @@ def perturbation_mean(train: CellCounts) -> Sampler:
     Raises:
         ValueError: no column of perturbations, or no control cells.
     """
-    averages: dict[tuple[str, ...], np.ndarray] = {}
+    means = _Means(train)
 
-    def predicted(means: "_Means", context: tuple[str, ...], perturbation: str) -> np.ndarray:
-        if perturbation == train.control:
-            return means.control(context)
-        if context not in averages:
-            known = [means.of(context, name) for name in means.perturbations]
-            found = [mean for mean in known if mean is not None]
-            averages[context] = np.mean(found, axis=0) if found else means.control(context)
-        return averages[context]
+    @functools.cache
+    def average(context: tuple[str, ...]) -> np.ndarray:
+        found = [mean for name in means.perturbations if (mean := means.of(context, name)) is not None]
+        return np.mean(found, axis=0) if found else means.control(context)
 
-    return _moved_control_cells(train, predicted)
+    def predicted(context: tuple[str, ...], perturbation: str) -> np.ndarray:
+        return means.control(context) if perturbation == train.control else average(context)
+
+    return _moved_control_cells(train, means, predicted)
 
 
 def additive(train: CellCounts) -> Sampler:
@@ -108,37 +102,30 @@ def additive(train: CellCounts) -> Sampler:
     Raises:
         ValueError: no column of perturbations, or no control cells.
     """
-    shifts: dict[tuple[tuple[str, ...], str], np.ndarray] = {}
-    unseen: set[str] = set()
+    means = _Means(train)
+    unseen: list[str] = []
 
-    def shift(means: "_Means", context: tuple[str, ...], part: str) -> np.ndarray:
-        if (context, part) not in shifts:
-            contexts = [context] if means.of(context, part) is not None else means.contexts_with(part)
-            if not contexts and part not in unseen:
-                unseen.add(part)
-                logger.log(
-                    logging.WARNING if len(unseen) == 1 else logging.DEBUG,
-                    "additive: no training cell of %s by itself; it, and any other such part, is taken to do nothing",
-                    part,
-                )
-            log_changes = [np.log1p(means.of(c, part)) - np.log1p(means.control(c)) for c in contexts]
-            shifts[context, part] = np.mean(log_changes, axis=0) if contexts else np.zeros(train.counts.shape[1])
-        return shifts[context, part]
+    @functools.cache
+    def shift(context: tuple[str, ...], part: str) -> np.ndarray:
+        contexts = [context] if means.of(context, part) is not None else means.contexts_with(part)
+        if not contexts:
+            if not unseen:
+                what = "additive: no training cell of %s by itself; it, and any other such part, is taken to do nothing"
+                logger.warning(what, part)
+            unseen.append(part)
+            return np.zeros(train.counts.shape[1])
+        return np.mean([np.log1p(means.of(c, part)) - np.log1p(means.control(c)) for c in contexts], axis=0)
 
-    def predicted(means: "_Means", context: tuple[str, ...], perturbation: str) -> np.ndarray:
+    def predicted(context: tuple[str, ...], perturbation: str) -> np.ndarray:
         parts = [part for part in perturbation.split(COMBINED) if part != train.control]
-        moved = np.log1p(means.control(context)) + sum(shift(means, context, part) for part in parts)
+        moved = np.log1p(means.control(context)) + sum(shift(context, part) for part in parts)
         return np.maximum(np.expm1(moved), 0.0)
 
-    return _moved_control_cells(train, predicted)
+    return _moved_control_cells(train, means, predicted)
 
 
 def scvi_prior(train: CellCounts) -> Sampler:
-    """Decode ``z ~ N(0, I)`` by scVI, with the condition and the library size of a random training cell of it.
-
-    Raises:
-        ValueError: scvi-tools is not installed.
-    """
+    """Decode ``z ~ N(0, I)`` by scVI, with the condition and the library size of a random training cell of it."""
     from eval.comparison import scvi
 
     return scvi.fit(train, from_prior=True)
@@ -148,9 +135,6 @@ def scvi_aggregated_posterior(train: CellCounts) -> Sampler:
     """Decode ``z ~ q(z | x)`` by scVI of a random training cell ``x`` of the condition, with its library size.
 
     Easier than the prior's task: each cell drawn starts from a real one.
-
-    Raises:
-        ValueError: scvi-tools is not installed.
     """
     from eval.comparison import scvi
 
@@ -176,10 +160,8 @@ def named_baselines(names: str) -> list[str]:
     if wanted is None:
         wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
         if not wanted or not set(wanted) <= set(BASELINES):
-            known = ", ".join(BASELINES)
-            raise ValueError(
-                f"--baselines {names!r}: expected default, all, none, or some of {known}, with commas between"
-            )
+            known = f"default, all, none, or some of {', '.join(BASELINES)}"
+            raise ValueError(f"--baselines {names!r}: expected {known}, with commas between")
     if set(wanted) & set(FROM_SCVI):
         from eval.comparison import scvi
 
@@ -232,22 +214,25 @@ def training_rows(train: CellCounts, labels: tuple[str, ...], *, who: str) -> np
     for position, column in enumerate(train.labels):
         narrower = matches & (train.labels[column] == labels[position]).to_numpy()
         if not narrower.any():
-            logger.warning(
-                "%s: no training cell of %s; drawn from the %d cells of %s",
-                who,
-                SEPARATOR.join(labels),
-                matches.sum(),
-                SEPARATOR.join(labels[:position]) or "the whole training file",
-            )
+            near = SEPARATOR.join(labels[:position]) or "the whole training file"
+            what = "%s: no training cell of %s; drawn from the %d cells of %s"
+            logger.warning(what, who, SEPARATOR.join(labels), matches.sum(), near)
             break
         matches = narrower
     return np.flatnonzero(matches)
 
 
 class _Means:
-    """Mean counts (G,) of the training cells by context (all labels but the perturbation's) and perturbation."""
+    """Mean counts (G,) of the training cells by context (all labels but the perturbation's) and perturbation.
+
+    Raises:
+        ValueError: no column of perturbations, or no control cells.
+    """
 
     def __init__(self, train: CellCounts):
+        reason = needs_control(train)
+        if reason is not None:
+            raise ValueError(f"this baseline starts from control cells, and {reason}")
         self._train = train
         labels = train.labels[[*train.labels.columns.drop(PERTURBATION), PERTURBATION]]
         self._rows = {(key[:-1], key[-1]): rows for key, rows in cells_by_labels(labels)}
@@ -260,17 +245,12 @@ class _Means:
 
     def control_rows(self, context: tuple[str, ...]) -> np.ndarray:
         """Control cells of the context; where it has none, those that share its leading columns, at last all."""
-        rows = self._rows.get((context, self._train.control))
-        for kept in range(len(context) - 1, -1, -1):
-            if rows is not None:
-                break
-            near = [
-                found
-                for (other, name), found in self._rows.items()
-                if name == self._train.control and other[:kept] == context[:kept]
-            ]
-            rows = np.concatenate(near) if near else None
-        return rows
+        controls = {other: rows for (other, name), rows in self._rows.items() if name == self._train.control}
+        for kept in range(len(context), 0, -1):
+            near = [rows for other, rows in controls.items() if other[:kept] == context[:kept]]
+            if near:
+                return np.concatenate(near)
+        return np.concatenate(list(controls.values()))
 
     def control(self, context: tuple[str, ...]) -> np.ndarray:
         """Mean counts of the context's control cells."""
@@ -285,19 +265,15 @@ class _Means:
 
 
 def _moved_control_cells(
-    train: CellCounts, predicted: Callable[["_Means", tuple[str, ...], str], np.ndarray]
+    train: CellCounts, means: _Means, predicted: Callable[[tuple[str, ...], str], np.ndarray]
 ) -> Sampler:
     """Sampler that draws control cells of the context and moves them to the predicted mean counts."""
-    reason = needs_control(train)
-    if reason is not None:
-        raise ValueError(f"this baseline starts from control cells, and {reason}")
-    means = _Means(train)
     position = list(train.labels).index(PERTURBATION)
 
     def drawn(labels: tuple[str, ...], number: int, rng: np.random.Generator) -> sparse.csr_matrix:
         context = (*labels[:position], *labels[position + 1 :])
         controls = rng.choice(means.control_rows(context), number)
-        return _moved(train.counts[controls], means.control(context), predicted(means, context, labels[position]), rng)
+        return _moved(train.counts[controls], means.control(context), predicted(context, labels[position]), rng)
 
     return _sampler(train, drawn)
 

@@ -22,7 +22,7 @@ import pandas as pd
 from scipy import sparse
 from tqdm import tqdm
 
-from eval.comparison.baselines import FLOOR, floor_draws, needs_control
+from eval.comparison.baselines import BASELINES, FLOOR, floor_draws, needs_control
 from eval.comparison.cells import PERTURBATION, CellCounts, Comparison, joined_labels
 from eval.comparison.protocols import Score, mean_scores
 from eval.comparison.spaces import log_cp10k
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 PROTOCOL = "cell-eval"
 MEAN_BASELINE = "cell_eval_mean"
 CEILING = "cell_eval_ceiling"
+RESERVED_NAMES = (FLOOR, *BASELINES, MEAN_BASELINE, CEILING)  # no generator can have them
 PROFILE = "vcc"
 MISSING = "--cell-eval needs the package cell-eval: pip install 'discrete-cell-models[baselines]'"
 
@@ -45,13 +46,10 @@ def check_installed() -> None:
         raise ValueError(MISSING)
 
 
-def rows(comparison: Comparison, baselines: Mapping[str, Iterable[CellCounts]], *, seed: int = 0) -> list[Row]:
+def cell_eval_rows(
+    comparison: Comparison, baselines: Mapping[str, Iterable[CellCounts]], *, seed: int = 0
+) -> list[Row]:
     """Rows of the floor, every generator, every baseline, the package's mean baseline and its ceiling.
-
-    Args:
-        comparison: what is compared.
-        baselines: name -> draws, each with the conditions of the test cells.
-        seed: of the floor's draw and of the ceiling's halves.
 
     Raises:
         ValueError: cell-eval is not installed, or there are no control cells.
@@ -102,9 +100,8 @@ def _scores(generated: LogCells, real: CellCounts) -> list[Score]:
     theirs, ours = _contexts(real.labels), _contexts(labels)
     for context in theirs.unique():
         chosen, drawn = np.flatnonzero(theirs == context), np.flatnonzero(ours == context)
-        scores += _of_context(
-            (values[drawn], labels.iloc[drawn]), (real_values[chosen], real.labels.iloc[chosen]), real.control
-        )
+        predicted, true = (values[drawn], labels.iloc[drawn]), (real_values[chosen], real.labels.iloc[chosen])
+        scores += _of_context(predicted, true, real.control)
     return scores + mean_scores(scores, list(dict.fromkeys(score.metric for score in scores)))
 
 

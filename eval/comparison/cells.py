@@ -45,10 +45,8 @@ class CellCounts:
     control: str | None = None
 
     def __post_init__(self) -> None:
-        if self.counts.shape[0] != len(self.labels):
-            raise ValueError(
-                f"{self.counts.shape[0]} cells but labels for {len(self.labels)}: expected one row per cell"
-            )
+        if len(self) != len(self.labels):
+            raise ValueError(f"{len(self)} cells but labels for {len(self.labels)}: expected one row per cell")
 
     def __len__(self) -> int:
         return self.counts.shape[0]
@@ -76,17 +74,14 @@ class CellCounts:
         rows = self.rows_by_condition.get(condition)
         if rows is None or self.control is None or PERTURBATION not in self.labels:
             return None
-        wanted = self.labels.iloc[rows[0]]
-        if wanted[PERTURBATION] == self.control:
-            return None
-        wanted = wanted.copy()
-        wanted[PERTURBATION] = self.control
-        return self.rows_by_condition.get(SEPARATOR.join(wanted))
+        wanted = self.labels.iloc[rows[0]].to_dict() | {PERTURBATION: self.control}
+        beside = self.rows_by_condition.get(SEPARATOR.join(wanted.values()))
+        return None if beside is rows else beside
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that is compared: genes and condition columns are the same in all of it.
+    """What is compared: genes, in their order, and condition columns are the same in all of it.
 
     ``genes_left_out`` are genes of the real cells that some other file lacks; none unless that was allowed.
     """
@@ -130,21 +125,19 @@ def drawn_files(
     Returns:
         The h5ad files and a name for each: the one given, for a checkpoint else the last part of its path.
     """
-    paths: list[Path] = []
-    all_names: list[str | None] = []
+    drawn: list[tuple[Path, str | None]] = []
     for given, name in zip(generated, names):
         if not is_checkpoint(given):
-            paths.append(given)
-            all_names.append(name)
+            drawn.append((given, name))
             continue
         from eval.sample import main as sample  # only here: drawing needs the network's packages
 
+        short = given.resolve().name
         for seed in range(seeds):
-            path = out / "samples" / f"{given.resolve().name}_{seed}.h5ad"
             logger.info("drawing the test cells' conditions from %s, seed %d", given, seed)
-            paths.append(sample(str(given), out=path, like=real, seed=seed))
-            all_names.append(name or given.resolve().name)
-    return paths, all_names
+            path = sample(str(given), out=out / "samples" / f"{short}_{seed}.h5ad", like=real, seed=seed)
+            drawn.append((path, name or short))
+    return [path for path, _ in drawn], [name for _, name in drawn]
 
 
 def read_comparison(
@@ -161,16 +154,8 @@ def read_comparison(
 ) -> Comparison:
     """Read all files, with the genes of the real one and one set of condition columns.
 
-    Args:
-        generated: h5ad files; those with one name are the seeds of one generator.
-        real: the real test cells.
-        train: the real training cells.
-        names: a name for each generated file; None is what the file says in ``uns["generator"]``.
-        reserved_names: names that a generator cannot have.
-        condition_keys: columns of obs with commas between, or none; None is what the real file says.
-        layer: layer of the generated files that holds the counts.
-        control: label of control cells; None is what the real file says.
-        genes: every file must have all genes of the real cells, or those that all files share are compared.
+    Files with one name are the seeds of one generator; a name that is None is what the file says in
+    ``uns["generator"]``, and ``reserved_names`` are refused. The other arguments are options of ``dcm-evaluate``.
 
     Raises:
         FileNotFoundError: a file that is not there.
@@ -214,15 +199,9 @@ def from_anndata(
     layer: str | None = None,
     control: str | None = None,
 ) -> CellCounts:
-    """Take the counts and the condition columns of ``obs``; genes are matched by name and put in order.
+    """Take the counts (in ``X`` or a layer) and the condition columns of ``obs``; genes are matched by name.
 
-    Args:
-        adata: cells with raw counts (any numeric type).
-        name: what to call the file in messages.
-        conditions: columns of ``obs``.
-        genes: the wanted genes in order. Other genes are dropped, which is logged.
-        layer: where the counts are; None is ``X``.
-        control: the label of unperturbed cells.
+    Genes that are not among ``genes`` are dropped, which is logged. ``name`` is what messages call the file.
 
     Raises:
         ValueError: values that are not counts, duplicate or missing genes, a missing column or label, no cells.
@@ -265,20 +244,18 @@ def _integer_counts(adata: "anndata.AnnData", name: str, layer: str | None) -> s
     return counts.astype(np.int32 if check.maximum <= np.iinfo(np.int32).max else np.int64)
 
 
-def _condition_columns(
-    requested: str | None, real: "anndata.AnnData", generated: Sequence["anndata.AnnData"]
-) -> list[str]:
-    """Columns that make up a condition: ``requested`` (A,B or none), else what the real file says, else the usual ones.
+def _condition_columns(asked: str | None, real: "anndata.AnnData", others: Sequence["anndata.AnnData"]) -> list[str]:
+    """Columns that make up a condition: ``asked`` (A,B or none), else what the real file says, else the usual.
 
     A file written by ``dcm-convert`` or ``dcm-sample`` lists them in ``uns["dcm_conditions"]``; for any other,
     ``cell_type`` and ``perturbation`` are taken where every file has them.
     """
-    if requested is not None:
-        names = [name.strip() for name in requested.split(",") if name.strip()]
+    if asked is not None:
+        names = [name.strip() for name in asked.split(",") if name.strip()]
         return [] if names in ([], ["none"]) else names
     if "dcm_conditions" in real.uns:
         return [str(name) for name in np.asarray(real.uns["dcm_conditions"]).ravel()]
-    return [name for name in DEFAULT_CONDITIONS if all(name in file.obs for file in (real, *generated))]
+    return [name for name in DEFAULT_CONDITIONS if all(name in file.obs for file in (real, *others))]
 
 
 def _common_genes(
@@ -291,29 +268,24 @@ def _common_genes(
     short = next((name for name, lacking in absent.items() if len(lacking)), None)
     if short is None:
         return list(map(str, of_real)), ()
-    lacking = set().union(*absent.values())
-    what = (
-        f"{short!r} lacks {len(absent[short]):,} of the {len(of_real):,} genes of the real cells "
-        f"({shortened(absent[short])})"
-    )
-    if len(lacking) == len(of_real):
+    kept = of_real[np.logical_and.reduce([of_real.isin(found) for found in others.values()])]
+    what = f"{short!r} lacks {len(absent[short]):,} of the {len(of_real):,} genes of the real cells"
+    what += f" ({shortened(absent[short])})"
+    if not len(kept):
         raise ValueError(
             f"{what}; no gene of {real!r} is in every file: name genes alike in all of them (those of {short!r} are "
             f"{shortened(others[short], 3)})"
         )
     if genes == "all":
-        raise ValueError(
-            f"{what}; add them, or compare on the {len(of_real) - len(lacking):,} others with --genes shared"
-        )
-    logger.warning("%s: compared on the %d genes that all files share", what, len(of_real) - len(lacking))
-    kept = [str(gene) for gene in of_real if gene not in lacking]
-    return kept, tuple(str(gene) for gene in of_real if gene in lacking)
+        raise ValueError(f"{what}; add them, or compare on the {len(kept):,} others with --genes shared")
+    logger.warning("%s: compared on the %d genes that all files share", what, len(kept))
+    return list(map(str, kept)), tuple(map(str, of_real[~of_real.isin(kept)]))
 
 
 def _check_unique_genes(names: pd.Index, file: str) -> None:
     """Refuse genes that cannot be matched by name."""
-    if not names.is_unique:
-        repeated = names[names.duplicated()].unique()
+    repeated = names[names.duplicated()].unique()
+    if len(repeated):
         raise ValueError(
             f"{file!r} has {len(repeated):,} duplicate gene names ({shortened(repeated)}); make them unique"
         )
@@ -323,11 +295,10 @@ def _generator(file: "anndata.AnnData", path: Path, reserved_names: Sequence[str
     """The generator's name as the file tells it."""
     if "generator" not in file.uns:
         raise ValueError(f"{str(path)!r} does not say what generated it (uns['generator']); pass --name NAME")
-    if str(file.uns["generator"]) in reserved_names:
-        raise ValueError(
-            f"{str(path)!r}: uns['generator'] is {file.uns['generator']!r}, a row of every table; pass --name"
-        )
-    return str(file.uns["generator"])
+    name = str(file.uns["generator"])
+    if name in reserved_names:
+        raise ValueError(f"{str(path)!r}: uns['generator'] is {name!r}, a row of every table; pass --name")
+    return name
 
 
 def _warn_of_gaps(comparison: Comparison) -> None:
@@ -343,18 +314,10 @@ def _warn_of_gaps(comparison: Comparison) -> None:
                 logger.warning(
                     "%s, file %d: %d of %d test cells have no generated partner, in %d conditions (%s, ...); it is "
                     "compared on fewer cells than the floor",
-                    model,
-                    position,
-                    sum(short.values()),
-                    len(comparison.real),
-                    len(short),
-                    next(iter(short)),
+                    *(model, position, sum(short.values()), len(comparison.real), len(short), next(iter(short))),
                 )
             if unmatched:
                 logger.warning(
                     "%s, file %d: %d conditions are not among the test cells and are left out (%s, ...)",
-                    model,
-                    position,
-                    len(unmatched),
-                    unmatched[0],
+                    *(model, position, len(unmatched), unmatched[0]),
                 )

@@ -65,14 +65,6 @@ class Score:
     n: int
 
 
-def _as_counted(counts: sparse.csr_matrix) -> sparse.csr_matrix:
-    return counts.astype(np.float64)
-
-
-def _log1p(counts: sparse.csr_matrix) -> sparse.csr_matrix:
-    return counts.astype(np.float64).log1p()
-
-
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
@@ -80,14 +72,14 @@ PROTOCOLS = {
             name="paper",
             description="all genes, counts as they are; MMD² (Eq. 7) unbiased with one RBF kernel, W2 by matching "
             "(Eq. 8) and between Gaussians (Eq. 9)",
-            transform=_as_counted,
+            transform=lambda counts: counts.astype(np.float64),
             pooled_metrics=DISTANCES,
         ),
         Protocol(
             name="log",
             description="the same distances on log1p counts, so that a few loud genes do not rule, and the structure "
             "of the genes",
-            transform=_log1p,
+            transform=lambda counts: counts.astype(np.float64).log1p(),
             pooled_metrics=POOLED_METRICS,
             condition_metrics=(*DISTANCES, "pearson_delta"),
         ),

@@ -10,7 +10,6 @@ import functools
 import importlib.util
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import anndata
@@ -33,22 +32,12 @@ def check_installed() -> None:
         raise ValueError(MISSING)
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """A trained SCVI model and what it knows of the training cells."""
-
-    model: Any
-    covariates: torch.Tensor | None  # (n, columns) codes of the conditions
-    mean: np.ndarray  # (n, latent dimensions) of q(z | x)
-    variance: np.ndarray
-
-
 def fit(train: CellCounts, *, from_prior: bool) -> Sampler:
     """Return a sampler that gives every wanted cell a training cell of its condition (backing off as marginals do).
 
     ``z`` is drawn from the prior, or from that training cell's posterior.
     """
-    trained = _trained(train)
+    model, covariates, mean, variance = _trained(train)
     sizes = np.asarray(train.counts.sum(axis=1), dtype=np.float32).ravel()
     log_sizes = torch.from_numpy(np.log(np.maximum(sizes, 1.0)))[:, None]
 
@@ -56,19 +45,19 @@ def fit(train: CellCounts, *, from_prior: bool) -> Sampler:
         donors = np.empty(len(conditions), dtype=np.int64)
         for labels, rows in cells_by_labels(conditions[list(train.labels)]):
             donors[rows] = rng.choice(training_rows(train, labels, who="scVI"), len(rows))
-        z = rng.standard_normal((len(donors), trained.mean.shape[1]))
+        z = rng.standard_normal((len(donors), mean.shape[1]))
         if not from_prior:
-            z = trained.mean[donors] + np.sqrt(trained.variance[donors]) * z
+            z = mean[donors] + np.sqrt(variance[donors]) * z
         blocks = []
         with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(int(rng.integers(2**31)))
             for start in range(0, len(donors), CELLS_AT_ONCE):
                 rows = donors[start : start + CELLS_AT_ONCE]
-                distribution = trained.model.module.generative(
+                distribution = model.module.generative(
                     z=torch.from_numpy(z[start : start + CELLS_AT_ONCE]).float(),
                     library=log_sizes[rows],
                     batch_index=torch.zeros((len(rows), 1), dtype=torch.long),
-                    cat_covs=None if trained.covariates is None else trained.covariates[rows],
+                    cat_covs=None if covariates is None else covariates[rows],
                 )["px"]
                 blocks.append(sparse.csr_matrix(distribution.sample().cpu().numpy().round().astype(np.int64)))
         return sparse.vstack(blocks, format="csr")
@@ -77,8 +66,12 @@ def fit(train: CellCounts, *, from_prior: bool) -> Sampler:
 
 
 @functools.lru_cache(maxsize=1)
-def _trained(train: CellCounts) -> _Trained:
-    """An SCVI model trained on all training cells; the two baselines share it."""
+def _trained(train: CellCounts) -> tuple[Any, torch.Tensor | None, np.ndarray, np.ndarray]:
+    """An SCVI model trained on all training cells, which the two baselines share, and what it knows of the n cells.
+
+    Returns:
+        The model; (n, columns) codes of their conditions; (n, dimensions) means and variances of q(z | x).
+    """
     check_installed()
     import scvi
 
@@ -95,7 +88,7 @@ def _trained(train: CellCounts) -> _Trained:
     if columns:
         codes = model.adata_manager.get_from_registry(scvi.REGISTRY_KEYS.CAT_COVS_KEY)
         covariates = torch.from_numpy(np.asarray(codes).astype(np.int64))
-    return _Trained(model, covariates, mean, variance)
+    return model, covariates, mean, variance
 
 
 @contextlib.contextmanager
