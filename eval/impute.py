@@ -25,7 +25,7 @@ from anndata.io import sparse_dataset, write_elem
 from scipy import sparse
 
 from eval.drawing.panel_cells import PanelCells, chunk_seed, read_panel_cells
-from eval.drawing.progress import ProgressReport
+from training.data.command_line import ProgressReport
 from eval.metrics.imputation import MaskedEntries
 from eval.sample import load_checkpoint
 from modeling_dcm import DCMForDenoising

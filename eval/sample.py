@@ -36,7 +36,7 @@ from modeling_dcm.generation_dcm import GUIDED
 from modeling_dcm.schedule_dcm import SCHEDULES
 from tokenization import DCMTokenizer
 from training.data.command_line import run
-from training.data.files import open_h5ad
+from training.data.h5ad import open_h5ad
 
 logger = logging.getLogger(__name__)
 

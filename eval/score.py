@@ -20,7 +20,7 @@ import tyro
 from anndata.io import write_elem
 
 from eval.drawing.panel_cells import PanelCells, chunk_seed, read_panel_cells
-from eval.drawing.progress import ProgressReport
+from training.data.command_line import ProgressReport
 from eval.sample import load_checkpoint
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.generation_dcm import row_chunks

@@ -100,7 +100,7 @@ def main(
         FileNotFoundError: there is no such file.
         ValueError: a file, a value, a label or an option is wrong; nothing has been written then.
     """
-    from training.data.folders import check_replaceable, folder_written_aside, remove_leftovers, scratch_folder
+    from training.data.files import check_replaceable, folder_written_aside, remove_leftovers, scratch_folder
     from training.data.workers import file_workers
 
     sources = (source,) if isinstance(source, Path) else tuple(source)

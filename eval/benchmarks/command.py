@@ -41,7 +41,8 @@ from modeling_dcm.schedule_dcm import AUTO_TOLERANCE, as_curve, entropies, predi
 from tokenization import DCMTokenizer
 from training.data.cells import Cells
 from training.data.command_line import user_errors
-from training.data.files import read_h5ad, written_aside
+from training.data.files import written_aside
+from training.data.h5ad import read_h5ad
 from training.loop.entropy import validation_entropy
 
 logger = logging.getLogger(__name__)

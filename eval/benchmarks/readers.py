@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from training.data.cells import Cells
-from training.data.files import read_h5ad
+from training.data.h5ad import read_h5ad
 from training.data.streaming import open_cells
 
 MAP_STYLE, STREAMING, IN_MEMORY = "map-style", "streaming", "in-memory CSR"

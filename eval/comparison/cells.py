@@ -17,7 +17,7 @@ from scipy import sparse
 
 from tokenization.counts_dcm import CountCheck
 from tokenization.labels_dcm import shortened
-from training.data.files import read_h5ad
+from training.data.h5ad import read_h5ad
 
 if TYPE_CHECKING:
     import anndata

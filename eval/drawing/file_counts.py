@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from tokenization.counts_dcm import CountCheck
 from tokenization.gene_names_dcm import find_genes
-from training.data.files import damage_explained, open_h5ad
+from training.data.h5ad import damage_named, open_h5ad
 
 BLOCK_LINES = 4096  # cells, or genes of a matrix stored by gene
 BLOCK_VALUES = 2**24  # of a dense block; a sparse one holds fewer
@@ -80,7 +80,7 @@ class FileCounts:
         with tqdm(total=length, desc=task, unit=unit, unit_scale=True, delay=1, disable=None) as bar:
             for start in range(0, length, step):
                 lines = slice(start, min(start + step, length))
-                with damage_explained(self.path):
+                with damage_named(self.path):
                     block = self.matrix[:, lines] if self._by_gene else self.matrix[lines]
                 check.add(block.data if sparse.issparse(block) else block)
                 if check.is_clean:
@@ -113,7 +113,7 @@ def opened_counts(path: Path, layer: str | None = None, *, layer_option: str = "
             raise ValueError(
                 f"{str(path)!r} has no X; pass {layer_option.format(layers[0])} (layers there: {', '.join(layers)})"
             )
-        with damage_explained(path):
+        with damage_named(path):
             genes = read_elem(file["var"]).index.astype(str)
             element = file["X"] if layer is None else file["layers"][layer]
             matrix = element if isinstance(element, h5py.Dataset) else sparse_dataset(element)

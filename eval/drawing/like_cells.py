@@ -12,7 +12,7 @@ from anndata.io import read_elem
 
 from eval.drawing.file_counts import listed, opened_counts, panel_columns
 from tokenization import DCMTokenizer
-from training.data.files import damage_explained, open_h5ad
+from training.data.h5ad import damage_named, open_h5ad
 
 
 def conditions_of(
@@ -36,7 +36,7 @@ def conditions_of(
     Raises:
         ValueError: a missing column, cells without label, or unknown labels.
     """
-    with open_h5ad(path) as file, damage_explained(path):
+    with open_h5ad(path) as file, damage_named(path):
         obs = read_elem(file["obs"])
     given = {"cell_type": cell_type, "perturbation": perturbation, **(covariates or {})}
     given = {name: label for name, label in given.items() if label is not None}

@@ -19,7 +19,7 @@ from scipy import sparse
 
 from eval.drawing.file_counts import listed, opened_counts, panel_columns
 from tokenization import DCMTokenizer
-from training.data.files import read_h5ad
+from training.data.h5ad import read_h5ad
 
 logger = logging.getLogger(__name__)
 

@@ -38,7 +38,8 @@ from tokenization import DCMTokenizer
 from training.config import read_config
 from training.convert_h5ad import main as convert
 from training.data.command_line import user_errors
-from training.data.files import open_h5ad, sha256_of, written_aside
+from training.data.files import sha256_of, written_aside
+from training.data.h5ad import open_h5ad
 from training.embed_perturbations import main as embed
 from training.embed_perturbations import perturbation_names
 from training.perturbations.table import write_table

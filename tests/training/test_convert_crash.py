@@ -15,7 +15,7 @@ import pytest
 
 from tests.training.test_convert_h5ad import files_of, made_up
 from training.convert_h5ad import main
-from training.data.folders import folder_written_aside, remove_leftovers, scratch_folder
+from training.data.files import folder_written_aside, remove_leftovers, scratch_folder
 
 # Imports once, then forks a process for each conversion that it is told to start, and says how that ended.
 STARTER = """

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import anndata
 import datasets
 import numpy as np
 import pandas as pd
@@ -25,7 +26,7 @@ from training.conversion.inputs import InputCells
 from training.conversion.shuffle import ShuffledSplit, StoredCells, in_order, of_shard, runs_of_files, sort_cells
 from training.data import shards
 from training.data.cells import condition_ids
-from training.data.h5ad import CountWriter
+from training.data.h5ad import write_h5ad_in_blocks
 from training.data.shards import LIBRARY_SIZE, PANEL, SPLITS, Panels, find_panels, shard_features
 from training.data.statistics import STATISTICS, compute_statistics, vocabulary_of, write_statistics
 from training.data.workers import FileWorkers, Job, Report
@@ -175,12 +176,14 @@ def write_splits(
 
 def write_h5ad(path: Path, sources: Sequence[StoredCells], tables: Mapping[str, object], *, report: Report) -> None:
     """Write one split's h5ad from its temporary files, block by block."""
-    writer = CountWriter(path, **tables)
-    for source in sources:
-        for counts in source.blocks():
-            writer.add(counts.indices, counts.data, np.diff(counts.indptr))
-            report(counts.shape[0])
-    writer.finish()
+
+    def blocks() -> Iterator[dict[str, csr_matrix]]:
+        for source in sources:
+            for counts in source.blocks():
+                yield {"X": counts}
+                report(counts.shape[0])
+
+    write_h5ad_in_blocks(path, anndata.AnnData(**tables), blocks(), {"X": np.int32})
 
 
 def make_statistics(

@@ -1,8 +1,8 @@
-"""Turn a typed, documented ``main`` into a command line.
+"""Turn a typed, documented ``main`` into a command line, and say how far a long task is.
 
 Every stage (``dcm-convert``, ``dcm-train``, ...) is a plain function; tyro makes its options from the signature and its
-help from the docstring. This file adds the one thing that tyro does not know: a mistake of the user is one line on
-stderr and exit code 2, never a traceback. Set ``DCM_TRACEBACK=1`` to see the traceback all the same.
+help from the docstring. A mistake of the user is one line on stderr and exit code 2, never a traceback; set
+``DCM_TRACEBACK=1`` to see the traceback all the same.
 """
 
 import ctypes
@@ -12,14 +12,20 @@ import logging
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
-import tyro
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 30
 
 
 def run(main: Callable[..., object]) -> None:
     """Run ``main`` with the options of the command line; exit 2 on a ``ValueError`` or ``OSError`` that it raises."""
+    import tyro
+
     with user_errors():
         tyro.cli(main)
 
@@ -76,3 +82,49 @@ def keep_freed_memory() -> None:
         return
     mallopt(mmap_threshold, 2**25)  # the largest value that glibc accepts
     mallopt(trim_threshold, 2**31 - 1)
+
+
+class ProgressReport:
+    """Counts the units of a task that are done: a bar on a terminal, one line per half minute elsewhere.
+
+    Used as a context; what ends within a second is not reported.
+
+    Args:
+        total: units in all.
+        task: what is done, in the words of the user.
+        unit: what is counted, such as ``"cells"``.
+    """
+
+    def __init__(self, total: float, *, task: str, unit: str):
+        from tqdm import tqdm
+
+        self.total, self.task, self.unit = total, task, unit
+        self.done = 0
+        self.start = self.last_line = time.monotonic()
+        self.is_terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, desc=task, unit=f" {unit}", unit_scale=True, delay=1, disable=not self.is_terminal)
+
+    def __enter__(self) -> "ProgressReport":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.close()
+
+    @property
+    def rate(self) -> float:
+        """Units per second so far."""
+        return self.done / max(time.monotonic() - self.start, 1e-9)
+
+    def update(self, units: float) -> None:
+        """Note that ``units`` more are done."""
+        self.done += units
+        self.bar.update(units)
+        now = time.monotonic()
+        if self.is_terminal or now - self.last_line < SECONDS_BETWEEN_LINES:
+            return
+        self.last_line, rate = now, self.done / (now - self.start)
+        left = (self.total - self.done) / max(rate, 1e-9)
+        line = "%s: %d of %d %s, %.3g per second, %.0f s left"
+        logger.info(line, self.task, self.done, self.total, self.unit, rate, left)

@@ -1,76 +1,25 @@
-"""Read h5ad files with errors that say what to do, and write files so that a crash leaves the last good state.
+"""Write files and folders so that a crash leaves the last good state, and remove what a killed run left.
 
-Knows nothing of models, vocabularies or shards.
+What is written stands beside its place as ``.NAME.DIGITS.part`` until it is whole. Every process that writes to such a
+folder shares a lock on it, which the system takes back when the process ends in whatever way; folders that nobody holds
+are leftovers.
 """
 
+import contextlib
+import fcntl
 import glob
 import hashlib
 import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import anndata
-import h5py
-
 logger = logging.getLogger(__name__)
 
-
-@contextmanager
-def damage_explained(path: str | Path) -> Iterator[None]:
-    """Turn what HDF5 and AnnData raise while reading ``path`` inside the block into one ValueError about the file."""
-    try:
-        yield
-    except (OSError, KeyError, RuntimeError, anndata._io.utils.AnnDataReadError) as error:
-        raise ValueError(
-            f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); it looks cut short or damaged: "
-            "copy it again"
-        ) from error
-
-
-def open_h5ad(path: str | Path) -> h5py.File:
-    """Open an h5ad file as HDF5, to read parts of it without loading the rest; the caller closes it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is empty, not HDF5, cut short, or HDF5 without AnnData's layout.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}; expected an h5ad file")
-    size = path.stat().st_size
-    if size == 0:
-        raise ValueError(f"{str(path)!r} is empty (0 bytes); write or copy it again")
-    if not h5py.is_hdf5(path):
-        raise ValueError(f"{str(path)!r} is not an h5ad file (no HDF5 signature in its {size:,} bytes)")
-    with damage_explained(path):
-        file = h5py.File(path, "r")
-    missing = [name for name in ("obs", "var") if name not in file]
-    if "X" not in file and not len(file.get("layers", ())):
-        missing.append("X and no layers")
-    if missing:
-        file.close()
-        raise ValueError(f"{str(path)!r} is HDF5 but not an h5ad file: it has no {', no '.join(missing)}")
-    return file
-
-
-def read_h5ad(path: str | Path, *, backed: bool = False) -> anndata.AnnData:
-    """Open an h5ad file.
-
-    Args:
-        path: the file.
-        backed: leave the counts on disk (``AnnData(backed="r")``).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is empty, not HDF5, cut short, or HDF5 without AnnData's layout.
-    """
-    open_h5ad(path).close()
-    with damage_explained(path):
-        return anndata.read_h5ad(path, backed="r" if backed else None)
+DIGITS = "[0-9a-f]" * 8
 
 
 def sha256_of(path: str | Path) -> str:
@@ -85,6 +34,20 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def check_writable(out: Path) -> None:
+    """Raise unless a file ``out`` can be written, before the work that fills it.
+
+    Raises:
+        IsADirectoryError: it is a folder.
+        PermissionError: its folder cannot be made or written to.
+    """
+    if out.is_dir():
+        raise IsADirectoryError(f"--out {str(out)!r} is a folder; expected the h5ad file to write")
+    nearest = next(folder for folder in out.absolute().parents if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {str(out)!r} cannot be written: {str(nearest)!r} is no folder to write into")
+
+
 @contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
     """Yield a path beside ``path`` to write a file or a folder to; rename it to ``path`` when the block succeeds.
@@ -96,7 +59,7 @@ def written_aside(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     put_back(path)
-    aside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
+    aside = _aside(path.parent, path.name)
     try:
         yield aside
         if aside.is_dir() and path.is_dir():
@@ -121,7 +84,7 @@ def written_aside(path: str | Path) -> Iterator[Path]:
 
 def put_back(path: Path) -> None:
     """Finish or undo what processes that were killed while they replaced a folder left beside it."""
-    left = path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.old")
+    left = path.parent.glob(f".{glob.escape(path.name)}.{DIGITS}.old")
     for old in sorted(left, key=lambda folder: folder.stat().st_mtime):
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -130,8 +93,113 @@ def put_back(path: Path) -> None:
             os.replace(old, path)
 
 
+def _aside(folder: Path, name: str) -> Path:
+    return folder / f".{name}.{uuid.uuid4().hex[:8]}.part"
+
+
 def _flush(path: Path) -> None:
     """Ask the system to put the bytes of a file on disk before its name is changed."""
     if path.is_file():
         with path.open("rb") as file:
             os.fsync(file.fileno())
+
+
+# --- folders that several processes write to --------------------------------------------------------------------------
+
+
+@contextmanager
+def folder_written_aside(out: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes ``out`` when the block succeeds, and is removed when it raises."""
+    with written_aside(out) as folder, _held(folder):
+        yield folder
+
+
+@contextmanager
+def scratch_folder(out: Path) -> Iterator[Path]:
+    """Yield an empty folder for temporary files on the file system of ``out``; it is removed at the end."""
+    folder = _aside(_existing_parent(out), out.name)
+    try:
+        with _held(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_replaceable(out: Path, *, mark: str, written: Collection[str]) -> None:
+    """Raise unless ``out`` may be (re)placed: absent, empty, or nothing but what an earlier run wrote.
+
+    Args:
+        out: the folder.
+        mark: name of a file that every run writes.
+        written: names of all that a run writes.
+
+    Raises:
+        ValueError: replacing the folder would delete something else.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"--out {str(out)!r} is a file; expected a folder")
+    names = {path.name for path in out.iterdir()}
+    if names and mark not in names:
+        raise ValueError(f"--out {str(out)!r} exists and holds no conversion; remove it or name another folder")
+    others = sorted(names - set(written))
+    if others:
+        raise ValueError(
+            f"--out {str(out)!r} holds a conversion and other things ({', '.join(others[:5])}) that replacing it would "
+            "delete; move them or name another folder"
+        )
+    if names:
+        logger.info("replacing the conversion in %s", out)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove working folders of ``out`` whose processes were killed; those of living processes stay.
+
+    A run that was killed between the two renames that replace ``out`` left it under another name: it is put back.
+    """
+    put_back(out)
+    for parent in {out.parent, _existing_parent(out)}:
+        for folder in sorted(parent.glob(f".{glob.escape(out.name)}.{DIGITS}.part")):
+            with contextlib.suppress(BlockingIOError), _locked(folder, fcntl.LOCK_EX):
+                logger.info("removing %s, which an interrupted conversion left", folder)
+                shutil.rmtree(folder)
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
+
+
+def hold(folder: Path) -> int:
+    """Share the lock of a folder until this process ends or closes the descriptor that is returned.
+
+    Raises:
+        BlockingIOError: somebody is removing the folder.
+    """
+    return _lock(folder, fcntl.LOCK_SH)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    folder.mkdir()
+    with _locked(folder, fcntl.LOCK_SH):
+        yield
+
+
+@contextmanager
+def _locked(folder: Path, how: int) -> Iterator[None]:
+    descriptor = _lock(folder, how)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(folder: Path, how: int) -> int:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor

@@ -1,10 +1,10 @@
-"""Open a file of counts of any usual kind: h5ad (``X``, a layer, ``raw``), 10x ``.h5``, or a 10x folder of ``.mtx``.
+"""Open a file of counts of any usual kind as a :class:`CountFile`.
 
-All become a :class:`CountFile`. Knows nothing of labels, splits, gene panels and Parquet.
+An h5ad file (``X``, a layer, ``raw``), 10x ``.h5``, or a 10x folder of ``.mtx``.
 """
 
 import gzip
-import zlib
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +15,17 @@ import numpy as np
 import pandas as pd
 from anndata.io import read_elem, sparse_dataset
 
-from training.data.files import damage_explained, open_h5ad
-from training.data.h5ad import CellBuckets, CountFile, Counts, DenseRows, StoredRows, damage_named, sorted_by_cell
+from training.data.command_line import ProgressReport
+from training.data.h5ad import (
+    CellBuckets,
+    CountFile,
+    Counts,
+    DenseRows,
+    StoredRows,
+    damage_named,
+    open_h5ad,
+    sorted_by_cell,
+)
 from training.data.workers import Report
 
 RAW = "raw"
@@ -52,6 +61,15 @@ def open_counts(path: Path, scratch: Path, layer: str | None = None, *, report: 
     return _checked(file)
 
 
+@contextmanager
+def opened_counts(path: Path, layer: str | None = None) -> Iterator[CountFile]:
+    """Open one file as :func:`open_counts`; what must be sorted lies in the system's folder for temporary files."""
+    with tempfile.TemporaryDirectory() as scratch:
+        with ProgressReport(1, task=f"sorting {path.name}", unit="files") as report:
+            file = open_counts(path, Path(scratch) / "sorted", layer, report=report.update)
+        yield file
+
+
 def _no_layer(path: Path, layer: str | None) -> None:
     if layer is not None:
         raise ValueError(f"--layer {layer!r} was given, but {str(path)!r} is 10x output, which has no layers")
@@ -82,9 +100,8 @@ def _open_h5ad(path: Path, scratch: Path, layer: str | None, report: Report) -> 
             raise ValueError(f"{str(path)!r} has no X; pass --layer with one of: {', '.join(known)}")
         raw = layer == RAW and RAW not in layers
         name = "raw/X" if raw else "X" if layer is None else f"layers/{layer}"
-        with damage_explained(path):
-            obs, var = read_elem(file["obs"]), read_elem(file[RAW]["var"] if raw else file["var"])
         with damage_named(path):
+            obs, var = read_elem(file["obs"]), read_elem(file[RAW]["var"] if raw else file["var"])
             matrix = _matrix(path, file, name, scratch, report)
     source = "X" if layer is None else "raw.X" if raw else f"layer {layer!r}"
     others = [name for name in known if name != layer]
@@ -101,8 +118,7 @@ def _matrix(
     stored = sparse_dataset(element)
     if stored.format == "csr":
         return StoredRows(path, name, stored.shape)
-    arrays = [element[array] for array in ("data", "indices", "indptr")]
-    return sorted_by_cell(*arrays, stored.shape, scratch, report)
+    return sorted_by_cell(element, stored.shape, scratch, report)
 
 
 # --- 10x --------------------------------------------------------------------------------------------------------------
@@ -112,7 +128,7 @@ def _is_10x(path: Path) -> bool:
     """Whether this is an HDF5 file with 10x's ``matrix`` and not AnnData's ``obs``."""
     if not path.is_file() or not h5py.is_hdf5(path):
         return False
-    with damage_explained(path), h5py.File(path, "r") as file:
+    with damage_named(path), h5py.File(path, "r") as file:
         return isinstance(file.get("matrix"), h5py.Group) and "obs" not in file
 
 
@@ -142,11 +158,11 @@ def _open_mtx(path: Path, scratch: Path, report: Report) -> CountFile:
     """A folder of ``matrix.mtx`` (features x barcodes), ``features.tsv`` (Cell Ranger 2: ``genes.tsv``), barcodes."""
     files = {kind: _mtx_file(path, names) for kind, names in MTX_FILES.items()}
     options = {"sep": "\t", "header": None, "dtype": str, "keep_default_na": False, "quoting": 3}
-    with _text_damage_explained(files["features"]):
+    with damage_named(files["features"]):
         features = pd.read_csv(files["features"], **options)
     if features.shape[1] < 2:
         raise ValueError(f"{str(files['features'])!r} has one column; expected gene id, gene name and feature type")
-    with _text_damage_explained(files["barcodes"]):
+    with damage_named(files["barcodes"]):
         barcodes = pd.read_csv(files["barcodes"], **options)[0]
     kinds = features[2] if features.shape[1] > 2 else pd.Series(GENE_EXPRESSION, index=features.index)
     columns = {"id": features[0].tolist(), "name": features[1].tolist(), "feature_type": kinds.tolist()}
@@ -168,7 +184,7 @@ def _mtx_file(folder: Path, names: tuple[str, ...]) -> Path:
 
 def _read_mtx(path: Path, scratch: Path, report: Report) -> CellBuckets:
     """Sort the entries of a Matrix Market file (genes x cells) by cell."""
-    with _text_damage_explained(path), _opened_text(path) as file:
+    with damage_named(path), _opened_text(path) as file:
         header = file.readline().lower().split()
         if header[:3] != ["%%matrixmarket", "matrix", "coordinate"] or header[3] not in ("integer", "real"):
             raise ValueError(f"{str(path)!r} is not a sparse Matrix Market file of numbers: it begins {header[:4]}")
@@ -194,17 +210,3 @@ def _read_mtx(path: Path, scratch: Path, report: Report) -> CellBuckets:
 
 def _opened_text(path: Path) -> IO[str]:
     return gzip.open(path, "rt") if path.suffix == ".gz" else path.open("rt")
-
-
-@contextmanager
-def _text_damage_explained(path: Path) -> Iterator[None]:
-    """Turn what gzip and pandas raise while reading ``path`` inside the block into one ValueError about the file."""
-    try:
-        yield
-    except (EOFError, OSError, zlib.error, ValueError, IndexError) as error:
-        if str(path) in str(error):
-            raise
-        raise ValueError(
-            f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); it looks cut short or damaged: "
-            "copy it again"
-        ) from error

@@ -1,13 +1,14 @@
-"""Counts on disk in blocks of cells, and h5ad files written block by block.
+"""Read counts on disk in blocks of cells, and write h5ad files block by block: one reader and one writer for all stages.
 
 Counts are never all in memory: matrices stored by cell (CSR, dense) are read in place; those stored by gene (CSC) or in
 any order (Matrix Market) go through temporary buckets on disk once (:class:`CellBuckets`). ``obs`` and ``var`` are in
-memory. Knows nothing of file formats other than the HDF5 arrays themselves, labels, splits, gene panels and Parquet.
+memory.
 
-Shapes: n cells, G genes of the file.
+Shapes: n cells, m cells of a block, F genes of the file, G genes of a panel.
 """
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,9 @@ import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse
+from anndata.io import sparse_dataset, write_elem
 
 from tokenization.counts_dcm import CountCheck
-from training.data.files import damage_explained
 from training.data.workers import Report
 
 BLOCK_CELLS = 4096
@@ -27,10 +28,93 @@ BLOCK_STORED = 2**22  # stored values of a sparse matrix
 BLOCK_VALUES = 2**24  # values of a dense matrix
 STORED_CHUNK = 2**16  # stored values that are compressed together
 LARGEST_COUNT = 2**31 - 1
+# what HDF5, AnnData, gzip and text that ends too early raise
+DAMAGE = (OSError, KeyError, IndexError, EOFError, RuntimeError, zlib.error, anndata._io.utils.AnnDataReadError)
+
+
+# --- h5ad files as a whole ------------------------------------------------------------------------------------------
+
+
+def open_h5ad(path: str | Path) -> h5py.File:
+    """Open an h5ad file as HDF5, to read parts of it without loading the rest; the caller closes it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty, not HDF5, cut short, or HDF5 without AnnData's layout.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {str(path)!r}; expected an h5ad file")
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError(f"{str(path)!r} is empty (0 bytes); write or copy it again")
+    if not h5py.is_hdf5(path):
+        raise ValueError(f"{str(path)!r} is not an h5ad file (no HDF5 signature in its {size:,} bytes)")
+    with damage_named(path):
+        file = h5py.File(path, "r")
+    missing = [name for name in ("obs", "var") if name not in file]
+    if "X" not in file and not len(file.get("layers", ())):
+        missing.append("X and no layers")
+    if missing:
+        file.close()
+        raise ValueError(f"{str(path)!r} is HDF5 but not an h5ad file: it has no {', no '.join(missing)}")
+    return file
+
+
+def read_h5ad(path: str | Path, *, backed: bool = False) -> anndata.AnnData:
+    """Read an h5ad file; with ``backed`` the counts are left on disk. Raises as :func:`open_h5ad`."""
+    open_h5ad(path).close()
+    with damage_named(path):
+        return anndata.read_h5ad(path, backed="r" if backed else None)
+
+
+@contextmanager
+def damage_named(path: str | Path) -> Iterator[None]:
+    """Turn what goes wrong while reading ``path`` inside the block into one ValueError that names the file."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise ValueError(
+            f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); it looks cut short or damaged: "
+            "copy it again"
+        ) from error
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{str(path)!r}: {error}") from error
+
+
+def write_h5ad_in_blocks(
+    path: Path,
+    annotations: anndata.AnnData,
+    blocks: Iterable[Mapping[str, scipy.sparse.csr_matrix]],
+    dtypes: Mapping[str, np.dtype],
+) -> None:
+    """Write an h5ad file whose matrices arrive in blocks of cells, one of which is in memory at a time.
+
+    Args:
+        path: the file; whoever wants it whole or not at all gives the path of :func:`written_aside`.
+        annotations: all but the matrices: ``obs`` in the order of the cells, ``var``, ``uns`` and others.
+        blocks: for the next cells, the matrices (m, G) by their names in the file: ``X`` or ``layers/...``.
+        dtypes: of the values, by these names.
+    """
+    annotations.write_h5ad(path, compression="gzip")
+    options = {"chunks": (STORED_CHUNK,), "compression": "gzip", "compression_opts": 1, "shuffle": True}
+    with h5py.File(path, "r+") as file:
+        for name, dtype in dtypes.items():
+            empty = scipy.sparse.csr_matrix((0, annotations.n_vars), dtype=dtype)
+            empty.indptr = empty.indptr.astype(np.int64)  # also beyond 2^31 stored values
+            write_elem(file, name, empty, dataset_kwargs=options)
+        for matrices in blocks:
+            for name, matrix in matrices.items():
+                sparse_dataset(file[name]).append(matrix.astype(dtypes[name], copy=False))
+
+
+# --- counts in blocks of cells ----------------------------------------------------------------------------------------
 
 
 class DenseRows:
-    """A dense matrix (n, G) in an HDF5 file, read by cell.
+    """A dense matrix (n, F) in an HDF5 file, read by cell.
 
     Args:
         path: the file, opened for each block, so that this can be sent to another process.
@@ -48,18 +132,18 @@ class DenseRows:
         return min(start + max(1, min(BLOCK_CELLS, BLOCK_VALUES // max(1, self.shape[1]))), self.shape[0])
 
     def read(self, rows: slice) -> np.ndarray:
-        """Values of these cells (m, G)."""
+        """Values of these cells (m, F)."""
         with h5py.File(self.path, "r") as file:
             return file[self.name][rows]
 
 
 class StoredRows:
-    """A CSR matrix (n, G) in an HDF5 file, read by cell.
+    """A CSR matrix (n, F) in an HDF5 file, read by cell.
 
     Args:
         path: the file, opened for each block, so that this can be sent to another process.
         name: of the group of ``data``, ``indices`` and ``indptr``.
-        shape: n and G.
+        shape: n and F.
 
     Raises:
         ValueError: the index pointers contradict the shape or the number of stored values.
@@ -79,7 +163,7 @@ class StoredRows:
         return min(max(within, start + 1), start + BLOCK_CELLS, self.shape[0])
 
     def read(self, rows: slice) -> scipy.sparse.csr_matrix:
-        """Stored values of these cells (m, G)."""
+        """Stored values of these cells (m, F)."""
         pointers = self.indptr[rows.start : rows.stop + 1]
         stored = slice(int(pointers[0]), int(pointers[-1]))
         with h5py.File(self.path, "r") as file:
@@ -91,11 +175,11 @@ class StoredRows:
 
 
 class CellBuckets:
-    """A matrix (n, G) whose values arrive in any order, sorted by cell through temporary files.
+    """A matrix (n, F) whose values arrive in any order, sorted by cell through temporary files.
 
     Args:
         folder: where the temporary files go; made here, removed by the caller.
-        shape: n and G.
+        shape: n and F.
         dtype: of the values.
     """
 
@@ -123,7 +207,7 @@ class CellBuckets:
         return min(start + self.bucket_cells, self.shape[0])
 
     def read(self, rows: slice) -> scipy.sparse.csr_matrix:
-        """Stored values of one bucket of cells (m, G)."""
+        """Stored values of one bucket of cells (m, F)."""
         path = self._path(rows.start // self.bucket_cells)
         records = np.fromfile(path, dtype=self.record) if path.exists() else np.empty(0, dtype=self.record)
         cells = records["cell"] - rows.start
@@ -137,19 +221,13 @@ class CellBuckets:
         return self.folder / f"{bucket:06d}"
 
 
-def sorted_by_cell(
-    data: h5py.Dataset,
-    indices: h5py.Dataset,
-    indptr: h5py.Dataset,
-    shape: tuple[int, int],
-    folder: Path,
-    report: Report,
-) -> CellBuckets:
-    """Transpose a CSC matrix (n, G) on disk, reading its arrays once; ``report`` is told the share of each block.
+def sorted_by_cell(group: h5py.Group, shape: tuple[int, int], folder: Path, report: Report) -> CellBuckets:
+    """Transpose a CSC matrix (n, F) on disk, reading its arrays once; ``report`` is told the share of each block.
 
     Raises:
         ValueError: the arrays contradict the shape or each other.
     """
+    data, indices, indptr = (group[array] for array in ("data", "indices", "indptr"))
     pointers = checked_pointers(indptr[:], lines=shape[1], stored=min(len(data), len(indices)))
     buckets = CellBuckets(folder, tuple(int(size) for size in shape), data.dtype)
     stored = int(pointers[-1])
@@ -186,7 +264,7 @@ def checked_indices(indices: np.ndarray, size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Counts:
-    """The counts of one file (n, G); small, so that another process can be given them to read.
+    """The counts of one file (n, F); small, so that another process can be given them to read.
 
     Attributes:
         path: the file or folder.
@@ -230,16 +308,28 @@ class Counts:
             start = rows.stop
         checked.raise_if_bad(self.source, layers=self.layers, layer_option="--layer {}")
 
+    def panel_blocks(self, columns: np.ndarray, report: Report) -> Iterator[scipy.sparse.csr_matrix]:
+        """Yield the counts (m, G) int64 of the genes in ``columns`` (G,); nothing is stored where that is -1.
+
+        Raises:
+            ValueError: some value of the file, also of other genes, is not a count; or the file is damaged.
+        """
+        there = np.flatnonzero(columns >= 0)
+        for _, counts in self.blocks(report, check=True):
+            found = counts[:, columns[there]]
+            shape = (found.shape[0], len(columns))
+            yield scipy.sparse.csr_matrix((found.data, there[found.indices], found.indptr), shape=shape)
+
 
 @dataclass(frozen=True)
 class CountFile:
     """A file of n cells and their genes.
 
     Attributes:
-        counts: where the counts are (n, G).
+        counts: where the counts are (n, F).
         obs: annotations of the cells, indexed by cell name.
         var: annotations of the genes, indexed by gene name.
-        are_genes: (G,) which columns are genes; others (antibodies, guides) are no gene expression.
+        are_genes: (F,) which columns are genes; others (antibodies, guides) are no gene expression.
     """
 
     counts: Counts
@@ -251,43 +341,3 @@ class CountFile:
     def path(self) -> Path:
         """The file or folder."""
         return self.counts.path
-
-
-@contextmanager
-def damage_named(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while reading ``path`` inside the block into one ValueError that names the file."""
-    try:
-        with damage_explained(path):
-            yield
-    except ValueError as error:
-        if str(path) in str(error):
-            raise
-        raise ValueError(f"{str(path)!r}: {error}") from error
-
-
-class CountWriter:
-    """Write an h5ad file whose counts (CSR int32) arrive in blocks of cells, in the order of ``obs``."""
-
-    def __init__(self, path: Path, *, obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, object]):
-        anndata.AnnData(obs=obs, var=var, uns=uns).write_h5ad(path)
-        self.file = h5py.File(path, "r+")
-        if "X" in self.file:
-            del self.file["X"]
-        group = self.file.create_group("X")
-        group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": (len(obs), len(var))})
-        options = {"maxshape": (None,), "chunks": (STORED_CHUNK,), "compression": "gzip", "compression_opts": 1}
-        self.arrays = {name: group.create_dataset(name, (0,), np.int32, **options) for name in ("data", "indices")}
-        self.lengths = [np.zeros(1, dtype=np.int64)]  # stored values of each cell, after a 0
-
-    def add(self, genes: np.ndarray, counts: np.ndarray, lengths: np.ndarray) -> None:
-        """Append m cells, given as the positions of their expressed genes, the counts there, and (m,) how many."""
-        for name, values in (("data", counts), ("indices", genes)):
-            array = self.arrays[name]
-            array.resize(len(array) + len(values), axis=0)
-            array[len(array) - len(values) :] = values
-        self.lengths.append(lengths.astype(np.int64))
-
-    def finish(self) -> None:
-        """Write where each cell begins, and close the file."""
-        self.file["X"]["indptr"] = np.cumsum(np.concatenate(self.lengths))
-        self.file.close()

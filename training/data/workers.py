@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from training.data.folders import hold
+from training.data.files import hold
 
 START = "forkserver"  # imports the packages once for all processes, and no thread or open file is inherited
 PRELOADED = ["training.conversion.write"]

@@ -12,7 +12,7 @@ import pytest
 
 from tests.training.test_convert_h5ad import KEYS, files_of, log_normalise, made_up
 from training.convert_h5ad import main
-from training.data.folders import remove_leftovers
+from training.data.files import remove_leftovers
 from training.data.workers import file_workers
 
 BAR = {"desc": "working", "total": 6, "unit": " jobs"}
