@@ -25,13 +25,12 @@ from anndata.io import sparse_dataset, write_elem
 from scipy import sparse
 
 from eval.drawing.panel_cells import PanelCells, chunk_seed, read_panel_cells
-from training.data.command_line import ProgressReport
 from eval.metrics.imputation import MaskedEntries
 from eval.sample import load_checkpoint
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.generation_dcm import row_chunks
 from tokenization.labels_dcm import unknown_label_error
-from training.data.command_line import run
+from training.data.command_line import ProgressReport, run
 from training.data.files import written_aside
 
 logger = logging.getLogger(__name__)

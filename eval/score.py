@@ -20,11 +20,10 @@ import tyro
 from anndata.io import write_elem
 
 from eval.drawing.panel_cells import PanelCells, chunk_seed, read_panel_cells
-from training.data.command_line import ProgressReport
 from eval.sample import load_checkpoint
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.generation_dcm import row_chunks
-from training.data.command_line import run
+from training.data.command_line import ProgressReport, run
 from training.data.files import written_aside
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from eval.drawing.chunk_files import ChunkFiles
-from training.data.command_line import ProgressReport
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.diffusion_dcm import keyed_generator
 from tokenization import DCMTokenizer
+from training.data.command_line import ProgressReport
 
 logger = logging.getLogger(__name__)
 

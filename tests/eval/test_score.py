@@ -14,10 +14,10 @@ import torch
 import tyro
 from scipy import sparse
 
-from eval.drawing import progress
 from eval.score import main
 from modeling_dcm import DCMForDenoising
 from tokenization import DCMTokenizer
+from training.data import command_line
 
 GENES = [f"g{index}" for index in range(7)]
 GIVEN = "_given_library_size"
@@ -271,8 +271,8 @@ def test_a_file_without_cells_or_a_missing_file_is_refused(plain, tmp_path):
 
 def test_progress_is_a_line_every_half_minute_where_there_is_no_terminal(monkeypatch, caplog):
     now = iter([0, 10, 32, 40])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
-    with caplog.at_level(logging.INFO), progress.ProgressReport(100, task="scoring", unit="cells") as report:
+    monkeypatch.setattr(command_line.time, "monotonic", lambda: next(now))
+    with caplog.at_level(logging.INFO), command_line.ProgressReport(100, task="scoring", unit="cells") as report:
         for _ in range(3):
             report.update(20)
     assert [record.message for record in caplog.records] == ["scoring: 40 of 100 cells, 1.25 per second, 48 s left"]

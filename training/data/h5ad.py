@@ -1,4 +1,4 @@
-"""Read counts on disk in blocks of cells, and write h5ad files block by block: one reader and one writer for all stages.
+"""Read counts on disk in blocks of cells, and write h5ad files block by block, for all stages.
 
 Counts are never all in memory: matrices stored by cell (CSR, dense) are read in place; those stored by gene (CSC) or in
 any order (Matrix Market) go through temporary buckets on disk once (:class:`CellBuckets`). ``obs`` and ``var`` are in

@@ -7,7 +7,8 @@ import pytest
 import scipy.sparse
 
 from training.data import files
-from training.data.files import read_h5ad, written_aside
+from training.data.files import written_aside
+from training.data.h5ad import read_h5ad
 
 
 @pytest.fixture
