@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from eval.simulate import CONTROL, main, simulate
-from training.data.files import read_h5ad
+from training.data.h5ad import read_h5ad
 
 
 @pytest.fixture(scope="module")
