@@ -252,7 +252,7 @@ def _refuse_what_does_not_fit(model: DCMForDenoising, asked: dict[str, object]) 
 def _without_counts(tokenizer: DCMTokenizer, conditions: dict, sampling: dict[str, object]) -> anndata.AnnData:
     """What the tokenizer decodes cells of these conditions to, but for the counts."""
     num_cells = conditions["num_cells"]
-    labels, uns = tokenizer._condition_labels(conditions, num_cells)
+    labels, uns = tokenizer.condition_labels(conditions, num_cells)
     obs = pd.DataFrame(index=np.arange(num_cells).astype(str))
     for name, column in labels.items():
         obs[name] = pd.Categorical(column)

@@ -102,8 +102,10 @@ class CellGenerationMixin:
         }
         wanted = list(row_chunks(N, batch_size))
         wanted = wanted if chunks is None else [wanted[chunk] for chunk in chunks]
-        cells = []
-        with dropout_off(self), _bar(sum(rows.stop - rows.start for _, rows in wanted), progress) as bar:
+        cells, total = [], sum(rows.stop - rows.start for _, rows in wanted)
+        # a bar on a terminal only: in a log file it would be one endless line
+        bar = tqdm(total=total, unit="cell", desc="sampling", disable=None if progress else True)
+        with dropout_off(self), bar:
             for chunk, rows in wanted:
                 generator = keyed_generator(seed, chunk, self.device)
                 conditions = select_rows(given, rows, self.device)
@@ -148,19 +150,18 @@ class CellGenerationMixin:
 
     def _given_library_size(self, library_size, N: int, is_imputation: bool) -> torch.Tensor | None:
         """(N,) sizes, -1 for the null; None: to be drawn for each chunk."""
-        if not self.config.library_size_conditioning:
-            if library_size not in (None, "null"):
-                raise ValueError(
-                    f"library_size={library_size!r} was given, but this model was trained without library-size "
-                    "conditioning: leave it out"
-                )
+        is_known = self.config.library_size_conditioning
+        if library_size is None and is_known and not is_imputation:
+            return None
+        if library_size is None or (isinstance(library_size, str) and library_size == "null"):
             return torch.full((N,), -1.0)
+        if not is_known:
+            raise ValueError(
+                f"library_size={library_size!r} was given, but this model was trained without library-size "
+                "conditioning: leave it out"
+            )
         if isinstance(library_size, str):
-            if library_size != "null":
-                raise ValueError(f"library_size={library_size!r}, expected numbers, None (drawn) or 'null' (not given)")
-            return torch.full((N,), -1.0)
-        if library_size is None:
-            return torch.full((N,), -1.0) if is_imputation else None
+            raise ValueError(f"library_size={library_size!r}, expected numbers, None (drawn) or 'null' (not given)")
         sizes = torch.as_tensor(library_size, dtype=torch.float32).cpu()
         if sizes.ndim > 1 or (sizes.ndim == 1 and len(sizes) != N) or not bool((sizes >= 0).all()):
             raise ValueError(f"library_size of shape {tuple(sizes.shape)}, expected one number or {N}, all 0 or more")
@@ -179,11 +180,6 @@ class CellGenerationMixin:
         mean = self.totals.mean(torch.arange(self.config.num_genes, device=self.device).expand(B, -1), cell_type_ids)
         share = mean[:, gene_ids.to(self.device)].sum(dim=1) / mean.sum(dim=1).clamp(min=1e-9)
         return (size * share).round()
-
-
-def _bar(num_cells: int, progress: bool) -> tqdm:
-    """A bar on a terminal; in a log file it would be one endless line."""
-    return tqdm(total=num_cells, unit="cell", desc="sampling", disable=None if progress else True)
 
 
 def _num_cells(num_cells: int | None, arguments: dict[str, torch.Tensor | None]) -> int:

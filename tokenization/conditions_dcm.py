@@ -166,42 +166,40 @@ class ConditionLabels:
         """
         given = {CELL_TYPE: cell_type, PERTURBATION: perturbation, **(covariates or {})}
         given = {name: value for name, value in given.items() if value is not None}
-        lengths = {name: len(value) for name, value in given.items() if not _is_one_label(value)}
+        is_one = {name: isinstance(value, str) or np.ndim(value) == 0 for name, value in given.items()}
+        lengths = {name: len(value) for name, value in given.items() if not is_one[name]}
         n = num_cells if num_cells is not None else next(iter(lengths.values()), 1)
         if n < 1:
             raise ValueError(f"num_cells is {n}; expected at least 1")
         for name, length in lengths.items():
             if length != n:
                 raise ValueError(f"{length} labels of {name} for {n} cells; expected one for all or one per cell")
-        columns = {name: [value] * n if name not in lengths else value for name, value in given.items()}
-        result: dict[str, int | torch.Tensor] = {"num_cells": n}
-        if self.cell_types or CELL_TYPE in columns:
-            result["cell_type_ids"] = self.cell_type_ids(columns.pop(CELL_TYPE, [None] * n))
-        if self.perturbations or PERTURBATION in columns:
-            result["perturbation_ids"] = self.perturbation_ids(columns.pop(PERTURBATION, [None] * n))
-        if self.covariates or columns:
-            result["covariate_ids"] = self.covariate_ids(columns or {next(iter(self.covariates)): [None] * n})
-        return result
+        columns = {name: [None] * n for name in self.known_conditions()}
+        columns |= {name: [value] * n if is_one[name] else value for name, value in given.items()}
+        return {"num_cells": n, **self.condition_ids(columns)}
+
+    def known_conditions(self) -> list[str]:
+        """Names of the conditions that have labels: cell type, perturbation, covariates."""
+        return [CELL_TYPE] * bool(self.cell_types) + [PERTURBATION] * bool(self.perturbations) + list(self.covariates)
+
+    def condition_ids(self, columns: Mapping[str, object]) -> dict[str, torch.Tensor]:
+        """Ids of n labels of each condition that is given by its name."""
+        ids, covariates = (
+            {},
+            {name: labels for name, labels in columns.items() if name not in (CELL_TYPE, PERTURBATION)},
+        )
+        if CELL_TYPE in columns:
+            ids["cell_type_ids"] = self.cell_type_ids(columns[CELL_TYPE])
+        if PERTURBATION in columns:
+            ids["perturbation_ids"] = self.perturbation_ids(columns[PERTURBATION])
+        return ids | ({"covariate_ids": self.covariate_ids(covariates)} if covariates else {})
 
     def _require(self, vocabulary: Sequence[str], kind: str) -> None:
         if not vocabulary:
-            known = [CELL_TYPE] * bool(self.cell_types) + [PERTURBATION] * bool(self.perturbations)
-            known += [f"covariate {name!r}" for name in self.covariates]
+            known = [f"covariate {name!r}" if name in self.covariates else name for name in self.known_conditions()]
             raise ValueError(f"this tokenizer has no labels of {kind}; it knows: {', '.join(known) or 'no condition'}")
 
-    def _observed_conditions(self, obs: object) -> dict[str, torch.Tensor]:
-        """Ids of the conditions that stand in an AnnData's ``obs``."""
-        found = {}
-        if self.cell_types and CELL_TYPE in obs:
-            found["cell_type_ids"] = self.cell_type_ids(obs[CELL_TYPE])
-        if self.perturbations and PERTURBATION in obs:
-            found["perturbation_ids"] = self.perturbation_ids(obs[PERTURBATION])
-        columns = {name: obs[name] for name in self.covariates if name in obs}
-        if columns:
-            found["covariate_ids"] = self.covariate_ids(columns)
-        return found
-
-    def _condition_labels(self, conditions: Mapping[str, object], n: int) -> tuple[dict[str, np.ndarray], dict]:
+    def condition_labels(self, conditions: Mapping[str, object], n: int) -> tuple[dict[str, np.ndarray], dict]:
         """Label columns (n,) of the conditions that some cell was given, and the matching ``uns``."""
         keys = ("cell_type_ids", "perturbation_ids", "covariate_ids")
         ids = {key: np.asarray(conditions[key]) for key in keys if conditions.get(key) is not None}
@@ -228,7 +226,3 @@ class ConditionLabels:
 def _labels_of(ids: np.ndarray, vocabulary: Sequence[str]) -> np.ndarray:
     """Labels (n,) of ids, None for -1."""
     return np.array([*vocabulary, None], dtype=object)[ids]
-
-
-def _is_one_label(value: object) -> bool:
-    return isinstance(value, str) or np.ndim(value) == 0

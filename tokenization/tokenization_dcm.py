@@ -161,12 +161,7 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
     # --- cells to ids -----------------------------------------------------------------------------------------------
 
     def __call__(
-        self,
-        cells: object,
-        genes: Sequence[str] | None = None,
-        layer: str | None = None,
-        *,
-        clip: bool = True,
+        self, cells: object, genes: Sequence[str] | None = None, layer: str | None = None, *, clip: bool = True
     ) -> BatchEncoding:
         """Ids of measured cells.
 
@@ -201,7 +196,8 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
             input_ids = np.full((len(counts), len(self.genes)), self.pad_token_id, dtype=np.int64)
             input_ids[:, measured] = measured_ids
         data = {"input_ids": as_tensor(input_ids), "library_size": as_tensor(library_size(counts))}
-        return BatchEncoding(data | (self._observed_conditions(cells.obs) if is_anndata else {}))
+        there = {name: cells.obs[name] for name in self.known_conditions() if name in cells.obs} if is_anndata else {}
+        return BatchEncoding(data | self.condition_ids(there))
 
     def _panel_counts(self, matrix: object, names: list[str], layers: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Counts (n, measured) int64 of the panel's genes among ``names``, and their positions in the panel."""
@@ -303,7 +299,7 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
         if ids.size and (ids.min() < 0 or ids.max() >= self.num_count_ids):
             raise ValueError(f"ids run from {ids.min()} to {ids.max()}; expected 0 to {self.num_count_ids - 1}")
         counts = self.counts(ids, seed)
-        labels, uns = self._condition_labels(conditions or {}, len(ids))
+        labels, uns = self.condition_labels(conditions or {}, len(ids))
         adata = anndata.AnnData(csr_matrix(counts.astype(np.int32)), uns=uns)
         adata.obs_names = [str(i) for i in range(len(ids))]
         adata.var_names = self.genes

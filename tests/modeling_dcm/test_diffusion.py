@@ -72,19 +72,19 @@ def test_matrix_exponential_of_the_absorbing_generator_is_the_forward_kernel(t):
 
 @pytest.mark.parametrize(("t", "s"), [(1.0, 0.7), (0.8, 0.1), (0.3, 0.0)])
 def test_fine_euler_steps_of_the_reverse_process_reveal_with_the_probability_of_the_sampler(t, s):
-    p = np.array([0.5, 0.3, 0.2])  # the denoiser's law at a masked gene
+    p = np.array([0.5, 0.3, 0.2])  # the denoiser's distribution at a masked gene
     times = np.linspace(t, s, 4_001)
     dt = times[0] - times[1]
-    law = np.array([0.0, 0.0, 0.0, 1.0])  # over three counts and MASK
+    state = np.array([0.0, 0.0, 0.0, 1.0])  # over three counts and MASK
     for time in times[:-1]:
         survival = alpha(float64(time), EPS).item()
         score = survival / (1 - survival) * p  # Eq. 5
         rate = score * sigma(float64(time), EPS).item()  # Eq. 3 from MASK, whose forward rate is sigma(t)
-        law = law + dt * law[-1] * np.append(rate, -rate.sum())
+        state = state + dt * state[-1] * np.append(rate, -rate.sum())
     revealed = reveal_probability(float64(t), float64(s), EPS).item()
     m_t, m_s = (mask_probability(float64(time), EPS).item() for time in (t, s))
     assert revealed == pytest.approx((m_t - m_s) / m_t)
-    np.testing.assert_allclose(law, np.append(revealed * p, 1 - revealed), atol=1e-3)
+    np.testing.assert_allclose(state, np.append(revealed * p, 1 - revealed), atol=1e-3)
 
 
 # --- forward process -------------------------------------------------------------------------------------------------

@@ -225,13 +225,13 @@ def test_loss_over_queried_genes_is_exact_within_the_budget_and_unbiased_below_i
 
 
 @torch.no_grad()
-def test_concrete_score_is_the_survival_ratio_times_the_law(make_model, backbone):
+def test_concrete_score_is_the_survival_ratio_times_the_distribution(make_model, backbone):
     model = make_model(backbone)
     _, x_t = masked_cells(model)
-    law = model(x_t).logits.softmax(dim=-1)
+    p = model(x_t).logits.softmax(dim=-1)
     t = torch.linspace(0.1, 1, 6)
     survival = 1 - (1 - 1e-3) * t
-    expected = (survival / (1 - survival))[:, None, None] * law
+    expected = (survival / (1 - survival))[:, None, None] * p
     torch.testing.assert_close(model.concrete_score(x_t, t), expected, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(model.concrete_score(x_t, 0.1)[0], expected[0], rtol=1e-4, atol=1e-7)
 
@@ -302,11 +302,11 @@ def assert_starts_at_zero(model) -> None:
     for block in blocks:
         assert torch.equal(block(x, torch.randn(2, 16, generator=generator(1))), x)
     x_t = torch.full((2, 7), model.config.mask_token_id)
-    law = model(x_t).logits.softmax(dim=-1)
-    torch.testing.assert_close(law, torch.full_like(law, 1 / 5), atol=1e-7, rtol=0)
+    p = model(x_t).logits.softmax(dim=-1)
+    torch.testing.assert_close(p, torch.full_like(p, 1 / 5), atol=1e-7, rtol=0)
 
 
-def test_fresh_blocks_are_the_identity_and_the_fresh_law_is_uniform(make_model, backbone):
+def test_fresh_blocks_are_the_identity_and_the_fresh_distribution_is_uniform(make_model, backbone):
     assert_starts_at_zero(make_model(backbone, fresh=True, conditioned=True))
 
 
@@ -342,14 +342,14 @@ def test_head_starts_at_the_training_marginals(make_model, backbone, columns):
     cells = torch.randint(0, 3, (5000, 7), generator=generator()) * torch.tensor([0, 0, 1, 1, 1, 2, 2])
     histogram = torch.nn.functional.one_hot(cells, 5).sum(dim=0)
     model.head.set_marginals(histogram)
-    law = model(torch.full((1, 7), model.config.mask_token_id)).logits[0].softmax(dim=-1)
-    assert law.min() > 0
+    p = model(torch.full((1, 7), model.config.mask_token_id)).logits[0].softmax(dim=-1)
+    assert p.min() > 0
     if columns >= 5:
-        torch.testing.assert_close(law, histogram / 5000, atol=1e-3, rtol=0)
+        torch.testing.assert_close(p, histogram / 5000, atol=1e-3, rtol=0)
     else:  # counts from columns - 1 on share a bias: their total is right for each gene
         tail = histogram[:, columns - 1 :].sum(dim=1) / 5000
-        torch.testing.assert_close(law[:, columns - 1 :].sum(dim=1), tail, atol=1e-3, rtol=0)
-        torch.testing.assert_close(law[:, : columns - 1], histogram[:, : columns - 1] / 5000, atol=1e-3, rtol=0)
+        torch.testing.assert_close(p[:, columns - 1 :].sum(dim=1), tail, atol=1e-3, rtol=0)
+        torch.testing.assert_close(p[:, : columns - 1], histogram[:, : columns - 1] / 5000, atol=1e-3, rtol=0)
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------

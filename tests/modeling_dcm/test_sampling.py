@@ -86,17 +86,17 @@ def test_counts_are_drawn_from_the_distribution_of_the_logits_over_the_temperatu
 
 @pytest.mark.parametrize("two_stages", [False, True])
 def test_a_count_of_probability_1e_5_appears_at_its_rate_in_ten_million_draws(two_stages):
-    """Expected 100 times in each of three laws; five standard deviations of a Poisson count are allowed."""
+    """Expected 100 times in each of three distributions; five standard deviations of a Poisson count are allowed."""
     p = torch.tensor([0.6, 0.39997, 1e-5, 1e-5, 1e-5]).double()
     logits, draws, batch = p.log().float(), 10_000_000, 500_000
-    law = logits.expand(batch, 5)
+    distribution = logits.expand(batch, 5)
     if two_stages:  # small counts 0, 1; the large ones 2, 3, 4 come from the bias of the second stage
         small = torch.cat([logits[:2], logits[2:].logsumexp(0, keepdim=True)]).expand(batch, 3)
-        law = TwoStageCategorical(small, torch.zeros(batch, 1), torch.zeros(3, 1), torch.zeros(3))
+        distribution = TwoStageCategorical(small, torch.zeros(batch, 1), torch.zeros(3, 1), torch.zeros(3))
     source = generator(3)
     counted = torch.zeros(5, dtype=torch.long)
     for _ in range(draws // batch):
-        drawn = law.draw(source) if two_stages else draw_counts(law, 1.0, source)
+        drawn = distribution.draw(source) if two_stages else draw_counts(distribution, 1.0, source)
         counted += drawn.bincount(minlength=5)
     expected = p * draws
     assert bool(((counted - expected).abs() < 5 * expected.sqrt()).all()), counted.tolist()
@@ -152,8 +152,8 @@ def perfectly_correlated(x_t, positions, known):
     Genes drawn in one step may disagree; then it follows the majority, the limit of vanishing noise.
     """
     majority = ((x_t == 1).sum(dim=1) - (x_t == 0).sum(dim=1)).sign()
-    law = torch.tensor([[0.0, -1e9, -1e9], [0.0, 0.0, -1e9], [-1e9, 0.0, -1e9]])
-    return law[majority + 1][:, None].expand(-1, positions.shape[1], -1)
+    distribution = torch.tensor([[0.0, -1e9, -1e9], [0.0, 0.0, -1e9], [-1e9, 0.0, -1e9]])
+    return distribution[majority + 1][:, None].expand(-1, positions.shape[1], -1)
 
 
 def mean_correlation(steps: int) -> float:
