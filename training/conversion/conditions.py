@@ -1,7 +1,7 @@
 """Find the conditions of each cell in the columns of ``obs`` and bring them into their canonical form.
 
 Canonical columns are ``cell_type``, ``perturbation`` (single names sorted and joined; without the control unless it
-stands alone) and the covariates under their own names. Knows nothing of counts, genes, splits and files.
+stands alone) and the covariates under their own names.
 """
 
 import logging

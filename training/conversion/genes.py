@@ -1,6 +1,6 @@
 """Look at every count once, and choose the genes: all, those of a list, or the most variable of the training cells.
 
-Knows nothing of labels and Parquet; which cells are trained on is told, and only these can reach the choice.
+Which cells are trained on is told, and only these can reach the choice.
 
 Shapes: m cells of a block, N cells in all, G joint genes.
 """
@@ -92,7 +92,7 @@ def choose_panel(cells: InputCells, train: np.ndarray, n_top_genes: int | None, 
         [partial(tally_file, file, in_train[file.rows]) for file in cells.files], desc="checking counts", **bar
     ):
         found.merge(others)
-    _warn_of_cells(cells.obs.index, found.cells)
+    found.cells.warn(cells.obs.index)
     genes = np.arange(num_genes)
     if n_top_genes is not None:
         spread = expected_spread(found.training)
@@ -135,8 +135,9 @@ def tally_file(file: FileCells, in_train: np.ndarray, *, report: Report) -> File
     """Validate every value of a file and tally its cells; ``in_train`` (n,) says which of them are trained on."""
     tally = FileTally(len(file.measured))
     for rows, counts in file.blocks(report, check=True):
+        here = in_train[rows.start - file.rows.start : rows.stop - file.rows.start]
         tally.largest = np.maximum(tally.largest, counts.max(axis=0).toarray().ravel())
-        tally.training.add(counts[in_train[_within(rows, file)]], file.measured)
+        tally.training.add(counts[here], file.measured)
         tally.cells.add(counts)
     return tally
 
@@ -145,20 +146,15 @@ def clip_file(file: FileCells, in_train: np.ndarray, ceiling: np.ndarray, *, rep
     """Totals of a file's training cells with counts clipped at ``ceiling`` (G,)."""
     clipped = ClippedTotals(ceiling)
     for rows, counts in file.blocks(report):
-        clipped.add(counts[in_train[_within(rows, file)]])
+        clipped.add(counts[in_train[rows.start - file.rows.start : rows.stop - file.rows.start]])
     return clipped
-
-
-def _within(rows: slice, file: FileCells) -> slice:
-    """Positions among all cells as positions in the file."""
-    return slice(rows.start - file.rows.start, rows.stop - file.rows.start)
 
 
 # --- cells without a count, and cells that are there twice -----------------------------------------------------------
 
 
 class CellTally:
-    """Tally of the cells added so far."""
+    """Tally of the cells added so far; eight bytes are kept for each."""
 
     def __init__(self):
         self._fingerprints: list[np.ndarray] = []
@@ -174,20 +170,25 @@ class CellTally:
         self._fingerprints += others._fingerprints
         self._expressed += others._expressed
 
-    @property
-    def empty(self) -> np.ndarray:
-        """Positions of cells without any count."""
-        return np.flatnonzero(np.concatenate(self._expressed) == 0)
-
-    @property
-    def repeated(self) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of cells whose counts are all those of an earlier cell, and for each of them that cell."""
-        rich = np.flatnonzero(np.concatenate(self._expressed) >= FEWEST_GENES)
-        values, first, group = np.unique(
-            np.concatenate(self._fingerprints)[rich], return_index=True, return_inverse=True
-        )
-        again = np.flatnonzero(first[group] != np.arange(len(rich))) if len(values) < len(rich) else np.array([], int)
-        return rich[again], rich[first[group[again]]]
+    def warn(self, names: pd.Index) -> None:
+        """Warn of cells without counts, and of cells that are there twice under two names."""
+        expressed = np.concatenate(self._expressed)
+        empty = np.flatnonzero(expressed == 0)
+        if len(empty):
+            shown = ", ".join(names[empty[:3]])
+            logger.warning("%s cells have no count at all (%s); they are kept: drop them", f"{len(empty):,}", shown)
+        rich = np.flatnonzero(expressed >= FEWEST_GENES)
+        prints = np.concatenate(self._fingerprints)[rich]
+        _, first, group = np.unique(prints, return_index=True, return_inverse=True)
+        again = np.flatnonzero(first[group] != np.arange(len(rich)))
+        if len(again):
+            logger.warning(
+                "%s cells have exactly the counts of another cell (%s those of %s); they are kept: drop copies, or "
+                "test cells may be training cells",
+                f"{len(again):,}",
+                names[rich[again[0]]],
+                names[rich[first[group[again[0]]]]],
+            )
 
 
 def fingerprints(counts: csr_matrix) -> np.ndarray:
@@ -201,19 +202,3 @@ def fingerprints(counts: csr_matrix) -> np.ndarray:
     mixed ^= mixed >> np.uint64(31)
     sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(mixed, dtype=np.uint64)])
     return sums[counts.indptr[1:]] - sums[counts.indptr[:-1]]
-
-
-def _warn_of_cells(names: pd.Index, tally: CellTally) -> None:
-    """Warn of cells without counts, and of cells that are there twice under two names."""
-    empty, (again, first) = tally.empty, tally.repeated
-    if len(empty):
-        shown = ", ".join(names[empty[:3]])
-        logger.warning("%s cells have no count at all (%s); they are kept: drop them", f"{len(empty):,}", shown)
-    if len(again):
-        logger.warning(
-            "%s cells have exactly the counts of another cell (%s those of %s); they are kept: drop copies, or test "
-            "cells may be training cells",
-            f"{len(again):,}",
-            names[again[0]],
-            names[first[0]],
-        )

@@ -2,7 +2,6 @@
 
 Gene names are made comparable (a column of ``var`` instead of its index, Ensembl ids without version), cell names
 unique, and every gene that a file lacks is either dropped (intersection) or remembered as not measured there (union).
-Knows nothing of labels' meaning, splits, gene selection and Parquet.
 
 Shapes: N cells in all, G joint genes, F files.
 """
@@ -19,6 +18,7 @@ import pandas as pd
 from pandas.api.types import infer_dtype
 from scipy.sparse import csr_matrix
 
+from tokenization.labels_dcm import shortened
 from training.data.formats import open_counts
 from training.data.h5ad import CountFile, Counts
 from training.data.workers import FileWorkers, Report
@@ -46,15 +46,7 @@ class FileCells:
     measured: np.ndarray
 
     def blocks(self, report: Report, *, check: bool = False) -> Iterator[tuple[slice, csr_matrix]]:
-        """Yield positions among all cells, and counts (m, G) CSR int64 with sorted genes and no stored zeros.
-
-        Args:
-            report: is told the cells of each block.
-            check: validate every stored value, also of genes that are none of the joint ones.
-
-        Raises:
-            ValueError: with ``check``, some value is not a count; or the file is damaged.
-        """
+        """Yield positions among all cells, and counts (m, G) as :meth:`Counts.blocks`, which explains the rest."""
         for rows, counts in self.counts.blocks(report, check=check):
             here = slice(rows.start + self.rows.start, rows.stop + self.rows.start)
             yield here, with_genes(counts, self.columns, len(self.measured))
@@ -155,14 +147,13 @@ def _gene_names(file: CountFile, gene_key: str | None, duplicate_genes: str) -> 
         logger.info("%s: %s Ensembl ids are written without their version", file.path.name, f"{versioned:,}")
     names = names.to_numpy(dtype=object)
     if file.are_genes is not None and not file.are_genes.all():
-        others = int((~file.are_genes).sum())
-        logger.info("%s: %s features that are no genes are left out", file.path.name, f"{others:,}")
+        logger.info("%s: %d features that are no genes are left out", file.path.name, (~file.are_genes).sum())
         names = np.where(file.are_genes, names, "")
     given = pd.Index(names[names != ""])
     repeated = sorted(set(given[given.duplicated()]))
     if repeated and duplicate_genes == "error":
         raise ValueError(
-            f"{str(file.path)!r}: {len(repeated):,} gene names stand more than once ({', '.join(repeated[:5])}); "
+            f"{str(file.path)!r}: {len(repeated):,} gene names stand more than once ({shortened(repeated)}); "
             "--duplicate-genes sum adds them up, --gene-key names a column of var with other names"
         )
     if repeated:
@@ -172,17 +163,13 @@ def _gene_names(file: CountFile, gene_key: str | None, duplicate_genes: str) -> 
 
 def _check_kinds(files: list[CountFile], names: list[np.ndarray]) -> None:
     """Raise if some files name their genes by Ensembl id and others do not."""
-    are_ensembl = [_mostly_ensembl(name) for name in names]
+    are_ensembl = [bool(pd.Series(name).str.fullmatch(ENSEMBL).mean() > 0.5) for name in names]
     if len(set(are_ensembl)) > 1:
         one, other = are_ensembl.index(True), are_ensembl.index(False)
         raise ValueError(
             f"genes are Ensembl ids in {files[one].path.name} ({_example(names[one])}) but other names in "
             f"{files[other].path.name} ({_example(names[other])}); --gene-key names a column of var that both have"
         )
-
-
-def _mostly_ensembl(names: Sequence[str]) -> bool:
-    return float(pd.Series(names).str.fullmatch(ENSEMBL).mean()) > 0.5
 
 
 def _example(names: Sequence[str]) -> str:
@@ -198,8 +185,8 @@ def _join_genes(files: list[CountFile], names: list[np.ndarray], wanted: Sequenc
             joint = [gene for gene in joint if all(gene in have for have in sets)]
             for file, have in zip(files, sets):
                 if len(joint) < len(have):
-                    logger.info("%s: %s of its genes are not in every file and are dropped (--join union keeps them)",
-                                file.path.name, f"{len(have) - len(joint):,}")  # fmt: skip
+                    dropped = f"{len(have) - len(joint):,} of its genes are not in every file and are dropped"
+                    logger.info("%s: %s (--join union keeps them)", file.path.name, dropped)
         if not joint:
             shown = "; ".join(f"{file.path.name}: {_example(name)}" for file, name in zip(files, names))
             raise ValueError(f"no gene is in all {len(files)} files ({shown}); expected the same kind of names")
@@ -216,7 +203,7 @@ def _join_genes(files: list[CountFile], names: list[np.ndarray], wanted: Sequenc
         if missing and join == "intersection":
             raise ValueError(
                 f"{str(file.path)!r} lacks {len(missing):,} of the {len(wanted):,} genes of --genes "
-                f"({', '.join(missing[:5])}); remove them from the list, or --join union marks them as not measured"
+                f"({shortened(missing)}); remove them from the list, or --join union marks them as not measured"
             )
     return wanted
 
@@ -227,7 +214,7 @@ def _join_obs(files: list[CountFile]) -> pd.DataFrame:
         repeated = sorted(set(file.obs.index[file.obs.index.duplicated()]))
         if repeated:
             raise ValueError(
-                f"{str(file.path)!r}: {len(repeated):,} cell names stand more than once ({', '.join(repeated[:5])}); "
+                f"{str(file.path)!r}: {len(repeated):,} cell names stand more than once ({shortened(repeated)}); "
                 "adata.obs_names_make_unique(), or drop cells that are there twice"
             )
     if len(files) == 1:
@@ -239,8 +226,7 @@ def _join_obs(files: list[CountFile]) -> pd.DataFrame:
         logger.info("obs columns that not every file has are left out: %s", ", ".join(dropped))
     if SOURCE_FILE in shared:
         shared.remove(SOURCE_FILE)
-    obs = pd.concat([file.obs[shared] for file in files])
-    obs = _storable(obs)
+    obs = _storable(pd.concat([file.obs[shared] for file in files]))
     origin = np.repeat(np.arange(len(files)), [len(file.obs) for file in files])
     if obs.index.has_duplicates:
         logger.info("cell names occur in several files: each becomes <file>:<name>")
@@ -261,8 +247,7 @@ def _distinct_names(paths: list[Path]) -> list[str]:
 def _join_var(files: list[CountFile], names: list[np.ndarray], joint: pd.Index) -> pd.DataFrame:
     """Annotations of the joint genes: the columns that all files have, each gene's from the first file with it."""
     shared = [column for column in files[0].var if all(column in file.var for file in files)]
-    parts = [file.var[shared].set_axis(pd.Index(name)) for file, name in zip(files, names)]
-    var = pd.concat(parts)
+    var = pd.concat([file.var[shared].set_axis(pd.Index(name)) for file, name in zip(files, names)])
     return _storable(var[~var.index.duplicated()].reindex(joint))
 
 

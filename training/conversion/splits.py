@@ -1,6 +1,6 @@
 """Divide cells into training, validation and test cells: the named splits that papers argue about.
 
-Works on condition labels and cell names alone. Knows nothing of counts and genes, so no split can depend on them.
+Works on condition labels and cell names alone, so that no split can depend on counts.
 
 ``random`` divides every condition. The others hold whole conditions out for the test: ``held-out-perturbations`` (genes
 never seen perturbed), ``held-out-combinations`` (pairs whose members were seen alone), ``few-shot`` (some perturbations
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from tokenization.conditions_dcm import CELL_TYPE, PERTURBATION
-from tokenization.labels_dcm import factorize, join_perturbation, split_perturbation, unknown_label_error
+from tokenization.labels_dcm import factorize, join_perturbation, shortened, split_perturbation, unknown_label_error
 from training.conversion.conditions import ConditionColumns
 from training.data.shards import SPLITS
 
@@ -56,9 +56,7 @@ def split_cells(
         FileNotFoundError: a file of cells or of labels is missing.
         ValueError: an option that this split has no use for was given, or whatever the split itself raises.
     """
-    useless = {"--split-file": split_file, "--split-key": split_key}
-    if name == "from-file":
-        useless = {}
+    useless = {} if name == "from-file" else {"--split-file": split_file, "--split-key": split_key}
     if name in ("random", "from-file"):
         useless |= {"--held-out": held_out, "--held-out-cell-type": cell_type, "--controls": controls}
     given = [option for option, value in useless.items() if value is not None]
@@ -69,7 +67,7 @@ def split_cells(
     if name == "random":
         return Split(cells=random_split(strata, **fractions, seed=seed))
     if name != "from-file":
-        labels = None if held_out is None else _listed(held_out)
+        labels = None if held_out is None else _read_labels(held_out)
         return condition_split(
             name, conditions, len(obs), held_out=labels, cell_type=cell_type, controls=controls, **fractions, seed=seed
         )
@@ -83,7 +81,7 @@ def split_cells(
     return split_from_column(obs[split_key], strata, **options)
 
 
-def _listed(held_out: str) -> list[str]:
+def _read_labels(held_out: str) -> list[str]:
     """Labels of ``--held-out``: separated by commas, or one per line of the file after ``@``."""
     if not held_out.startswith("@"):
         return [label.strip() for label in held_out.split(",") if label.strip()]
@@ -96,9 +94,9 @@ def _listed(held_out: str) -> list[str]:
 def random_split(
     strata: np.ndarray, *, test_fraction: float, validation_fraction: float, seed: int
 ) -> dict[str, np.ndarray]:
-    """Random split, stratified: every condition gives its share to each part.
+    """Random split, stratified: every condition gives its share to each split.
 
-    A condition of c cells gives ``c * fraction`` cells, rounded down or up so that the whole part has its exact share
+    A condition of c cells gives ``c * fraction`` cells, rounded down or up so that the whole split has its exact share
     of all cells; but at least one cell of every condition stays in training.
 
     Args:
@@ -108,7 +106,7 @@ def random_split(
         seed: another seed gives other cells.
 
     Returns:
-        ``train``, ``validation`` and ``test``: disjoint ascending positions that together are all n cells.
+        As :attr:`Split.cells`.
 
     Raises:
         ValueError: a fraction is outside [0, 1).
@@ -159,7 +157,10 @@ def condition_split(
         raise ValueError(f"--split {name} needs perturbations; pass --perturbation-key")
     rng = np.random.default_rng(seed)
     scope = _scope(name, conditions, num_cells, cell_type)
-    label, is_control = _perturbation_labels(conditions, num_cells)
+    label = np.full(num_cells, "", dtype=object)
+    if PERTURBATION in conditions.columns:
+        label = np.asarray(conditions.columns[PERTURBATION], dtype=object)
+    is_control = label == conditions.control
     held = _held_out_labels(name, conditions, label[scope & ~is_control], held_out, test_fraction, rng)
     test = scope & ~is_control & _tested(name, conditions, label, held)
     if not test.any() or test.all():
@@ -205,15 +206,15 @@ def split_from_names(
     labels = np.full(len(cells), "", dtype=object)
     for name, names in lists.items():
         positions = cells.get_indexer(pd.Index([str(cell) for cell in names], dtype=object))
-        if (positions < 0).any():
-            unknown = [str(names[i]) for i in np.flatnonzero(positions < 0)]
+        unknown = [names[i] for i in np.flatnonzero(positions < 0)]
+        if unknown:
             raise ValueError(
-                f"{str(path)!r} names {len(unknown):,} {name} cells that the data lack ({', '.join(unknown[:3])}); "
+                f"{str(path)!r} names {len(unknown):,} {name} cells that the data lack ({shortened(unknown, 3)}); "
                 f"cells there are called {', '.join(cells[:3])}"
             )
         repeated = len(positions) - len(set(positions.tolist())) + int((labels[positions] != "").sum())
         if repeated:
-            raise ValueError(f"{str(path)!r} names {repeated:,} {name} cells more than once; each cell has one part")
+            raise ValueError(f"{str(path)!r} names {repeated:,} {name} cells more than once; each cell has one split")
         labels[positions] = name
     return _split_of_labels(labels, f"{str(path)!r}", strata, validation_fraction, seed)
 
@@ -233,18 +234,18 @@ def _split_of_labels(labels: np.ndarray, where: str, strata: np.ndarray, fractio
     _check_fractions(0.0, fraction)
     wrong = sorted(set(labels) - {"", *SPLITS})
     if wrong:
-        raise ValueError(f"{where} has the part {wrong[0]!r}; expected {', '.join(SPLITS)}")
+        raise ValueError(f"{where} has the split {wrong[0]!r}; expected {', '.join(SPLITS)}")
     unnamed = int((labels == "").sum())
     if unnamed:
         raise ValueError(
-            f"{where} has no part for {unnamed:,} of {len(labels):,} cells; name all cells, or drop them from the data"
+            f"{where} has no split for {unnamed:,} of {len(labels):,} cells; name all cells, or drop them from the data"
         )
-    parts = {name: np.flatnonzero(labels == name) for name in SPLITS}
-    if not len(parts["train"]):
+    cells = {name: np.flatnonzero(labels == name) for name in SPLITS}
+    if not len(cells["train"]):
         raise ValueError(f"{where} names no training cell")
-    if not len(parts["validation"]):
-        parts = _with_validation(strata, labels == "test", fraction, np.random.default_rng(seed))
-    return Split(cells=parts)
+    if not len(cells["validation"]):
+        cells = _with_validation(strata, labels == "test", fraction, np.random.default_rng(seed))
+    return Split(cells=cells)
 
 
 def _check_fractions(test_fraction: float, validation_fraction: float) -> None:
@@ -256,7 +257,7 @@ def _check_fractions(test_fraction: float, validation_fraction: float) -> None:
 def _with_validation(
     strata: np.ndarray, test: np.ndarray, fraction: float, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """The three parts, given which cells are tested on."""
+    """The three splits, given which cells are tested on."""
     rest = np.flatnonzero(~test)
     validation = rest[_draw(strata[rest], fraction, rng)]
     return {"train": np.setdiff1d(rest, validation), "validation": validation, "test": np.flatnonzero(test)}
@@ -265,7 +266,7 @@ def _with_validation(
 def _draw(strata: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
     """Ascending positions of a stratified draw that leaves at least one cell of each stratum behind.
 
-    Systematic sampling: conditions are laid end to end, and condition j gives the whole numbers that its piece of the
+    Systematic sampling: conditions are laid end to end, and condition j gives the whole numbers that its stretch of the
     line ``fraction * position`` crosses.
     """
     shuffled = rng.permutation(len(strata))
@@ -299,14 +300,6 @@ def _scope(name: str, conditions: ConditionColumns, num_cells: int, cell_type: s
     return np.asarray(column == cell_type)
 
 
-def _perturbation_labels(conditions: ConditionColumns, num_cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """The perturbation of each cell ("" without perturbations), and whether it is the control."""
-    if PERTURBATION not in conditions.columns:
-        return np.full(num_cells, "", dtype=object), np.zeros(num_cells, dtype=bool)
-    label = np.asarray(conditions.columns[PERTURBATION], dtype=object)
-    return label, label == conditions.control
-
-
 def _names(conditions: ConditionColumns, label: str) -> list[str]:
     return split_perturbation(label, control=conditions.control, separator=conditions.separator)
 
@@ -325,14 +318,12 @@ def _held_out_labels(
         if wanted is not None:
             raise ValueError("--split zero-shot holds every perturbation of the cell type out; leave --held-out away")
         return here if PERTURBATION in conditions.columns else []
+    eligible = here
     if name == "held-out-perturbations":
         eligible = sorted({single for label in here for single in _names(conditions, label)})
     elif name == "held-out-combinations":
-        alone = set(here)
-        eligible = [label for label in here if len(_names(conditions, label)) > 1]
-        eligible = [label for label in eligible if set(_names(conditions, label)) <= alone]
-    else:
-        eligible = here
+        members = {label: _names(conditions, label) for label in here}
+        eligible = [label for label in here if len(members[label]) > 1 and set(members[label]) <= set(here)]
     if wanted is None:
         if len(eligible) < 2:
             raise ValueError(
@@ -344,10 +335,8 @@ def _held_out_labels(
     unknown = [label for label in wanted if label not in eligible]
     if unknown and name == "held-out-combinations" and unknown[0] in here:
         unseen = [single for single in _names(conditions, unknown[0]) if single not in here]
-        raise ValueError(
-            f"{unknown[0]!r} cannot be a held-out combination: "
-            + (f"{', '.join(unseen)} never stands alone" if unseen else "it is no combination")
-        )
+        why = f"{', '.join(unseen)} never stands alone" if unseen else "it is no combination"
+        raise ValueError(f"{unknown[0]!r} cannot be a held-out combination: {why}")
     if unknown:
         raise unknown_label_error("perturbation to hold out", unknown, eligible)
     return wanted

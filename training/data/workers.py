@@ -1,8 +1,7 @@
 """Do pieces of work in several processes, with results, errors and progress as if one did them in turn.
 
 Results come in the order of the jobs, and so does the first error. The processes start as fresh interpreters, so a job
-is a picklable function with its arguments; they end within a moment when their parent does, in whatever way. Knows
-nothing of counts and cells.
+is a picklable function with its arguments; they end within a moment when their parent does, in whatever way.
 """
 
 import os

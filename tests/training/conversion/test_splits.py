@@ -232,13 +232,13 @@ def test_validation_cells_come_out_of_the_training_cells_where_none_are_named(tm
 @pytest.mark.parametrize(
     ("lists", "message"),
     [
-        ({"train": ["cell0"], "test": ["cell1"]}, "has no part for 98 of 100 cells; name all cells"),
+        ({"train": ["cell0"], "test": ["cell1"]}, "has no split for 98 of 100 cells; name all cells"),
         (
             {"train": ["cell0", "cel1"]},
             r"names 1 train cells that the data lack \(cel1\); cells there are called cell0, ",
         ),
         ({"train": ["cell0"], "test": ["cell0"]}, "names 1 test cells more than once"),
-        ({"training": NAMES.tolist()}, "has the part 'training'; expected train, validation, test"),
+        ({"training": NAMES.tolist()}, "has the split 'training'; expected train, validation, test"),
         ({"test": NAMES.tolist()}, "names no training cell"),
         ({"train": 3}, 'is not {"train": '),
     ],
@@ -249,7 +249,10 @@ def test_wrong_lists_are_refused(tmp_path, lists, message):
 
 
 def test_a_column_with_other_labels_or_none_is_refused():
-    for value, message in (("val", "column 'part' has the part 'val'; expected"), (None, "no part for 1 of 100 cells")):
+    for value, message in (
+        ("val", "column 'part' has the split 'val'; expected"),
+        (None, "no split for 1 of 100 cells"),
+    ):
         column = pd.Series(["train"] * 99 + [value], name="part")
         with pytest.raises(ValueError, match=message):
             split_from_column(column, **SMALL)
