@@ -4,34 +4,33 @@
     dcm-impute checkpoint/ cells.h5ad --out complete.h5ad --mask-fraction 0.1
 
 Given counts are kept exactly. All matrices of the output are sparse and written chunk by chunk, so memory does not grow
-with the number of cells beyond the input's own sparse counts. Knows nothing of training. Letters: N cells, B cells of a
-chunk, G genes of the model, M filled entries of a chunk, D draws.
+with the number of cells beyond the input's own sparse counts. Letters: N cells, B cells of a chunk, G genes of the
+model, M filled entries of a chunk, D draws.
 """
+
+from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import anndata
-import h5py
 import numpy as np
-import pandas as pd
-import torch
-import transformers
 import tyro
-from anndata.io import sparse_dataset, write_elem
-from scipy import sparse
 
-from eval.drawing.panel_cells import PanelCells, chunk_seed, read_panel_cells
-from eval.metrics.imputation import MaskedEntries
-from eval.sample import load_checkpoint
-from modeling_dcm import DCMForDenoising
-from modeling_dcm.generation_dcm import row_chunks
+from eval.drawing.checkpoint import check_checkpoint, load_checkpoint
+from eval.sample import Schedule
 from tokenization.labels_dcm import unknown_label_error
 from training.data.command_line import ProgressReport, run
-from training.data.files import written_aside
+from training.data.files import check_writable, written_aside
+
+if TYPE_CHECKING:
+    from scipy import sparse
+
+    from eval.drawing.measured import MeasuredCells
+    from eval.metrics.imputation import MaskedEntries
+    from modeling_dcm import DCMForDenoising
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ def main(
     genes_to_mask: Path | None = None,
     draws: int = 20,
     steps: int | Literal["auto"] = 20,
-    schedule: str = "cubic",
+    schedule: Schedule = "cubic",
     layer: str | None = None,
     seed: int = 0,
     batch_size: int = 64,
@@ -63,49 +62,59 @@ def main(
 
     Args:
         checkpoint: Folder of a checkpoint, or its id on the Hub.
-        cells: The h5ad file of cells to complete; genes are matched by name, conditions by the names of obs columns.
+        cells: The file of cells to complete (h5ad, or 10x output); genes are matched by name, conditions by the names
+            of obs columns.
         out: The h5ad file to write.
         mask_fraction: Mask this fraction of each cell's measured genes, and fill them too.
         genes_to_mask: A file of gene names, one per line, to mask in all cells.
         draws: Completions of each cell, over which mean and variance are taken.
         steps: Network calls of each completion, or auto.
-        schedule: How many genes each step reveals: linear, cosine, cubic or optimal.
+        schedule: How many genes each step reveals; optimal goes by the model's entropy curve.
         layer: Layer of the counts; default: X.
         seed: The same seed and batch size give the same numbers.
         batch_size: Cells completed together.
     """
-    _check_options(mask_fraction, draws)
+    if mask_fraction is not None and not 0 < mask_fraction < 1:
+        raise ValueError(f"--mask-fraction {mask_fraction}: expected a number between 0 and 1")
+    if draws < 2:
+        raise ValueError(f"--draws {draws}: expected at least 2, as the variance is over draws")
+    check_checkpoint(checkpoint)
+    check_writable(out)
+    names = None if genes_to_mask is None else _gene_names(genes_to_mask)
+    if not cells.exists():
+        raise FileNotFoundError(f"no file {str(cells)!r}; expected an h5ad file or 10x output")
+    import torch
+
+    from eval.drawing.measured import read_measured_cells
+    from eval.metrics.imputation import MaskedEntries
+
     model, tokenizer = load_checkpoint(checkpoint)
-    panel = read_panel_cells(cells, tokenizer, layer)
-    masked_genes = _masked_genes(genes_to_mask, tokenizer.genes)
-    is_masking = bool(mask_fraction) or bool((masked_genes & panel.measured).any())
-    if panel.measured.all() and not is_masking:
+    measured = read_measured_cells(cells, tokenizer, layer)
+    unknown = [name for name in names or () if name not in set(tokenizer.genes)]
+    if unknown:
+        raise unknown_label_error("gene to mask", unknown, tokenizer.genes)
+    masks = Masks(measured.measured, np.isin(tokenizer.genes, names or []), mask_fraction or 0.0, seed)
+    is_masking = bool(mask_fraction) or bool((masks.genes & measured.measured).any())
+    if measured.measured.all() and not is_masking:
         raise ValueError(
             f"nothing to fill: {str(cells)!r} has all {len(tokenizer.genes):,} genes of the model; "
             "mask some with --mask-fraction or --genes-to-mask"
         )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    masks = Masks(panel.measured, masked_genes, mask_fraction or 0.0, seed)
     options = {"steps": steps, "schedule": schedule, "draws": draws, "seed": seed, "batch_size": batch_size}
-    masked = MaskedEntries(len(tokenizer.genes), seed) if is_masking else None
+    entries = MaskedEntries(len(tokenizer.genes), seed) if is_masking else None
     with (
         written_aside(out) as aside,
-        ProgressReport(len(panel) * draws, task="imputing", unit="completions") as progress,
+        ProgressReport(len(measured) * draws, task="imputing", unit="completions") as report,
     ):
-        chunks = impute(model, panel, masks, **options, masked=masked, progress=progress)
+        chunks = impute(model, measured, masks, **options, masked=entries, report=report)
         described = {"checkpoint": Path(checkpoint).name, **options, "mask_fraction": mask_fraction or 0.0}
-        _write(aside, panel, chunks, described, masked)
-    lacking = int((~panel.measured).sum())
-    logger.info(
-        "%s: %d cells, %d genes that were not measured, %d draws; %.3g completions/s",
-        out,
-        len(panel),
-        lacking,
-        draws,
-        progress.rate,
-    )
-    if masked is not None:
-        logger.info(masked.summary())
+        _write(aside, cells, measured, chunks, described, entries)
+    lacking = int((~measured.measured).sum())
+    line = "%s: %d cells, %d genes that were not measured, %d draws; %.3g completions/s"
+    logger.info(line, out, len(measured), lacking, draws, report.rate)
+    if entries is not None:
+        logger.info(entries.summary())
     return out
 
 
@@ -138,7 +147,7 @@ class Masks:
 
 def impute(
     model: DCMForDenoising,
-    cells: PanelCells,
+    cells: MeasuredCells,
     masks: Masks,
     *,
     steps: int | str,
@@ -147,13 +156,19 @@ def impute(
     seed: int,
     batch_size: int,
     masked: MaskedEntries | None,
-    progress: ProgressReport,
+    report: ProgressReport,
 ) -> Iterator[dict[str, sparse.csr_matrix]]:
     """Yield the output's matrices (B, G) of each chunk by their names in the file; ``masked`` is told what was hidden.
 
     Raises:
         ValueError: options that the model's :meth:`generate` refuses.
     """
+    import torch
+    from scipy import sparse
+
+    from eval.drawing.measured import chunk_seed
+    from modeling_dcm.generation_dcm import row_chunks
+
     for chunk, rows in row_chunks(len(cells), batch_size):
         counts = cells.counts[rows].toarray()
         hidden = masks.draw(chunk, len(counts))
@@ -171,7 +186,7 @@ def impute(
             )
             complete = cells.tokenizer.decode(ids, seed=chunk_seed(seed, chunk, draw)).X.toarray()
             drawn[draw] = complete[fill]
-            progress.update(len(counts))
+            report.update(len(counts))
         if masked is not None:
             masked.add(counts, hidden, drawn[:, hidden[fill]])
         matrices = {
@@ -194,60 +209,51 @@ def _with_filled(given: np.ndarray, fill: np.ndarray, values: np.ndarray) -> np.
 
 def _write(
     path: Path,
-    cells: PanelCells,
+    source: Path,
+    cells: MeasuredCells,
     chunks: Iterator[dict[str, sparse.csr_matrix]],
     options: dict[str, object],
     masked: MaskedEntries | None,
 ) -> None:
-    """Write the annotations, append the matrices chunk by chunk, and say at the end how they were made."""
-    tokenizer, annotations = cells.tokenizer, cells.annotations
+    """Write the annotations of the source, the matrices chunk by chunk, and at the end how they were made."""
+    import anndata
+    import h5py
+    import pandas as pd
+    from anndata.io import read_elem, write_elem
+
+    from training.data.h5ad import damage_named, write_h5ad_in_blocks
+
+    tokenizer = cells.tokenizer
     var = pd.DataFrame({"measured": cells.measured}, index=tokenizer.genes)
     uns: dict[str, object] = {"dcm_conditions": np.array(cells.conditions, dtype=object)}
     if "perturbation" in cells.conditions and tokenizer.control is not None:
         uns["dcm_control"] = tokenizer.control
-    uns |= annotations.uns  # the file knows its own conditions best
-    kept = anndata.AnnData(obs=annotations.obs, var=var, obsm=annotations.obsm, obsp=annotations.obsp, uns=uns)
-    kept.write_h5ad(path, compression="gzip")
-    dtypes = {X: cells.counts.dtype, MEAN: np.float32, VARIANCE: np.float32, IMPUTED: np.int8}
+    kept: dict[str, dict] = {}
+    if source.is_file():
+        with damage_named(source), h5py.File(source, "r") as file:
+            kept = {name: read_elem(file[name]) for name in ("obsm", "obsp", "uns") if name in file}
+    uns |= kept.pop("uns", {})  # the file knows its own conditions best
+    dtypes = {X: np.int32, MEAN: np.float32, VARIANCE: np.float32, IMPUTED: np.int8}
     if masked is not None:
-        dtypes[ORIGINAL] = cells.counts.dtype
+        dtypes[ORIGINAL] = np.int32
+    write_h5ad_in_blocks(path, anndata.AnnData(obs=cells.obs, var=var, uns=uns, **kept), chunks, dtypes)
+    score = {} if masked is None else {"masked": masked.scores()}
     with h5py.File(path, "r+") as file:
-        for name, dtype in dtypes.items():
-            empty = sparse.csr_matrix((0, len(tokenizer.genes)), dtype=dtype)
-            empty.indptr = empty.indptr.astype(np.int64)
-            write_elem(file, name, empty, dataset_kwargs={"compression": "gzip", "compression_opts": 1})
-        for matrices in chunks:
-            for name, matrix in matrices.items():
-                sparse_dataset(file[name]).append(matrix.astype(dtypes[name]))
-        score = {} if masked is None else {"masked": masked.scores()}
         write_elem(file["uns"], "dcm_imputation", {**options, **score})
 
 
-def _masked_genes(path: Path | None, genes: list[str]) -> np.ndarray:
-    """(G,) which genes a file of names lists."""
-    if path is None:
-        return np.zeros(len(genes), dtype=bool)
+def _gene_names(path: Path) -> list[str]:
+    """The names in a file, one per line."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}; expected gene names, one per line")
     names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    unknown = [name for name in names if name not in set(genes)]
     if not names:
         raise ValueError(f"{str(path)!r} lists no genes; expected names, one per line")
-    if unknown:
-        raise unknown_label_error("gene to mask", unknown, genes)
-    return np.isin(genes, names)
-
-
-def _check_options(mask_fraction: float | None, draws: int) -> None:
-    if mask_fraction is not None and not 0 < mask_fraction < 1:
-        raise ValueError(f"--mask-fraction {mask_fraction}: expected a number between 0 and 1")
-    if draws < 2:
-        raise ValueError(f"--draws {draws}: expected at least 2, as the variance is over draws")
+    return names
 
 
 def cli() -> None:
     """Entry point of ``dcm-impute``."""
-    transformers.utils.logging.disable_progress_bar()
     run(main)
 
 

@@ -4,27 +4,27 @@
     dcm-score checkpoint/ cells.h5ad --out scored.h5ad --library-size null
 
 The bound given the library size and the bound without it are different quantities; they stand in columns of different
-names and are not to be compared. Knows nothing of training and of how cells are drawn.
+names and are not to be compared.
 """
+
+from __future__ import annotations
 
 import logging
 import shutil
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import h5py
-import numpy as np
-import torch
-import transformers
 import tyro
-from anndata.io import write_elem
 
-from eval.drawing.panel_cells import PanelCells, chunk_seed, read_panel_cells
-from eval.sample import load_checkpoint
-from modeling_dcm import DCMForDenoising
-from modeling_dcm.generation_dcm import row_chunks
+from eval.drawing.checkpoint import check_checkpoint, load_checkpoint
 from training.data.command_line import ProgressReport, run
-from training.data.files import written_aside
+from training.data.files import check_writable, written_aside
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from eval.drawing.measured import MeasuredCells
+    from modeling_dcm import DCMForDenoising
 
 logger = logging.getLogger(__name__)
 
@@ -61,62 +61,60 @@ def main(
         seed: The same seed and batch size give the same numbers.
         batch_size: Cells scored together.
     """
+    check_checkpoint(checkpoint)
+    check_writable(out)
+    from training.data.h5ad import open_h5ad
+
+    open_h5ad(cells).close()
+    import torch
+
+    from eval.drawing.measured import read_measured_cells
+
     model, tokenizer = load_checkpoint(checkpoint)
-    panel = read_panel_cells(cells, tokenizer, layer)
-    given = _library_size_given(library_size, model, panel)
+    measured = read_measured_cells(cells, tokenizer, layer)
+    given = _library_size_given(library_size, model, measured)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    with ProgressReport(len(panel), task="scoring", unit="cells") as progress:
-        scores = score(
-            model,
-            panel,
-            num_samples=num_samples,
-            give_library_size=given == "conditioned",
-            embed=embed,
-            seed=seed,
-            batch_size=batch_size,
-            progress=progress,
-        )
-    num_genes = int(panel.measured.sum())
-    options = {
-        "checkpoint": Path(checkpoint).name,
-        "num_samples": num_samples,
-        "seed": seed,
-        "batch_size": batch_size,
-        "library_size": given,
-        "conditions": np.array(panel.conditions, dtype=object),
-        "num_genes": num_genes,
-    }
-    _write(cells, out, scores, num_genes, options)
+    options = {"num_samples": num_samples, "seed": seed, "batch_size": batch_size}
+    with ProgressReport(len(measured), task="scoring", unit="cells") as report:
+        scores = score(model, measured, **options, give_library_size=given == "conditioned", embed=embed, report=report)
+    num_genes = int(measured.measured.sum())
+    described = {"checkpoint": Path(checkpoint).name, **options, "library_size": given, "num_genes": num_genes}
+    _write(cells, out, scores, described | {"conditions": measured.conditions})
     logger.info(
         "%s: %d cells, ELBO %.2f nats per cell (%.4f per gene, %d genes), library size %s; %.3g cells/s",
         out,
-        len(panel),
+        len(measured),
         scores["elbo"].mean(),
         scores["elbo"].mean() / num_genes,
         num_genes,
         "given" if given == "conditioned" else "not given",
-        progress.rate,
+        report.rate,
     )
     return out
 
 
 def score(
     model: DCMForDenoising,
-    cells: PanelCells,
+    cells: MeasuredCells,
     *,
     num_samples: int,
-    give_library_size: bool,
-    embed: bool,
     seed: int,
     batch_size: int,
-    progress: ProgressReport,
+    give_library_size: bool,
+    embed: bool,
+    report: ProgressReport,
 ) -> dict[str, np.ndarray]:
     """``elbo`` (N,) and ``error`` (N,) in nats per cell, and with ``embed`` the embeddings ``X_dcm`` (N, D) float32.
 
     Raises:
         ValueError: an odd number of samples, or a batch size below 1.
     """
-    parts: dict[str, list[torch.Tensor]] = {}
+    import torch
+
+    from eval.drawing.measured import chunk_seed
+    from modeling_dcm.generation_dcm import row_chunks
+
+    chunks: list[dict[str, torch.Tensor]] = []
     for chunk, rows in row_chunks(len(cells), batch_size):
         input_ids, conditions = cells.input_ids(rows), cells.conditions_of(rows)
         if give_library_size:
@@ -129,17 +127,15 @@ def score(
             return_error=True,
             **conditions,
         )
-        found = {"elbo": elbo, "error": error}
+        chunks.append({"elbo": elbo, "error": error})
         if embed:
-            found["X_dcm"] = model.embed(input_ids, batch_size=batch_size, **conditions).float()
-        for name, values in found.items():
-            parts.setdefault(name, []).append(values)
-        progress.update(len(input_ids))
-    return {name: torch.cat(values).numpy() for name, values in parts.items()}
+            chunks[-1]["X_dcm"] = model.embed(input_ids, batch_size=batch_size, **conditions).float()
+        report.update(len(input_ids))
+    return {name: torch.cat([found[name] for found in chunks]).numpy() for name in chunks[0]}
 
 
 def _library_size_given(
-    wanted: Literal["conditioned", "null"] | None, model: DCMForDenoising, cells: PanelCells
+    wanted: Literal["conditioned", "null"] | None, model: DCMForDenoising, cells: MeasuredCells
 ) -> Literal["conditioned", "null", "none"]:
     """Whether the model is told library sizes: ``none`` where it knows of no such thing.
 
@@ -160,14 +156,21 @@ def _library_size_given(
     return "null"
 
 
-def _write(cells: Path, out: Path, scores: dict[str, np.ndarray], num_genes: int, options: dict[str, object]) -> None:
+def _write(cells: Path, out: Path, scores: dict[str, np.ndarray], options: dict[str, object]) -> None:
     """Copy the file and add columns, embeddings and options to the copy."""
+    import h5py
+    import numpy as np
+    from anndata.io import write_elem
+
     ending = GIVEN_LIBRARY_SIZE if options["library_size"] == "conditioned" else ""
     columns = {
         "dcm_elbo": scores["elbo"],
-        "dcm_elbo_per_gene": scores["elbo"] / num_genes,
+        "dcm_elbo_per_gene": scores["elbo"] / options["num_genes"],
         "dcm_elbo_error": scores["error"],
     }
+    entries = {("uns", f"dcm_score{ending}"): options | {"conditions": np.array(options["conditions"], dtype=object)}}
+    if "X_dcm" in scores:
+        entries["obsm", "X_dcm"] = scores["X_dcm"]
     with written_aside(out) as aside:
         shutil.copyfile(cells, aside)
         with h5py.File(aside, "r+") as file:
@@ -179,21 +182,14 @@ def _write(cells: Path, out: Path, scores: dict[str, np.ndarray], num_genes: int
                 write_elem(obs, name + ending, values)
                 order += [name + ending] if name + ending not in order else []
             obs.attrs["column-order"] = order
-            _put(file, "uns", f"dcm_score{ending}", options)
-            if "X_dcm" in scores:
-                _put(file, "obsm", "X_dcm", scores["X_dcm"])
-
-
-def _put(file: h5py.File, group: str, key: str, value: object) -> None:
-    """Write one entry of a mapping of AnnData, which an old file may lack."""
-    if group not in file:
-        write_elem(file, group, {})
-    write_elem(file[group], key, value)
+            for (group, key), value in entries.items():
+                if group not in file:  # an old file may lack it
+                    write_elem(file, group, {})
+                write_elem(file[group], key, value)
 
 
 def cli() -> None:
     """Entry point of ``dcm-score``."""
-    transformers.utils.logging.disable_progress_bar()
     run(main)
 
 

@@ -36,7 +36,7 @@ from eval.benchmarks.sampling import PROTOCOL, Sampled, benchmark_sampling, summ
 from eval.benchmarks.sampling_report import figure, last_line, notes, table
 from eval.benchmarks.steps import main as training_benchmark
 from eval.comparison.cells import CellCounts, from_anndata
-from eval.sample import load_checkpoint
+from eval.drawing.checkpoint import load_checkpoint
 from modeling_dcm.schedule_dcm import AUTO_TOLERANCE, as_curve, entropies, predicted_kl, reveal_schedule
 from tokenization import DCMTokenizer
 from training.data.cells import Cells

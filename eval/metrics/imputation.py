@@ -1,8 +1,8 @@
 """How well masked counts were filled: correlations with the truth, and whether intervals cover it.
 
 Entries arrive chunk by chunk and are kept as a table of how often each pair (true count, sum of draws) occurs, so
-memory does not grow with the number of cells. Knows nothing of models and files. Letters: B cells of a chunk, G genes,
-M masked entries of a chunk, D draws.
+memory does not grow with the number of cells. Letters: B cells of a chunk, G genes, M masked entries of a chunk, D
+draws.
 """
 
 from collections import Counter
@@ -50,7 +50,7 @@ class MaskedEntries:
             ``entries``; ``pearson`` and ``spearman`` between posterior means and true counts; ``pearson_gene_means``,
             the same for each gene's mean over entries that were not masked; ``coverage_90``, how often the truth lies
             in the central 90 % of its rank among the draws (ties broken at random), 0.9 if draws and truth have the
-            same law. A correlation of constants is NaN.
+            same distribution. A correlation of constants is NaN.
         """
         truth, total = np.array(list(self.pairs)).T.astype(np.float64)
         times = np.array(list(self.pairs.values()), dtype=np.float64)

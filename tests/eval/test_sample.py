@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy import sparse
 
-from eval.sample import load_checkpoint, main
+from eval.drawing.checkpoint import load_checkpoint
+from eval.sample import main
 from modeling_dcm import DCMForDenoising
 from tests.tiny_training import assert_same_file, two_steps
 from tokenization import DCMTokenizer
@@ -163,7 +164,6 @@ def test_like_a_file_without_a_condition_lists_its_columns(checkpoint, shards, t
         ({"num_cells": 0}, "--num-cells is 0; expected at least 1"),
         ({"steps": 0}, "--steps is 0; expected at least 1, or auto"),
         ({"steps": "many"}, "--steps is many; expected at least 1, or auto"),
-        ({"schedule": "square"}, "--schedule is square; expected one of .*cubic.*optimal"),
         (
             {"guidance": {"donors": 1.0}},
             "--guidance is donors; expected weights of cell_type, perturbation, covariates",
@@ -171,12 +171,11 @@ def test_like_a_file_without_a_condition_lists_its_columns(checkpoint, shards, t
         ({"guidance": {"cell_type": 1.0}, "guidance_scale": 2.0}, "give one of them"),
         ({"temperature": 0.0}, "--temperature is 0.0; expected above 0"),
         ({"library_size": -1.0}, "--library-size is -1.0; expected 0 or more"),
-        ({"dtype": "float16"}, "--dtype is float16; expected one of float32, bfloat16"),
         ({"seed": -1}, "--seed is -1; expected 0 or more"),
         ({"batch_size": 0}, "--batch-size is 0; expected at least 1"),
         ({"like_library_size": True}, "name the file with --like"),
         ({"like": Path("a.h5ad"), "num_cells": 3}, "leave out --num-cells"),
-        ({"like": Path("a.h5ad"), "like_layer": "counts"}, "give both, or none"),
+        ({"like": Path("a.h5ad"), "layer": "counts"}, "give both, or none"),
         ({"like": Path("a.h5ad"), "like_library_size": True, "library_size": 9.0}, "contradict each other"),
     ],
 )

@@ -108,6 +108,11 @@ def write_h5ad_in_blocks(
         for matrices in blocks:
             for name, matrix in matrices.items():
                 sparse_dataset(file[name]).append(matrix.astype(dtypes[name], copy=False))
+        for name in dtypes:
+            pointers = file[name]["indptr"][:]
+            if pointers[-1] <= np.iinfo(np.int32).max:  # as anndata writes them: of the type of the indices
+                del file[name]["indptr"]
+                file[name]["indptr"] = pointers.astype(np.int32)
 
 
 # --- counts in blocks of cells ----------------------------------------------------------------------------------------

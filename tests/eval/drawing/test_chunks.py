@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from eval.drawing.chunk_files import ChunkFiles
+from eval.drawing.chunks import ChunkFiles
 
 REQUEST = {"seed": 0, "guidance_scale": {"cell_type": 1.0}}
 

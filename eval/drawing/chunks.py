@@ -2,30 +2,29 @@
 
 The files stand in `.NAME.parts/` beside the output NAME: one safetensors file (CSR arrays) for each chunk, written
 aside and renamed, and `request.json`, which says what they are chunks of. Several processes may share the folder, each
-chunk is taken by one of them. Knows nothing of models, conditions and how cells are drawn.
+chunk is taken by one of them.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import anndata
-import h5py
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from scipy.sparse import csr_matrix
-from tqdm.auto import tqdm
 
 from modeling_dcm.generation_dcm import row_chunks
+from training.data.command_line import ProgressReport
 from training.data.files import written_aside
+from training.data.h5ad import write_h5ad_in_blocks
 
 REQUEST = "request.json"
 SUFFIX = ".safetensors"
 ARRAYS = ("indptr", "indices", "data")
-HDF5_CHUNK = 2**16  # values
 
 
 class ChunkFiles:
@@ -103,39 +102,30 @@ class ChunkFiles:
         """Cells in all of some chunks."""
         return sum(self.rows[chunk].stop - self.rows[chunk].start for chunk in chunks)
 
-    def merge(self, cells: anndata.AnnData) -> None:
-        """Write the output: ``cells`` (obs, var and uns of all cells) with the chunks' counts in order, CSR in ``X``.
+    def merge(self, annotations: anndata.AnnData) -> None:
+        """Write the output: the annotations of all cells with the chunks' counts in order, CSR in ``X``.
 
         One chunk is in memory at a time. The output gets its name when it is whole; then the folder is removed.
 
         Raises:
             ValueError: a chunk is missing or damaged.
         """
+        for chunk in range(len(self.rows)):
+            path = self._path(chunk)
+            if not path.exists() or not self._is_whole(chunk):
+                raise ValueError(f"{str(path)!r} is missing or damaged: run again, it alone is drawn again")
         whole = self.folder / self.out.name
-        with written_aside(whole) as aside:
-            cells.write_h5ad(aside, compression="gzip")
-            with h5py.File(aside, "r+") as file:
-                self._write_counts(file.create_group("X"), cells.n_vars)
+        with written_aside(whole) as aside, ProgressReport(self.num_cells, task="merging", unit="cells") as report:
+            write_h5ad_in_blocks(aside, annotations, self._blocks(annotations.n_vars, report), {"X": np.int32})
         os.replace(whole, self.out)
         shutil.rmtree(self.folder)
 
-    def _write_counts(self, group: h5py.Group, num_genes: int) -> None:
-        """AnnData's layout of a CSR matrix."""
-        num_values = sum(self._num_values(chunk) for chunk in range(len(self.rows)))
-        index = np.int32 if num_values <= np.iinfo(np.int32).max else np.int64
-        group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
-        group.attrs["shape"] = (self.num_cells, num_genes)
-        options = {"maxshape": (None,), "chunks": (HDF5_CHUNK,), "compression": "gzip", "shuffle": True}
-        indptr = group.create_dataset("indptr", self.num_cells + 1, index, **options)
-        indices = group.create_dataset("indices", num_values, index, **options)
-        data = group.create_dataset("data", num_values, np.int32, **options)
-        end = 0
-        bar = tqdm(self.rows, desc="merging", unit="chunk", unit_scale=True, delay=1, disable=None)
-        for chunk, rows in enumerate(bar):
-            part = self._read(chunk)
-            start, end = end, end + len(part["data"])
-            indptr[rows.start + 1 : rows.stop + 1] = part["indptr"][1:].astype(index) + start
-            indices[start:end], data[start:end] = part["indices"], part["data"]
+    def _blocks(self, num_genes: int, report: ProgressReport) -> Iterator[dict[str, csr_matrix]]:
+        for chunk, rows in enumerate(self.rows):
+            with safe_open(self._path(chunk), "np") as part:
+                indptr, indices, data = (part.get_tensor(name) for name in ARRAYS)
+            yield {"X": csr_matrix((data, indices, indptr), shape=(rows.stop - rows.start, num_genes))}
+            report.update(rows.stop - rows.start)
 
     def _path(self, chunk: int) -> Path:
         return self.folder / f"{chunk}{SUFFIX}"
@@ -154,24 +144,12 @@ class ChunkFiles:
             "finish that one with its own options, throw its cells away with --fresh, or choose another --out"
         )
 
-    def _shape(self, chunk: int, name: str) -> list[int]:
-        """Shape of an array, from the file's header; a file cut short is noticed here."""
-        with safe_open(self._path(chunk), "np") as part:
-            return part.get_slice(name).get_shape()
-
     def _is_whole(self, chunk: int) -> bool:
+        """By the file's header, where a file cut short is noticed."""
         rows = self.rows[chunk]
         try:
-            shape, *values = (self._shape(chunk, name) for name in ARRAYS)
+            with safe_open(self._path(chunk), "np") as part:
+                cells, *values = (part.get_slice(name).get_shape() for name in ARRAYS)
         except (SafetensorError, OSError):
             return False
-        return shape == [rows.stop - rows.start + 1] and values[0] == values[1]
-
-    def _num_values(self, chunk: int) -> int:
-        if not self._path(chunk).exists() or not self._is_whole(chunk):
-            raise ValueError(f"{str(self._path(chunk))!r} is missing or damaged: run again, it alone is drawn again")
-        return self._shape(chunk, "data")[0]
-
-    def _read(self, chunk: int) -> dict[str, np.ndarray]:
-        with safe_open(self._path(chunk), "np") as part:
-            return {name: part.get_tensor(name) for name in ARRAYS}
+        return cells == [rows.stop - rows.start + 1] and values[0] == values[1]

@@ -13,7 +13,8 @@ import anndata
 import pytest
 import torch
 
-from eval.sample import load_checkpoint, main
+from eval.drawing.checkpoint import load_checkpoint
+from eval.sample import main
 from modeling_dcm import DCMForDenoising
 from tests.tiny_training import assert_same_file, two_steps
 
@@ -131,7 +132,7 @@ def test_two_processes_draw_what_one_draws(checkpoint, tmp_path):
 
 DIES = """
 import os, signal, time
-from eval.drawing.chunk_files import ChunkFiles
+from eval.drawing.chunks import ChunkFiles
 from eval.sample import cli
 
 take = ChunkFiles.take

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from eval.drawing import file_counts
-from eval.drawing.like_cells import library_sizes_of
+from eval.drawing.measured import library_sizes_of
+from training.data import h5ad
 
 GENES = ["a", "b", "c"]
 COUNTS = np.array([[5, 1, 0, 2], [0, 0, 0, 9], [7, 3, 4, 0]])
@@ -31,7 +31,8 @@ def write(tmp_path):
 @pytest.mark.parametrize("stored", [sparse.csr_matrix, sparse.csc_matrix, np.asarray])
 @pytest.mark.parametrize("block_values", [1, 2**20])
 def test_library_sizes_are_the_totals_over_the_panel_whatever_the_storage(write, monkeypatch, stored, block_values):
-    monkeypatch.setattr(file_counts, "BLOCK_VALUES", block_values)
+    monkeypatch.setattr(h5ad, "BLOCK_VALUES", block_values)
+    monkeypatch.setattr(h5ad, "BLOCK_STORED", block_values)
     assert library_sizes_of(write(stored(COUNTS)), GENES).tolist() == [3, 9, 7]
     assert library_sizes_of(write(stored(COUNTS), layer="counts"), GENES, "counts").tolist() == [3, 9, 7]
 
@@ -43,7 +44,7 @@ def test_a_missing_gene_would_make_the_total_too_small_and_is_refused(write):
 
 def test_values_that_are_no_counts_are_refused_with_the_way_out(write):
     path = write(sparse.csr_matrix(COUNTS), layer="counts")
-    with pytest.raises(ValueError, match="looks log-normalised: pass --like-layer counts"):
+    with pytest.raises(ValueError, match="looks log-normalised: pass --layer counts"):
         library_sizes_of(path, GENES)
     with pytest.raises(ValueError, match="has no layer 'raw'; layers there: counts"):
         library_sizes_of(path, GENES, "raw")

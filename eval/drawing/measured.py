@@ -1,0 +1,231 @@
+"""Cells of a file as a checkpoint sees them: counts over its genes, which of these were measured, conditions.
+
+The file is read in blocks and the panel's counts are kept sparse; a dense matrix is made for one chunk of cells at a
+time. Letters: N cells, B cells of a chunk, F genes of the file, G genes of the panel.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from anndata.io import read_elem
+from scipy import sparse
+
+from tokenization.conditions_dcm import CELL_TYPE, PERTURBATION, ConditionLabels, as_tensor
+from tokenization.counts_dcm import library_size
+from tokenization.gene_names_dcm import find_genes
+from tokenization.labels_dcm import shortened
+from training.data.command_line import ProgressReport
+from training.data.formats import opened_counts
+from training.data.h5ad import CountFile, damage_named, open_h5ad
+
+if TYPE_CHECKING:
+    import torch
+
+    from tokenization import DCMTokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MeasuredCells:
+    """N cells over the genes of a checkpoint.
+
+    Attributes:
+        obs: annotations of the cells.
+        counts: (N, G) CSR as they stand in the file, not clipped; nothing is stored at genes that it lacks.
+        measured: (G,) which genes the file has.
+        conditions: names of the conditions that ``obs`` gave.
+        condition_ids: their ids, one row for each cell; -1 is *not given*.
+        tokenizer: of the checkpoint.
+    """
+
+    obs: pd.DataFrame
+    counts: sparse.csr_matrix
+    measured: np.ndarray
+    conditions: list[str]
+    condition_ids: dict[str, torch.Tensor]
+    tokenizer: DCMTokenizer
+
+    def __len__(self) -> int:
+        return self.counts.shape[0]
+
+    def count_ids(self, counts: np.ndarray) -> np.ndarray:
+        """Ids of counts of any shape; those above the largest have its id, which was said when the file was read."""
+        return self.tokenizer.count_ids(np.minimum(counts, self.tokenizer.max_count))
+
+    def input_ids(self, rows: slice) -> torch.Tensor:
+        """Ids (B, G) of some cells, PAD where not measured."""
+        ids = self.count_ids(self.counts[rows].toarray())
+        ids[:, ~self.measured] = self.tokenizer.pad_token_id
+        return as_tensor(ids)
+
+    def conditions_of(self, rows: slice) -> dict[str, torch.Tensor]:
+        """Condition ids of some cells."""
+        return {name: ids[rows] for name, ids in self.condition_ids.items()}
+
+    def library_size(self, rows: slice) -> torch.Tensor:
+        """Totals (B,) over the panel, not clipped; meaningful where every gene was measured."""
+        return as_tensor(library_size(self.counts[rows]).astype(np.float32))
+
+
+def read_measured_cells(path: Path, tokenizer: DCMTokenizer, layer: str | None = None) -> MeasuredCells:
+    """Read the cells of a file; what does not fit the checkpoint but can be left out is logged with its number.
+
+    Args:
+        path: a file that :func:`training.data.formats.open_counts` opens.
+        tokenizer: of the checkpoint: genes are matched by name, labels of conditions stand in ``obs`` under the names
+            of the conditions.
+        layer: where the counts are; None is ``X``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no file of counts, no cells, no such layer, values that are not counts, none of the panel's genes or
+            one of them twice, an unknown label (near matches are listed).
+    """
+    with opened_counts(path, layer) as file:
+        columns = panel_columns(file, tokenizer.genes)
+        _report_genes(file, columns, tokenizer.genes)
+        names, ids = _observed_conditions(path.name, file.obs, tokenizer)
+        with ProgressReport(len(file.obs), task=f"reading {path.name}", unit="cells") as report:
+            counts = sparse.vstack(list(file.counts.panel_blocks(columns, report.update)), format="csr")
+    over = counts.data > tokenizer.max_count
+    if over.any():
+        logger.warning(
+            "%s: %d counts are above the model's largest, %d (up to %d): it sees %d there",
+            path.name,
+            over.sum(),
+            tokenizer.max_count,
+            counts.data.max(),
+            tokenizer.max_count,
+        )
+    return MeasuredCells(file.obs, counts.astype(np.int32), columns >= 0, names, ids, tokenizer)
+
+
+def library_sizes_of(path: Path, genes: list[str], layer: str | None = None) -> torch.Tensor:
+    """Total counts (N,) float32 of the cells of a file over ``genes``, all of which it must have.
+
+    Args:
+        path: a file that :func:`training.data.formats.open_counts` opens.
+        genes: the panel, matched by name.
+        layer: where the counts are; None is ``X``.
+
+    Raises:
+        ValueError: no such layer, values that are not counts, missing or repeated genes.
+    """
+    with opened_counts(path, layer) as file:
+        columns = panel_columns(file, genes)
+        absent = [gene for gene, column in zip(genes, columns) if column < 0]
+        if absent:
+            raise ValueError(
+                f"{str(path)!r} lacks {len(absent):,} of the panel's {len(genes):,} genes ({shortened(absent)}): "
+                "library sizes need all of them; leave out --like-library-size to draw them from the training cells"
+            )
+        with ProgressReport(len(file.obs), task="summing library sizes", unit="cells") as report:
+            sizes = [library_size(counts) for counts in file.counts.panel_blocks(columns, report.update)]
+    return as_tensor(np.concatenate(sizes).astype(np.float32))
+
+
+def conditions_like(
+    path: Path,
+    labels: ConditionLabels,
+    *,
+    cell_type: str | None = None,
+    perturbation: str | None = None,
+    covariates: dict[str, str] | None = None,
+) -> dict[str, torch.Tensor | int]:
+    """Conditions of one cell to be drawn for each cell of an h5ad file, as ids; counts are not looked at.
+
+    Args:
+        path: the file.
+        labels: every condition that they know is read from ``obs``, under its canonical name.
+        cell_type: of all cells, whatever the file says; likewise the other conditions (a covariate by its name).
+
+    Returns:
+        As :meth:`DCMTokenizer.conditions`.
+
+    Raises:
+        ValueError: a missing column, cells without label, or unknown labels.
+    """
+    with open_h5ad(path) as file, damage_named(path):
+        obs = read_elem(file["obs"])
+    given = {CELL_TYPE: cell_type, PERTURBATION: perturbation, **(covariates or {})}
+    given = {name: label for name, label in given.items() if label is not None}
+    needed = [name for name in labels.known_conditions() if name not in given]
+    missing = [name for name in needed if name not in obs]
+    if missing:
+        raise ValueError(f"{str(path)!r} has no obs column {missing}; its columns: {', '.join(obs.columns) or 'none'}")
+    for name in needed:
+        unlabelled = int(obs[name].isna().sum())
+        if unlabelled:
+            raise ValueError(
+                f"{str(path)!r}: {unlabelled:,} cells have no label in obs[{name!r}]; label or remove them"
+            )
+    columns = {name: obs[name] for name in needed} | {name: [label] * len(obs) for name, label in given.items()}
+    return {"num_cells": len(obs), **labels.condition_ids(columns)}
+
+
+def chunk_seed(seed: int, *key: int) -> int:
+    """A seed for one piece of a run, from the run's seed and the piece's numbers."""
+    return int(np.random.SeedSequence([seed, *key]).generate_state(1)[0])
+
+
+def panel_columns(file: CountFile, genes: Sequence[str]) -> np.ndarray:
+    """Column (G,) of each gene of the panel among the genes of a file, -1 where it is missing.
+
+    Genes are matched by name, Ensembl ids whatever their version.
+
+    Raises:
+        ValueError: a gene of the panel stands there more than once, or none does.
+    """
+    name, found = file.path.name, file.var.index
+    repeated = found[found.isin(genes) & found.duplicated()].unique()
+    if len(repeated):
+        raise ValueError(f"{name!r} has {len(repeated):,} genes twice ({shortened(repeated)}); sum or drop duplicates")
+    columns, doubtful = find_genes(genes, list(found))
+    if doubtful:
+        raise ValueError(
+            f"{name!r}: {len(doubtful):,} Ensembl ids stand in several versions "
+            f"({shortened(next(iter(doubtful.values())))}); sum them or keep one of each"
+        )
+    if (columns < 0).all():
+        raise ValueError(
+            f"none of the {len(found):,} genes of {name!r} ({shortened(found)}) is known to the model, whose genes are "
+            f"{shortened(genes)}; expected the same kind of names in var_names"
+        )
+    return columns
+
+
+def _report_genes(file: CountFile, columns: np.ndarray, genes: Sequence[str]) -> None:
+    """Say which genes the file lacks, and how many of its own the model does not know."""
+    name = file.path.name
+    missing = [gene for gene, column in zip(genes, columns) if column < 0]
+    if missing:
+        logger.warning("%s lacks %d of the model's %d genes (%s)", name, len(missing), len(genes), shortened(missing))
+    unknown = len(file.var) - len(genes) + len(missing)
+    if unknown:
+        logger.warning("%s: %d genes are unknown to the model and left out", name, unknown)
+
+
+def _observed_conditions(
+    name: str, obs: pd.DataFrame, tokenizer: DCMTokenizer
+) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """Names and ids of the conditions that stand in ``obs``; those that do not are *not given*, which is logged."""
+    known = tokenizer.known_conditions()
+    for condition in known:
+        if condition not in obs:
+            logger.warning("%s has no obs column %r: the model is not told the %s", name, condition, condition)
+        elif obs[condition].isna().any():
+            unlabelled = int(obs[condition].isna().sum())
+            logger.warning("%s: %d cells have no label in obs[%r]: not given", name, unlabelled, condition)
+    given = {condition: obs[condition] for condition in known if condition in obs}
+    try:
+        return list(given), tokenizer.condition_ids(given)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from error
