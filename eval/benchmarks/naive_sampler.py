@@ -1,8 +1,7 @@
 """The loop over time as the released code runs it, under the right reveal rule and under its own: two yardsticks.
 
-At each of 100 equal steps the whole cell goes through the network, logits of every count are computed at every gene,
-revealed or not, and one joint draw decides for each masked gene between the counts and staying masked. Slow on purpose;
-nothing but benchmarks uses it. Letters: B cells, G genes, K largest count.
+At each of 100 equal steps logits of every count are computed at every gene, revealed or not, and one joint draw decides
+for each masked gene between the counts and staying masked. Slow on purpose. Letters: B cells, G genes, K largest count.
 """
 
 from collections.abc import Callable
@@ -21,11 +20,10 @@ RevealRule = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
 def reverse_rule(t: torch.Tensor, s: torch.Tensor, eps: float) -> torch.Tensor:
-    """``(m_t - m_s) / m_t``: what the reverse process gives between t and s. The law is right, the cost is naive.
+    """``(m_t - m_s) / m_t``: what the reverse process gives between t and s. Right, but at a naive cost.
 
-    It is the Euler step of Eq. 3 too: the rate from MASK to a count v is ``sigma(t) s_v`` with the concrete scores
-    ``s_v = alpha / (1 - alpha) p_v`` (Eq. 5), which sums to ``sigma(t) alpha / (1 - alpha) = 1 / t`` over the counts,
-    and ``(t - s) / t`` is the same number.
+    It is the Euler step of Eq. 3 too: rates ``sigma(t) s_v`` from MASK to counts v, with the concrete scores of Eq. 5,
+    sum to ``sigma(t) alpha / (1 - alpha) = 1 / t``, and ``(t - s) / t`` is the same number.
     """
     return reveal_probability(t, s, eps)
 
@@ -33,9 +31,8 @@ def reverse_rule(t: torch.Tensor, s: torch.Tensor, eps: float) -> torch.Tensor:
 def forward_rule(t: torch.Tensor, s: torch.Tensor, eps: float) -> torch.Tensor:
     """``min(1, sigma(t) (t - s))``: the released code's step, where Eq. 3 has lost the ratio ``alpha / (1 - alpha)``.
 
-    With probabilities in the place of concrete scores, a gene is revealed at the rate at which the *forward* process
-    masks it. That rate is ``sigma(1) = (1 - eps) / eps``, about 999, where sampling begins: with fewer than 999 steps
-    the first one reveals every gene, each drawn given the conditions alone and independently of all other genes.
+    A gene is revealed at the rate at which the *forward* process masks it: ``sigma(1) = (1 - eps) / eps``, about 999,
+    where sampling begins. With fewer than 999 steps the first one reveals every gene, independently of all others.
     """
     return (sigma(t, eps) * (t - s)).clamp(max=1.0)
 
@@ -50,18 +47,10 @@ def naive_loop(
     generator: torch.Generator,
     steps: int = STEPS,
 ) -> torch.Tensor:
-    """Draw cells by the plain loop over time.
+    """Draw count ids (B, G) by the plain loop over time: ``steps`` equal ones from t = 1 to 0.
 
-    Args:
-        model: the denoiser, in evaluation mode.
-        conditions: arguments of its forward for these cells (B, ..), on its device.
-        num_cells: B.
-        rule: probability that a gene masked at time t is revealed at time s.
-        generator: source of every draw, on the model's device.
-        steps: equal steps from t = 1 to 0. The loop ends early once nothing is masked: what is revealed never changes.
-
-    Returns:
-        Count ids (B, G).
+    ``rule`` is the probability that a gene masked at time t is revealed at time s; ``conditions`` (B, ..) are arguments
+    of the forward. The loop ends early once nothing is masked: what is revealed never changes.
     """
     config = model.config
     mask = config.mask_token_id
@@ -89,10 +78,7 @@ def naive_cells(
     seed: int = 0,
     steps: int = STEPS,
 ) -> torch.Tensor:
-    """Cells (N, G) by :func:`naive_loop`, a few at a time; the released code takes one at a time.
-
-    ``conditions`` (N, ..) are those of ``generate``; library sizes are drawn from the training cells' as it does.
-    """
+    """Cells (N, G) by :func:`naive_loop`, a few at a time, for the ``conditions`` (N, ..) of ``generate``."""
     cells = []
     with dropout_off(model):
         for chunk, rows in row_chunks(num_cells, CELLS_AT_ONCE):

@@ -1,177 +1,120 @@
-"""Draw the same cells under several schedules, and measure speed, memory, predicted and real distance to real cells.
+"""Draw the same cells under several schedules: speed, memory, predicted and real distance to real cells.
 
-Returns rows of numbers; knows nothing of files and of how the numbers are shown. Letters: N cells, G genes.
+In come a checkpoint and real cells, out go rows of numbers, their table and their figure. Letters: N cells, G genes.
 """
 
 import inspect
-import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
+from eval.benchmarks.costs import Cost
 from eval.benchmarks.naive_sampler import STEPS as NAIVE_STEPS
 from eval.benchmarks.naive_sampler import forward_rule, naive_cells, reverse_rule
-from eval.benchmarks.resources import PeakMemory, Timer, count_flops
-from eval.comparison.baselines import FLOOR_DRAWS, floor_draws
+from eval.comparison.baselines import floor_draws
 from eval.comparison.cells import CellCounts
 from eval.comparison.protocols import PROTOCOLS, Reference, evaluate_pair, prepare_reference
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.schedule_dcm import as_curve, predicted_kl, reveal_schedule
 from tokenization import DCMTokenizer
 
-logger = logging.getLogger(__name__)
-
 METRICS = ("mmd2", "correlation_slope", "correlation_pearson", "w2", "library_size_cv_ratio")
 PROTOCOL = replace(PROTOCOLS["log"], pooled_metrics=METRICS, condition_metrics=())
 DEFAULT_SCHEDULE = inspect.signature(DCMForDenoising.generate).parameters["schedule"].default
-
 AUTO = f"auto, {DEFAULT_SCHEDULE}"
-LINEAR_100 = "linear 100"
-NAIVE = "naive loop"
-RELEASED = "released reveal rule"
-FLOOR = "floor"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way to sample: the arguments ``steps`` and ``schedule`` of ``generate``."""
-
-    name: str
-    steps: int | str
-    schedule: str
-
-    @property
-    def needs_curve(self) -> bool:
-        return self.steps == "auto" or self.schedule == "optimal"
-
-
-SETTINGS = (
-    Setting("one step", 1, "linear"),
-    Setting("linear 20", 20, "linear"),
-    Setting(LINEAR_100, 100, "linear"),
-    Setting("cosine 20", 20, "cosine"),
-    Setting("cubic 8", 8, "cubic"),
-    Setting("cubic 20", 20, "cubic"),
-    Setting("optimal 8", 8, "optimal"),
-    Setting("optimal 20", 20, "optimal"),
-    *(Setting(f"auto, {name}", "auto", name) for name in dict.fromkeys(("optimal", DEFAULT_SCHEDULE))),
-)
+LINEAR_100, NAIVE, RELEASED, FLOOR = "linear 100", "naive loop", "released reveal rule", "floor"
+SETTINGS: dict[str, tuple[int | str, str]] = {  # name: steps and schedule of `generate`
+    "one step": (1, "linear"),
+    "linear 20": (20, "linear"),
+    LINEAR_100: (100, "linear"),
+    "cosine 20": (20, "cosine"),
+    "cubic 8": (8, "cubic"),
+    "cubic 20": (20, "cubic"),
+    "optimal 8": (8, "optimal"),
+    "optimal 20": (20, "optimal"),
+    "auto, optimal": ("auto", "optimal"),
+    AUTO: ("auto", DEFAULT_SCHEDULE),
+}
+COLOURS = {"linear": "#1f5fa8", "cosine": "#8a5fb5", "cubic": "#e8762d", "optimal": "#2a8f4f", None: "#c62f2f"}
+PANELS = {"mmd2": "MMD² to real cells, log1p counts: lower is better", "correlation_slope": "slope: 1 is right"}
 
 
 @dataclass
 class Row:
-    """What was measured of one setting; None where that cannot be said.
-
-    Attributes:
-        network_calls: for each chunk of cells.
-        cells_per_second: of the draw alone, median over seeds (of the naive loop: over cells).
-        cpu_share: seconds of the processor over those of the clock while that was timed. Far below 1 on a CPU, other
-            work had the processor and the speed says little.
-        predicted_kl: nats per cell lost against one gene at a time.
-        utilisation: floating-point operations per second over the device's peak.
-        scores: metric of :data:`METRICS` -> one value for each seed, or draw of the floor.
-    """
+    """What was measured of one setting; None where that cannot be said."""
 
     name: str
     schedule: str | None = None
-    network_calls: int | None = None
-    cells_per_second: float | None = None
-    cpu_share: float | None = None
+    network_calls: int | None = None  # for each chunk of cells
+    cells_per_second: float | None = None  # of the draw alone, median over seeds (of the naive loop: over cells)
     peak_mib: float | None = None
-    predicted_kl: float | None = None
-    utilisation: float | None = None
-    scores: dict[str, list[float]] = field(default_factory=dict)
+    predicted_kl: float | None = None  # nats per cell lost against one gene at a time
+    scores: dict[str, list[float]] = field(default_factory=dict)  # one value for each seed, or draw of the floor
 
     def mean(self, metric: str) -> float:
         """Mean of a metric over the seeds; nan if it was not measured."""
-        values = self.scores.get(metric, ())
-        return float(np.mean(values)) if len(values) else float("nan")
+        return float(np.mean(self.scores[metric])) if self.scores.get(metric) else math.nan
 
     def std(self, metric: str) -> float:
         """Standard deviation over the seeds; nan for fewer than two."""
         values = self.scores.get(metric, ())
-        return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+        return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
     def as_json(self) -> dict[str, object]:
-        """All numbers, with mean and standard deviation of each metric."""
-        means = {m: {"mean": _finite(self.mean(m)), "std": _finite(self.std(m))} for m in self.scores}
-        return {**asdict(self), "scores": {m: means[m] | {"values": list(map(_finite, self.scores[m]))} for m in means}}
+        """All numbers; None for what is not finite."""
+        finite = {m: [v if math.isfinite(v) else None for v in values] for m, values in self.scores.items()}
+        return {**asdict(self), "scores": finite}
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """What is drawn, and what it is held against.
+    """What is drawn, and what it is held against."""
 
-    Attributes:
-        model: in evaluation mode, on its device.
-        tokenizer: turns ids into counts.
-        conditions: ids (N, ..) of the real cells' conditions, none for an unconditional draw.
-        real: the N real cells; their labels are those of ``conditions``.
-        seeds: how often each setting draws.
-        batch_size: cells of a chunk.
-    """
-
-    model: DCMForDenoising
+    model: DCMForDenoising  # in evaluation mode, on its device
     tokenizer: DCMTokenizer
-    conditions: dict[str, torch.Tensor]
-    real: CellCounts
-    seeds: int
-    batch_size: int
+    conditions: dict[str, torch.Tensor]  # (N, ..) of the real cells, none for an unconditional draw
+    real: CellCounts  # N cells
+    seeds: int  # how often each setting draws
+    batch_size: int  # cells of a chunk
 
-    def generate(self, setting: Setting, *, seed: int, num_cells: int | None = None) -> torch.Tensor:
-        """Ids (N, G) of a draw, or of its first ``num_cells`` cells."""
-        n = len(self.real) if num_cells is None else min(num_cells, len(self.real))
-        given = {name: ids[:n] for name, ids in self.conditions.items()}
+    def generate(self, setting: str, *, seed: int, num_cells: int) -> torch.Tensor:
+        """Ids (n, G) of a draw for the first ``num_cells`` real cells."""
+        given = {name: ids[:num_cells] for name, ids in self.conditions.items()}
+        how = dict(zip(("steps", "schedule"), SETTINGS[setting]))
         return self.model.generate(
-            n, **given, steps=setting.steps, schedule=setting.schedule, seed=seed, batch_size=self.batch_size
+            min(num_cells, len(self.real)), **given, **how, seed=seed, batch_size=self.batch_size
         )
 
     def scores(self, ids: torch.Tensor, reference: Reference, seed: int) -> dict[str, float]:
         """The metrics of drawn cells."""
-        counts = self.tokenizer.decode(ids, seed=seed).X
-        return _scores(CellCounts(counts, self.real.labels), reference)
+        return _scores(CellCounts(self.tokenizer.decode(ids, seed=seed).X, self.real.labels), reference)
 
 
-def benchmark_sampling(
-    sampled: Sampled, *, train: CellCounts | None = None, num_naive: int = 8, peak_flops: float | None = None
-) -> list[Row]:
-    """Rows of every setting that the model can do, of the two yardsticks, and of the floor.
-
-    Args:
-        sampled: what is drawn.
-        train: real training cells, for the floor.
-        num_naive: cells of the naive loop, which is timed only.
-        peak_flops: of the device, per second; None leaves the utilisation out.
-    """
-    curve = as_curve(sampled.model.config.entropy_curve)
+def benchmark_sampling(sampled: Sampled, *, train: CellCounts | None = None, num_naive: int = 8) -> list[Row]:
+    """Rows of every setting that the model can do, of the naive loop (timed on ``num_naive`` cells), of the released
+    reveal rule (scored), and of the floor if there are training cells."""
+    has_curve = sampled.model.config.entropy_curve is not None
     reference = prepare_reference(sampled.real, PROTOCOL)
-    settings = [setting for setting in SETTINGS if curve is not None or not setting.needs_curve]
-    draws = (len(settings) + 1) * sampled.seeds + 1 + (FLOOR_DRAWS if train is not None else 0)
+    settings = [name for name, how in SETTINGS.items() if has_curve or not {"auto", "optimal"} & set(how)]
+    jobs: dict[str, Callable[[], Row]] = {
+        name: lambda name=name: _measured(sampled, name, reference) for name in settings
+    }
+    jobs |= {RELEASED: lambda: _released(sampled, reference), NAIVE: lambda: _naive(sampled, num_naive)}
+    if train is not None:
+        draws = floor_draws(train, sampled.real)
+        jobs[FLOOR] = lambda: Row(FLOOR, scores=_by_metric(_scores(drawn, reference) for drawn in draws))
     rows = []
-    with logging_redirect_tqdm(), tqdm(total=draws, unit="draw", desc="benchmark", disable=None) as bar:
-        for setting in settings:
-            bar.set_postfix_str(setting.name)
-            rows.append(_measured(sampled, setting, reference, peak_flops, bar.update))
-            _log(rows[-1])
-        bar.set_postfix_str("yardsticks")
-        rows.append(_released(sampled, reference, bar.update))
-        _log(rows[-1])
-        rows.append(_naive(sampled, num_naive))
-        bar.update()
-        _log(rows[-1])
-        if train is not None:
-            bar.set_postfix_str(FLOOR)
-            scores = []
-            for drawn in floor_draws(train, sampled.real):
-                scores.append(_scores(drawn, reference))
-                bar.update()
-            rows.append(Row(FLOOR, scores=_by_metric(scores)))
-            _log(rows[-1])
+    with tqdm(jobs, desc="sampling benchmark", unit="setting", delay=1, disable=None) as bar:
+        for name in bar:
+            bar.set_postfix_str(name)
+            rows.append(jobs[name]())
     return rows
 
 
@@ -182,80 +125,53 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
     """
     by_name = {row.name: row for row in rows}
     auto, linear, naive = (by_name.get(name, Row(name)) for name in (AUTO, LINEAR_100, NAIVE))
-    known = None not in (auto.cells_per_second, naive.cells_per_second)
     variances = [row.std("mmd2") ** 2 / max(1, len(row.scores.get("mmd2", ()))) for row in (auto, linear)]
     return {
-        "speedup_vs_naive": auto.cells_per_second / naive.cells_per_second if known else float("nan"),
+        "speedup_vs_naive": (auto.cells_per_second or math.nan) / (naive.cells_per_second or math.nan),
         "mmd2_minus_linear100": auto.mean("mmd2") - linear.mean("mmd2"),
         "se": math.sqrt(sum(variances)),
     }
 
 
-def _measured(
-    sampled: Sampled, setting: Setting, reference: Reference, peak_flops: float | None, done: Callable[[], object]
-) -> Row:
+def _measured(sampled: Sampled, setting: str, reference: Reference) -> Row:
     """Draw with one setting under every seed."""
-    model, n = sampled.model, len(sampled.real)
+    model, n, (steps, schedule) = sampled.model, len(sampled.real), SETTINGS[setting]
     curve = as_curve(model.config.entropy_curve)
-    revealed = reveal_schedule(model.config.num_genes, setting.steps, setting.schedule, curve)
-    row = Row(setting.name, setting.schedule, len(revealed) - 1)
-    row.predicted_kl = None if curve is None else predicted_kl(revealed, curve)
+    revealed = reveal_schedule(model.config.num_genes, steps, schedule, curve)
     sampled.generate(setting, seed=0, num_cells=8)  # first uses of a shape cost more
-    timer, scores, peaks = Timer(), [], []
+    cost, scores = Cost(model.device), []
     for seed in range(sampled.seeds):
-        with PeakMemory(model.device) as memory, timer:
-            ids = sampled.generate(setting, seed=seed)
-        peaks.append(memory.mib)
+        with cost:
+            ids = sampled.generate(setting, seed=seed, num_cells=n)
         scores.append(sampled.scores(ids, reference, seed))
-        done()
-    row.cells_per_second, row.cpu_share = n / timer.median, _share(timer, model)
-    row.peak_mib = None if None in peaks else max(peaks)
-    row.scores = _by_metric(scores)
-    if peak_flops is not None:
-        chunk = min(sampled.batch_size, n)
-        flops = count_flops(lambda: sampled.generate(setting, seed=0, num_cells=chunk))
-        row.utilisation = flops / chunk * row.cells_per_second / peak_flops
+    row = Row(setting, schedule, len(revealed) - 1, n / cost.median, cost.most_mib, scores=_by_metric(scores))
+    row.predicted_kl = None if curve is None else predicted_kl(revealed, curve)
     return row
 
 
-def _released(sampled: Sampled, reference: Reference, done: Callable[[], object]) -> Row:
-    """Cells as the released code's reveal rule draws them. Its speed is not measured: that of the loop is, in another
-    row, and the calls after everything is revealed are left out here."""
-    scores = []
-    for seed in range(sampled.seeds):
-        ids = naive_cells(sampled.model, sampled.conditions, len(sampled.real), rule=forward_rule, seed=seed)
-        scores.append(sampled.scores(ids, reference, seed))
-        done()
-    curve = as_curve(sampled.model.config.entropy_curve)
-    kl = None if curve is None else predicted_kl([0, sampled.model.config.num_genes], curve)
+def _released(sampled: Sampled, reference: Reference) -> Row:
+    """Cells as the released code's reveal rule draws them: scored, not timed."""
+    model, n = sampled.model, len(sampled.real)
+    draws = (naive_cells(model, sampled.conditions, n, rule=forward_rule, seed=seed) for seed in range(sampled.seeds))
+    scores = [sampled.scores(ids, reference, seed) for seed, ids in enumerate(draws)]
+    curve = as_curve(model.config.entropy_curve)
+    kl = None if curve is None else predicted_kl([0, model.config.num_genes], curve)
     return Row(RELEASED, None, NAIVE_STEPS, predicted_kl=kl, scores=_by_metric(scores))
 
 
 def _naive(sampled: Sampled, num_cells: int) -> Row:
-    """The plain loop, one cell at a time: timed, not scored.
-
-    On a CPU with as many threads as the others and with one, whichever is faster: the work of one cell is too little
-    to share, and waiting for each other must not make the yardstick slow.
-    """
-    model = sampled.model
-    threads = torch.get_num_threads()
-    timers = {number: Timer() for number in {1, threads}}
-    given = {name: ids[:1] for name, ids in sampled.conditions.items()}
-    naive_cells(model, given, 1, rule=reverse_rule, steps=2)
-    with PeakMemory(model.device) as memory:
-        for cell in range(min(num_cells, len(sampled.real))):
-            given = {name: ids[cell : cell + 1] for name, ids in sampled.conditions.items()}
-            for number, timer in timers.items():
-                torch.set_num_threads(number)
-                with timer:
-                    naive_cells(model, given, 1, rule=reverse_rule, seed=cell)
+    """The plain loop, one cell at a time: timed with all threads and with one, whichever is faster, and not scored."""
+    model, threads = sampled.model, torch.get_num_threads()
+    costs = {number: Cost(model.device) for number in {1, threads}}
+    for cell in range(min(num_cells, len(sampled.real))):
+        given = {name: ids[cell : cell + 1] for name, ids in sampled.conditions.items()}
+        for number, cost in costs.items():
+            torch.set_num_threads(number)
+            with cost:
+                naive_cells(model, given, 1, rule=reverse_rule, seed=cell)
     torch.set_num_threads(threads)
-    best = min(timers.values(), key=lambda timer: timer.median)
-    return Row(NAIVE, None, NAIVE_STEPS, 1 / best.median, _share(best, model), memory.mib)
-
-
-def _share(timer: Timer, model: DCMForDenoising) -> float | None:
-    return timer.cpu_share if model.device.type == "cpu" else None
+    best = min(costs.values(), key=lambda cost: cost.median)
+    return Row(NAIVE, None, NAIVE_STEPS, 1 / best.median, best.most_mib)
 
 
 def _scores(drawn: CellCounts, reference: Reference) -> dict[str, float]:
@@ -267,13 +183,80 @@ def _by_metric(scores: Iterable[dict[str, float]]) -> dict[str, list[float]]:
     return {metric: [score[metric] for score in scores] for metric in METRICS}
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Lines of the table, the header first; columns that no row fills are left out."""
+    naive = next((row.cells_per_second for row in rows if row.name == NAIVE), None)
+
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    def score(row: Row, metric: str, digits: int) -> str:
+        mean, std = row.mean(metric), row.std(metric)
+        spread = "" if math.isnan(std) else f" ± {std:.{digits}f}"
+        return "" if math.isnan(mean) else f"{mean:.{digits}f}{spread}"
+
+    columns: dict[str, Callable[[Row], str]] = {
+        "setting": lambda row: row.name,
+        "calls": lambda row: number(row.network_calls, "d"),
+        "cells/s": lambda row: number(row.cells_per_second, ",.4g"),
+        "x naive": lambda row: number(row.cells_per_second / naive, ",.1f") if row.cells_per_second and naive else "",
+        "peak MiB": lambda row: number(row.peak_mib, ",.0f"),
+        "KL, nats/cell": lambda row: number(row.predicted_kl, ".3f"),
+        "MMD²": lambda row: score(row, "mmd2", 5),
+        "slope": lambda row: score(row, "correlation_slope", 3),
+        "Pearson": lambda row: score(row, "correlation_pearson", 3),
+        "W2": lambda row: score(row, "w2", 2),
+        "library-size CV": lambda row: score(row, "library_size_cv_ratio", 3),
+    }
+    filled = {name: cells for name, text in columns.items() if any(cells := [text(row) for row in rows])}
+    return [tuple(filled), *zip(*filled.values())]
 
 
-def _log(row: Row) -> None:
-    """One line for who follows a log; a terminal has the bar."""
-    parts = [f"{row.network_calls} calls" if row.network_calls else None]
-    parts += [f"{row.cells_per_second:.3g} cells/s" if row.cells_per_second else None]
-    parts += [f"MMD2 {row.mean('mmd2'):.5f}, slope {row.mean('correlation_slope'):.3f}" if row.scores else None]
-    logger.info("%s: %s", row.name, ", ".join(filter(None, parts)))
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What a reader of the table must know, a sentence or two to a column or row."""
+    return [
+        "calls: of the network, for each chunk of cells. cells/s: of the draw alone, median over seeds. peak MiB: "
+        "growth of the GPU's memory in use while drawing.",
+        "KL: what the schedule loses against one gene at a time, by the entropy curve."
+        if any(row.predicted_kl is not None for row in rows)
+        else "This checkpoint has no entropy curve: no KL, no optimal schedule, no auto; see 'dcm-benchmark entropy'.",
+        "MMD², slope and correlation of gene-gene correlations, W2, ratio of the library size's coefficients of "
+        "variation (1 is right): protocol log, all cells pooled, mean ± standard deviation over seeds.",
+        f"{NAIVE}: one cell at a time, 100 linear steps, logits of every gene and count at each; timed, not scored.",
+        f"{RELEASED}: the released code reveals genes at the forward rate: all of them in the first of its 100 calls, "
+        "each drawn independently of the others.",
+        f"{FLOOR}: real training cells in the place of drawn ones; no sampler can be expected below it.",
+    ]
+
+
+def figure(rows: Sequence[Row], *, title: str) -> Figure:
+    """MMD^2 and correlation slope against network calls: a point to a setting, the floor as a band."""
+    canvas = Figure(figsize=(15, 7), dpi=100, layout="constrained")
+    FigureCanvasAgg(canvas)
+    canvas.suptitle(title, fontsize=14)
+    for axes, metric in zip(canvas.subplots(1, 2), PANELS):
+        _panel(axes, rows, metric)
+    canvas.legend(*canvas.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    return canvas
+
+
+def _panel(axes: Axes, rows: Sequence[Row], metric: str) -> None:
+    for floor in (row for row in rows if row.name == FLOOR):
+        middle, spread = floor.mean(metric), 2 * floor.std(metric)
+        label = f"floor: real training cells, mean ± 2 sd of {len(floor.scores[metric])} draws"
+        axes.axhspan(middle - spread, middle + spread, color="#9a9a9a", alpha=0.3, lw=0, label=label)
+    for row in rows:
+        if row.network_calls is None or math.isnan(row.mean(metric)):
+            continue
+        marker = "*" if row.name.startswith("auto") else "o" if row.schedule else "X"
+        how = {"fmt": marker, "ms": 17 if marker == "*" else 10, "mec": "white", "capsize": 3}
+        colour, std = COLOURS[row.schedule], np.nan_to_num(row.std(metric))
+        axes.errorbar(row.network_calls, row.mean(metric), std, **how, color=colour, label=row.name)
+    if metric == "mmd2":
+        axes.set_yscale("symlog", linthresh=1e-3)
+    calls = (1, 2, 5, 10, 20, 50, 100)
+    axes.set_xscale("log")
+    axes.set_xticks(calls, [str(number) for number in calls])
+    axes.set_xticks([], minor=True)
+    axes.set(title=PANELS[metric], xlabel="network calls for each chunk of cells")
+    axes.grid(alpha=0.25)

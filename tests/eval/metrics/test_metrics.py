@@ -12,7 +12,6 @@ from scipy.spatial.distance import pdist
 from sklearn.metrics import r2_score
 from sklearn.neighbors import NearestNeighbors
 
-from eval.benchmarks import metrics as metrics_benchmark
 from eval.metrics import blocks, distances, gene_agreement
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -309,16 +308,3 @@ def test_bad_input_is_refused_with_its_numbers(counts):
         distances.mmd2(x, y, bandwidths=[0])
     with pytest.raises(ValueError, match=r"x has shape \(6,\)"):
         distances.w2(x[0], y)
-
-
-def test_the_benchmark_ends_with_its_numbers_and_the_square_roots_agree(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(metrics_benchmark, "_measured", metrics_benchmark._measure)  # in this process
-    result = metrics_benchmark.main(num_cells=40, num_genes=60, yardstick_genes=12, out=tmp_path / "distances.md")
-    shown = capsys.readouterr().out
-    assert shown == (tmp_path / "distances.md").read_text()
-    assert shown.splitlines()[-1] == " ".join(f"{name}={value:.2f}" for name, value in result.items())
-    assert list(result) == ["mmd2_and_w2_gaussian_s", "peak_gib", "sqrtm_speedup"]
-    ours, roots = (line.split("|")[4] for line in shown.splitlines()[4:6])
-    assert float(ours) == pytest.approx(float(roots), rel=1e-5)
-    with pytest.raises(ValueError, match="--num-cells 1: expected at least 2"):
-        metrics_benchmark.main(num_cells=1)
