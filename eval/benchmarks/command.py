@@ -259,9 +259,9 @@ def _condition_columns(tokenizer: "DCMTokenizer") -> list[str]:
 def _real_cells(path: Path, tokenizer: "DCMTokenizer", columns: list[str]) -> "CellCounts":
     """Real cells over the checkpoint's panel, with the labels of its conditions."""
     from eval.comparison.cells import from_anndata
-    from training.data.h5ad import read_h5ad
+    from training.data.formats import read_counts
 
-    adata = read_h5ad(path)
+    adata = read_counts(path)
     missing = [column for column in columns if column not in adata.obs]
     if missing:
         raise ValueError(

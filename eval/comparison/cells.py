@@ -15,9 +15,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from tokenization.counts_dcm import CountCheck
 from tokenization.labels_dcm import shortened
-from training.data.h5ad import read_h5ad
+from training.data.formats import read_counts
 
 if TYPE_CHECKING:
     import anndata
@@ -161,9 +160,9 @@ def read_comparison(
         FileNotFoundError: a file that is not there.
         ValueError: a file that is not counts of the same genes with the same condition columns.
     """
-    real_file = read_h5ad(real)
-    files = [read_h5ad(path) for path in generated]
-    train_file = read_h5ad(train)
+    real_file = read_counts(real)
+    files = [read_counts(path, layer) for path in generated]
+    train_file = read_counts(train)
     others = {str(path): file.var_names for path, file in zip((*generated, train), (*files, train_file))}
     kept, left_out = _common_genes(real_file.var_names, others, genes, real=str(real))
     control = str(real_file.uns["dcm_control"]) if control is None and "dcm_control" in real_file.uns else control
@@ -175,7 +174,7 @@ def read_comparison(
         logger.warning("no test cell is labelled %r (control); perturbations there: %s, ...", control, known)
     by_model: dict[str, list[CellCounts]] = {}
     for path, file, name in zip(generated, files, names):
-        cells = from_anndata(file, name=str(path), layer=layer, **options)
+        cells = from_anndata(file, name=str(path), **options)
         if not set(cells.rows_by_condition) & set(real_cells.rows_by_condition):
             raise ValueError(
                 f"{str(path)!r} has none of the conditions of {str(real)!r} (columns {', '.join(conditions)}); it has "
@@ -196,18 +195,15 @@ def from_anndata(
     name: str,
     conditions: Sequence[str],
     genes: Sequence[str],
-    layer: str | None = None,
     control: str | None = None,
 ) -> CellCounts:
-    """Take the counts (in ``X`` or a layer) and the condition columns of ``obs``; genes are matched by name.
+    """Take the counts that :func:`read_counts` read and the condition columns of ``obs``; genes are matched by name.
 
     Genes that are not among ``genes`` are dropped, which is logged. ``name`` is what messages call the file.
 
     Raises:
-        ValueError: values that are not counts, duplicate or missing genes, a missing column or label, no cells.
+        ValueError: duplicate or missing genes, a missing column or label.
     """
-    if adata.n_obs == 0:
-        raise ValueError(f"{name!r} has no cells; expected one or more")
     absent = [column for column in conditions if column not in adata.obs]
     if absent:
         raise ValueError(
@@ -229,19 +225,7 @@ def from_anndata(
         )
     if adata.n_vars > len(genes):
         logger.info("%s: %d genes that are not compared are left out", name, adata.n_vars - len(genes))
-    return CellCounts(_integer_counts(adata, name, layer)[:, positions].tocsr(), labels.astype(str), control)
-
-
-def _integer_counts(adata: "anndata.AnnData", name: str, layer: str | None) -> sparse.csr_matrix:
-    """``X`` or a layer as CSR, every value a finite, non-negative integer."""
-    if layer is not None and layer not in adata.layers:
-        raise ValueError(f"{name!r} has no layer {layer!r}; it has {', '.join(adata.layers) or 'none'}")
-    counts = sparse.csr_matrix(adata.X if layer is None else adata.layers[layer])
-    check = CountCheck()
-    check.add(counts.data)
-    source = f"X of {name!r}" if layer is None else f"layer {layer!r} of {name!r}"
-    check.raise_if_bad(source, layers=list(adata.layers), layer_option="--layer {}")
-    return counts.astype(np.int32 if check.maximum <= np.iinfo(np.int32).max else np.int64)
+    return CellCounts(adata.X[:, positions].tocsr(), labels.astype(str), control)
 
 
 def _condition_columns(asked: str | None, real: "anndata.AnnData", others: Sequence["anndata.AnnData"]) -> list[str]:

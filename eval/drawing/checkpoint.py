@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenization.conditions_dcm import ConditionLabels
-from tokenization.labels_dcm import shortened
+from tokenization.conditions_dcm import CELL_TYPE, PERTURBATION, ConditionLabels
+from tokenization.labels_dcm import label_ids, shortened, split_perturbation
 
 if TYPE_CHECKING:
     from modeling_dcm import DCMForDenoising
@@ -60,6 +60,18 @@ def condition_labels(checkpoint: str) -> ConditionLabels:
         labels = ConditionLabels()
         labels._set_labels(**_read_json(checkpoint, "conditions.json"))
         return labels
+
+
+def check_labels(
+    known: ConditionLabels, cell_type: str | None, perturbation: str | None, covariates: dict[str, str] | None
+) -> None:
+    """Refuse an unknown label with near matches; one of a condition that the checkpoint lacks is refused later."""
+    label_ids([] if cell_type is None else [cell_type], known.cell_types or [cell_type], CELL_TYPE)
+    if perturbation is not None and known.perturbations:
+        names = split_perturbation(perturbation, control=known.control, separator=known.separator)
+        label_ids(names, known.perturbations, PERTURBATION)
+    for name, label in (covariates or {}).items():
+        label_ids([label], known.covariates.get(name, [label]), name)
 
 
 @contextmanager

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import anndata
 import h5py
 import numpy as np
 import pandas as pd
+import scipy.sparse
 from anndata.io import read_elem, sparse_dataset
 
 from training.data.command_line import ProgressReport
@@ -68,6 +70,23 @@ def opened_counts(path: Path, layer: str | None = None) -> Iterator[CountFile]:
         with ProgressReport(1, task=f"sorting {path.name}", unit="files") as report:
             file = open_counts(path, Path(scratch) / "sorted", layer, report=report.update)
         yield file
+
+
+def read_counts(path: Path, layer: str | None = None) -> anndata.AnnData:
+    """Read a file into memory, every value checked: int32 counts as CSR in ``X``, ``obs``, ``var`` and ``uns``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: as :func:`open_counts`, or some value is not a count.
+    """
+    with opened_counts(path, layer) as file:
+        with ProgressReport(len(file.obs), task=f"reading {path.name}", unit="cells") as report:
+            blocks = [counts.astype(np.int32) for _, counts in file.counts.blocks(report.update, check=True)]
+        uns = {}
+        if path.is_file():
+            with damage_named(path), h5py.File(path, "r") as source:
+                uns = read_elem(source["uns"]) if "uns" in source else {}
+        return anndata.AnnData(scipy.sparse.vstack(blocks, format="csr"), obs=file.obs, var=file.var, uns=uns)
 
 
 def _no_layer(path: Path, layer: str | None) -> None:
