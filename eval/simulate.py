@@ -3,7 +3,7 @@
 Counts are negative binomial. A cell's expected expression is a gene's base level, shifted by its cell type, by gene
 programmes whose activity varies from cell to cell (so genes correlate) and by its perturbations: each knocks down its
 own target gene and shifts the programmes by a fixed linear map of its vector, so that the effect of a perturbation
-never seen can be predicted from its vector. Pairs add. Knows nothing of models or shards.
+never seen can be predicted from its vector. Pairs add.
 
     dcm-simulate --out cells.h5ad
 """
@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from scipy import sparse
 
 from training.data.command_line import run
-from training.data.files import written_aside
+from training.data.files import check_writable, written_aside
 
 logger = logging.getLogger(__name__)
 
@@ -123,17 +123,10 @@ def main(
         vector_dim: length of a perturbation's vector.
         seed: the same seed gives the same cells.
     """
-    if out.is_dir():
-        raise ValueError(f"--out {str(out)!r} is a folder; expected the name of an h5ad file to write")
-    adata, vectors = simulate(
-        num_cells=num_cells,
-        num_genes=num_genes,
-        num_cell_types=num_cell_types,
-        num_perturbations=num_perturbations,
-        num_pairs=num_pairs,
-        vector_dim=vector_dim,
-        seed=seed,
-    )
+    check_writable(out)
+    sizes = {"num_cells": num_cells, "num_genes": num_genes, "num_cell_types": num_cell_types}
+    sizes |= {"num_perturbations": num_perturbations, "num_pairs": num_pairs, "vector_dim": vector_dim}
+    adata, vectors = simulate(**sizes, seed=seed)
     with written_aside(out) as aside:
         adata.write_h5ad(aside, compression="gzip")
     zeros = 100 * (1 - adata.X.nnz / (num_cells * num_genes))
@@ -149,8 +142,13 @@ def _check_sizes(
     num_cells: int, num_genes: int, num_cell_types: int, num_perturbations: int, num_pairs: int, vector_dim: int
 ) -> None:
     """Refuse sizes that no simulation can have."""
-    smallest = {"num_genes": (num_genes, 2), "num_cell_types": (num_cell_types, 1), "vector_dim": (vector_dim, 1)}
-    smallest |= {"num_perturbations": (num_perturbations, 0), "num_pairs": (num_pairs, 0)}
+    smallest = {
+        "num_genes": (num_genes, 2),
+        "num_cell_types": (num_cell_types, 1),
+        "vector_dim": (vector_dim, 1),
+        "num_perturbations": (num_perturbations, 0),
+        "num_pairs": (num_pairs, 0),
+    }
     for name, (value, least) in smallest.items():
         if value < least:
             raise ValueError(f"{name}={value}: expected {least} or more")

@@ -1,7 +1,7 @@
 """Properties of completing cells: what is kept, what is filled, and that what is filled is calibrated.
 
 The calibration tests know the truth: cells of a mixture of states, in each of which genes are independent Poisson
-counts, so that the law of hidden genes given the others is exact. Letters: N cells, G genes, K largest count, D draws,
+counts, so that the distribution of hidden genes given the others is exact. Letters: N cells, G genes, K largest count, D draws,
 S states.
 """
 
@@ -226,7 +226,7 @@ def test_weighted_ranks_and_correlations_are_those_of_repeated_values():
 
 
 @pytest.mark.parametrize("scale", [0.1, 1, 30])
-def test_intervals_cover_nine_tenths_of_truths_that_have_the_law_of_the_draws_also_where_most_are_zero(scale):
+def test_intervals_cover_nine_tenths_of_truths_distributed_as_the_draws_also_where_most_are_zero(scale):
     rng = np.random.default_rng(1)
     rate = rng.gamma(1, scale, (200, 50))
     entries = MaskedEntries(50, seed=0)
@@ -244,26 +244,28 @@ class Mixture:
         rng = np.random.default_rng(seed)
         self.weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
         rates = rng.choice([0.3, 3.0], size=(3, num_genes))
-        law = stats.poisson.pmf(np.arange(largest + 1), rates[..., None])
-        self.law = torch.from_numpy(law / law.sum(axis=-1, keepdims=True))  # (S, G, K+1)
+        distribution = stats.poisson.pmf(np.arange(largest + 1), rates[..., None])
+        self.distribution = torch.from_numpy(distribution / distribution.sum(axis=-1, keepdims=True))  # (S, G, K+1)
         self.mask = largest + 1
 
     def draw(self, num_cells: int, seed: int) -> torch.Tensor:
         """Cells (N, G)."""
         generator = torch.Generator().manual_seed(seed)
         state = self.weights.multinomial(num_cells, replacement=True, generator=generator)
-        law = self.law[state]
-        return law.flatten(0, 1).multinomial(1, generator=generator).view(num_cells, -1)
+        distribution = self.distribution[state]
+        return distribution.flatten(0, 1).multinomial(1, generator=generator).view(num_cells, -1)
 
-    def state_law(self, x_t: torch.Tensor) -> torch.Tensor:
-        """Law (N, S) of the state given the counts of ``x_t`` (N, G) that are not MASK."""
+    def state_distribution(self, x_t: torch.Tensor) -> torch.Tensor:
+        """Distribution (N, S) of the state given the counts of ``x_t`` (N, G) that are not MASK."""
         genes = torch.arange(x_t.shape[1])
-        log_p = self.law.log()[:, genes, x_t.clamp(max=self.mask - 1)].masked_fill(x_t == self.mask, 0).sum(dim=-1)
+        log_p = (
+            self.distribution.log()[:, genes, x_t.clamp(max=self.mask - 1)].masked_fill(x_t == self.mask, 0).sum(dim=-1)
+        )
         return (log_p.T + self.weights.log()).softmax(dim=-1)
 
     def posterior(self, x_t: torch.Tensor) -> torch.Tensor:
-        """Law (N, G, K+1) of each masked gene given the others."""
-        return torch.einsum("ns,sgc->ngc", self.state_law(x_t), self.law)
+        """Distribution (N, G, K+1) of each masked gene given the others."""
+        return torch.einsum("ns,sgc->ngc", self.state_distribution(x_t), self.distribution)
 
     def posterior_mean(self, x_t: torch.Tensor) -> torch.Tensor:
         return self.posterior(x_t) @ torch.arange(self.mask, dtype=torch.float64)
@@ -274,7 +276,7 @@ class Mixture:
 
 
 def randomised_rank(truth: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """Rank of ``truth`` (..) among ``drawn`` (D, ..), in (0, 1) and uniform if all have the same law."""
+    """Rank of ``truth`` (..) among ``drawn`` (D, ..), in (0, 1) and uniform if all have the same distribution."""
     u = np.random.default_rng(0).random(truth.shape)
     below, equal = (drawn < truth).sum(axis=0), (drawn == truth).sum(axis=0)
     return (below + u * (equal + 1)) / (len(drawn) + 1)

@@ -1,10 +1,12 @@
 """Properties of the sampling stage: what is written, and how it ends when something is wrong."""
 
+import inspect
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import anndata
 import numpy as np
@@ -13,9 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy import sparse
 
+from eval import sample
 from eval.drawing.checkpoint import load_checkpoint
-from eval.sample import main
+from eval.sample import Schedule, main
 from modeling_dcm import DCMForDenoising
+from modeling_dcm.generation_dcm import GUIDED
+from modeling_dcm.schedule_dcm import SCHEDULES
 from tests.tiny_training import assert_same_file, two_steps
 from tokenization import DCMTokenizer
 
@@ -110,33 +115,40 @@ def test_like_looks_at_labels_only(checkpoint, shards, tmp_path):
     real.write_h5ad(tmp_path / "louder.h5ad")
     for name, like in (("a", shards / "test.h5ad"), ("b", tmp_path / "louder.h5ad")):
         main(str(checkpoint), out=tmp_path / f"{name}.h5ad", like=like, steps=2)
-    first, second = (anndata.read_h5ad(tmp_path / f"{name}.h5ad").X.toarray() for name in "ab")
-    assert np.array_equal(first, second)
+    assert_same_file(tmp_path / "a.h5ad", tmp_path / "b.h5ad")
 
 
-def test_a_perturbation_beside_like_makes_counterfactuals_of_the_other_conditions(checkpoint, shards, tmp_path):
+def relabelled(shards: Path, folder: Path, change) -> Path:
+    """The test cells after a change to their ``obs``."""
+    real = anndata.read_h5ad(shards / "test.h5ad")
+    real.obs = change(real.obs)
+    real.write_h5ad(folder / "real.h5ad")
+    return folder / "real.h5ad"
+
+
+def test_a_label_beside_like_makes_counterfactuals_and_need_not_be_in_the_file(checkpoint, shards, tmp_path):
     name = next(name for name in DCMTokenizer.from_pretrained(checkpoint).perturbations if name != "control")
-    like = shards / "test.h5ad"
+    like = relabelled(shards, tmp_path, lambda obs: obs[["cell_type"]])
     main(str(checkpoint), out=tmp_path / "cells.h5ad", like=like, perturbation=name, steps=2)
     drawn, real = (anndata.read_h5ad(file) for file in (tmp_path / "cells.h5ad", like))
     assert set(drawn.obs["perturbation"]) == {name}
     assert drawn.obs["cell_type"].astype(str).tolist() == real.obs["cell_type"].astype(str).tolist()
 
 
-def test_a_condition_that_is_overridden_need_not_be_in_the_file(checkpoint, shards, tmp_path):
-    real = anndata.read_h5ad(shards / "test.h5ad")
-    real.obs = real.obs[["cell_type"]]
-    real.write_h5ad(tmp_path / "real.h5ad")
-    main(str(checkpoint), out=tmp_path / "cells.h5ad", like=tmp_path / "real.h5ad", perturbation="control", steps=2)
-    assert set(anndata.read_h5ad(tmp_path / "cells.h5ad").obs["perturbation"]) == {"control"}
-
-
-def test_a_cell_without_label_is_not_taken_for_one_of_any_condition(checkpoint, shards, tmp_path):
-    real = anndata.read_h5ad(shards / "test.h5ad")
-    real.obs["cell_type"] = real.obs["cell_type"].astype(object).where(np.arange(len(real)) > 1, None)
-    real.write_h5ad(tmp_path / "real.h5ad")
-    with pytest.raises(ValueError, match=r"2 cells have no label in obs\['cell_type'\]; label or remove them"):
-        main(str(checkpoint), out=tmp_path / "cells.h5ad", like=tmp_path / "real.h5ad")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda obs: obs[["cell_type"]], r"has no obs column \['perturbation'\]; its columns: cell_type"),
+        (
+            lambda obs: obs.assign(cell_type=obs["cell_type"].astype(object).where(np.arange(len(obs)) > 1, None)),
+            r"2 cells have no label in obs\['cell_type'\]; label or remove them",
+        ),
+    ],
+)
+def test_a_cell_without_label_is_not_taken_for_one_of_any_condition(checkpoint, shards, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        main(str(checkpoint), out=tmp_path / "cells.h5ad", like=relabelled(shards, tmp_path, change))
+    assert not (tmp_path / "cells.h5ad").exists()
 
 
 def test_cells_can_have_the_library_sizes_of_the_cells_that_they_are_like(checkpoint, shards, tmp_path, calls):
@@ -144,15 +156,6 @@ def test_cells_can_have_the_library_sizes_of_the_cells_that_they_are_like(checkp
     main(str(checkpoint), out=tmp_path / "cells.h5ad", like=like, like_library_size=True, steps=2)
     totals = np.asarray(anndata.read_h5ad(like).X.sum(axis=1)).ravel()
     assert torch.equal(calls[-1]["library_size"], torch.from_numpy(totals.astype(np.float32)))
-
-
-def test_like_a_file_without_a_condition_lists_its_columns(checkpoint, shards, tmp_path):
-    real = anndata.read_h5ad(shards / "test.h5ad")
-    real.obs = real.obs[["cell_type"]]
-    real.write_h5ad(tmp_path / "real.h5ad")
-    with pytest.raises(ValueError, match=r"has no obs column \['perturbation'\]; its columns: cell_type"):
-        main(str(checkpoint), out=tmp_path / "cells.h5ad", like=tmp_path / "real.h5ad")
-    assert not (tmp_path / "cells.h5ad").exists()
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
@@ -266,12 +269,16 @@ def test_a_folder_that_is_not_there_is_not_looked_up_on_the_hub(tmp_path):
             load_checkpoint(name)
 
 
-@pytest.mark.slow
+def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=cwd, check=False
+    )
+
+
 def test_a_users_mistake_on_the_command_line_is_one_line_exit_code_2_and_no_file(checkpoint, tmp_path):
     out = tmp_path / "new" / "cells.h5ad"
-    command = [sys.executable, "-m", "eval.sample", str(checkpoint), "--out", str(out), "--cell-type", "type7"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    done = python("-m", "eval.sample", str(checkpoint), "--out", str(out), "--cell-type", "type7", cwd=tmp_path)
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert lines[-1].startswith("error: ")
@@ -279,3 +286,18 @@ def test_a_users_mistake_on_the_command_line_is_one_line_exit_code_2_and_no_file
     assert "type1" in lines[-1]  # a near match
     assert "Traceback" not in done.stderr
     assert not out.parent.exists()
+
+
+@pytest.mark.parametrize("command", ["sample", "impute", "score"])
+def test_help_and_mistakes_do_not_wait_for_the_networks_packages(command, tmp_path):
+    heavy = "{'torch', 'transformers', 'anndata', 'accelerate'}"
+    done = python("-c", f"import sys, eval.{command}; print({heavy} & set(sys.modules))", cwd=tmp_path)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_defaults_and_choices_are_those_of_generate():
+    command, generate = (inspect.signature(function).parameters for function in (main, DCMForDenoising.generate))
+    shared = ("steps", "schedule", "guidance_scale", "temperature", "seed", "batch_size")
+    assert {name: command[name].default for name in shared} == {name: generate[name].default for name in shared}
+    assert set(get_args(Schedule)) == set(SCHEDULES)
+    assert set(sample.GUIDED) == set(GUIDED)

@@ -153,16 +153,19 @@ def test_the_command_line_knows_the_options_of_the_stage(plain, file):
 
 
 @pytest.mark.parametrize("stored", [np.asarray, sparse.csc_matrix, sparse.csr_matrix])
-def test_scores_do_not_depend_on_how_counts_are_stored(plain, tmp_path, stored):
+def test_scores_do_not_depend_on_how_and_where_counts_are_stored(plain, tmp_path, stored):
     cells = measured_cells()
     expected = scored(plain, written(cells, tmp_path / "cells.h5ad"), num_samples=2).obs["dcm_elbo"]
     cells.X = stored(cells.X.toarray())
-    np.testing.assert_allclose(
-        scored(plain, written(cells, tmp_path / "other.h5ad"), num_samples=2).obs["dcm_elbo"], expected
+    in_x = written(cells, tmp_path / "x.h5ad")
+    in_raw = written(
+        anndata.AnnData(cells.X * 0.5, cells.obs, cells.var, raw=cells.raw.to_adata()), tmp_path / "r.h5ad"
     )
     cells.layers["counts"], cells.X, cells.raw = cells.X, None, None
-    found = scored(plain, written(cells, tmp_path / "layer.h5ad"), num_samples=2, layer="counts")
-    np.testing.assert_allclose(found.obs["dcm_elbo"], expected)
+    in_layer = written(cells, tmp_path / "layer.h5ad")
+    for file, layer in ((in_x, None), (in_raw, "raw"), (in_layer, "counts")):
+        found = scored(plain, file, num_samples=2, layer=layer).obs["dcm_elbo"]
+        np.testing.assert_allclose(found, expected)
 
 
 # --- what a file may lack --------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
 """What the simulated cells must be: reproducible, like real ones, and true to what is written beside them."""
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
 from eval.simulate import CONTROL, main, simulate
-from training.data.h5ad import read_h5ad
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_main_writes_the_cells_and_the_table_beside_them(tmp_path):
     out = tmp_path / "cells.h5ad"
     main(out, num_cells=200, num_genes=30, num_perturbations=3, num_pairs=1, vector_dim=5)
     adata, vectors = simulate(num_cells=200, num_genes=30, num_perturbations=3, num_pairs=1, vector_dim=5)
-    written, table = read_h5ad(out), load_file(tmp_path / "cells.perturbations.safetensors")
+    written, table = anndata.read_h5ad(out), load_file(tmp_path / "cells.perturbations.safetensors")
     assert (written.X != adata.X).nnz == 0
     assert written.obs["perturbation"].tolist() == adata.obs["perturbation"].tolist()
     assert list(written.uns["dcm_conditions"]) == ["cell_type", "perturbation"]
@@ -98,7 +98,7 @@ def test_main_writes_the_cells_and_the_table_beside_them(tmp_path):
 
 def test_without_perturbations_there_is_neither_column_nor_table(tmp_path):
     main(tmp_path / "cells.h5ad", num_cells=50, num_genes=10, num_perturbations=0, num_pairs=0)
-    assert "perturbation" not in read_h5ad(tmp_path / "cells.h5ad").obs
+    assert "perturbation" not in anndata.read_h5ad(tmp_path / "cells.h5ad").obs
     assert [path.name for path in tmp_path.iterdir()] == ["cells.h5ad"]
 
 

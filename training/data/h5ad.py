@@ -61,13 +61,6 @@ def open_h5ad(path: str | Path) -> h5py.File:
     return file
 
 
-def read_h5ad(path: str | Path, *, backed: bool = False) -> anndata.AnnData:
-    """Read an h5ad file; with ``backed`` the counts are left on disk. Raises as :func:`open_h5ad`."""
-    open_h5ad(path).close()
-    with damage_named(path):
-        return anndata.read_h5ad(path, backed="r" if backed else None)
-
-
 @contextmanager
 def damage_named(path: str | Path) -> Iterator[None]:
     """Turn what goes wrong while reading ``path`` inside the block into one ValueError that names the file."""
@@ -119,16 +112,10 @@ def write_h5ad_in_blocks(
 
 
 class DenseRows:
-    """A dense matrix (n, F) in an HDF5 file, read by cell.
-
-    Args:
-        path: the file, opened for each block, so that this can be sent to another process.
-        name: of the data set.
-    """
+    """A dense matrix (n, F) in an HDF5 file, which is opened for each block: processes can be sent it."""
 
     def __init__(self, path: Path, name: str):
-        self.path = path
-        self.name = name
+        self.path, self.name = path, name
         with h5py.File(path, "r") as file:
             self.shape = file[name].shape
 
@@ -143,10 +130,10 @@ class DenseRows:
 
 
 class StoredRows:
-    """A CSR matrix (n, F) in an HDF5 file, read by cell.
+    """A CSR matrix (n, F) in an HDF5 file, which is opened for each block: processes can be sent it.
 
     Args:
-        path: the file, opened for each block, so that this can be sent to another process.
+        path: the file.
         name: of the group of ``data``, ``indices`` and ``indptr``.
         shape: n and F.
 
@@ -155,8 +142,7 @@ class StoredRows:
     """
 
     def __init__(self, path: Path, name: str, shape: tuple[int, int]):
-        self.path = path
-        self.name = name
+        self.path, self.name = path, name
         self.shape = tuple(int(size) for size in shape)
         with h5py.File(path, "r") as file:
             data, indices, indptr = (file[name][array] for array in ("data", "indices", "indptr"))

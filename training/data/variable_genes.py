@@ -1,9 +1,7 @@
-"""The most variable genes by seurat_v3, from blocks of cells: one implementation for conversion and for evaluation.
+"""Choose the most variable genes by seurat_v3, from blocks of cells; conversion and evaluation do so alike.
 
 Every sum is a sum of integers, exact in float64 below 2^53, so neither blocks nor their order change a bit of the
-result. Knows nothing of files, splits and names of genes; does not ship with a checkpoint.
-
-Reference: Stuart et al., Comprehensive Integration of Single-Cell Data, Cell 177 (2019), 1888-1902; scanpy's
+result. Reference: Stuart et al., Comprehensive Integration of Single-Cell Data, Cell 177 (2019), 1888-1902; scanpy's
 ``flavor="seurat_v3"``.
 
 Shapes: m cells of a block, n cells in all, G genes.
@@ -64,15 +62,10 @@ class GeneTotals:
 
 @dataclass(frozen=True)
 class ExpectedSpread:
-    """What genes of the same mean spread by.
+    """What genes of the same mean spread by."""
 
-    Attributes:
-        deviation: (G,) standard deviation fitted on the mean.
-        ceiling: (G,) the count that is ``sqrt(n)`` such deviations above the mean; larger ones are clipped to it.
-    """
-
-    deviation: np.ndarray
-    ceiling: np.ndarray
+    deviation: np.ndarray  # (G,) standard deviation fitted on the mean
+    ceiling: np.ndarray  # (G,) the count sqrt(n) such deviations above the mean; larger ones are clipped to it
 
 
 def expected_spread(totals: GeneTotals) -> ExpectedSpread:
@@ -144,11 +137,8 @@ def seurat_v3_variances(totals: GeneTotals, blocks: Iterable[csr_matrix]) -> np.
     """Variance of each gene's standardised and clipped counts, (G,) float64.
 
     log10 variance is fitted on log10 mean by loess; counts are standardised with the fitted deviation and clipped at
-    sqrt(n), where n is each gene's own number of cells that measured it.
-
-    Args:
-        totals: of the same cells as ``blocks``.
-        blocks: the cells once more, (m, G) each.
+    sqrt(n), where n is each gene's own number of cells that measured it. ``totals`` and ``blocks`` (m, G) are of the
+    same cells.
 
     Raises:
         ValueError: fewer than two cells, or too few variable genes for the fit.
