@@ -9,7 +9,7 @@ import torch
 from modeling_dcm import DCMForDenoising
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
-from training.hub.shipped_files import add_shipped_files
+from training.standalone import add_shipped_files
 
 GENES = ["KLF1", "TGFBR2", "GATA1", "ACTB", "HBB", "MYC", "FOS"]
 LABELS = {

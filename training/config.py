@@ -1,14 +1,16 @@
 """Every option of training, its one default and its help text; configuration files and command line override them.
 
-A YAML file in `configs/` sets some, the command line sets others, in that order. Knows nothing of data and networks.
+A YAML file in `configs/` sets some, the command line sets others, in that order.
 """
 
+import argparse
 import difflib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Literal, Union, get_args, get_origin
 
+import tyro
 import yaml
 
 
@@ -113,8 +115,6 @@ class TrainConfig:
     """Steps between small scores of generated cells (MMD^2, correlation slope) on validation cells; none: never."""
     score_cells: int = 256
     """Cells generated for a score, at most."""
-    score_steps: int = 20
-    """Sampling steps of a score."""
     save_every: int = 500
     """Steps between states under OUT/checkpoints."""
     keep_last: int = 1
@@ -127,7 +127,7 @@ class TrainConfig:
 
     def __post_init__(self):
         counted = ("batch_size", "gradient_accumulation_steps", "max_steps", "log_every", "validate_every")
-        counted += ("validation_cells", "score_cells", "score_steps", "save_every", "keep_last")
+        counted += ("validation_cells", "score_cells", "save_every", "keep_last")
         for name in counted:
             self._expect(name, getattr(self, name) >= 1, "at least 1")
         self._expect("warmup_steps", self.warmup_steps >= 0, "0 or more")
@@ -168,9 +168,34 @@ class TrainConfig:
         """Whether an option differs from its default."""
         return getattr(self, name) != next(field.default for field in fields(self) if field.name == name)
 
+    def check_files(self) -> None:
+        """Raise FileNotFoundError if there are no shards in ``data``, or no table of perturbations where one is said
+        to be."""
+        if not (self.data / "tokenizer").is_dir():
+            raise FileNotFoundError(f"no tokenizer/ in {str(self.data)!r}; expected a folder that dcm-convert wrote")
+        table = self.perturbation_embeddings
+        if table is not None and not table.is_file():
+            raise FileNotFoundError(
+                f"no perturbation table {str(table)!r}; expected a safetensors file of one vector per name"
+            )
+
+
+def parse(arguments: list[str]) -> TrainConfig:
+    """Read options from the command line; those of ``--config`` and then the defaults stand where it says nothing."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    first.add_argument("--size")
+    known, _ = first.parse_known_args(arguments)
+    from_file = read_config(known.config) if known.config else {}
+    if known.size not in (None, "None"):  # the command line's size wins over the file's shape
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+            from_file.pop(name, None)
+    defaults = {"data": tyro.MISSING, "out": tyro.MISSING, **from_file}
+    return tyro.cli(TrainConfig, default=TrainConfig(**defaults), args=arguments)
+
 
 def read_config(path: Path) -> dict[str, object]:
-    """Options of a YAML file.
+    """Read the options of a YAML file.
 
     Raises:
         FileNotFoundError: no such file; the message lists the files beside it.

@@ -26,9 +26,9 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from model_cards.render_card import read_facts, render
+from training import standalone
 from training.data.command_line import run
-from training.hub import fresh_check
-from training.hub.shipped_files import add_shipped_files
+from training.standalone import add_shipped_files
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -122,7 +122,7 @@ def answer_of(folder: Path, request: object) -> str:
         secrets = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
         environment = {name: value for name, value in os.environ.items() if name not in secrets}
         environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": home, "HF_MODULES_CACHE": str(Path(home) / "modules")}
-        command = [sys.executable, "-I", fresh_check.__file__, str(folder), json.dumps(request)]
+        command = [sys.executable, "-I", standalone.__file__, str(folder), json.dumps(request)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]

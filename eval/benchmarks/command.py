@@ -62,7 +62,7 @@ def entropy(
 
     from eval.drawing.checkpoint import load_checkpoint
     from training.data.cells import Cells
-    from training.loop.entropy import validation_entropy
+    from training.loop.validation import validation_entropy
 
     model, tokenizer = load_checkpoint(str(checkpoint))
     _check_panel(data, tokenizer)

@@ -21,11 +21,11 @@ from eval.benchmarks.costs import Cost, interleaved, product_rate
 from modeling_dcm import SIZES, DCMConfig, DCMForDenoising
 from training.config import TrainConfig
 from training.loop.batches import noised
+from training.loop.log import peak_flops, training_flops
 from training.loop.optimiser import build_optimizer, update_average
 from training.loop.processes import build_accelerator
+from training.loop.run import take_step
 from training.loop.start import attention_implementation
-from training.loop.throughput import peak_flops, training_flops
-from training.train import take_step
 
 SHAPES = {"small": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}, **SIZES}
 PLAIN, OURS = "plain", "ours"

@@ -35,7 +35,7 @@ from eval.sample import main as sample
 from eval.studies.scores import BASELINES, score_held_out
 from eval.studies.tables import Study, dot_plot, study_json, study_markdown, study_tables
 from tokenization import DCMTokenizer
-from training.config import read_config
+from training.config import parse, read_config
 from training.convert_h5ad import main as convert
 from training.data.command_line import user_errors
 from training.data.files import sha256_of, written_aside
@@ -44,7 +44,6 @@ from training.embed_perturbations import main as embed
 from training.embed_perturbations import perturbation_names
 from training.perturbations.table import write_table
 from training.train import main as train
-from training.train import parse
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from eval.simulate import main as simulate
-from training.config import TrainConfig, read_config
+from training.config import TrainConfig, parse, read_config
 from training.convert_h5ad import main as convert
 from training.loop.processes import build_accelerator, threads_per_process
-from training.train import parse, prepare_run, take_step
+from training.loop.run import prepare_run, take_step
 
 
 def test_an_unknown_option_in_a_file_names_the_nearest(tmp_path):

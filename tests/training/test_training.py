@@ -289,7 +289,7 @@ def test_a_table_that_is_no_safetensors_file_or_not_there_is_refused(config, tmp
     with pytest.raises(ValueError, match="is not a safetensors file"):
         build_tokenizer(replace(config, perturbation_embeddings=tmp_path / "t.safetensors"))
     with pytest.raises(FileNotFoundError, match="no perturbation table"):
-        build_tokenizer(replace(config, perturbation_embeddings=tmp_path / "other.safetensors"))
+        main(replace(config, perturbation_embeddings=tmp_path / "other.safetensors"))
 
 
 @pytest.mark.slow
@@ -333,7 +333,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(config, tmp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.train.Validation.losses", interrupted)
+        patch.setattr("training.loop.validation.Validation.losses", interrupted)
         with pytest.raises(KeyboardInterrupt):
             main(broken)
     assert [path.name for path in (broken.out / "checkpoints").iterdir()] == ["step-3"]

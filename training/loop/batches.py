@@ -1,7 +1,7 @@
 """From clean cells to what the network sees: batches in a known order, genes masked, conditions dropped.
 
 Everything is keyed by (seed, index of the batch) and drawn for the global batch: any batch of a run can be made again.
-Knows nothing of the network. Letters: B cells, L genes.
+Letters: B cells, L genes.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ class TrainBatches:
         self.cells, self.config, self.rank, self.world, self.device = cells, config, rank, world, device
 
     def starting_at(self, index: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Endless batches from number ``index`` of the run on."""
+        """Yield batches without end, from number ``index`` of the run on."""
         config, cells = self.config, self.cells
         batches = cells.batches(
             batch_size=config.batch_size, seed=config.seed, rank=self.rank, world_size=self.world, start=index
@@ -37,7 +37,7 @@ class TrainBatches:
 
 
 def noised(batch, config: TrainConfig, tokenizer, index: int, rank: int, world: int, device) -> dict[str, torch.Tensor]:
-    """Arguments of the model's forward for one batch: genes masked, some conditions dropped.
+    """Make the arguments of the model's forward for one batch: genes masked, some conditions dropped.
 
     Noise is drawn for the whole global batch from (seed, index of the batch), and this process takes its rows.
     """

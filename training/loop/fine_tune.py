@@ -1,24 +1,28 @@
 """Start from a trained checkpoint on other data: genes and labels matched by name, everything else taken over.
 
 On the genes and labels that the checkpoint knows, the new network starts as the same function; what is new starts at
-the marginals of the new training cells. Knows nothing of the loop. Letters: G genes, K largest count, D width.
+the marginals of the new training cells. Letters: G genes, K largest count, D width, R count features.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from modeling_dcm import DCMForDenoising
+from modeling_dcm.count_distribution_dcm import CategoricalHead
+from modeling_dcm.layers_dcm import LOWEST_LEVEL, count_features, level_features
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
-from training.loop.head_transfer import refit_counts, take_head
 
 logger = logging.getLogger(__name__)
 
 SHAPE = ("backbone", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "num_latents")
 SHAPE += ("masked_keys", "cell_summary", "gene_output_bias", "condition_tokens")
+RIDGE = 1e-4  # keeps the weights of fitted features small where the data say nothing
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,8 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Match:
-    """Names that old and new vocabularies share, and how many they do not."""
+class SharedNames:
+    """Positions of the names that an old and a new vocabulary share, and how many names only one of them has."""
 
     old: list[int]
     new: list[int]
@@ -40,7 +44,7 @@ class Match:
     num_left_out: int
 
     @classmethod
-    def of(cls, old: Sequence[str], new: Sequence[str]) -> "Match":
+    def between(cls, old: Sequence[str], new: Sequence[str]) -> "SharedNames":
         position = {name: index for index, name in enumerate(old)}
         pairs = [(position[name], index) for index, name in enumerate(new) if name in position]
         return cls([i for i, _ in pairs], [j for _, j in pairs], len(new) - len(pairs), len(old) - len(pairs))
@@ -51,7 +55,7 @@ class Match:
 
 
 def load_source(name: str) -> Source:
-    """The checkpoint in a folder or on the Hub.
+    """Load the checkpoint in a folder or on the Hub.
 
     Raises:
         ValueError: there is none.
@@ -64,7 +68,7 @@ def load_source(name: str) -> Source:
 
 
 def shaped_like(config: TrainConfig, source: Source) -> TrainConfig:
-    """Options with the shape of the checkpoint.
+    """Return the options with the shape of the checkpoint.
 
     Raises:
         ValueError: an option asks for another shape.
@@ -80,7 +84,7 @@ def shaped_like(config: TrainConfig, source: Source) -> TrainConfig:
 
 
 def merged_tokenizer(new: DCMTokenizer, source: DCMTokenizer) -> DCMTokenizer:
-    """The genes and conditions of the new data, with the labels and counts of the checkpoint and then the new ones.
+    """Return the genes and conditions of the new data, with the checkpoint's labels and counts and then the new ones.
 
     Raises:
         ValueError: no gene in common, or other bins of counts.
@@ -93,23 +97,17 @@ def merged_tokenizer(new: DCMTokenizer, source: DCMTokenizer) -> DCMTokenizer:
     bins = [tokenizer.count_bins and (*tokenizer.count_bins, tokenizer.max_count) for tokenizer in (new, source)]
     if bins[0] != bins[1]:
         raise ValueError(f"count bins {bins[0]} in the shards and {bins[1]} in the checkpoint: expected the same")
-    known = _perturbations(source, new.control)
+    known = [new.control if name == source.control else name for name in source.perturbations]
     return DCMTokenizer(
         genes=new.genes,
         max_count=max(new.max_count, source.max_count),
         count_bins=new.count_bins,
         cell_types=_union(source.cell_types, new.cell_types),
-        perturbations=_union(known, new.perturbations),
+        perturbations=_union([name for name in known if name is not None], new.perturbations),
         control=new.control,
         covariates={name: _union(source.covariates.get(name, []), new.covariates[name]) for name in new.covariates},
         separator=new.separator,
     )
-
-
-def _perturbations(source: DCMTokenizer, control: str | None) -> list[str]:
-    """The checkpoint's perturbations, the control under the name that it has in the new data."""
-    names = [control if name == source.control else name for name in source.perturbations]
-    return [name for name in names if name is not None]
 
 
 def _union(old: Sequence[str], new: Sequence[str]) -> list[str]:
@@ -130,7 +128,7 @@ def transfer(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer) ->
     for name, parameter in model.named_parameters():
         if name in theirs and theirs[name].shape == parameter.shape:
             parameter.copy_(theirs[name])
-    matches = {"genes": Match.of(names.genes, tokenizer.genes)}
+    matches = {"genes": SharedNames.between(names.genes, tokenizer.genes)}
     genes = matches["genes"]
     for part in ("gene", "gene_reading"):
         rows, to = (getattr(m.backbone.embedding, part).weight for m in (old, model))
@@ -138,10 +136,10 @@ def transfer(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer) ->
         to[genes.new] = rows[genes.old]
     matches |= _take_labels(source, model, tokenizer)
     _take_condition_mlp(old, model)
-    _take_gene_means(old, model, genes, matches.get("cell types", Match([], [], 0, 0)))
-    take_head(old.head, model.head, fresh_head, genes.old, genes.new)
+    _take_gene_means(old, model, genes, matches.get("cell types", SharedNames([], [], 0, 0)))
+    _take_head(old.head, model.head, fresh_head, genes)
     if model.config.num_counts != old.config.num_counts:
-        refit_counts(old, model)
+        _refit_counts(old, model)
     counts = f"; counts to {tokenizer.max_count} instead of {names.max_count}"
     logger.info(
         "starting from %s: %s%s",
@@ -151,7 +149,7 @@ def transfer(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer) ->
     )
 
 
-def _take_labels(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer) -> dict[str, Match]:
+def _take_labels(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer) -> dict[str, SharedNames]:
     """Vectors of the labels that both know; the last row of each table is *not given*."""
     old, new, names = source.model.conditions, model.conditions, source.tokenizer
     pairs = []
@@ -168,7 +166,7 @@ def _take_labels(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer
         known = [tokenizer.control if name == names.control else name for name in names.perturbations]
         labels = (known, tokenizer.perturbations)
         pairs.append(("perturbations", old.perturbation.learned, new.perturbation.learned, *labels))
-        _take_vectors(old.perturbation, new.perturbation, Match.of(*labels))
+        _take_vectors(old.perturbation, new.perturbation, SharedNames.between(*labels))
         _tell_learned(new.perturbation, tokenizer, known)
     for name, encoder in new.covariates.items():
         if name in old.covariates:
@@ -176,7 +174,7 @@ def _take_labels(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer
             pairs.append((name, old.covariates[name], encoder, *labels))
     matches = {}
     for kind, theirs, mine, old_labels, new_labels in pairs:
-        match = matches[kind] = Match.of(old_labels, new_labels)
+        match = matches[kind] = SharedNames.between(old_labels, new_labels)
         mine.weight[match.new] = theirs.weight[match.old]
         mine.weight[-1] = theirs.weight[-1]
     if old.library_size is not None and new.library_size is not None:
@@ -185,7 +183,7 @@ def _take_labels(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer
     return matches
 
 
-def _take_vectors(old: torch.nn.Module, new: torch.nn.Module, match: Match) -> None:
+def _take_vectors(old: torch.nn.Module, new: torch.nn.Module, shared: SharedNames) -> None:
     """Frozen vectors of known perturbations, where the new table has none. What has none in either keeps the learned
     vector that :func:`_take_labels` gives it."""
     if new.linear is None:
@@ -196,7 +194,7 @@ def _take_vectors(old: torch.nn.Module, new: torch.nn.Module, match: Match) -> N
             f"perturbation_embeddings has vectors of {new.linear.in_features} numbers, but the checkpoint of init_from "
             f"{width}: leave perturbation_embeddings out, or take the checkpoint's kind"
         )
-    for i, j in zip(match.old, match.new, strict=True):
+    for i, j in zip(shared.old, shared.new, strict=True):
         if old.has_vector[i] and not new.has_vector[j]:
             new.table[j], new.has_vector[j] = old.table[i], True
 
@@ -239,9 +237,70 @@ def _take_condition_mlp(old: DCMForDenoising, model: DCMForDenoising) -> None:
         mine.summary.weight[:, :D] *= (model.config.num_genes / old.config.num_genes) ** 0.5
 
 
-def _take_gene_means(old: DCMForDenoising, model: DCMForDenoising, genes: Match, types: Match) -> None:
+def _take_gene_means(old: DCMForDenoising, model: DCMForDenoising, genes: SharedNames, types: SharedNames) -> None:
     """Known genes of known cell types keep their mean counts; the others are brought to the checkpoint's depth."""
     theirs, mine = old.totals.gene_mean, model.totals.gene_mean
     mine *= theirs[-1, genes.old].sum() / mine[-1, genes.new].sum().clamp(min=1e-6)
     for i, j in [*zip(types.old, types.new, strict=True), (-1, -1)]:
         mine[j, genes.new] = theirs[i, genes.old]
+
+
+def _take_head(old: CategoricalHead, new: CategoricalHead, fresh: dict[str, torch.Tensor], genes: SharedNames) -> None:
+    """Biases of counts and genes; the weights that do not depend on either have been copied.
+
+    Old counts of known genes keep their distribution; new counts, and new genes, keep the marginals of the new training
+    cells, which the ``state_dict`` of the ``fresh`` head has.
+    """
+    shared = min(old.num_counts, new.num_small)  # counts that are small in the new head and exist in the old one
+    bias, old_bias, fresh_bias = new.bias.weight[0], old.bias.weight[0], fresh["bias.weight"][0]
+    bias.copy_(fresh_bias)
+    if old.large is not None or old.gene_bias is None:  # a distribution over the same counts and more
+        first = 0 if old.gene_bias is None else old.num_small
+        known = old_bias[first:]
+        bias[first : old.num_counts] = known
+        bias[old.num_counts :] += known.logsumexp(0) - fresh_bias[first : old.num_counts].logsumexp(0)
+    if old.gene_bias is None:
+        return
+    table = fresh["gene_bias.weight"].clone()  # (G, C)
+    theirs = old.gene_bias.weight[genes.old]
+    if old.large is not None:
+        theirs = theirs.clone()
+        # the last column is multiplied by the number of large counts, which may have grown
+        theirs[:, -1] += math.log((old.num_counts - old.num_small) / (new.num_counts - new.num_small))
+        table[genes.new] = theirs
+    else:
+        theirs = theirs[:, :shared] + old_bias[:shared]
+        mine = table[genes.new]
+        shift = theirs.logsumexp(1, keepdim=True) - mine[:, :shared].logsumexp(1, keepdim=True)
+        table[genes.new] = torch.cat([theirs, mine[:, shared:] + shift], dim=1)
+    new.gene_bias.weight.copy_(table)
+
+
+def _refit_counts(old: DCMForDenoising, new: DCMForDenoising) -> None:
+    """Weights on the new counts' features that give old counts what they had; larger ones start like the largest.
+
+    The features are bumps over the range of counts, which has grown: the fit is exact for the smallest counts, which
+    have a feature each, and smooth above.
+    """
+    K = old.config.num_counts - 1
+    counts = torch.arange(new.config.num_counts).clamp(max=K)
+    device = torch.device("cpu")
+    theirs = count_features(old.config.num_counts, device)[counts].double()
+    mine = count_features(new.config.num_counts, device).double()
+    for part in ("backbone.embedding.count", "head.counts"):
+        layer, old_layer = new.get_submodule(part), old.get_submodule(part)
+        layer.weight.copy_(_fitted(mine, theirs @ old_layer.weight.double().T).T)
+    level = new.backbone.embedding.level
+    if level is not None:
+        top, old_top = new.config.max_count, old.config.max_count
+        expected = torch.from_numpy(np.geomspace(LOWEST_LEVEL / 10, top, 400)).float()
+        theirs = level_features(expected.clamp(max=old_top), old_top).double()
+        values = theirs @ old.backbone.embedding.level.weight.double().T
+        level.weight.copy_(_fitted(level_features(expected, top).double(), values).T)
+
+
+def _fitted(features: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Weights (R, D) of ``features`` (N, R) for ``values`` (N, D), least squares with a small ridge."""
+    R = features.shape[1]
+    augmented = torch.cat([features, RIDGE**0.5 * torch.eye(R, dtype=features.dtype)])
+    return torch.linalg.lstsq(augmented, torch.cat([values, values.new_zeros(R, values.shape[1])])).solution

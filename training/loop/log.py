@@ -1,7 +1,6 @@
-"""What can be seen of a run: `training.jsonl`, trackers, a bar on a terminal, a readable line elsewhere, and curves.
+"""Show how a run goes: `training.jsonl`, trackers, a bar on a terminal, a readable line elsewhere, and curves.
 
-Numbers of one interval are averaged over its steps and over the processes, and must be finite. Knows nothing of how
-they came about.
+Numbers of one interval are averaged over its steps and over the processes, and must be finite.
 """
 
 import json
@@ -11,14 +10,21 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from training.config import TrainConfig
 from training.data.files import written_aside
-from training.loop.throughput import peak_memory
+
+try:
+    import resource
+except ImportError:  # Windows has no such module
+    resource = None
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +32,34 @@ MEASURED = ("loss", "elbo", "gradient_norm")
 SECONDS_BETWEEN_LINES = 30
 MOST_SKIPPED = 30  # steps in a row whose gradient overflows in fp16: the scale, 2^16 at first, is halved each time
 UNITS = {"elbo": "nats per gene", "validation_elbo": "nats per gene", "memory_gib": "GiB"}
+PANELS = {  # of the curves: title, and the lines of the log that it shows, with their legend
+    "ELBO, nats per gene": {"elbo": "training", "validation_elbo": "validation"},
+    "loss": {"loss": "training", "validation_loss": "validation"},
+    "gradient norm": {"gradient_norm": None},
+    "learning rate": {"learning_rate": None},
+    "cells per second": {"cells_per_second": None},
+    "FLOP utilisation": {"flop_utilisation": None},
+    "generated: MMD\N{SUPERSCRIPT TWO}": {"score_mmd2": "generated", "score_mmd2_floor": "floor"},
+    "generated: correlation slope": {"score_correlation_slope": "generated", "score_correlation_slope_floor": "floor"},
+}
+# dense 16-bit matrix products, FLOP/s, from the makers' data sheets; the first name found in the device's name counts
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
 
 
 class NotFinite(ValueError):  # noqa: N818 (a user's mistake like every ValueError, with the step it happened at)
@@ -37,38 +71,34 @@ class NotFinite(ValueError):  # noqa: N818 (a user's mistake like every ValueErr
 
 
 class TrainingLog:
-    """Collects the numbers of steps. Every process has one and calls it alike; the main process writes."""
+    """Collects the numbers of steps. Every process has one and calls it alike; the main process writes.
+
+    Args:
+        config: options of the run.
+        start: steps that are done already; lines of later ones are dropped from the log.
+        accelerator: of this process.
+        utilisation_per_cell: share of one second of the device's peak that a cell needs; None where it is not known.
+    """
 
     def __init__(self, config: TrainConfig, start: int, accelerator: Accelerator, utilisation_per_cell: float | None):
         self.config, self.accelerator = config, accelerator
-        self.is_main = accelerator.is_main_process
         self.utilisation_per_cell = utilisation_per_cell
+        self.path = config.out / "training.jsonl"
         self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=config.max_steps,
-            initial=start,
-            unit="step",
-            desc="training",
-            disable=not (self.is_main and self.terminal),
-        )
+        shows_bar = accelerator.is_main_process and self.terminal
+        self.bar = tqdm(total=config.max_steps, initial=start, unit="step", desc="training", disable=not shows_bar)
         self.skipped = 0  # steps in a row up to now
         self.unchecked: list[torch.Tensor] = []
         self.interval: list[list[float]] = []
         self.rates: list[float] = []
         self.since = time.perf_counter()
-        self.last_line = 0.0
-        self.seconds_per_step = 0.0
-        if self.is_main:
+        self.last_line = self.seconds_per_step = 0.0
+        if accelerator.is_main_process:
             config.out.mkdir(parents=True, exist_ok=True)
-            self._forget_after(start)
-
-    def _forget_after(self, start: int) -> None:
-        """Drop the lines of steps that will be taken again."""
-        path = self.config.out / "training.jsonl"
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _is_of_step_before(line, start)]
-            with written_aside(path) as aside:
-                aside.write_text("".join(f"{line}\n" for line in lines))
+            if self.path.exists():
+                kept = [line for line in self.path.read_text().splitlines() if _is_of_step_before(line, start)]
+                with written_aside(self.path) as aside:
+                    aside.write_text("".join(f"{line}\n" for line in kept))
 
     def note(self, measured: tuple[torch.Tensor, ...], learning_rate: float) -> None:
         """Keep the numbers of one step, :data:`MEASURED`, still on the device: reading them would make it wait."""
@@ -109,13 +139,13 @@ class TrainingLog:
         means["learning_rate"] = sum(self.rates) / len(self.rates)
         now = time.perf_counter()
         cells = len(self.interval) * self.config.batch_size * self.config.gradient_accumulation_steps
-        per_second = cells * self.accelerator.num_processes / (now - self.since)
-        means["cells_per_second"] = per_second
+        of_process = cells / (now - self.since)
+        means["cells_per_second"] = per_second = of_process * self.accelerator.num_processes
         memory = peak_memory(self.accelerator.device)
         if memory is not None:
             means["memory_gib"] = memory
         if self.utilisation_per_cell is not None:
-            means["flop_utilisation"] = self.utilisation_per_cell * per_second / self.accelerator.num_processes
+            means["flop_utilisation"] = self.utilisation_per_cell * of_process
         self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {per_second:.0f} cells/s")
         self.seconds_per_step = (now - self.since) / len(self.interval)
         self.write({"step": step, **means})
@@ -123,7 +153,7 @@ class TrainingLog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done inside the block does not count in cells per second."""
+        """Leave what is done inside the block out of cells per second."""
         began = time.perf_counter()
         yield
         self.since += time.perf_counter() - began
@@ -132,30 +162,27 @@ class TrainingLog:
         """Append one line to the log, and hand it to the trackers."""
         numbers = {name: value for name, value in values.items() if name != "step"}
         self.accelerator.log(numbers, step=values["step"])
-        if not self.is_main:
+        if not self.accelerator.is_main_process:
             return
-        with (self.config.out / "training.jsonl").open("a") as file:
+        with self.path.open("a") as file:
             file.write(json.dumps(values) + "\n")
         now = time.perf_counter()
         is_wanted = now - self.last_line > SECONDS_BETWEEN_LINES or "loss" not in values
         if not self.terminal and is_wanted:
-            logger.info(self._readable(values))
+            logger.info(self._readable(values["step"], numbers))
             self.last_line = now
 
-    def _readable(self, values: dict[str, float]) -> str:
+    def _readable(self, step: int, numbers: dict[str, float]) -> str:
         """``step 1,200 of 6,000, 13 min left: loss 0.532, elbo 0.611 nats per gene, ...``"""
-        step, steps = values["step"], self.config.max_steps
+        steps = self.config.max_steps
         minutes = (steps - step) * self.seconds_per_step / 60
         left = f", {minutes:.0f} min left" if step < steps and self.seconds_per_step else ""
-        said = [f"{_words(name)} {value:.4g} {UNITS.get(name, '')}" for name, value in values.items() if name != "step"]
-        return f"step {step:,} of {steps:,}{left}: {', '.join(part.strip() for part in said)}"
+        words = {name: name.removesuffix("_gib").replace("_", " ") for name in numbers}
+        said = [f"{words[name]} {value:.4g} {UNITS.get(name, '')}".strip() for name, value in numbers.items()]
+        return f"step {step:,} of {steps:,}{left}: {', '.join(said)}"
 
     def close(self) -> None:
         self.bar.close()
-
-
-def _words(name: str) -> str:
-    return name.removesuffix("_gib").replace("_", " ")
 
 
 def _is_of_step_before(line: str, start: int) -> bool:
@@ -163,3 +190,62 @@ def _is_of_step_before(line: str, start: int) -> bool:
         return json.loads(line)["step"] <= start
     except json.JSONDecodeError:  # cut off when the run was killed
         return False
+
+
+def draw_curves(out: Path) -> Path | None:
+    """Draw `training_curves.png` from the log of the run in ``out``; None when there is nothing to draw yet.
+
+    Raises:
+        OSError: the picture could not be written.
+    """
+    path, log = out / "training_curves.png", out / "training.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    known = {name for line in lines for name in line}
+    panels = [title for title, names in PANELS.items() if known & set(names)]
+    if not panels:
+        return None
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
+    for title, axes in zip(panels, figure.subplots(rows, columns, squeeze=False).flat):
+        for name, label in PANELS[title].items():
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if points:
+                few = "." if len(points) < 30 else ""
+                style = "--" if name.endswith("_floor") else "-"
+                axes.plot(*zip(*points), linestyle=style, marker=few, linewidth=1.2, label=label)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False, fontsize=8)
+    for axes in list(figure.axes)[len(panels) :]:
+        axes.remove()
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png", dpi=110)
+    return path
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the peak FLOP/s of a device by its name, for dense 16-bit matrix products; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def training_flops(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
+    """Count the floating-point operations of forward and backward pass for one batch: three forward passes."""
+    with FlopCounterMode(display=False) as counter:
+        model(**batch)
+    return 3.0 * counter.get_total_flops()
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """Return the most memory so far, GiB: tensors on a GPU, or the whole process on a CPU; None if it is not told."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20

@@ -1,7 +1,4 @@
-"""The optimiser, its rate, and the averaged weights.
-
-Knows nothing of data, noise and processes.
-"""
+"""The optimiser, its rate, and the averaged weights."""
 
 import math
 from collections.abc import Iterator
@@ -14,7 +11,7 @@ from training.config import TrainConfig
 
 
 def build_optimizer(model: DCMForDenoising, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only, neither on biases nor on embeddings."""
+    """Build AdamW; weight decay is on matrices only, neither on biases nor on embeddings."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in embeddings]
     others = [p for p in model.parameters() if p.ndim <= 1 or id(p) in embeddings]
@@ -23,7 +20,7 @@ def build_optimizer(model: DCMForDenoising, config: TrainConfig) -> torch.optim.
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then cosine to zero at ``max_steps`` or constant."""
+    """Return the rate of a step: linear warm-up, then cosine to zero at ``max_steps`` or constant."""
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
     if config.learning_rate_schedule == "constant":
         return config.learning_rate * warmup
@@ -32,7 +29,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 @torch.no_grad()
 def update_average(ema: list[torch.Tensor], model: torch.nn.Module, step: int, decay: float) -> None:
-    """Exponential moving average of the weights in float32, faster at the start."""
+    """Move the exponential average of the weights, in float32, faster at the start."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(ema, [parameter.detach().float() for parameter in model.parameters()], 1 - decay)
 

@@ -1,13 +1,14 @@
-"""The processes of a run, as `accelerate` and `torchrun` started them, and the trackers that it reports to.
-
-Knows nothing of data and networks.
-"""
+"""The processes of a run, as `accelerate` and `torchrun` started them: trackers, and when all of them stop."""
 
 import difflib
 import os
+import signal
 import socket
+import threading
+import time
 from dataclasses import asdict
 from datetime import timedelta
+from types import FrameType
 
 import torch
 from accelerate import Accelerator
@@ -20,10 +21,12 @@ from training.data.workers import available_cores
 WHOLE_COPIES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 # the others wait while the first process validates, scores and saves; their libraries give up after 10 minutes
 PATIENCE = timedelta(hours=2)
+SAVED_AFTER_SIGNAL = 75  # exit code, EX_TEMPFAIL of sysexits.h: the state is saved, start again with --resume
+AGREE_EVERY = 5  # steps between agreements of several processes
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """The accelerator of this process.
+    """Return the accelerator of this process.
 
     Raises:
         ValueError: a tracker is not installed, or accelerate was told to split the network over the processes, or to
@@ -55,7 +58,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def threads_per_process(hosts: list[str], host: str) -> int:
-    """This process's share of the cores of ``host``, when ``hosts`` are those of all processes.
+    """Return this process's share of the cores of ``host``, when ``hosts`` are those of all processes.
 
     A launcher that does not say how many processes share a machine leaves each of them all cores. Their threads then
     take turns, and since those of OpenMP wait for each other without giving way, steps can take many times longer.
@@ -64,7 +67,7 @@ def threads_per_process(hosts: list[str], host: str) -> int:
 
 
 def tracker_names(wanted: str) -> list[str]:
-    """Accelerate's names of the trackers ``wanted``, separated by commas; ``auto`` is tensorboard where there is one.
+    """Return the trackers ``wanted``, which commas separate; ``auto`` is tensorboard where it is installed.
 
     Raises:
         ValueError: one is not installed, or accelerate does not know it.
@@ -94,3 +97,38 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
     if accelerator.log_with:
         options = {name: v if isinstance(v, bool | int | float) else str(v) for name, v in asdict(config).items()}
         accelerator.init_trackers(config.out.name or "training", config=options)
+
+
+class Stopping:
+    """When to stop before the last step: a signal to end (Slurm's pre-emption), or the end of the time given.
+
+    ``with Stopping(accelerator, minutes) as stopping:``, then ``stopping.reason(step)`` after each step.
+    """
+
+    def __init__(self, accelerator: Accelerator, max_time: float | None):
+        self.accelerator = accelerator
+        self.until = float("inf") if max_time is None else time.monotonic() + 60 * max_time
+        self.signalled = False
+        self.before = None
+
+    def __enter__(self) -> "Stopping":
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
+            self.before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signalled = True
+
+    def reason(self, step: int) -> str | None:
+        """Return ``"signal"``, ``"time"`` or None after step number ``step``, the same in every process."""
+        asked = [self.signalled, time.monotonic() > self.until]
+        if self.accelerator.num_processes > 1:
+            if step % AGREE_EVERY:
+                return None
+            device = self.accelerator.device
+            asked = self.accelerator.reduce(torch.tensor(asked, dtype=torch.float32, device=device), "sum").tolist()
+        return "signal" if asked[0] else "time" if asked[1] else None

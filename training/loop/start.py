@@ -53,10 +53,7 @@ def build_tokenizer(config: TrainConfig) -> DCMTokenizer:
     Raises:
         ValueError: an unknown condition, or perturbations that the table neither has nor marks as without vector.
     """
-    folder = config.data / "tokenizer"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no tokenizer/ in {str(config.data)!r}; expected a folder that dcm-convert wrote")
-    shards = DCMTokenizer.from_pretrained(folder)
+    shards = DCMTokenizer.from_pretrained(config.data / "tokenizer")
     there = [*(["cell_type"] if shards.cell_types else []), *(["perturbation"] if shards.perturbations else [])]
     there += list(shards.covariates)
     wanted = {"all": there, "none": []}.get(config.conditions, config.conditions.split(","))

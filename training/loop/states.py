@@ -1,16 +1,16 @@
 """Save and restore the state of a training run, in safetensors and JSON, written aside and renamed.
 
 A state is a folder `OUT/checkpoints/step-N`: the averaged weights with configuration and tokenizer, a checkpoint that
-loads like any other, and beside them all else that the loop needs to go on. Knows nothing of how cells are read.
+loads like any other, and beside them all else that the loop needs to go on.
 """
 
-import hashlib
-import importlib.metadata
 import json
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
@@ -21,21 +21,22 @@ from safetensors.torch import load_file, save_file
 from modeling_dcm import DCMConfig, DCMForDenoising
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
-from training.data.files import written_aside
-from training.hub.shipped_files import add_shipped_files
+from training.data.command_line import version_of
+from training.data.files import sha256_of, written_aside
 from training.loop.optimiser import averaged_weights
+from training.standalone import add_shipped_files
 
 logger = logging.getLogger(__name__)
 
 # options that may differ between a run and its continuation; what the paths hold is compared by its hash
 FREE_TO_CHANGE = {"data", "out", "config", "resume", "init_from", "perturbation_embeddings", "max_time"}
 FREE_TO_CHANGE |= {"log_every", "validate_every", "score_every", "save_every", "keep_last", "keep_best", "trackers"}
-FREE_TO_CHANGE |= {"validation_cells", "score_cells", "score_steps"}
+FREE_TO_CHANGE |= {"validation_cells", "score_cells"}
 PACKAGES = ("discrete-cell-models", "torch", "transformers", "accelerate", "datasets", "safetensors", "numpy")
 
 
 def newest_state(config: TrainConfig, num_processes: int, *, log: logging.Logger | None) -> Path | None:
-    """The newest state of ``config.out`` when resuming; None starts afresh.
+    """Return the newest state of ``config.out`` when resuming; None starts afresh.
 
     Raises:
         ValueError: without ``resume`` the folder holds a run already; or the state is damaged, or trained with other
@@ -72,47 +73,39 @@ def _check_same_run(config: TrainConfig, num_processes: int, state: Path) -> Non
     if differ:
         changes = ", ".join(f"{name}: {then.get(name)!r} then, {now[name]!r} now" for name in differ)
         hint = "; a cosine schedule ends at max_steps, only a constant one can be prolonged" * ("max_steps" in differ)
-        way_out = (
-            f"give the same ones, or start another run from its weights with --init-from {state} and another --out"
+        raise ValueError(
+            f"{state.name} cannot be resumed with other options ({changes}{hint}): give the same ones, or start "
+            f"another run from its weights with --init-from {state} and another --out"
         )
-        raise ValueError(f"{state.name} cannot be resumed with other options ({changes}{hint}): {way_out}")
-    inputs = _inputs(config)
-    for what in before["hashes"] | inputs:
-        if what not in inputs:
+    hashes = _hashes(config)
+    for what, value in (before["hashes"] | hashes).items():
+        if what not in hashes:
             raise ValueError(f"{state.name} was trained with --{what.replace('_', '-')}: give the same file again")
         if what not in before["hashes"]:
             raise ValueError(f"{state.name} was trained without --{what.replace('_', '-')}: leave it out")
-        if before["hashes"][what] != hash_of(inputs[what]):
+        if before["hashes"][what] != value:
+            path = str(getattr(config, what))
             raise ValueError(
-                f"{state.name} cannot be resumed: {str(inputs[what])!r} does not hold the {what} that it was trained "
-                "with"
+                f"{state.name} cannot be resumed: {path!r} does not hold the {what} that it was trained with"
             )
 
 
-def hash_of(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of all files of a folder of shards that training reads."""
-    digest = hashlib.sha256()
-    parts = [path / name for name in ("train", "validation", "tokenizer")] if path.is_dir() else []
-    for file in sorted(file for part in parts for file in part.rglob("*") if file.is_file()) or [path]:
-        if path.is_dir():
-            digest.update(str(file.relative_to(path)).encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _inputs(config: TrainConfig) -> dict[str, Path]:
-    inputs = {"data": config.data, "perturbation_embeddings": config.perturbation_embeddings}
-    return {what: path for what, path in inputs.items() if path is not None}
+def _hashes(config: TrainConfig) -> dict[str, str]:
+    """SHA-256 of what training reads: of the folders of shards that it looks at, and of the table of perturbations."""
+    read = [config.data / name for name in ("train", "validation", "tokenizer")]
+    hashes = {"data": " ".join(sha256_of(folder) for folder in read if folder.is_dir())}
+    if config.perturbation_embeddings is not None:
+        hashes["perturbation_embeddings"] = sha256_of(config.perturbation_embeddings)
+    return hashes
 
 
 def run_facts(config: TrainConfig, num_processes: int) -> dict[str, object]:
-    """What a state says of its run: options, hashes of what was read, versions, number of processes."""
+    """Return what a state says of its run: options, hashes of what was read, versions, number of processes."""
     return {
         "num_processes": num_processes,
         "options": _options(config),
-        "hashes": {what: hash_of(path) for what, path in _inputs(config).items()},
-        "versions": {name: _version(name) for name in PACKAGES},
+        "hashes": _hashes(config),
+        "versions": {name: version_of(name) for name in PACKAGES},
     }
 
 
@@ -145,9 +138,8 @@ def save_state(
             with averaged_weights(model, ema) as averaged:
                 averaged.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
-            save_file(
-                {name: value.contiguous().clone() for name, value in tensors.items()}, aside / "state.safetensors"
-            )
+            tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
+            save_file(tensors, aside / "state.safetensors")
             (aside / "state.json").write_text(json.dumps(said, indent=1))
             for file in aside.iterdir():
                 with file.open("rb") as stream:
@@ -183,13 +175,13 @@ def remove_leftovers(out: Path) -> None:
             shutil.rmtree(path)
 
 
-def load_state_model(folder: Path, *, attn: str, gradient_checkpointing: bool) -> tuple[DCMForDenoising, DCMTokenizer]:
-    """Network, with averaged weights, and tokenizer of a state."""
+def load_state_model(folder: Path, config: TrainConfig) -> tuple[DCMForDenoising, DCMTokenizer]:
+    """Load the network, with averaged weights, and the tokenizer of a state."""
     with _damage_named(folder):
         model_config = DCMConfig.from_pretrained(folder)
-        model = DCMForDenoising.from_pretrained(folder, config=model_config, attn_implementation=attn)
+        model = DCMForDenoising.from_pretrained(folder, config=model_config, attn_implementation=config.attn)
         tokenizer = DCMTokenizer.from_pretrained(folder)
-    if gradient_checkpointing:
+    if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train(), tokenizer
 
@@ -241,21 +233,16 @@ def save_final(config: TrainConfig, model: DCMForDenoising, tokenizer: DCMTokeni
         raise _not_written(config.out, config.out, error) from error
 
 
-class _damage_named:  # noqa: N801 (reads as a statement)
+@contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
     """Turn what reading a damaged state raises into one error that names the folder."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, OSError | ValueError | KeyError | SafetensorError | RuntimeError):
-            raise ValueError(
-                f"the state {str(self.folder)!r} is damaged ({error}): remove the folder to go on from the state "
-                "before it, or afresh if it is the only one"
-            ) from error
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"the state {str(folder)!r} is damaged ({error}): remove the folder to go on from the state before it, or "
+            "afresh if it is the only one"
+        ) from error
 
 
 def _facts(state: Path) -> dict[str, object]:
@@ -265,13 +252,6 @@ def _facts(state: Path) -> dict[str, object]:
 
 def _options(config: TrainConfig) -> dict[str, object]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

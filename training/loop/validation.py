@@ -5,24 +5,30 @@ Never looks at test cells. Letters: N cells.
 """
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from eval.metrics.distances import median_bandwidth, mmd2
 from eval.metrics.gene_agreement import correlation_agreement
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.generation_dcm import dropout_off
+from modeling_dcm.schedule_dcm import fit_entropy
+from modeling_dcm.scoring_dcm import measure_entropy
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
 from training.data.cells import FLOOR, Cells
 from training.loop.batches import noised
-from training.loop.entropy import complete_cells, validation_entropy
 from training.loop.optimiser import averaged_weights
 from training.loop.start import open_cells
 
 logger = logging.getLogger(__name__)
+
+SCORE_STEPS = 20  # of sampling
+ENTROPY_BATCH = 64
 
 
 class Validation:
@@ -37,7 +43,7 @@ class Validation:
 
     @torch.no_grad()
     def losses(self, model: DCMForDenoising, ema: list[torch.Tensor]) -> dict[str, float]:
-        """``validation_loss`` and ``validation_elbo`` (nats per gene), under the same noise; none without cells."""
+        """Return ``validation_loss`` and ``validation_elbo`` (nats per gene); nothing without cells."""
         if not self.cells:
             return {}
         rows = list(range(min(len(self.cells), self.config.validation_cells)))
@@ -52,7 +58,7 @@ class Validation:
         return sums
 
     def score(self, model: DCMForDenoising, ema: list[torch.Tensor]) -> dict[str, float]:
-        """Generated cells of the validation cells' conditions against these cells, on log1p counts.
+        """Compare generated cells of the validation cells' conditions with these cells, on log1p counts.
 
         ``score_mmd2`` (Eq. 7, unbiased, one RBF with the median width of the validation cells), and
         ``score_correlation`` and ``score_correlation_slope`` of the 100 most variable genes; each also as
@@ -69,22 +75,47 @@ class Validation:
             self.reference = real, width, {f"{name}_floor": value for name, value in floor.items()}
         real, width, floor = self.reference
         conditions = {name: ids[:number] for name, ids in self.cells.conditions.items()}
+        options = {"steps": SCORE_STEPS, "seed": self.config.seed, "batch_size": self.config.batch_size}
         with averaged_weights(model, ema) as averaged:
-            ids = averaged.generate(
-                number,
-                **conditions,
-                steps=self.config.score_steps,
-                seed=self.config.seed,
-                batch_size=self.config.batch_size,
-            )
+            ids = averaged.generate(number, **conditions, **options)
         return _agreement(_log1p(self.tokenizer.decode(ids).X), real, width) | floor
 
     def entropy_curve(self, model: DCMForDenoising) -> dict[str, list[float]] | None:
-        """The entropy curve of ``model``, as it is; None without cells in which every gene was measured."""
-        if not self.cells or not complete_cells(self.cells, 1):
+        """Measure the entropy curve of ``model``, as it is; None without cells in which every gene was measured."""
+        if not self.cells or not _complete_cells(self.cells, 1):
             logger.info("no validation cells in which every gene was measured: the checkpoint has no entropy curve")
             return None
         return validation_entropy(model, self.cells, seed=self.config.seed)[1]
+
+
+def validation_entropy(
+    model: DCMForDenoising, cells: Cells, *, num_cells: int = 256, seed: int = 0
+) -> tuple[dict, dict[str, list[float]]]:
+    """Measure (see :func:`measure_entropy`) the first validation ``cells``, and fit the entropy curve.
+
+    Cells in which a gene of the panel was not measured are left out: their curve would end early.
+
+    Raises:
+        ValueError: there is no cell in which every gene was measured.
+    """
+    rows = _complete_cells(cells, num_cells)
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        starts = range(0, len(rows), ENTROPY_BATCH)
+        for start in tqdm(starts, desc="entropy curve", unit="batch", delay=1, disable=None):
+            batch = cells[rows[start : start + ENTROPY_BATCH]]
+            batch["input_ids"] = batch["input_ids"].long()
+            library_size = batch.pop("library_size").float()
+            yield batch | ({"library_size": library_size} if model.config.library_size_conditioning else {})
+
+    measured = measure_entropy(model, batches(), seed=seed)
+    return measured, fit_entropy(measured, len(cells.tokenizer.genes))
+
+
+def _complete_cells(cells: Cells, number: int) -> list[int]:
+    """The first ``number`` cells in which every gene was measured, or as many as there are."""
+    is_complete = cells.measured.all(axis=1)[cells.panel]
+    return np.flatnonzero(is_complete)[:number].tolist()
 
 
 def _log1p(counts) -> np.ndarray:

@@ -72,10 +72,6 @@ def read_table(path: Path, control: str | None) -> PerturbationTable:
         FileNotFoundError: there is no such file.
         ValueError: the file holds something else, or vectors of different lengths, not finite, or all zero.
     """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no perturbation table {str(path)!r}; expected a safetensors file of one vector per name"
-        )
     try:
         with safe_open(path, "pt") as file:
             vectors = {name: file.get_tensor(name).float().flatten() for name in file.keys()}  # noqa: SIM118

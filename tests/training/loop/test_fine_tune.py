@@ -19,9 +19,10 @@ from training.convert_h5ad import main as convert
 from training.data.cells import Cells
 from training.loop.fine_tune import load_source, merged_tokenizer, shaped_like
 from training.loop.processes import build_accelerator
+from training.loop.run import prepare_start
 from training.loop.start import build_model, build_tokenizer
 from training.perturbations.table import write_table
-from training.train import main, prepare_start
+from training.train import main
 
 TINY = {
     "hidden_size": 16,

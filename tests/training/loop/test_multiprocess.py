@@ -21,14 +21,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import training.loop.optimiser
 import training.loop.states
 import training.train
 from tests.tiny_training import TINY_TRAINING, tiny_training
 from training.config import TrainConfig
+from training.loop.processes import SAVED_AFTER_SIGNAL
 
 ROOT = Path(__file__).resolve().parents[3]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["training.train"])
+SERVER.set_forkserver_preload(["training.loop.run", "training.train"])
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def killed_at(event: int) -> None:
 
         return call
 
-    training.train.update_average = counted(training.train.update_average)
+    training.loop.optimiser.update_average = counted(training.loop.optimiser.update_average)
     training.loop.states.os.fsync = counted(os.fsync)
 
 
@@ -88,7 +90,7 @@ def finish(workers: list[multiprocessing.Process], seconds: float = 120) -> list
     """Exit codes; when one has failed the others are killed, as torchrun does."""
     until = time.monotonic() + seconds
     while any(worker.exitcode is None for worker in workers):
-        failed = any(worker.exitcode not in (None, 0, training.train.SAVED_AFTER_SIGNAL) for worker in workers)
+        failed = any(worker.exitcode not in (None, 0, SAVED_AFTER_SIGNAL) for worker in workers)
         if failed or time.monotonic() > until:
             for worker in workers:
                 worker.kill()
@@ -148,7 +150,7 @@ def test_sigterm_saves_a_state_and_exits_with_a_code_of_its_own(config, tmp_path
         assert all(worker.exitcode is None for worker in workers)
         time.sleep(0.02)
     workers[-1].terminate()  # one of them is enough
-    assert finish(workers) == [training.train.SAVED_AFTER_SIGNAL] * processes
+    assert finish(workers) == [SAVED_AFTER_SIGNAL] * processes
     state = training.loop.states.all_states(endless.out)[-1]
     step = int(state.name.removeprefix("step-"))
     assert step >= 7

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.tiny_training import tiny_training
-from training import train
 from training.convert_h5ad import main as convert
 from training.data import shards as shards_module
 from training.data.streaming import StreamedCells
+from training.loop import run
 from training.loop.start import build_model, build_tokenizer, open_cells
 from training.train import main
 
@@ -44,7 +44,7 @@ def test_a_streamed_run_that_was_stopped_ends_with_the_same_weights(blocks, tmp_
     main(config)
     broken = replace(config, out=tmp_path / "broken")
     steps = iter(range(100))
-    take_step = train.take_step
+    take_step = run.take_step
 
     def stops(*arguments):
         if next(steps) == 4:
@@ -52,7 +52,7 @@ def test_a_streamed_run_that_was_stopped_ends_with_the_same_weights(blocks, tmp_
         return take_step(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "take_step", stops)
+        patch.setattr(run, "take_step", stops)
         main(broken)
     with pytest.raises(ValueError, match=r"cannot be resumed with other options .*streaming: True then, False now"):
         main(replace(broken, resume=True, streaming=False))

@@ -10,20 +10,25 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-import training.train as loop
 from modeling_dcm.diffusion_dcm import keyed_generator, mask_counts
 from tests.tiny_training import tiny_training
 from training.config import TrainConfig
-from training.loop.curves import draw_curves
-from training.loop.log import MOST_SKIPPED, NotFinite, TrainingLog
+from training.loop.log import (
+    MOST_SKIPPED,
+    PEAK_FLOPS,
+    NotFinite,
+    TrainingLog,
+    draw_curves,
+    peak_flops,
+    training_flops,
+)
 from training.loop.optimiser import averaged_weights
 from training.loop.processes import tracker_names
 from training.loop.start import attention_implementation, compile_blocks
-from training.loop.throughput import PEAK_FLOPS, peak_flops, training_flops
 from training.train import main
 
 OPTIONS = {"max_steps": 4, "log_every": 2, "validate_every": 2, "save_every": 4}
-OPTIONS |= {"score_every": 4, "score_cells": 24, "score_steps": 4}
+OPTIONS |= {"score_every": 4, "score_cells": 24}
 
 
 @pytest.fixture
@@ -36,7 +41,7 @@ def lines(config: TrainConfig) -> list[dict[str, float]]:
 
 
 def test_log_score_floor_utilisation_and_picture_of_a_run(config, monkeypatch):
-    monkeypatch.setattr(loop, "peak_flops", lambda device: 1e12)
+    monkeypatch.setattr("training.loop.run.peak_flops", lambda device: 1e12)
     main(config)
     first, validated, *_, score = lines(config)
     assert {"loss", "elbo", "gradient_norm", "learning_rate", "cells_per_second", "memory_gib"} <= first.keys()

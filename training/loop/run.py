@@ -1,0 +1,174 @@
+"""Prepare what the loop of `training/train.py` works with, take its steps, and write what is due after each."""
+
+import logging
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from modeling_dcm import DCMForDenoising
+from tokenization import DCMTokenizer
+from training.config import TrainConfig
+from training.data.cells import Cells
+from training.data.files import written_aside
+from training.loop.batches import TrainBatches
+from training.loop.fine_tune import load_source, merged_tokenizer, shaped_like
+from training.loop.log import NotFinite, TrainingLog, draw_curves, peak_flops, training_flops
+from training.loop.optimiser import build_optimizer
+from training.loop.processes import start_trackers
+from training.loop.start import attention_implementation, build_model, build_tokenizer, compile_blocks, open_cells
+from training.loop.states import (
+    all_states,
+    load_state_model,
+    newest_state,
+    remove_leftovers,
+    restore_state,
+    run_facts,
+    save_state,
+)
+from training.loop.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run works with."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    network: DCMForDenoising  # as it is saved; the accelerator wraps it for the forward pass
+    ema: list[torch.Tensor]  # averages of its parameters
+    optimizer: torch.optim.Optimizer
+    tokenizer: DCMTokenizer
+    train_batches: TrainBatches
+    validation: Validation | None  # of the main process
+    log: TrainingLog
+    facts: dict[str, object]  # see `run_facts`
+
+
+def prepare_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Run, torch.nn.Module, int]:
+    """Return what the loop works with, the network as it is called, and the number of steps already done."""
+    attn = attention_implementation(config, accelerator.device, accelerator.mixed_precision)
+    config = replace(config, attn=attn, mixed_precision=accelerator.mixed_precision)
+    network, tokenizer, cells, state = prepare_start(config, accelerator)
+    facts = run_facts(config, accelerator.num_processes)
+    if len(set(gather_object([facts["hashes"]["data"]]))) > 1:
+        raise ValueError(f"processes see different files in {str(config.data)!r}: copy the same shards to every node")
+    optimizer = build_optimizer(network, config)
+    ema = [parameter.detach().clone().float() for parameter in network.parameters()]
+    start = restore_state(state, network, ema, optimizer, accelerator.scaler) if state else 0
+    if config.compile:
+        compile_blocks(network)
+    # buffers are the same everywhere: no need to send them around at each step
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        network, [n for n, _ in network.named_buffers()]
+    )
+    model, optimizer = accelerator.prepare(network, optimizer)
+    ema = [average.to(accelerator.device) for average in ema]
+    rank, world = accelerator.process_index, accelerator.num_processes
+    train_batches = TrainBatches(cells, config, rank=rank, world=world, device=accelerator.device)
+    validation = Validation(config, tokenizer, cells) if accelerator.is_main_process else None
+    log = TrainingLog(config, start, accelerator, _utilisation_per_cell(train_batches, network, accelerator.device))
+    start_trackers(accelerator, config)
+    run = Run(config, accelerator, network, ema, optimizer, tokenizer, train_batches, validation, log, facts)
+    return run, model, start
+
+
+def prepare_start(
+    config: TrainConfig, accelerator: Accelerator
+) -> tuple[DCMForDenoising, DCMTokenizer, Cells, Path | None]:
+    """Return network, tokenizer and training cells, of the state to resume from or new ones, and that state."""
+    if accelerator.is_main_process:
+        remove_leftovers(config.out)
+    with accelerator.local_main_process_first():
+        state = newest_state(config, accelerator.num_processes, log=logger if accelerator.is_main_process else None)
+        if state is not None:
+            model, tokenizer = load_state_model(state, config)
+            return model, tokenizer, open_cells(config, "train", tokenizer), state
+        source = load_source(config.init_from) if config.init_from else None
+        if source is not None:
+            config = shaped_like(config, source)
+        tokenizer = build_tokenizer(config)
+        if source is not None:
+            tokenizer = merged_tokenizer(tokenizer, source.tokenizer)
+        cells = open_cells(config, "train", tokenizer)
+        return build_model(config, tokenizer, cells, source), tokenizer, cells, None
+
+
+def take_step(model, optimizer, batches, accelerator: Accelerator, config: TrainConfig) -> tuple[torch.Tensor, ...]:
+    """Take one step of the optimiser over one global batch; return loss, elbo and gradient norm of this process."""
+    loss = elbo = 0.0
+    for _ in range(config.gradient_accumulation_steps):
+        batch = next(batches)
+        with accelerator.accumulate(model):
+            output = model(**batch)
+            accelerator.backward(output.loss)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        loss += output.loss.detach() / config.gradient_accumulation_steps
+        elbo += output.elbo / config.gradient_accumulation_steps
+    return loss, elbo, norm
+
+
+def write_what_is_due(run: Run, done: int, reason: str | None) -> None:
+    """Log, validate, score and save after step number ``done``, which is the last one if there is a ``reason``.
+
+    Raises:
+        ValueError: a loss or gradient since the last look was not finite; what was saved before is good.
+    """
+    config, log = run.config, run.log
+    last = done == config.max_steps or reason == "time"
+    validate = done % config.validate_every == 0 or last
+    save = done % config.save_every == 0 or last or reason == "signal"
+    try:
+        if done % config.log_every == 0 or last:
+            log.line(done)
+        elif validate or save:
+            log.check(done)
+    except NotFinite as error:
+        raise ValueError(_explained(error, run)) from error
+    if not run.accelerator.is_main_process:
+        return
+    with log.paused():
+        losses = run.validation.losses(run.network, run.ema) if validate else {}
+        if validate:
+            log.write({"step": done, **losses})
+        if config.score_every is not None and (done % config.score_every == 0 or last):
+            log.write({"step": done, **run.validation.score(run.network, run.ema)})
+        if save:
+            scaler, loss = run.accelerator.scaler, losses.get("validation_loss")
+            parts = (run.network, run.ema, run.optimizer, run.tokenizer)
+            save_state(config, run.facts, done, *parts, scaler=scaler, validation_loss=loss)
+            draw_curves(config.out)
+
+
+def _explained(error: NotFinite, run: Run) -> str:
+    """Write the batches of the step that went wrong, and say where, and what can be done."""
+    config, of_run = run.config, run.train_batches
+    first = (error.step - 1) * config.gradient_accumulation_steps
+    batches = list(islice(of_run.starting_at(first), config.gradient_accumulation_steps))
+    tensors = {name: torch.cat([batch[name] for batch in batches]).cpu().contiguous() for name in batches[0]}
+    of_process = f"-process-{of_run.rank}" if of_run.world > 1 else ""
+    file = config.out / f"not-finite-step-{error.step}{of_process}.safetensors"
+    with written_aside(file) as aside:
+        save_file(tensors, aside)
+    states = all_states(config.out)
+    way_out = f"go on from the last good state with --init-from {states[-1]}" if states else "start again"
+    return f"{error}; its noised batch is in {str(file)!r}; {way_out}, a lower --learning-rate and another --out"
+
+
+def _utilisation_per_cell(run_batches: TrainBatches, network: DCMForDenoising, device: torch.device) -> float | None:
+    """Share of one second of the device's peak that a cell needs; None where the peak is not known."""
+    peak = peak_flops(device)
+    if peak is None:
+        return None
+    batch = next(run_batches.starting_at(0))
+    return training_flops(network, batch) / len(batch["input_ids"]) / peak
