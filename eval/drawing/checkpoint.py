@@ -47,9 +47,7 @@ def check_checkpoint(checkpoint: str) -> None:
 def condition_labels(checkpoint: str) -> ConditionLabels:
     """The labels of the conditions that a checkpoint knows; those of a folder without loading its tokenizer.
 
-    Raises:
-        FileNotFoundError: no such checkpoint.
-        ValueError: a damaged file.
+    Raises as :func:`load_checkpoint`.
     """
     check_checkpoint(checkpoint)
     with _failure_explained(checkpoint):

@@ -1,8 +1,8 @@
 """Properties of completing cells: what is kept, what is filled, and that what is filled is calibrated.
 
 The calibration tests know the truth: cells of a mixture of states, in each of which genes are independent Poisson
-counts, so that the distribution of hidden genes given the others is exact. Letters: N cells, G genes, K largest count, D draws,
-S states.
+counts, so that the distribution of hidden genes given the others is exact. Letters: N cells, G genes, K largest count,
+D draws, S states.
 """
 
 import math
@@ -80,11 +80,7 @@ def test_annotations_of_the_cells_are_kept_and_how_cells_were_filled_is_said(che
     np.testing.assert_array_equal(out.obsm["X_pca"], cells.obsm["X_pca"])
     assert out.uns["source"] == "a test"
     assert out.uns["dcm_conditions"].tolist() == ["cell_type"]
-    assert {name: out.uns["dcm_imputation"][name] for name in ("draws", "steps", "seed")} == {
-        "draws": 2,
-        "steps": 2,
-        "seed": 3,
-    }
+    assert out.uns["dcm_imputation"].items() >= {"draws": 2, "steps": 2, "seed": 3}.items()
 
 
 def test_posterior_mean_and_variance_are_those_of_the_draws_and_x_is_the_first(checkpoint, tmp_path):

@@ -75,9 +75,7 @@ def opened_counts(path: Path, layer: str | None = None) -> Iterator[CountFile]:
 def read_counts(path: Path, layer: str | None = None) -> anndata.AnnData:
     """Read a file into memory, every value checked: int32 counts as CSR in ``X``, ``obs``, ``var`` and ``uns``.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: as :func:`open_counts`, or some value is not a count.
+    Raises as :func:`open_counts`, and ValueError where a value is not a count.
     """
     with opened_counts(path, layer) as file:
         with ProgressReport(len(file.obs), task=f"reading {path.name}", unit="cells") as report:
