@@ -288,8 +288,7 @@ def _moved(
     keep = np.minimum(np.divide(target, mean, out=np.ones_like(mean), where=mean > 0), 1.0)
     more = np.maximum(target - mean, 0.0)
     sizes = np.asarray(cells.sum(axis=1), dtype=np.float64).ravel()
-    size = mean.sum()
-    sizes = sizes / size if size > 0 else np.ones_like(sizes)
+    sizes = sizes / mean.sum() if mean.any() else np.ones_like(sizes)
     blocks = []
     for start in range(0, cells.shape[0], CELLS_AT_ONCE):
         rows = slice(start, start + CELLS_AT_ONCE)

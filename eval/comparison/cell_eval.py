@@ -37,8 +37,6 @@ RESERVED_NAMES = (FLOOR, *BASELINES, MEAN_BASELINE, CEILING)  # no generator can
 PROFILE = "vcc"
 MISSING = "--cell-eval needs the package cell-eval: pip install 'discrete-cell-models[baselines]'"
 
-LogCells = tuple[sparse.csr_matrix, pd.DataFrame]  # log-normalised, as cell-eval takes them, and their labels
-
 
 def check_installed() -> None:
     """Refuse to start where the package is not there."""
@@ -61,22 +59,27 @@ def cell_eval_rows(
         if reason is not None:
             raise ValueError(f"--cell-eval compares perturbations with control cells, and {reason}")
     sources = {FLOOR: floor_draws(train, real, draws=1, seed=seed), **comparison.generated, **baselines}
-    found: dict[str, list[list[Score]]] = {}
+    log_real, found = _log_cells(real), {}
     with tqdm(desc=PROTOCOL, unit=" files", disable=None) as bar:
         for model, files in sources.items():
             found[model] = []
             for file in files:
-                found[model].append(_scores((log_cp10k(file.counts), file.labels), real))
+                found[model].append(_scores(_log_cells(file), log_real))
                 bar.update()
-        found[MEAN_BASELINE] = [_scores(_mean_cells(train, real), real)]
+        found[MEAN_BASELINE] = [_scores(_mean_cells(train, real), log_real)]
         bar.update()
-        found[CEILING] = [_ceiling(real, seed=seed)]
+        found[CEILING] = [_ceiling(log_real, seed=seed)]
     test_cells = {condition: rows.size for condition, rows in real.rows_by_condition.items()}
     return [row for model in found for row in summary_rows(model, PROTOCOL, found[model], test_cells=test_cells)]
 
 
-def _mean_cells(train: CellCounts, real: CellCounts) -> LogCells:
-    """The labels of the test cells, each cell the mean over the training labels of its context.
+def _log_cells(cells: CellCounts) -> CellCounts:
+    """Cells as cell-eval takes them: log-normalised."""
+    return CellCounts(log_cp10k(cells.counts), cells.labels, cells.control)
+
+
+def _mean_cells(train: CellCounts, real: CellCounts) -> CellCounts:
+    """The labels of the test cells, each cell the log-normalised mean over the training labels of its context.
 
     As in the package, each perturbation weighs the same, and the control is one of them.
     """
@@ -90,33 +93,30 @@ def _mean_cells(train: CellCounts, real: CellCounts) -> LogCells:
         names = train.labels[PERTURBATION].to_numpy()[rows]
         means = [np.asarray(values[rows[names == name]].mean(axis=0)).ravel() for name in np.unique(names)]
         cells[(wanted == context).to_numpy()] = np.mean(means, axis=0)
-    return sparse.csr_matrix(cells), real.labels
+    return CellCounts(sparse.csr_matrix(cells), real.labels, real.control)
 
 
-def _scores(generated: LogCells, real: CellCounts) -> list[Score]:
-    """Every metric for every condition of the test cells, and its mean over them."""
-    values, labels = generated
-    real_values, scores = log_cp10k(real.counts), []
-    theirs, ours = _contexts(real.labels), _contexts(labels)
+def _scores(generated: CellCounts, real: CellCounts) -> list[Score]:
+    """Every metric for every condition of the test cells, and its mean over them; both sides log-normalised."""
+    theirs, ours, scores = _contexts(real.labels), _contexts(generated.labels), []
     for context in theirs.unique():
-        chosen, drawn = np.flatnonzero(theirs == context), np.flatnonzero(ours == context)
-        predicted, true = (values[drawn], labels.iloc[drawn]), (real_values[chosen], real.labels.iloc[chosen])
-        scores += _of_context(predicted, true, real.control)
+        drawn, chosen = np.flatnonzero(ours == context), np.flatnonzero(theirs == context)
+        scores += _of_context(generated.take(drawn), real.take(chosen))
     return scores + mean_scores(scores, list(dict.fromkeys(score.metric for score in scores)))
 
 
 def _ceiling(real: CellCounts, *, seed: int) -> list[Score]:
     """The package's ceiling of every metric, the mean over cell types, each weighing as its perturbations do."""
-    values, contexts = log_cp10k(real.counts), _contexts(real.labels)
+    contexts = _contexts(real.labels)
     found: dict[str, list[tuple[float, int]]] = {}
     sizes: list[int] = []
     for context in contexts.unique():
-        chosen = np.flatnonzero(contexts == context)
-        names = real.labels[PERTURBATION].to_numpy()[chosen]
-        perturbed = pd.Series(names[names != real.control]).value_counts()
-        if perturbed.empty or min((names == real.control).sum(), perturbed.max()) < 2:
+        cells = real.take(np.flatnonzero(contexts == context))
+        is_control = cells.labels[PERTURBATION] == real.control
+        perturbed = cells.labels[PERTURBATION][~is_control].value_counts()
+        if perturbed.empty or min(is_control.sum(), perturbed.max()) < 2:
             continue
-        with _evaluator(_anndata(values[chosen], names), None, real.control) as evaluator:
+        with _evaluator(_anndata(cells), None, real.control) as evaluator:
             _, table = evaluator.compute_ceiling(profile=PROFILE, write_csv=False, seed=seed)
         sizes += perturbed.tolist()
         for metric, value in table.to_dicts()[0].items():
@@ -129,25 +129,19 @@ def _ceiling(real: CellCounts, *, seed: int) -> list[Score]:
     return [Score("per_condition", None, metric, float(mean), n) for metric, mean in means.items()]
 
 
-def _of_context(generated: LogCells, real: LogCells, control: str) -> list[Score]:
+def _of_context(generated: CellCounts, real: CellCounts) -> list[Score]:
     """Scores of one cell type: perturbations of both sides, with the real control cells on both."""
-    (values, labels), (real_values, real_labels) = generated, real
-    shared = set(labels[PERTURBATION]) & set(real_labels[PERTURBATION]) - {control}
-    is_control = (real_labels[PERTURBATION] == control).to_numpy()
+    ours, theirs = (cells.labels[PERTURBATION] for cells in (generated, real))
+    shared = set(ours) & set(theirs) - {real.control}
+    is_control = (theirs == real.control).to_numpy()
     if not shared or not is_control.any():
-        logger.warning("cell-eval: nothing to compare in %s", _contexts(real_labels).iloc[0])
+        logger.warning("cell-eval: nothing to compare in %s", _contexts(real.labels).iloc[0])
         return []
-    kept, real_kept = labels[PERTURBATION].isin(shared).to_numpy(), real_labels[PERTURBATION].isin(shared).to_numpy()
-    real_names = real_labels[PERTURBATION].to_numpy()
-    predicted = _anndata(
-        sparse.vstack([values[kept], real_values[is_control]], format="csr"),
-        np.concatenate([labels[PERTURBATION].to_numpy()[kept], real_names[is_control]]),
-    )
-    true = _anndata(real_values[real_kept | is_control], real_names[real_kept | is_control])
-    with _evaluator(true, predicted, control) as evaluator:
+    kept = np.flatnonzero(ours.isin(shared)), np.flatnonzero(theirs.isin(shared) | is_control)
+    predicted = _anndata(generated.take(kept[0]), real.take(np.flatnonzero(is_control)))
+    with _evaluator(_anndata(real.take(kept[1])), predicted, real.control) as evaluator:
         table, _ = evaluator.compute(profile=PROFILE, write_csv=False)
-    sizes = pd.Series(real_names).value_counts()
-    conditions = dict(zip(real_labels[PERTURBATION], joined_labels(real_labels)))
+    sizes, conditions = theirs.value_counts(), dict(zip(theirs, joined_labels(real.labels)))
     return [
         Score("condition", conditions[line["perturbation"]], metric, float(value), int(sizes[line["perturbation"]]))
         for line in table.to_dicts()
@@ -178,9 +172,11 @@ def _evaluator(real: anndata.AnnData, predicted: anndata.AnnData | None, control
         package.setLevel(level)
 
 
-def _anndata(values: sparse.csr_matrix, names: np.ndarray) -> anndata.AnnData:
+def _anndata(*cells: CellCounts) -> anndata.AnnData:
     """Cells with a column of perturbations, genes named by their position."""
+    names = np.concatenate([some.labels[PERTURBATION] for some in cells])
     obs = pd.DataFrame({PERTURBATION: pd.Categorical(names)}, index=[str(row) for row in range(len(names))])
+    values = sparse.vstack([some.counts for some in cells], format="csr")
     return anndata.AnnData(values.astype(np.float32), obs=obs)
 
 

@@ -30,18 +30,11 @@ SEPARATOR = " | "
 
 @dataclass(frozen=True, eq=False)
 class CellCounts:
-    """Counts (n, G) of the same genes in the same order for everything that is compared, and the cells' conditions.
+    """Counts (n, G) of the same genes in the same order for everything that is compared, and the cells' conditions."""
 
-    Attributes:
-        counts: (n, G) CSR, integer.
-        labels: n rows, one string column per condition (cell type, perturbation, covariates); no column is
-            unconditional.
-        control: the label of unperturbed cells in the column ``perturbation``; None if there are none.
-    """
-
-    counts: sparse.csr_matrix
-    labels: pd.DataFrame
-    control: str | None = None
+    counts: sparse.csr_matrix  # (n, G), integer
+    labels: pd.DataFrame  # n rows, one string column per condition (cell type, perturbation, covariates), or none
+    control: str | None = None  # label of unperturbed cells in the column ``perturbation``
 
     def __post_init__(self) -> None:
         if len(self) != len(self.labels):

@@ -22,36 +22,21 @@ DISTANCES = ("mmd2", "w2", "w2_gaussian")
 
 @dataclass(frozen=True)
 class Protocol:
-    """A recipe: what is compared, in which space, how many cells at most.
+    """A recipe: what is compared, in which space, how many cells at most."""
 
-    Attributes:
-        name: as it stands in tables.
-        description: one sentence for a reader of the table.
-        transform: counts (n, G) -> values (n, G), each cell by itself.
-        pooled_metrics: computed over all cells together.
-        condition_metrics: computed in each condition, then averaged.
-        max_cells: cap on the real cells of a comparison; more are thinned by a seeded draw, the same for every model.
-        max_cells_per_perturbation: a further cap on those of each perturbation, in the pooled comparison.
-        fit: (counts, values) of the real cells -> what projects values (n, G) to the space of the metrics; None is the
-            values themselves.
-        bandwidths: the kernels' sigmas; None is the median rule on the real cells, for each comparison.
-        biased_mmd2: the V-statistic.
-        group_by: the one condition column that makes the groups; None is every condition by itself.
-        fewest_cells: real cells that a condition must have to enter the mean over conditions.
-    """
-
-    name: str
-    description: str
-    transform: Callable[[sparse.csr_matrix], sparse.csr_matrix]
-    pooled_metrics: tuple[str, ...]
-    condition_metrics: tuple[str, ...] = DISTANCES
-    max_cells: int | None = 2000
-    max_cells_per_perturbation: int | None = None
+    name: str  # as it stands in tables
+    description: str  # one sentence for a reader of the table
+    transform: Callable[[sparse.csr_matrix], sparse.csr_matrix]  # counts (n, G) -> values (n, G), each cell by itself
+    pooled_metrics: tuple[str, ...]  # computed over all cells together
+    condition_metrics: tuple[str, ...] = DISTANCES  # computed in each condition, then averaged
+    max_cells: int | None = 2000  # of the real cells of a comparison; more are thinned by a draw, once for every model
+    max_cells_per_perturbation: int | None = None  # a further cap, in the pooled comparison
+    # (counts, values) of the real cells -> what projects values (n, G) to the space of the metrics
     fit: Callable[[sparse.csr_matrix, sparse.csr_matrix], Projection] | None = None
-    bandwidths: tuple[float, ...] | None = None
-    biased_mmd2: bool = False
-    group_by: str | None = None
-    fewest_cells: int = FEW_CELLS
+    bandwidths: tuple[float, ...] | None = None  # the kernels' sigmas; None: the median rule, for each comparison
+    biased_mmd2: bool = False  # the V-statistic
+    group_by: str | None = None  # the one condition column that makes the groups; None: every condition by itself
+    fewest_cells: int = FEW_CELLS  # real cells that a condition must have to enter the mean over conditions
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,7 @@ def checked(x: Matrix, name: str, *, min_cells: int) -> Matrix:
 
 
 def checked_pair(x: Matrix, y: Matrix, *, min_cells: int, names: tuple[str, str] = ("x", "y")) -> tuple[Matrix, Matrix]:
-    """Check both sides, and that they have the same number of genes.
-
-    Raises:
-        ValueError: as ``checked``, or different numbers of genes.
-    """
+    """Check both sides, and that they have the same number of genes; a ValueError says what is wrong."""
     x, y = checked(x, names[0], min_cells=min_cells), checked(y, names[1], min_cells=min_cells)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"{names[0]} has {x.shape[1]} genes and {names[1]} has {y.shape[1]}: expected the same genes")

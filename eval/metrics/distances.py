@@ -49,15 +49,11 @@ def mmd2(
     ``1/(n(n-1)) sum_{i != j} k(x_i, x_j) + 1/(m(m-1)) sum_{i != j} k(y_i, y_j) - 2/(nm) sum_{ij} k(x_i, y_j)`` with
     ``k(a, b) = sum_sigma exp(-|a - b|^2 / (2 sigma^2))``. The unbiased form may be negative; ``biased`` divides by
     ``n^2`` and ``m^2`` with ``i = j`` included. No unit; one kernel cannot give more than 2.
-    Reference: Gretton et al., JMLR 13 (2012), 723-773.
+    Without ``bandwidths``, the sigmas in the units of ``x``, there is one: ``median_bandwidth(y)``.
 
-    Args:
-        x: (n, d) generated cells.
-        y: (m, d) real cells.
-        bandwidths: the sigmas, in the units of ``x``; their kernels are summed. None is ``[median_bandwidth(y)]``.
-        biased: the V-statistic instead of the U-statistic; between samples of one distribution it is about
-            ``(1/n + 1/m) (kernels - mean kernel sum of two cells)``, not 0.
-        device: where to multiply.
+    Between samples of one distribution the biased form (the V-statistic) is not 0, but about
+    ``(1/n + 1/m) (kernels - mean kernel sum of two cells)``.
+    Reference: Gretton et al., JMLR 13 (2012), 723-773.
     """
     x, y = checked_pair(x, y, min_cells=1 if biased else 2)
     n, m = x.shape[0], y.shape[0]

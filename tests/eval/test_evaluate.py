@@ -339,7 +339,7 @@ def test_cell_eval_means_of_training_perturbations_are_those_of_the_package(fold
     cells = read_comparison(
         [folder / "generated_0.h5ad"], folder / "test.h5ad", folder / "train.h5ad", names=[None], reserved_names=()
     )
-    values, labels = cell_eval._mean_cells(cells.train, cells.real)
+    means = cell_eval._mean_cells(cells.train, cells.real)
     for cell_type in ("type0", "type1"):
         chosen = (cells.train.labels["cell_type"] == cell_type).to_numpy()
         train = anndata.AnnData(
@@ -348,7 +348,7 @@ def test_cell_eval_means_of_training_perturbations_are_those_of_the_package(fold
         )
         expected = baseline.build_base_mean_adata(train, pert_col="perturbation", control_pert="control")
         expected = expected[expected.obs["perturbation"] != "control"].X
-        ours = values[(labels["cell_type"] == cell_type).to_numpy()].toarray()
+        ours = means.counts[(means.labels["cell_type"] == cell_type).to_numpy()].toarray()
         np.testing.assert_allclose(ours[0], np.asarray(expected)[0], rtol=1e-4, atol=1e-6)
 
 
