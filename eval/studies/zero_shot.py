@@ -9,11 +9,9 @@ done again: the same command goes on after an interruption. Knows the stages, an
 """
 
 import importlib.metadata
-import inspect
 import json
 import logging
 import platform
-import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -37,7 +35,7 @@ from eval.studies.tables import Study, dot_plot, study_json, study_markdown, stu
 from tokenization import DCMTokenizer
 from training.config import parse, read_config
 from training.convert_h5ad import main as convert
-from training.data.command_line import user_errors
+from training.data.command_line import command_of, user_errors
 from training.data.files import sha256_of, written_aside
 from training.data.h5ad import open_h5ad
 from training.embed_perturbations import main as embed
@@ -120,7 +118,7 @@ def main(
         ValueError: options that contradict each other or an earlier study in --out, or held-out perturbations without a
             vector.
     """
-    command = _command(dict(locals()))
+    command = command_of("python -m eval.studies.zero_shot", main, locals())
     open_h5ad(source).close()
     splits = _split_options(split, held_out, split_files, num_splits, test_fraction)
     for name, value in {"sampling-seeds": sampling_seeds, "draws": draws}.items():
@@ -311,20 +309,6 @@ def _write(out: Path, study: Study, rows: list[Row]) -> None:
         aside.write_text(study_markdown(study, rows), encoding="utf-8")
     with written_aside(out / "zero_shot.png") as aside:
         dot_plot(study, rows).savefig(aside, format="png")
-
-
-def _command(arguments: dict[str, object]) -> str:
-    """The command line that gives ``main`` these arguments; options at their default are left out."""
-    words = ["python", "-m", "eval.studies.zero_shot", str(arguments.pop("source"))]
-    for name, value in arguments.items():
-        option = name.replace("_", "-")
-        if value == inspect.signature(main).parameters[name].default:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        else:
-            words += [f"--{option}", *map(str, value if isinstance(value, tuple) else [value])]
-    return shlex.join(words)
 
 
 def cli() -> None:

@@ -57,7 +57,7 @@ def version_of(package: str) -> str | None:
 
 def command_of(program: str, main: Callable[..., object], arguments: dict[str, object]) -> str:
     """Return the command line that gives ``main`` these arguments: the first is positional, defaults are left out."""
-    words, parameters = [program], inspect.signature(main).parameters
+    words, parameters = [], inspect.signature(main).parameters
     for position, (name, parameter) in enumerate(parameters.items()):
         value, option = arguments[name], "--" + name.replace("_", "-")
         if value == parameter.default:
@@ -67,7 +67,7 @@ def command_of(program: str, main: Callable[..., object], arguments: dict[str, o
         else:
             values = value if isinstance(value, tuple) else [value]
             words += [option] * (position > 0) + [str(part) for part in values]
-    return shlex.join(words)
+    return f"{program} {shlex.join(words)}"
 
 
 def keep_freed_memory() -> None:
