@@ -90,7 +90,8 @@ def main(
 
     model, tokenizer = load_checkpoint(checkpoint)
     measured = read_measured_cells(cells, tokenizer, layer)
-    unknown = [name for name in names or () if name not in set(tokenizer.genes)]
+    known = set(tokenizer.genes)
+    unknown = [name for name in names or () if name not in known]
     if unknown:
         raise unknown_label_error("gene to mask", unknown, tokenizer.genes)
     masks = Masks(measured.measured, np.isin(tokenizer.genes, names or []), mask_fraction or 0.0, seed)
