@@ -5,35 +5,28 @@
     dcm-embed --perturbations shards/ --from coexpression --out table.safetensors
     dcm-embed --perturbations shards/ --from vectors.pt --out table.safetensors
 
-Decides which names need a vector and where it comes from. Knows nothing of the network that reads the table; how
-proteins and genes become vectors is in `protein_vectors.py` and `coexpression.py`. A name without a vector is an error;
-with `--allow-missing` the table marks it, and training gives it a learned vector: none is ever invented here. The
-control never has one.
+Decides which names need a vector and where it comes from; `perturbations/` makes vectors of proteins and genes. A name
+without a vector is an error; with `--allow-missing` the table marks it, and training gives it a learned vector: none is
+ever invented here. The control never has one.
 """
 
 import logging
-import pickle
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import datasets
-import pyarrow.parquet as pq
-import torch
 import tyro
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from tokenization import DCMTokenizer
 from tokenization.conditions_dcm import PERTURBATION
 from tokenization.gene_names_dcm import find_genes
-from tokenization.labels_dcm import split_perturbation
-from training.data.cells import Cells
+from tokenization.labels_dcm import shortened, split_perturbation
 from training.data.command_line import run
-from training.perturbations.coexpression import coexpression_vectors
-from training.perturbations.protein_vectors import ProteinEncoder, embed_proteins
-from training.perturbations.proteins import match_proteins, read_fasta
-from training.perturbations.table import listed, write_table
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.perturbations.proteins import Protein
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +42,6 @@ def main(
     shards: Path | None = None,
     components: int = 32,
     allow_missing: bool = False,
-    window: int = 1022,
-    overlap: int = 256,
     batch_tokens: int = 8192,
 ) -> Path:
     """Write one vector for each perturbation's name.
@@ -66,8 +57,6 @@ def main(
         components: length of the vectors of coexpression.
         allow_missing: pass over names that have no vector: they are listed and marked in the table, and training gives
             each of them a learned vector. Without it they are an error.
-        window: residues that the language model sees at once; longer proteins are cut into overlapping windows.
-        overlap: residues that neighbouring windows share, at least.
         batch_tokens: residues of one batch, at most.
 
     Returns:
@@ -85,38 +74,41 @@ def main(
             f"--proteins is {proteins} with --from {source}; expected a FASTA file with --from proteins, and only then "
             "(--from coexpression needs none)"
         )
+    for option, path in (("proteins", proteins), ("shards", shards)):
+        if path is not None and not path.exists():
+            raise FileNotFoundError(f"--{option}: no file or folder {str(path)!r}")
+    if source not in ("proteins", "coexpression") and not Path(source).is_file():
+        raise FileNotFoundError(f"no file {source!r}; --from expects proteins, coexpression, or a file with vectors")
     names = perturbation_names(perturbations)
     logger.info("perturbations: %d", len(names))
     about: dict[str, object] = {"from": source}
     if source == "proteins":
-        match = match_proteins(names, read_fasta(proteins))
-        missing = _missing(names, match.found, f"protein in {str(proteins)!r}", allowed=allow_missing)
-        if match.ambiguous:
-            chosen = ", ".join(f"{name}: {match.found[name].record} of {n}" for name, n in match.ambiguous.items())
-            logger.info(
-                "%d names match several sequences; taken: the reviewed, then the canonical, then the longest one: %s",
-                len(match.ambiguous),
-                chosen,
-            )
-        encoder = ProteinEncoder.load(model, window=window, overlap=overlap, batch_tokens=batch_tokens)
-        by_sequence = embed_proteins([p.sequence for p in match.found.values()], encoder, out.parent / CACHE)
-        table = {name: by_sequence[protein.sequence] for name, protein in match.found.items()}
+        found = _proteins_of(names, proteins)
+        missing = _missing(names, found, f"protein in {str(proteins)!r}", allowed=allow_missing)
+        from training.perturbations.protein_language_model import ProteinEncoder, embed_proteins
+
+        encoder = ProteinEncoder.load(model, batch_tokens=batch_tokens)
+        by_sequence = embed_proteins([p.sequence for p in found.values()], encoder, out.parent / CACHE)
+        table = {name: by_sequence[protein.sequence] for name, protein in found.items()}
         about |= {"model": model, "fingerprint": encoder.fingerprint(), "proteins": proteins.name}
-        about["records"] = {name: protein.record for name, protein in sorted(match.found.items())}
+        about["records"] = {name: protein.record for name, protein in sorted(found.items())}
     elif source == "coexpression":
-        found = coexpression_vectors(_training_cells(shards or perturbations), components)
-        table = _of_names(names, {gene: torch.from_numpy(loadings) for gene, loadings in found.items()})
+        table = _by_name(names, _coexpression(shards or perturbations, components))
         what = "gene that is in the panel and expressed by training controls"
         missing = _missing(names, table, what, allowed=allow_missing)
     else:
-        table = _of_names(names, read_vectors(Path(source)))
+        from training.perturbations.table import read_vectors
+
+        table = _by_name(names, read_vectors(Path(source)))
         missing = _missing(names, table, f"vector in {source!r}", allowed=allow_missing)
+    from training.perturbations.table import write_table
+
     write_table(table, out, about, missing)
     return out
 
 
 def perturbation_names(source: Path) -> list[str]:
-    """Single names, sorted, without the control: of a folder's tokenizer and all its splits, or of a text file.
+    """Return single names, sorted, without the control: of a folder's tokenizer and all its splits, or a text file.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -130,6 +122,11 @@ def perturbation_names(source: Path) -> list[str]:
             raise FileNotFoundError(
                 f"no tokenizer in {str(source)!r}; expected shards of dcm-convert, a checkpoint, or a file of names"
             )
+        import datasets
+        import pyarrow.parquet as pq
+
+        from tokenization import DCMTokenizer
+
         tokenizer = DCMTokenizer.from_pretrained(folder)
         control, names = tokenizer.control, set(tokenizer.perturbations)
         for file in source.glob("*/*.parquet"):  # labels that are held out of training may be here only
@@ -142,67 +139,56 @@ def perturbation_names(source: Path) -> list[str]:
     return sorted(names)
 
 
-def read_vectors(path: Path) -> dict[str, torch.Tensor]:
-    """Vectors by name of a safetensors file, or of a ``.pt`` dictionary (read without running any code in it).
+def _proteins_of(names: list[str], fasta: Path) -> dict[str, "Protein"]:
+    """The protein of each name that has one; what was chosen among several sequences is logged."""
+    from training.perturbations.proteins import match_proteins, read_fasta
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file holds something else.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}; --from expects proteins, coexpression, or a file with vectors")
-    try:
-        if path.suffix in (".pt", ".pth"):
-            table = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            table = load_file(path)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(
-            f"{str(path)!r} cannot be read ({first}); expected safetensors, or a .pt dictionary of tensors"
-        ) from error
-    if not isinstance(table, Mapping) or not all(
-        isinstance(name, str) and isinstance(vector, torch.Tensor) for name, vector in table.items()
-    ):
-        raise ValueError(f"{str(path)!r} holds {type(table).__name__}; expected a dictionary of names and tensors")
-    return {name: vector.flatten() for name, vector in table.items()}
+    found, ambiguous = match_proteins(names, read_fasta(fasta))
+    if ambiguous:
+        logger.info(
+            "%d names match several sequences; taken: the reviewed, then the canonical, then the longest one: %s",
+            len(ambiguous),
+            ", ".join(f"{name}: {found[name].record} of {number}" for name, number in ambiguous.items()),
+        )
+    return found
 
 
-def _training_cells(folder: Path) -> Cells:
+def _coexpression(folder: Path, components: int) -> dict[str, "torch.Tensor"]:
     if folder.is_file():
         raise ValueError(f"{str(folder)!r} is a file of names; coexpression needs --shards, a folder of shards")
-    return Cells(folder, "train")
+    import torch
+
+    from training.data.cells import Cells
+    from training.perturbations.coexpression import coexpression_vectors
+
+    vectors = coexpression_vectors(Cells(folder, "train"), components)
+    return {gene: torch.from_numpy(loadings) for gene, loadings in vectors.items()}
 
 
-def _of_names(names: list[str], vectors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _by_name(names: list[str], vectors: Mapping[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
     """The vectors of ``names``; Ensembl ids may have other versions."""
     given = list(vectors)
     return {name: vectors[given[i]] for name, i in zip(names, find_genes(names, given)[0]) if i >= 0}
 
 
 def _missing(names: list[str], found: Mapping[str, object], what: str, *, allowed: bool) -> list[str]:
-    """Names that were not found, listed; an error unless they are allowed, and when nothing was found."""
+    """Names that were not found; an error unless they are allowed, and when nothing was found."""
     missing = [name for name in names if name not in found]
     if missing and (not allowed or len(missing) == len(names)):
         way_out = "--allow-missing gives them learned vectors" if len(missing) < len(names) else None
         raise ValueError(
-            f"{len(missing):,} of {len(names):,} perturbations have no {what}: {listed(missing)}; "
+            f"{len(missing):,} of {len(names):,} perturbations have no {what}: {shortened(missing, 20)}; "
             f"{way_out or 'are the names of the same kind?'}"
         )
     if missing:
-        logger.warning(
-            "%d of %d perturbations have no %s, and get a learned vector in training: %s",
-            len(missing),
-            len(names),
-            what,
-            ", ".join(missing),
-        )
+        said = "%d of %d perturbations have no %s, and get a learned vector in training: %s"
+        logger.warning(said, len(missing), len(names), what, ", ".join(missing))
     return missing
 
 
 def cli() -> None:
-    """Command line of ``dcm-embed``."""
-    datasets.disable_progress_bars()
+    """Entry point of ``dcm-embed``."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     run(main)
 
 

@@ -11,12 +11,13 @@ from transformers.utils import is_flash_attn_2_available
 from modeling_dcm import SIZES, DCMConfig, DCMForDenoising
 from modeling_dcm.layers_dcm import Block
 from tokenization import DCMTokenizer
+from tokenization.labels_dcm import shortened
 from training.config import TrainConfig
 from training.data.cells import Cells
 from training.data.statistics import Statistics, library_size_quantiles, read_statistics
 from training.data.streaming import open_cells as open_split
 from training.loop.fine_tune import Source, transfer
-from training.perturbations.table import PerturbationTable, listed, read_table
+from training.perturbations.table import PerturbationTable, read_table
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def _names_with_table(config: TrainConfig, perturbations: list[str], shards: DCM
     if forgotten:
         raise ValueError(
             f"{str(path)!r} has no vector for {len(forgotten)} of {len(perturbations)} training perturbations: "
-            f"{listed(forgotten)}; dcm-embed --allow-missing marks them, and they get learned vectors"
+            f"{shortened(forgotten, 20)}; dcm-embed --allow-missing marks them, and they get learned vectors"
         )
     never_seen = []
     if without:
@@ -96,7 +97,7 @@ def _names_with_table(config: TrainConfig, perturbations: list[str], shards: DCM
         never_seen = [name for name in without if name not in seen]
         learned = [name for name in without if name in seen]
         if learned:
-            logger.info("%d perturbations without a vector learn one: %s", len(learned), listed(learned))
+            logger.info("%d perturbations without a vector learn one: %s", len(learned), shortened(learned, 20))
     if never_seen:
         logger.warning(
             "%d perturbations have neither a vector nor a training cell, and the model will not know them: %s",
@@ -184,7 +185,7 @@ def _warn_of_names_never_seen(
             logger.warning(
                 "no training cell has these %s, so the model takes the names but learns nothing of them: %s",
                 what,
-                listed(never_seen),
+                shortened(never_seen, 20),
             )
 
 

@@ -1,7 +1,7 @@
 """Vectors of genes from the cells themselves: each gene's loadings on what varies together among training controls.
 
 Needs no language model and no protein, but a gene of the panel that the controls express. Looks at training cells
-only. Knows nothing of files of vectors. Letters: N control cells, G genes, S cell types, C components.
+only. Letters: N control cells, G genes, S cell types, C components.
 """
 
 import logging
@@ -18,7 +18,7 @@ TARGET_SUM = 1e4
 
 
 def coexpression_vectors(cells: Cells, num_components: int) -> dict[str, np.ndarray]:
-    """A vector (C,) float32 for each gene that the training controls express.
+    """Compute a vector (C,) float32 for each gene that the training controls express.
 
     Principal components of log1p counts per 10,000 of the controls (of all cells, where no perturbation is known),
     centred within each cell type, so that types do not pass for coexpression. A loading is the component's weight

@@ -1,6 +1,6 @@
 """Read protein sequences from FASTA, and find the one protein that a perturbation's name means.
 
-Knows headers of UniProt and Ensembl, and plain ones. Knows nothing of networks, vectors and shards.
+Knows headers of UniProt and Ensembl, and plain ones.
 """
 
 import gzip
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokenization.gene_names_dcm import without_version
+from tokenization.labels_dcm import shortened
 
 # first fields of headers such as >sp|P12345|NAME_HUMAN: they say where a record is from, and name nothing
 DATABASES = frozenset({"sp", "tr", "lcl", "gnl", "ref", "gb", "emb", "dbj", "pdb", "gi"})
@@ -42,7 +43,7 @@ class Protein:
 
 
 def read_fasta(path: Path) -> list[Protein]:
-    """Every record of a FASTA file (``.gz`` too), in order.
+    """Read every record of a FASTA file (``.gz`` too), in order.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -68,7 +69,7 @@ def read_fasta(path: Path) -> list[Protein]:
     proteins = [_protein(header, "".join(lines)) for header, lines in records]
     empty = [protein.record for protein in proteins if not protein.sequence]
     if empty:
-        raise ValueError(f"{str(path)!r}: {len(empty):,} records without a sequence: {', '.join(empty[:5])}")
+        raise ValueError(f"{str(path)!r}: {len(empty):,} records without a sequence: {shortened(empty)}")
     return proteins
 
 
@@ -90,27 +91,15 @@ def _protein(header: str, sequence: str) -> Protein:
     )
 
 
-@dataclass(frozen=True)
-class Match:
-    """The proteins of names.
-
-    Attributes:
-        found: name to protein.
-        ambiguous: names that several sequences match, with their number.
-        missing: names that no record matches.
-    """
-
-    found: dict[str, Protein]
-    ambiguous: dict[str, int]
-    missing: list[str]
-
-
-def match_proteins(names: Iterable[str], proteins: Sequence[Protein]) -> Match:
+def match_proteins(names: Iterable[str], proteins: Sequence[Protein]) -> tuple[dict[str, Protein], dict[str, int]]:
     """Find the protein of each name: by gene symbol, and only where no record has that symbol, by another id.
 
     Of several sequences the rule takes the reviewed one, then the canonical one, then the longest, then the first by
     record name. Capitals matter: ``Klf1`` is the gene of a mouse. A name that is an Ensembl id with a version finds the
     records of that id in any version, unless it finds some of its own.
+
+    Returns:
+        The names that a record matches, with their protein; and those that several sequences match, with their number.
     """
     by_symbol, by_id = defaultdict(list), defaultdict(list)
     for protein in proteins:
@@ -118,17 +107,16 @@ def match_proteins(names: Iterable[str], proteins: Sequence[Protein]) -> Match:
             by_symbol[name].append(protein)
         for name in protein.ids:
             by_id[name].append(protein)
-    found, ambiguous, missing = {}, {}, []
+    found, ambiguous = {}, {}
     for name in names:
         candidates = by_symbol.get(name) or by_id.get(name) or by_id.get(without_version(name))
         if not candidates:
-            missing.append(name)
             continue
         found[name] = min(candidates, key=_preference)
         sequences = {protein.sequence for protein in candidates}
         if len(sequences) > 1:
             ambiguous[name] = len(sequences)
-    return Match(found, ambiguous, missing)
+    return found, ambiguous
 
 
 def _preference(protein: Protein) -> tuple[bool, bool, int, str]:

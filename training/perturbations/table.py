@@ -1,28 +1,27 @@
 """The table that training freezes: one safetensors file with a vector for each perturbation's name.
 
 Its metadata list the names that have no vector and are to have a learned one; a name that is neither here nor there was
-forgotten, and training refuses it. Knows nothing of where vectors come from, and nothing of networks.
-Letter: D, length of the vectors.
+forgotten, and training refuses it. Letter: D, length of the vectors.
 """
 
-import hashlib
 import json
 import logging
+import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from training.data.files import written_aside
+from tokenization.labels_dcm import shortened
+from training.data.files import sha256_of, written_aside
 
 logger = logging.getLogger(__name__)
 
 ABOUT = "dcm_embed"  # the file's one key of metadata: safetensors writes several in an arbitrary order
 WITHOUT_VECTOR = "without_vector"
-SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,6 @@ def read_table(path: Path, control: str | None) -> PerturbationTable:
         control: the label of unperturbed cells: its vector is always learned, and is left out here.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: the file holds something else, or vectors of different lengths, not finite, or all zero.
     """
     try:
@@ -81,13 +79,30 @@ def read_table(path: Path, control: str | None) -> PerturbationTable:
     vectors.pop(control, None)
     _dim(vectors, repr(str(path)))
     without = frozenset(about.get(WITHOUT_VECTOR, ())) - {control}
-    return PerturbationTable(vectors, without, hashlib.sha256(path.read_bytes()).hexdigest())
+    return PerturbationTable(vectors, without, sha256_of(path))
 
 
-def listed(names: Iterable[str]) -> str:
-    """The first names, and dots when there are more."""
-    names = list(names)
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+def read_vectors(path: Path) -> dict[str, torch.Tensor]:
+    """Read vectors by name from a safetensors file, or from a ``.pt`` dictionary (without running any code in it).
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        if path.suffix in (".pt", ".pth"):
+            table = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            table = load_file(path)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f"{str(path)!r} cannot be read ({first}); expected safetensors, or a .pt dictionary of tensors"
+        ) from error
+    if not isinstance(table, Mapping) or not all(
+        isinstance(name, str) and isinstance(vector, torch.Tensor) for name, vector in table.items()
+    ):
+        raise ValueError(f"{str(path)!r} holds {type(table).__name__}; expected a dictionary of names and tensors")
+    return {name: vector.flatten() for name, vector in table.items()}
 
 
 def _dim(vectors: Mapping[str, torch.Tensor], where: str) -> int:
@@ -97,5 +112,5 @@ def _dim(vectors: Mapping[str, torch.Tensor], where: str) -> int:
         raise ValueError(f"{where} holds vectors of lengths {lengths}, expected one length")
     broken = [name for name, vector in vectors.items() if not bool(vector.isfinite().all() and vector.any())]
     if broken:
-        raise ValueError(f"{where}: vectors that are not finite, or all zero: {listed(broken)}")
+        raise ValueError(f"{where}: vectors that are not finite, or all zero: {shortened(broken, 20)}")
     return lengths[0]

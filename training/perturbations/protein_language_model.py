@@ -1,8 +1,8 @@
-"""Vectors of proteins: the mean of a protein language model's last hidden states over the residues.
+"""Compute vectors of proteins: the mean of a protein language model's last hidden states over the residues.
 
 Results are kept in a cache, batch by batch, so that a run that was killed, or that has a few new proteins, computes
-only what is new. Knows nothing of genes' names, perturbations and files of sequences. Letters: n proteins, B windows of
-a batch, T tokens of a window (residues and the two special ones), D width of the language model.
+only what is new. Letters: n proteins, B windows of a batch, T tokens of a window (residues and the two special ones),
+D width of the language model.
 """
 
 import hashlib
@@ -43,20 +43,18 @@ class ProteinEncoder:
     model: EsmModel
     residue_ids: dict[str, int]
     special_ids: tuple[int, int, int]
-    window: int = 1022
-    overlap: int = 256
-    batch_tokens: int = 8192
+    window: int
+    overlap: int
+    batch_tokens: int
 
     @classmethod
-    def load(cls, name: str, *, window: int, overlap: int, batch_tokens: int) -> "ProteinEncoder":
+    def load(cls, name: str, *, window: int = 1022, overlap: int = 256, batch_tokens: int = 8192) -> "ProteinEncoder":
         """Load transformers' ``EsmModel`` from a local folder or the Hub; bfloat16 on a GPU, else float32 on the CPU.
 
         Raises:
             OSError: there is no such folder, nor such a model on the Hub.
             ValueError: weights are missing in the checkpoint, or the window does not fit the network.
         """
-        if not 0 <= overlap < window:
-            raise ValueError(f"overlap is {overlap}; expected 0 to {window - 1}, less than the window")
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens is {batch_tokens}; expected at least 1")
         model, report = EsmModel.from_pretrained(
@@ -65,10 +63,9 @@ class ProteinEncoder:
         lost = sorted(key for key in report["missing_keys"] if not key.startswith(UNUSED_WEIGHTS))
         if lost:
             raise ValueError(f"{name!r} lacks {len(lost)} weights of an EsmModel, such as {', '.join(lost[:3])}")
-        if model.config.position_embedding_type == "absolute":
-            longest = model.config.max_position_embeddings - model.config.pad_token_id - 3
-            if window > longest:
-                raise ValueError(f"window is {window}; {name!r} has positions for {longest} residues at most")
+        longest = model.config.max_position_embeddings - model.config.pad_token_id - 3
+        if model.config.position_embedding_type == "absolute" and window > longest:
+            raise ValueError(f"{name!r} has positions for {longest} residues at most; expected {window} or more")
         tokenizer = EsmTokenizer.from_pretrained(name)
         ids = {token: id_ for token, id_ in tokenizer.get_vocab().items() if len(token) == 1 and token.isalpha()}
         if not ids or max(ids.values()) >= model.config.vocab_size:
@@ -79,7 +76,7 @@ class ProteinEncoder:
         return cls(model.eval(), ids, special, window, overlap, batch_tokens)
 
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides a protein's vector: weights, configuration, tokens, precision, windows."""
+        """Hash everything that decides a protein's vector: weights, configuration, tokens, precision, windows."""
         digest = hashlib.sha256()
         config = {k: v for k, v in self.model.config.to_dict().items() if k not in NOT_OF_THE_NETWORK}
         numbers = [self.window, self.overlap, str(self.model.dtype), self.special_ids, sorted(self.residue_ids.items())]
@@ -92,19 +89,20 @@ class ProteinEncoder:
 
     @torch.inference_mode()
     def vectors(self, sequences: Sequence[str]) -> torch.Tensor:
-        """Mean hidden state over the residues of each sequence, (n, D) float32 on the CPU.
+        """Compute the mean hidden state over the residues of each sequence, (n, D) float32 on the CPU.
 
         Special tokens do not count. A residue in several windows has the mean of its states there.
         """
         totals = torch.zeros(len(sequences), self.model.config.hidden_size, dtype=torch.float64)
-        pieces = []  # (sequence, first residue, weight of each residue)
+        spans = []  # (sequence, first residue, weight of each residue)
         for index, sequence in enumerate(sequences):
-            spans = windows(len(sequence), self.window, self.overlap)
+            of_sequence = windows(len(sequence), self.window, self.overlap)
             times_seen = np.zeros(len(sequence))
-            for first, last in spans:
+            for first, last in of_sequence:
                 times_seen[first:last] += 1
-            pieces += [(index, first, 1 / (times_seen[first:last] * len(sequence))) for first, last in spans]
-        for batch in self._batches(pieces):
+            spans += [(index, first, 1 / (times_seen[first:last] * len(sequence))) for first, last in of_sequence]
+        spans.sort(key=lambda span: -len(span[2]))  # neighbours in length together, so that little is padded
+        for batch in batches(spans, lambda span: len(span[2]), self.batch_tokens):
             T = 2 + max(len(weights) for _, _, weights in batch)
             tokens = torch.full((len(batch), T), self.special_ids[2])
             weight = torch.zeros(len(batch), T)
@@ -120,13 +118,9 @@ class ProteinEncoder:
                 totals[index] += vector
         return totals.float()
 
-    def _batches(self, pieces: list) -> Iterator[list]:
-        """Neighbours in length together, so that little is padded."""
-        return batches(sorted(pieces, key=lambda piece: -len(piece[2])), lambda piece: len(piece[2]), self.batch_tokens)
-
 
 def windows(length: int, size: int, overlap: int) -> list[tuple[int, int]]:
-    """Spans that cover ``length`` residues: one if they fit ``size``, else full ones that share ``overlap`` or more."""
+    """Cover ``length`` residues by spans: one if they fit ``size``, else full ones that share ``overlap`` or more."""
     if length <= size:
         return [(0, length)]
     firsts = [*range(0, length - size, size - overlap), length - size]
@@ -146,7 +140,7 @@ def batches(items: Sequence, length_of, most_tokens: int) -> Iterator[list]:
 
 
 def embed_proteins(sequences: Sequence[str], encoder: ProteinEncoder, cache: Path) -> dict[str, torch.Tensor]:
-    """The vector (D,) of each distinct sequence; what ``cache`` has is not computed again.
+    """Compute the vector (D,) of each distinct sequence; what ``cache`` has is not computed again.
 
     Batches are cut from all sequences, whatever the cache has, and are written whole. So after a kill at any moment
     the rest is computed in the same batches, and the vectors have the same bits.

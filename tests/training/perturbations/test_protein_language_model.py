@@ -1,0 +1,252 @@
+"""What the vector of a protein is, and that nothing is computed twice or lost.
+
+The language model is a tiny random ESM-2 of width D.
+"""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load, save_file
+from transformers import EsmModel, EsmTokenizer
+
+from tests.tiny_esm import VOCABULARY, D, proteins_of, write_fasta, write_tiny_esm
+from training.embed_perturbations import main
+from training.perturbations.protein_language_model import ProteinEncoder, batches, embed_proteins, windows
+
+
+@pytest.fixture(scope="module")
+def esm_folder(tmp_path_factory) -> Path:
+    return write_tiny_esm(tmp_path_factory.mktemp("esm"))
+
+
+def encoder(folder: Path, **options: int) -> ProteinEncoder:
+    return ProteinEncoder.load(str(folder), **options)
+
+
+def hidden_states(folder: Path, sequence: str) -> torch.Tensor:
+    """Last hidden states of the residues, by transformers' own tokenizer."""
+    tokens = EsmTokenizer.from_pretrained(folder)(sequence, return_tensors="pt")
+    with torch.no_grad():
+        return EsmModel.from_pretrained(folder, add_pooling_layer=False)(**tokens).last_hidden_state[0, 1:-1]
+
+
+def test_a_vector_is_the_mean_over_residues_whatever_else_is_in_the_batch(esm_folder):
+    sequences = proteins_of([5, 40, 17, 1, 23])
+    expected = torch.stack([hidden_states(esm_folder, sequence).mean(dim=0) for sequence in sequences])
+    for batch_tokens in (1, 60, 8192):
+        vectors = encoder(esm_folder, batch_tokens=batch_tokens).vectors(sequences)
+        torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=0)
+
+
+def test_windows_cover_every_residue_and_share_their_overlap():
+    for length in (1, 9, 10, 11, 27, 28, 95):
+        spans = windows(length, 10, 4)
+        assert set().union(*(range(*span) for span in spans)) == set(range(length))
+        assert all(last - first == min(length, 10) for first, last in spans)
+        assert all(before[1] - after[0] >= 4 for before, after in pairwise(spans))
+
+
+def test_a_long_protein_is_the_mean_over_residues_of_their_mean_over_windows(esm_folder):
+    (sequence,) = proteins_of([25])
+    total, seen = torch.zeros(25, D), torch.zeros(25, 1)
+    for first, last in windows(25, 10, 4):
+        total[first:last] += hidden_states(esm_folder, sequence[first:last])
+        seen[first:last] += 1
+    vectors = encoder(esm_folder, window=10, overlap=4, batch_tokens=24).vectors([sequence])
+    torch.testing.assert_close(vectors[0], (total / seen).mean(dim=0), atol=1e-5, rtol=0)
+
+
+def test_batches_hold_everything_once_and_no_more_than_they_may():
+    items = sorted(range(1, 30), reverse=True)
+    cut = list(batches(items, lambda length: length, 64))
+    assert [item for batch in cut for item in batch] == items
+    assert all(len(batch) == 1 or len(batch) * (batch[0] + 2) <= 64 for batch in cut)
+
+
+def test_meta_s_own_esm2_with_the_same_weights_gives_the_same_vectors(esm_folder):
+    oracle = importlib.import_module("esm.model.esm2")  # fair-esm, of the extra "dev"
+    ours = EsmModel.from_pretrained(esm_folder, add_pooling_layer=False).state_dict()
+    theirs = oracle.ESM2(num_layers=2, embed_dim=D, attention_heads=2, alphabet="ESM-1b", token_dropout=True).eval()
+    assert theirs.alphabet.all_toks == VOCABULARY
+    names = {
+        "self_attn.q_proj": "attention.self.query",
+        "self_attn.k_proj": "attention.self.key",
+        "self_attn.v_proj": "attention.self.value",
+        "self_attn.out_proj": "attention.output.dense",
+        "self_attn_layer_norm": "attention.LayerNorm",
+        "fc1": "intermediate.dense",
+        "fc2": "output.dense",
+        "final_layer_norm": "LayerNorm",
+    }
+    copied = {"embed_tokens.weight": ours["embeddings.word_embeddings.weight"]}
+    for part in ("weight", "bias"):
+        copied[f"emb_layer_norm_after.{part}"] = ours[f"encoder.emb_layer_norm_after.{part}"]
+        for layer in range(2):
+            for there, here in names.items():
+                copied[f"layers.{layer}.{there}.{part}"] = ours[f"encoder.layer.{layer}.{here}.{part}"]
+    missing = theirs.load_state_dict(copied, strict=False).missing_keys
+    assert all(name.startswith(("contact_head.", "lm_head.")) or "inv_freq" in name for name in missing)
+    sequences = proteins_of([5, 40, 17])
+    _, _, tokens = theirs.alphabet.get_batch_converter()([(str(i), s) for i, s in enumerate(sequences)])
+    with torch.no_grad():
+        states = theirs(tokens, repr_layers=[2])["representations"][2]
+    expected = torch.stack([states[i, 1 : len(s) + 1].mean(dim=0) for i, s in enumerate(sequences)])
+    torch.testing.assert_close(encoder(esm_folder).vectors(sequences), expected, atol=1e-5, rtol=0)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(esm_folder, tmp_path):
+    model = EsmModel.from_pretrained(esm_folder, add_pooling_layer=False)
+    weights = {name: w for name, w in model.state_dict().items() if "layer.1.output.dense" not in name}
+    model.save_pretrained(tmp_path)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 2 weights of an EsmModel, such as encoder.layer.1.output.dense.bias"):
+        encoder(tmp_path)
+
+
+def test_a_residue_that_the_language_model_does_not_know_is_refused(esm_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"the sequence MK1V... has \['1'\]; expected residues ABC"):
+        embed_proteins(["MKV", "MK1V"], encoder(esm_folder), tmp_path)
+
+
+# --- cache ---
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[str]:
+    """Sequences that were computed, in order."""
+    seen: list[str] = []
+    vectors = ProteinEncoder.vectors
+    monkeypatch.setattr(ProteinEncoder, "vectors", lambda self, new: seen.extend(new) or vectors(self, new))
+    return seen
+
+
+def test_a_rerun_computes_only_what_is_new(esm_folder, tmp_path, computed):
+    first, new = proteins_of([20, 20, 7]), proteins_of([33], seed=1)
+    before = embed_proteins([*first, first[0]], encoder(esm_folder), tmp_path)
+    assert sorted(computed) == sorted(first)
+    computed.clear()
+    after = embed_proteins([*first, *new], encoder(esm_folder), tmp_path)
+    assert computed == new
+    assert all(torch.equal(after[sequence], before[sequence]) for sequence in first)
+
+
+def test_the_cache_of_another_model_or_window_is_not_used(esm_folder, tmp_path, computed):
+    sequences = proteins_of([20])
+    other = tmp_path / "other"
+    model = EsmModel.from_pretrained(esm_folder, add_pooling_layer=False)
+    model.encoder.layer[0].output.dense.bias.data[0] += 1
+    model.save_pretrained(other)
+    (other / "vocab.txt").write_text((esm_folder / "vocab.txt").read_text())
+    for folder, window in ((esm_folder, 1022), (other, 1022), (esm_folder, 600), (esm_folder, 1022)):
+        embed_proteins(sequences, encoder(folder, window=window), tmp_path / "cache")
+    assert len(computed) == 3
+
+
+def test_a_damaged_cache_file_is_computed_again(esm_folder, tmp_path, computed, caplog):
+    sequences = proteins_of([20])
+    before = embed_proteins(sequences, encoder(esm_folder), tmp_path)
+    (file,) = tmp_path.glob("*/*.safetensors")
+    file.write_bytes(file.read_bytes()[:30])
+    after = embed_proteins(sequences, encoder(esm_folder), tmp_path)
+    assert len(computed) == 2
+    assert "is damaged" in caplog.text
+    assert torch.equal(after[sequences[0]], before[sequences[0]])
+
+
+# Imports once, then forks a process for each run that it is told to start. Batches and writing are slow, so that many
+# kills find a file half written.
+STARTER = """
+import os, sys, time
+from pathlib import Path
+from training import embed_perturbations
+from training.perturbations import protein_language_model
+vectors, save_file = protein_language_model.ProteinEncoder.vectors, protein_language_model.save_file
+
+def slow_vectors(self, sequences):
+    time.sleep(0.01)
+    return vectors(self, sequences)
+
+def slow_save(tensors, path):
+    save_file(tensors, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    time.sleep(0.01)
+    path.write_bytes(whole)
+
+protein_language_model.ProteinEncoder.vectors, protein_language_model.save_file = slow_vectors, slow_save
+names, out, fasta, model = sys.argv[1:]
+for _ in sys.stdin:
+    child = os.fork()
+    if not child:
+        embed_perturbations.main(Path(names), Path(out), proteins=Path(fasta), model=model, batch_tokens=80)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture
+def killed(esm_folder, tmp_path) -> Iterator[Callable[[int, float], None]]:
+    """Embeds ``p.fasta`` in a process of its own, and kills that some seconds after so many batches were written."""
+    names, fasta, out = (tmp_path / name for name in ("names.txt", "p.fasta", "killed/table.safetensors"))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", STARTER, *map(str, (names, out, fasta, esm_folder))]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes) as starter:
+
+        def run_and_kill(after_batches: int, after_seconds: float) -> None:
+            wanted, deadline = len(cache_of(out)) + after_batches, time.monotonic() + 60
+            starter.stdin.write("go\n")
+            starter.stdin.flush()
+            child = int(starter.stdout.readline())
+            while len(cache_of(out)) < wanted and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(after_seconds)
+            os.kill(child, signal.SIGKILL)
+            assert int(starter.stdout.readline()) == signal.SIGKILL
+
+        yield run_and_kill
+        starter.kill()
+
+
+@pytest.mark.slow
+def test_killed_ten_times_a_rerun_has_identical_bytes_and_what_was_computed_is_kept(
+    killed, esm_folder, tmp_path, computed
+):
+    names, rng = [f"P{i}" for i in range(80)], np.random.default_rng(0)
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    fasta = write_fasta(tmp_path / "p.fasta", dict(zip(names, proteins_of(rng.permutation(np.arange(10, 90))))))
+    whole, out = (tmp_path / name / "table.safetensors" for name in ("whole", "killed"))
+    options = {"proteins": fasta, "model": str(esm_folder), "batch_tokens": 80}
+    main(tmp_path / "names.txt", whole, **options)
+    expected, kept = cache_of(whole), {}
+    for batches_before, seconds in zip(rng.integers(0, 4, 10), rng.uniform(0, 0.05, 10)):
+        killed(batches_before, seconds)
+        now = cache_of(out)
+        assert now.items() >= kept.items()  # nothing that was computed is lost
+        assert now.items() <= expected.items()  # and no file is half there
+        kept = now
+        assert not out.exists()
+    computed.clear()
+    main(tmp_path / "names.txt", out, **options)
+    assert out.read_bytes() == whole.read_bytes()
+    assert cache_of(out) == expected
+    known = sum(len(load(content)) for content in kept.values())
+    assert 0 < known < len(names)
+    assert len(computed) == len(names) - known
+
+
+def cache_of(out: Path) -> dict[str, bytes]:
+    """Content of each file of the cache beside a table."""
+    files = out.parent.glob("dcm-embed-cache/*/*.safetensors")
+    return {str(file.relative_to(out.parent)): file.read_bytes() for file in files if not file.name.startswith(".")}
