@@ -4,7 +4,7 @@ A YAML file in `configs/` sets some, the command line sets others, in that order
 """
 
 import argparse
-import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
@@ -12,6 +12,10 @@ from typing import Literal, Union, get_args, get_origin
 
 import tyro
 import yaml
+
+from tokenization.labels_dcm import unknown_label_error
+
+SHAPE_OF_SIZE = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclass(frozen=True)
@@ -128,41 +132,34 @@ class TrainConfig:
     def __post_init__(self):
         counted = ("batch_size", "gradient_accumulation_steps", "max_steps", "log_every", "validate_every")
         counted += ("validation_cells", "score_cells", "save_every", "keep_last")
-        for name in counted:
-            self._expect(name, getattr(self, name) >= 1, "at least 1")
-        self._expect("warmup_steps", self.warmup_steps >= 0, "0 or more")
-        self._expect("keep_best", self.keep_best >= 0, "0 or more")
-        self._expect("query_genes", self.query_genes is None or self.query_genes >= 1, "at least 1, or none for all")
-        self._expect("score_every", self.score_every is None or self.score_every >= 1, "at least 1, or none for never")
-        self._expect("max_time", self.max_time is None or self.max_time > 0, "minutes above 0, or none for no limit")
-        for name in ("learning_rate", "clip_norm"):
-            self._expect(name, getattr(self, name) > 0, "above 0")
-        for name in ("ema_decay", "dropout", "label_dropout"):
-            self._expect(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        self._check_contradictions()
-
-    def _expect(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(f"{name}={getattr(self, name)}, expected {expected}")
-
-    def _check_contradictions(self) -> None:
+        self._expect("at least 1", lambda value: value >= 1, *counted)
+        self._expect("0 or more", lambda value: value >= 0, "warmup_steps", "keep_best")
+        self._expect("at least 1, or none for all", lambda value: value is None or value >= 1, "query_genes")
+        self._expect("at least 1, or none for never", lambda value: value is None or value >= 1, "score_every")
+        self._expect("minutes above 0, or none for no limit", lambda value: value is None or value > 0, "max_time")
+        self._expect("above 0", lambda value: value > 0, "learning_rate", "clip_norm")
+        self._expect("in [0, 1)", lambda value: 0 <= value < 1, "ema_decay", "dropout", "label_dropout")
         if not self.masked_keys and self.backbone == "latent":
             raise ValueError(
                 "masked_keys=False contradicts backbone='latent', in which nothing attends to masked genes anyway: "
                 "leave it out"
             )
-        if self.size is not None:
-            for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
-                if self.is_set(name):
-                    value = getattr(self, name)
-                    raise ValueError(f"{name}={value} contradicts size={self.size!r}, which sets it: leave one out")
-            if self.init_from is not None:
-                raise ValueError(
-                    f"size={self.size!r} contradicts init_from, which brings its own shape: leave size out"
-                )
-        elif self.hidden_size % self.num_attention_heads:
+        if self.size is None:
             heads = self.num_attention_heads
-            raise ValueError(f"hidden_size={self.hidden_size}, expected a multiple of num_attention_heads={heads}")
+            expected = f"a multiple of num_attention_heads={heads}"
+            self._expect(expected, lambda value: value % heads == 0, "hidden_size")
+            return
+        for name in SHAPE_OF_SIZE:
+            if self.is_set(name):
+                value = getattr(self, name)
+                raise ValueError(f"{name}={value} contradicts size={self.size!r}, which sets it: leave one out")
+        if self.init_from is not None:
+            raise ValueError(f"size={self.size!r} contradicts init_from, which brings its own shape: leave size out")
+
+    def _expect(self, expected: str, holds: Callable[[float | None], bool], *names: str) -> None:
+        for name in names:
+            if not holds(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)}, expected {expected}")
 
     def is_set(self, name: str) -> bool:
         """Whether an option differs from its default."""
@@ -188,8 +185,7 @@ def parse(arguments: list[str]) -> TrainConfig:
     known, _ = first.parse_known_args(arguments)
     from_file = read_config(known.config) if known.config else {}
     if known.size not in (None, "None"):  # the command line's size wins over the file's shape
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
-            from_file.pop(name, None)
+        from_file = {name: value for name, value in from_file.items() if name not in SHAPE_OF_SIZE}
     defaults = {"data": tyro.MISSING, "out": tyro.MISSING, **from_file}
     return tyro.cli(TrainConfig, default=TrainConfig(**defaults), args=arguments)
 
@@ -213,8 +209,7 @@ def read_config(path: Path) -> dict[str, object]:
     known = {field.name: field.type for field in fields(TrainConfig)}
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{str(path)!r}: unknown option {name!r}; did you mean {near!r}?")
+            raise ValueError(f"{str(path)!r}: {unknown_label_error('option', [str(name)], list(known))}")
     return {name: _typed(path, name, value, known[name]) for name, value in options.items()}
 
 

@@ -4,7 +4,7 @@
     dcm-push checkpoint/ org/name --dry-run
 
 The folder that is pushed is built aside from a list of files, and loaded in a fresh process before anything is sent:
-states of the optimiser, logs and whatever else lies in the checkpoint are never uploaded. Knows nothing of training.
+states of the optimiser, logs and whatever else lies in the checkpoint are never uploaded.
 """
 
 import fnmatch
@@ -63,17 +63,17 @@ def main(
         card: YAML file of the card's facts; default: the one of that name among the prepared cards, or card.yaml
             in the checkpoint.
     """
-    _check_repo_id(repo_id)
+    if repo_id.count("/") != 1:
+        raise ValueError(f"repo_id={repo_id!r}, expected org/name")
+    validate_repo_id(repo_id)
     facts = read_facts(card or _facts_of(checkpoint, repo_id))
     with tempfile.TemporaryDirectory(prefix="dcm-push-") as aside:
         folder = Path(aside) / "checkpoint"
         stage(checkpoint, folder)
         answer = answer_of(folder, facts["example"])
         figures = _add_results(results, folder)
-        text = render(
-            facts, repo_id=repo_id, checkpoint=folder, results=results, example_output=answer, figures=figures
-        )
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        known = {"checkpoint": folder, "results": results, "example_output": answer, "figures": figures}
+        (folder / "README.md").write_text(render(facts, repo_id=repo_id, **known), encoding="utf-8")
         files = sorted(folder.iterdir())
         for file in files:
             logger.info("%12s  %s", f"{file.stat().st_size:,}", file.name)
@@ -113,7 +113,7 @@ def stage(checkpoint: Path, folder: Path) -> None:
 
 
 def answer_of(folder: Path, request: object) -> str:
-    """What the folder answers to a request in a fresh process that has neither our packages' path nor a token.
+    """Ask the folder in a fresh process that has neither our packages' path nor a token, and return its answer.
 
     Raises:
         ValueError: it cannot be loaded or does not answer; the message is the last line of the error.
@@ -157,8 +157,8 @@ def push(folder: Path, repo_id: str, *, private: bool) -> str:
 
 def _operations(folder: Path, there: set[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
     here = {file.name for file in folder.iterdir()}
-    stale = sorted(name for name in there - here if _is_listed(name, OWN))
     added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in sorted(here)]
+    stale = sorted(name for name in there - here if _is_listed(name, OWN))
     return [*added, *(CommitOperationDelete(path_in_repo=name) for name in stale)]
 
 
@@ -180,10 +180,8 @@ def _explained(error: HTTPError, repo_id: str, token: str) -> Exception:
     said = str(error).replace(token, "***").strip()
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status in (401, 403):
-        return ValueError(
-            f"the Hub refused the token for {repo_id} ({status}): it needs write access to {repo_id.split('/')[0]}; "
-            "log in again with 'hf auth login'"
-        )
+        needs = f"it needs write access to {repo_id.split('/')[0]}; log in again with 'hf auth login'"
+        return ValueError(f"the Hub refused the token for {repo_id} ({status}): {needs}")
     if status is not None and status < 500:
         return ValueError(f"the Hub refused the push to {repo_id}: {said}")
     return ConnectionError(f"the Hub cannot be reached ({type(error).__name__}: {said}); push again, nothing is lost")
@@ -204,20 +202,14 @@ def _add_results(results: Path | None, folder: Path) -> list[str]:
 
 
 def _facts_of(checkpoint: Path, repo_id: str) -> Path:
-    prepared = CARDS / f"{repo_id.split('/')[-1]}.yaml"
-    own = checkpoint / "card.yaml"
-    if not own.is_file() and not prepared.is_file():
-        raise FileNotFoundError(
-            f"no facts for the model card of {repo_id}: write {str(own)!r} as {str(CARDS / 'dcm-demo.yaml')!r} is "
-            "written, or name a file with --card"
-        )
-    return own if own.is_file() else prepared
-
-
-def _check_repo_id(repo_id: str) -> None:
-    if repo_id.count("/") != 1:
-        raise ValueError(f"repo_id={repo_id!r}, expected org/name")
-    validate_repo_id(repo_id)
+    own, prepared = checkpoint / "card.yaml", CARDS / f"{repo_id.split('/')[-1]}.yaml"
+    for path in (own, prepared):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"no facts for the model card of {repo_id}: write {str(own)!r} as {str(CARDS / 'dcm-demo.yaml')!r} is written, "
+        "or name a file with --card"
+    )
 
 
 def _is_listed(name: str, patterns: tuple[str, ...]) -> bool:

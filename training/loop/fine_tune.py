@@ -16,6 +16,7 @@ from modeling_dcm import DCMForDenoising
 from modeling_dcm.count_distribution_dcm import CategoricalHead
 from modeling_dcm.layers_dcm import LOWEST_LEVEL, count_features, level_features
 from tokenization import DCMTokenizer
+from tokenization.labels_dcm import shortened
 from training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -91,8 +92,8 @@ def merged_tokenizer(new: DCMTokenizer, source: DCMTokenizer) -> DCMTokenizer:
     """
     if not set(new.genes) & set(source.genes):
         raise ValueError(
-            f"no gene of the shards ({', '.join(new.genes[:3])}, ...) is in the checkpoint "
-            f"({', '.join(source.genes[:3])}, ...): expected the same kind of names"
+            f"no gene of the shards ({shortened(new.genes, 3)}) is in the checkpoint ({shortened(source.genes, 3)}): "
+            "expected the same kind of names"
         )
     bins = [tokenizer.count_bins and (*tokenizer.count_bins, tokenizer.max_count) for tokenizer in (new, source)]
     if bins[0] != bins[1]:
@@ -128,31 +129,26 @@ def transfer(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer) ->
     for name, parameter in model.named_parameters():
         if name in theirs and theirs[name].shape == parameter.shape:
             parameter.copy_(theirs[name])
-    matches = {"genes": SharedNames.between(names.genes, tokenizer.genes)}
-    genes = matches["genes"]
+    genes = SharedNames.between(names.genes, tokenizer.genes)
     for part in ("gene", "gene_reading"):
         rows, to = (getattr(m.backbone.embedding, part).weight for m in (old, model))
         to.copy_(rows.mean(dim=0))  # a new gene starts as a mean one
         to[genes.new] = rows[genes.old]
-    matches |= _take_labels(source, model, tokenizer)
+    labels = _take_labels(source, model, tokenizer)
     _take_condition_mlp(old, model)
-    _take_gene_means(old, model, genes, matches.get("cell types", SharedNames([], [], 0, 0)))
+    _take_gene_means(old, model, genes, labels.get("cell types", SharedNames([], [], 0, 0)))
     _take_head(old.head, model.head, fresh_head, genes)
     if model.config.num_counts != old.config.num_counts:
         _refit_counts(old, model)
-    counts = f"; counts to {tokenizer.max_count} instead of {names.max_count}"
-    logger.info(
-        "starting from %s: %s%s",
-        source.name,
-        "; ".join(f"{kind}: {match}" for kind, match in matches.items()),
-        counts if tokenizer.max_count != names.max_count else "",
-    )
+    said = [f"{kind}: {shared}" for kind, shared in [("genes", genes), *labels.items()]]
+    if tokenizer.max_count != names.max_count:
+        said.append(f"counts to {tokenizer.max_count} instead of {names.max_count}")
+    logger.info("starting from %s: %s", source.name, "; ".join(said))
 
 
 def _take_labels(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer) -> dict[str, SharedNames]:
     """Vectors of the labels that both know; the last row of each table is *not given*."""
     old, new, names = source.model.conditions, model.conditions, source.tokenizer
-    pairs = []
     dropped = [name for name in source.model.config.condition_names if name not in model.config.condition_names]
     if dropped:
         logger.warning(
@@ -160,27 +156,26 @@ def _take_labels(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer
             "--cell-type-key, --perturbation-key and --covariate-keys",
             ", ".join(dropped),
         )
+    shared, encoders = {}, {}
     if old.cell_type is not None and new.cell_type is not None:
-        pairs.append(("cell types", old.cell_type, new.cell_type, names.cell_types, tokenizer.cell_types))
+        encoders["cell types"] = old.cell_type, new.cell_type
+        shared["cell types"] = SharedNames.between(names.cell_types, tokenizer.cell_types)
     if old.perturbation is not None and new.perturbation is not None:
         known = [tokenizer.control if name == names.control else name for name in names.perturbations]
-        labels = (known, tokenizer.perturbations)
-        pairs.append(("perturbations", old.perturbation.learned, new.perturbation.learned, *labels))
-        _take_vectors(old.perturbation, new.perturbation, SharedNames.between(*labels))
+        encoders["perturbations"] = old.perturbation.learned, new.perturbation.learned
+        shared["perturbations"] = SharedNames.between(known, tokenizer.perturbations)
+        _take_vectors(old.perturbation, new.perturbation, shared["perturbations"])
         _tell_learned(new.perturbation, tokenizer, known)
-    for name, encoder in new.covariates.items():
-        if name in old.covariates:
-            labels = (names.covariates[name], tokenizer.covariates[name])
-            pairs.append((name, old.covariates[name], encoder, *labels))
-    matches = {}
-    for kind, theirs, mine, old_labels, new_labels in pairs:
-        match = matches[kind] = SharedNames.between(old_labels, new_labels)
-        mine.weight[match.new] = theirs.weight[match.old]
+    for name in [name for name in new.covariates if name in old.covariates]:
+        encoders[name] = old.covariates[name], new.covariates[name]
+        shared[name] = SharedNames.between(names.covariates[name], tokenizer.covariates[name])
+    for kind, (theirs, mine) in encoders.items():
+        mine.weight[shared[kind].new] = theirs.weight[shared[kind].old]
         mine.weight[-1] = theirs.weight[-1]
     if old.library_size is not None and new.library_size is not None:
         new.library_size.log_mean.copy_(old.library_size.log_mean)
         new.library_size.log_std.copy_(old.library_size.log_std)
-    return matches
+    return shared
 
 
 def _take_vectors(old: torch.nn.Module, new: torch.nn.Module, shared: SharedNames) -> None:

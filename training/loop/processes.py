@@ -1,6 +1,5 @@
 """The processes of a run, as `accelerate` and `torchrun` started them: trackers, and when all of them stop."""
 
-import difflib
 import os
 import signal
 import socket
@@ -15,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, gather_object
 
+from tokenization.labels_dcm import shortened, unknown_label_error
 from training.config import TrainConfig
 from training.data.workers import available_cores
 
@@ -79,16 +79,10 @@ def tracker_names(wanted: str) -> list[str]:
     known = sorted(LOGGER_TYPE_TO_CLASS)
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"trackers={wanted!r}: accelerate knows no {name!r}; did you mean {near!r}? It knows: "
-                f"{', '.join(known)}; or auto, or none"
-            )
+            raise unknown_label_error("tracker", [name], ["auto", "none", *known])
         if name not in installed:
-            raise ValueError(
-                f"trackers={wanted!r}: {name!r} is not installed (pip install {name}); installed are: "
-                f"{', '.join(installed) or 'none'}"
-            )
+            there = shortened(installed, len(installed))
+            raise ValueError(f"tracker {name!r} is not installed (pip install {name}); installed are: {there}")
     return names
 
 

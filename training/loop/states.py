@@ -58,7 +58,7 @@ def newest_state(config: TrainConfig, num_processes: int, *, log: logging.Logger
 
 
 def all_states(out: Path) -> list[Path]:
-    """Folders of the states of a run, oldest first."""
+    """Return the folders of the states of a run, oldest first."""
     return sorted((out / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -68,8 +68,8 @@ def _check_same_run(config: TrainConfig, num_processes: int, state: Path) -> Non
     then = {**defaults, **before["options"], "num_processes": before["num_processes"]}
     now = {**_options(config), "num_processes": num_processes}
     differ = [name for name in now if name not in FREE_TO_CHANGE and then.get(name) != now[name]]
-    if config.learning_rate_schedule == "constant":
-        differ = [name for name in differ if name != "max_steps"]
+    if config.learning_rate_schedule == "constant" and "max_steps" in differ:
+        differ.remove("max_steps")
     if differ:
         changes = ", ".join(f"{name}: {then.get(name)!r} then, {now[name]!r} now" for name in differ)
         hint = "; a cosine schedule ends at max_steps, only a constant one can be prolonged" * ("max_steps" in differ)
@@ -85,9 +85,7 @@ def _check_same_run(config: TrainConfig, num_processes: int, state: Path) -> Non
             raise ValueError(f"{state.name} was trained without --{what.replace('_', '-')}: leave it out")
         if before["hashes"][what] != value:
             path = str(getattr(config, what))
-            raise ValueError(
-                f"{state.name} cannot be resumed: {path!r} does not hold the {what} that it was trained with"
-            )
+            raise ValueError(f"{state.name} cannot be resumed: {path!r} does not hold the {what} it was trained with")
 
 
 def _hashes(config: TrainConfig) -> dict[str, str]:
@@ -201,13 +199,18 @@ def restore_state(
     with _damage_named(folder):
         tensors = load_file(folder / "state.safetensors")
         averages = load_file(folder / "model.safetensors")
-    model.load_state_dict(_part(tensors, "model."))
+    weights: dict[str, torch.Tensor] = {}
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        of, _, name = name.partition(".")
+        if of == "model":
+            weights[name] = value
+        else:
+            index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = value
+    model.load_state_dict(weights)
     for (name, _), average in zip(model.named_parameters(), ema, strict=True):
         average.copy_(averages[name])
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in _part(tensors, "optimizer.").items():
-        index, key = name.split(".")
-        state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     facts = _facts(folder)
     if scaler is not None and facts["scaler"] is not None:
@@ -252,7 +255,3 @@ def _facts(state: Path) -> dict[str, object]:
 
 def _options(config: TrainConfig) -> dict[str, object]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
-
-
-def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
