@@ -331,25 +331,3 @@ class LibrarySizes(nn.Module):
         perturbations = torch.where(too_wide, -3, perturbations)
         cell_type = missing if cell_type_ids is None else cell_type_ids[:, None]
         return torch.cat([cell_type, covariates[:, : self.num_covariates], perturbations], dim=1)
-
-    @staticmethod
-    def from_cells(keys: torch.Tensor, library_size: torch.Tensor, num_context: int, min_cells: int = 50):
-        """Keys (N, W) and quantiles (N, 65) of training cells with ``keys`` (B, W) and ``library_size`` (B,).
-
-        Groups below ``min_cells`` are left out: they fall back to the same context (the first ``num_context`` columns:
-        cell type and covariates) with any perturbation, then to the cell type, then to all cells.
-        """
-        levels = [keys.shape[1], num_context, 1, 0]
-        levels = [level for i, level in enumerate(levels) if level not in levels[:i]]
-        all_keys, all_quantiles = [], []
-        q = torch.linspace(0, 1, LIBRARY_QUANTILES, dtype=torch.float64)
-        for level in levels:
-            masked = keys.clone()
-            masked[:, level:] = ANY
-            groups, members = masked.unique(dim=0, return_inverse=True)
-            for index, group in enumerate(groups):
-                sizes = library_size[members == index].double()
-                if len(sizes) >= min_cells or level == 0:
-                    all_keys.append(group)
-                    all_quantiles.append(torch.quantile(sizes, q))
-        return torch.stack(all_keys), torch.stack(all_quantiles).float()

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from modeling_dcm import DCMForDenoising
+from modeling_dcm.conditioning_dcm import ANY, LIBRARY_QUANTILES
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
 from training.standalone import add_shipped_files
@@ -23,7 +24,8 @@ LABELS = {
 def write_tiny_checkpoint(folder: Path, model: DCMForDenoising, *, count_bins: list[int] | None = None) -> Path:
     """Save ``model``, which ``make_model(conditioned=True)`` made, and a tokenizer that fits it."""
     K, sizes = model.config.max_count, model.library_sizes
-    sizes.keys, sizes.quantiles = sizes.from_cells(sizes.group_keys(20, None, None, None), torch.arange(20), 1)
+    sizes.keys = torch.full((1, sizes.keys.shape[1]), ANY)
+    sizes.quantiles = torch.linspace(0, 19, LIBRARY_QUANTILES)[None]
     model.config.library_size_groups = len(sizes.keys)
     model.save_pretrained(folder)
     DCMTokenizer(genes=GENES, max_count=K, count_bins=count_bins, **LABELS).save_pretrained(folder)

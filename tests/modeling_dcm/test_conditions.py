@@ -5,6 +5,7 @@ Letters: B cells, P perturbations of a combination, L genes.
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -13,6 +14,7 @@ from modeling_dcm import DCMForDenoising
 from modeling_dcm.conditioning_dcm import LIBRARY_QUANTILES, CellTotals, LibrarySizes, count_values, log_ratio
 from modeling_dcm.configuration_dcm import DCMConfig
 from tokenization import DCMTokenizer
+from training.data.statistics import library_size_quantiles
 
 CONTROL = 0  # an ordinary label
 DIFFERENT = 1e-5  # of logits of order 1; what has no influence changes nothing, or nothing but rounding (1e-7)
@@ -227,12 +229,12 @@ def library_sizes(groups: list[tuple[tuple[int, ...], torch.Tensor]], **options)
     """The buffers for training cells given as ((cell type, covariates..., perturbations...), sizes)."""
     config = DCMConfig(num_cell_types=4, num_perturbations=5, **options)
     sizes = LibrarySizes(config)
-    keys = torch.cat([torch.tensor(key).expand(len(values), -1) for key, values in groups])
-    values = torch.cat([values for _, values in groups])
-    num_context = 1 + sizes.num_covariates
-    ids = keys[:, 0], keys[:, num_context:], keys[:, 1:num_context]
-    keys = sizes.group_keys(len(keys), ids[0], ids[1], ids[2] if options.get("covariates") else None)
-    sizes.keys, sizes.quantiles = sizes.from_cells(keys, values, num_context=num_context)
+    keys = np.concatenate([np.tile(key, (len(values), 1)) for key, values in groups])
+    values = torch.cat([values for _, values in groups]).long().numpy()
+    first = 1 + sizes.num_covariates  # of the perturbations
+    ids = {"cell_type_ids": keys[:, 0], "covariate_ids": keys[:, 1:first], "perturbation_ids": keys[:, first:]}
+    one_panel = np.zeros(len(keys), dtype=int), np.ones((1, 1), dtype=bool), np.ones(1)
+    sizes.keys, sizes.quantiles = map(torch.from_numpy, library_size_quantiles(values, ids, *one_panel))
     return sizes
 
 
