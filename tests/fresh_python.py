@@ -2,7 +2,6 @@
 
 Stands in for the machine of somebody who has never heard of this package. What is installed here is linked into it, so
 that nothing is downloaded; another version of transformers comes from the package index, and links fill in the rest.
-Knows nothing of checkpoints.
 
     python -m tests.fresh_python elsewhere/    # into an environment that ``python -m venv`` made
 """

@@ -1,7 +1,6 @@
 """A Hub on the loopback: as much of the Hub's HTTP as the real client needs to push and to pull a model.
 
-Repositories live in memory, one list of commits each; a token is ``name:rights`` in ``tokens``. Speaks only what the
-client asks; knows nothing of models.
+Repositories live in memory, one list of commits each. Speaks only what the client asks.
 """
 
 import base64

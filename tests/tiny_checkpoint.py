@@ -1,4 +1,4 @@
-"""Write a tiny checkpoint folder with random weights, as training writes them. Knows nothing of any property."""
+"""Write a tiny checkpoint folder with random weights, as training writes them."""
 
 import json
 from dataclasses import asdict

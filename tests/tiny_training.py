@@ -1,4 +1,4 @@
-"""Trainings that take a second or two, and a comparison of files of drawn cells. Knows nothing of any property."""
+"""Trainings that take a second or two, and a comparison of files of drawn cells."""
 
 from pathlib import Path
 

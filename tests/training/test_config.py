@@ -1,5 +1,7 @@
 """Properties of training's options: who wins, and what is refused."""
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,8 @@ from training.convert_h5ad import main as convert
 from training.loop.processes import build_accelerator, threads_per_process
 from training.loop.run import prepare_run, take_step
 
-FILES = sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "training" / "configs").glob("*.yaml"))
 
 
 def test_an_unknown_option_in_a_file_names_the_nearest(tmp_path):
@@ -67,6 +70,14 @@ def test_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path
 @pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
 def test_configurations_of_the_repository_are_valid(file):
     assert parse(["--config", str(file), "--data", "d", "--out", "o"]).config == file
+
+
+@pytest.mark.parametrize("command", ["train", "embed_perturbations", "push_to_hub"])
+def test_a_command_reads_its_options_before_it_imports_what_takes_seconds(command):
+    heavy = {"torch", "transformers", "datasets", "anndata", "scipy", "accelerate", "matplotlib"}
+    code = f"import sys, training.{command}; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 # --- processes -------------------------------------------------------------------------------------------------------

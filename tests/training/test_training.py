@@ -209,8 +209,8 @@ def built(config: TrainConfig):
 def test_a_fresh_model_draws_the_training_marginals_library_sizes_and_knows_the_targets(config):
     model, tokenizer, cells = built(config)
     counts = torch.from_numpy(cells.csr().toarray()).long()
-    law = model(torch.full((1, 15), tokenizer.mask_token_id)).logits[0].softmax(dim=-1)
-    mean = law @ torch.arange(len(law[0]), dtype=law.dtype)
+    probabilities = model(torch.full((1, 15), tokenizer.mask_token_id)).logits[0].softmax(dim=-1)
+    mean = probabilities @ torch.arange(probabilities.shape[1], dtype=probabilities.dtype)
     torch.testing.assert_close(mean, counts.float().mean(dim=0), atol=0.15, rtol=0.05)
     named = {name: tokenizer.genes[gene] for name, gene in zip(tokenizer.perturbations, model.target_gene_ids.tolist())}
     singles = [name for name in tokenizer.perturbations if name != "control"]
