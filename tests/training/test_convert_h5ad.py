@@ -312,25 +312,3 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(cells, tmp_pa
     assert result.stderr.startswith("error: X of cells.h5ad: ")
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of real cells is not on this machine")
-def test_real_cells_are_converted(tmp_path):
-    out = main(
-        SHARED / "norman_mcfaline_500g.h5ad",
-        out=tmp_path / "shards",
-        cell_type_key="cell_type",
-        perturbation_key="perturbation",
-        control="control",
-        test_fraction=0.25,
-    )
-    tokenizer = DCMTokenizer.from_pretrained(out / "tokenizer")
-    assert (len(tokenizer.genes), len(tokenizer.cell_types)) == (500, 4)
-    train, test = (anndata.read_h5ad(out / f"{name}.h5ad") for name in ("train", "test"))
-    assert len(test) == 1490
-    assert not set(train.obs_names) & set(test.obs_names)
-    assert tokenizer.max_count == train.X.max()
-    assert set(test.obs["perturbation"]) <= set(train.obs["perturbation"])
