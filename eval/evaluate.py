@@ -10,7 +10,6 @@ figures in one file). Reads test cells only to score.
 
 import logging
 import platform
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -28,7 +27,6 @@ if TYPE_CHECKING:  # these import seconds of packages: only after the options ar
 
 logger = logging.getLogger(__name__)
 
-FIGURE_CELLS = 2000
 PACKAGES = ("discrete-cell-models", "anndata", "numpy", "POT", "scipy", "torch")
 
 
@@ -224,6 +222,7 @@ def _write(
     """Write every file of the evaluation; figures show real and generated cells, and independent marginals."""
     from eval.comparison.baselines import baseline_draws, independent_marginals
     from eval.reports import html_report, tables
+    from eval.reports.figures import overview_figures
 
     name = independent_marginals.__name__
     sample = samplers.get(name) or independent_marginals(comparison.train)
@@ -238,24 +237,8 @@ def _write(
     for file, text in pages.items():
         with written_aside(out / file) as aside:
             aside.write_text(text, encoding="utf-8")
-    _write_figures(out, comparison, marginals, dataset=str(header["dataset"]), **options)
-
-
-def _write_figures(
-    out: Path, comparison: "Comparison", baseline: "CellCounts", *, dataset: str, baseline_name: str, seed: int
-) -> None:
-    """One figure per generator, of its first file: ``figure.png``, and ``figure_NAME.png`` from the second on."""
-    import numpy as np
-
-    from eval.reports.plots import comparison_figure
-
-    rng = np.random.default_rng(seed)
-    real, drawn = (cells.thinned(FIGURE_CELLS, rng).counts for cells in (comparison.real, baseline))
-    for position, (model, files) in enumerate(comparison.generated.items()):
-        generated = files[0].thinned(FIGURE_CELLS, rng).counts
-        figure = comparison_figure(real, generated, drawn, dataset=dataset, model=model, baseline_name=baseline_name)
-        path = out / ("figure.png" if not position else f"figure_{re.sub(r'[^A-Za-z0-9._-]+', '_', model)}.png")
-        with written_aside(path) as aside:
+    for file, figure in overview_figures(comparison, marginals, dataset=str(header["dataset"]), **options):
+        with written_aside(out / file) as aside:
             figure.savefig(aside, format="png", dpi=130)
 
 

@@ -1,8 +1,6 @@
-"""What several test modules share: tiny models of both backbones, and tiny shards made by the package's own stages.
+"""What several test modules share: tiny models of both backbones, tiny shards by the package's own stages, Chromium."""
 
-Knows nothing of any property: those are in the test modules.
-"""
-
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -89,3 +87,23 @@ def shards(cells_h5ad, tmp_path_factory) -> Path:
 def perturbation_table(cells_h5ad) -> Path:
     """One vector of length 4 for each of the three single perturbations."""
     return cells_h5ad.with_name("cells.perturbations.safetensors")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A headless Chromium driven by selenium; files land in ``downloads``. Skips, saying so, where there is none."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (extra 'dev')")
+    driver, binary = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")
+    if driver is None or binary is None:
+        pytest.skip("Chromium or its chromedriver is not installed")
+    folder = tmp_path_factory.mktemp("browser")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for argument in ("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-background-networking"):
+        options.add_argument(f"--{argument}")
+    options.add_argument("--window-size=1280,1700")
+    options.add_experimental_option("prefs", {"download.default_directory": str(folder)})
+    window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    window.downloads = folder
+    yield window
+    window.quit()

@@ -1,183 +1,164 @@
-"""The figures of the HTML report: real against generated cells, each as one matplotlib figure.
+"""Draw the figures of an evaluation: generated against real cells, as matplotlib figures.
 
-Takes counts, labels and rows; returns figures whose lines and letters have the colour ``INK``, which the report
-replaces by the page's own, so that they can be read on a light and on a dark page. Knows nothing of HTML or of files.
+Every letter and line has the colour ``INK``, which an HTML page can replace by its own. Numbers in the figures are for
+the eye; those of ``results.json`` are the ones to cite. A figure takes ``counts``: three names (real cells, a
+generator, a baseline), in this order, with the (n, G) counts of each.
 """
 
 import importlib.util
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from scipy import sparse, stats
 
-from eval.comparison.cells import PERTURBATION, CellCounts
+from eval.comparison.cells import PERTURBATION, CellCounts, Comparison
+from eval.comparison.protocols import FEW_CELLS
 from eval.comparison.spaces import log_cp10k, principal_components
 from eval.metrics import gene_agreement as metrics
 from eval.reports.tables import FLOOR, Row
 
 INK = "#010203"
-STYLE = {
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "legend.facecolor": "none",
-    "legend.edgecolor": "none",
+INK_PARTS = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
+STYLE = dict.fromkeys(INK_PARTS, INK) | {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "font.size": 11,
+    "legend.frameon": False,
     "svg.fonttype": "none",
 }
-REAL, GENERATED, BASELINE = "#3b82c4", "#e8762d", "#8c8c8c"
-BANDWIDTH = (
-    0.1  # of the density, in standard deviations of all cells: clusters are tighter than Scott's rule takes them
-)
+COLOURS = REAL, GENERATED, BASELINE = "#3b82c4", "#e8762d", "#8c8c8c"
+CELLS_DRAWN = 2000
+BANDWIDTH = 0.1  # of the density, in standard deviations of all cells: clusters are tighter than Scott's rule says
 DENSITY_SHARES = (0.9, 0.6, 0.3)  # of the cells inside each contour
-CONDITIONS_SHOWN = 40
-GENES_SHOWN = 10
-PERTURBATIONS_SHOWN = 6
+CONDITIONS_DRAWN = 40
+GENES_DRAWN = 10
+PERTURBATIONS_DRAWN = 6
 CORRELATED_GENES = 100
 
 
-def embedding_figure(real: sparse.csr_matrix, generated: sparse.csr_matrix, *, umap: bool) -> tuple[Figure, str]:
-    """Real and generated cells in two dimensions with density contours (the paper's Figure 2), and the method's name.
-
-    UMAP of 30 principal components (fitted on the real cells' log1p CP10k) where umap-learn is installed and wanted,
-    else the first two of them.
-    """
-    values = log_cp10k(real)
-    project = principal_components(values)
-    points = np.concatenate([project(values), project(log_cp10k(generated))])
-    method = "PCA"
-    if umap and importlib.util.find_spec("umap") is not None:
-        from umap import UMAP
-
-        points, method = (
-            UMAP(n_neighbors=min(15, len(points) - 1), random_state=0, n_jobs=1).fit_transform(points),
-            "UMAP",
-        )
-    points = np.pad(points, ((0, 0), (0, max(0, 2 - points.shape[1]))))[:, :2].astype(np.float64)
-    sides = {"real": points[: real.shape[0]], "generated": points[real.shape[0] :]}
-    figure, (left, middle, right) = _figure(1, 3, (13, 4.4))
-    low, high = np.quantile(points, [0.001, 0.999], axis=0)
-    pad = 0.08 * np.maximum(high - low, 1e-9)
-    for axes, shown in ((left, ("real",)), (middle, ("generated",)), (right, ("real", "generated"))):
-        for name in shown:
-            colour = REAL if name == "real" else GENERATED
-            if len(shown) == 1:
-                axes.scatter(*sides[name].T, s=5, c=colour, alpha=0.5, linewidths=0, rasterized=True)
-            _contours(axes, sides[name], colour, low - pad, high + pad)
-        axes.set(xlim=(low[0] - pad[0], high[0] + pad[0]), ylim=(low[1] - pad[1], high[1] + pad[1]))
-        axes.set(xticks=[], yticks=[], xlabel=f"{method} 1", ylabel=f"{method} 2")
-        axes.set_title(
-            f"{shown[0]}, {len(sides[shown[0]]):,} cells" if len(shown) == 1 else "both: real blue, generated orange"
-        )
-    return figure, method
+def thinned(cells: CellCounts, rng: np.random.Generator) -> CellCounts:
+    """Return at most 2,000 random cells."""
+    return cells.take(np.sort(rng.choice(len(cells), min(len(cells), CELLS_DRAWN), replace=False)))
 
 
-def genes_figure(counts: dict[str, sparse.csr_matrix]) -> Figure:
-    """Mean against variance, zeros against mean, and library sizes, of real, generated and baseline cells."""
-    figure, (variance, zeros, sizes) = _figure(1, 3, (13, 4.2))
-    colours = dict(zip(counts, (REAL, GENERATED, BASELINE)))
-    baseline, generated = list(counts)[2], list(counts)[1]
-    order = [baseline, *[name for name in counts if name not in (baseline, generated)], generated]
-    for name in order:
-        size = 5 if name == generated else 16  # in front, and small enough to see what lies behind
-        mean, var = metrics.mean_and_variance(counts[name].astype(np.float64))
-        on = (mean > 0) & (var > 0)
-        variance.scatter(
-            mean[on], var[on], s=size, c=colours[name], alpha=0.5, linewidths=0, rasterized=True, label=name
-        )
-        share = metrics.zero_fractions(counts[name])
-        zeros.scatter(
-            mean[mean > 0],
-            share[mean > 0],
-            s=size,
-            c=colours[name],
-            alpha=0.5,
-            linewidths=0,
-            rasterized=True,
-            label=name,
-        )
-    totals = {name: np.asarray(cells.sum(axis=1)).ravel() + 1 for name, cells in counts.items()}
-    joined = np.concatenate(list(totals.values()))
-    bins = np.geomspace(joined.min(), joined.max() + 1, 40)
-    for name in order:
-        weights = np.full(totals[name].size, 1 / totals[name].size)
-        sizes.hist(totals[name], bins=bins, weights=weights, histtype="step", lw=1.8, color=colours[name], label=name)
-    variance.set(title="mean and variance of each gene", xlabel="mean count", ylabel="variance of counts")
-    variance.set(xscale="log", yscale="log")
-    zeros.set(title="zeros of each gene", xlabel="mean count", ylabel="share of cells at zero", xscale="log")
-    sizes.set(title="library size", xlabel="counts per cell + 1", ylabel="share of cells", xscale="log")
-    sizes.margins(y=0.35)
-    for axes, place in ((variance, "upper left"), (zeros, "lower left"), (sizes, "upper left")):
-        axes.legend(loc=place, markerscale=2)
+def overview_figures(
+    cells: Comparison, baseline: CellCounts, *, baseline_name: str, dataset: str, seed: int
+) -> Iterator[tuple[str, Figure]]:
+    """Yield one overview per generator, of its first file: ``figure.png``, and ``figure_NAME.png`` from the second."""
+    rng = np.random.default_rng(seed)
+    real, drawn = thinned(cells.real, rng).counts, thinned(baseline, rng).counts
+    for position, (model, files) in enumerate(cells.generated.items()):
+        counts = {"real": real, model: thinned(files[0], rng).counts, baseline_name: drawn}
+        name = f"figure_{re.sub(r'[^A-Za-z0-9._-]+', '_', model)}.png" if position else "figure.png"
+        yield name, overview_figure(counts, dataset=dataset)
+
+
+@matplotlib.rc_context(STYLE)
+def overview_figure(counts: dict[str, sparse.csr_matrix], *, dataset: str) -> Figure:
+    """Draw six panels: principal components, library sizes, and per gene mean, variance, zeros and correlation."""
+    figure, axes = _figure(2, 3, (15, 9.4))
+    points, labels = _components(counts)
+    _points(axes[0, 0], points, COLOURS)
+    axes[0, 0].legend(loc="best", markerscale=3)
+    axes[0, 0].set(title="principal components of the real cells", xlabel=labels[0], ylabel=labels[1])
+    _gene_panels([*axes[0, 1:], *axes[1, :2]], counts)
+    _pairs(axes[1, 2], _correlations(counts))
+    real, generated = (cells.shape[0] for cells in list(counts.values())[:2])
+    sizes = f"{real:,} real, {generated:,} generated cells, {next(iter(counts.values())).shape[1]:,} genes"
+    figure.suptitle(f"{list(counts)[1]} on {dataset}: {sizes}", fontsize=15)
     return figure
 
 
+@matplotlib.rc_context(STYLE)
+def embedding_figure(real: sparse.csr_matrix, generated: sparse.csr_matrix, *, umap: bool) -> tuple[Figure, str]:
+    """Draw real and generated cells in two dimensions with density contours (the paper's Figure 2).
+
+    Returns:
+        The figure, and the method: UMAP of 30 principal components (fitted on the real cells' log1p CP10k) where
+        umap-learn is installed and wanted, else PCA, the first two of them.
+    """
+    is_umap = umap and importlib.util.find_spec("umap") is not None
+    points, labels = _components({"real": real, "generated": generated})
+    together = np.concatenate(list(points.values()))
+    if is_umap:
+        from umap import UMAP
+
+        together = UMAP(n_neighbors=min(15, len(together) - 1), random_state=0, n_jobs=1).fit_transform(together)
+        labels = ["UMAP 1", "UMAP 2"]
+    points = dict(zip(points, np.split(together[:, :2].astype(np.float64), [real.shape[0]])))
+    low, high = np.quantile(together[:, :2], [0.001, 0.999], axis=0)
+    pad = 0.08 * np.maximum(high - low, 1e-9)
+    low, high = low - pad, high + pad
+    figure, panels = _figure(1, 3, (13, 4.4))
+    for axes, (name, found), colour in zip(panels, points.items(), COLOURS):
+        _points(axes, {name: found}, [colour])
+        axes.set_title(f"{name}, {len(found):,} cells")
+        for place in (axes, panels[2]):
+            _contours(place, found, colour, low, high)
+    panels[2].set_title("both: real blue, generated orange")
+    for axes in panels:
+        axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xticks=[], yticks=[])
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+    return figure, "UMAP" if is_umap else "PCA"
+
+
+@matplotlib.rc_context(STYLE)
+def genes_figure(counts: dict[str, sparse.csr_matrix]) -> Figure:
+    """Draw library sizes, and each gene's mean, variance and zeros against those of the real cells."""
+    figure, panels = _figure(1, 4, (14, 3.9))
+    _gene_panels(panels, counts)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
 def correlation_figure(counts: dict[str, sparse.csr_matrix]) -> Figure:
-    """Gene-gene correlations of log1p counts over the most variable real genes: matrices, and pairs."""
-    values = {name: cells.astype(np.float64).log1p().tocsr() for name, cells in counts.items()}
-    real = values[next(iter(values))]
-    number = metrics.most_variable_genes(real, CORRELATED_GENES).size
-    triangles = {
-        name: metrics.correlation_triangles(cells, real, CORRELATED_GENES)[0] for name, cells in values.items()
-    }
-    truth = triangles[next(iter(values))]
+    """Draw gene-gene correlations of log1p counts over the most variable real genes: matrices, and pairs."""
+    triangles = _correlations(counts)
     figure, panels = _figure(1, len(counts) + 1, (3.5 * (len(counts) + 1), 3.9))
-    order = _similar_together(_square(truth, number))
+    truth = next(iter(triangles.values()))
+    order = _similar_together(_square(truth))
     limit = max(0.1, float(np.quantile(np.abs(truth), 0.99))) if truth.size else 1.0
     for axes, (name, triangle) in zip(panels, triangles.items()):
-        matrix = _square(triangle, number)[np.ix_(order, order)]
+        matrix = _square(triangle)[np.ix_(order, order)]
         image = axes.imshow(matrix, vmin=-limit, vmax=limit, cmap="RdBu_r", interpolation="nearest")
         axes.set(title=name, xticks=[], yticks=[])
     figure.colorbar(image, ax=panels[: len(counts)], location="bottom", shrink=0.4, aspect=30, label="correlation")
-    for name, colour in reversed(list(zip(list(triangles)[1:], (GENERATED, BASELINE)))):
-        panels[-1].scatter(truth, triangles[name], s=4, c=colour, alpha=0.4, linewidths=0, rasterized=True, label=name)
-    if truth.size:
-        ends = [truth.min(), truth.max()]
-        panels[-1].plot(ends, ends, c=INK, lw=1)
-    panels[-1].set(title="every pair of genes", xlabel="correlation, real", ylabel="correlation, generated")
-    panels[-1].legend(loc="upper left", markerscale=3)
+    _pairs(panels[-1], triangles)
     return figure
 
 
-def condition_figure(rows: Sequence[Row], protocol: str, metric: str) -> tuple[Figure, list[tuple[str, str, float]]]:
-    """Heat map of conditions x models: how many floor standard deviations a distance is above the floor.
+@matplotlib.rc_context(STYLE)
+def condition_figure(
+    rows: Sequence[Row], protocol: str, metric: str
+) -> tuple[Figure, list[tuple[str, str, float]]] | None:
+    """Draw a heat map of conditions x models: how many floor standard deviations a distance is above the floor.
 
     Returns:
-        The figure (the conditions with the largest excess of any generator first, at most 40), and all of (condition,
-        model, excess) from the worst on.
+        The figure (the conditions with the largest excess of the first generator first, at most 40), and all of
+        (condition, model, excess) from the worst on; None where no condition has a floor with a standard deviation.
     """
     excess = _excess(rows, protocol, metric)
+    if not excess:
+        return None
     models = list(dict.fromkeys(model for model, _ in excess))
     conditions = list(dict.fromkeys(condition for _, condition in excess))
-    first = models[0]
-    conditions.sort(key=lambda condition: -excess.get((first, condition), -np.inf))
-    shown = conditions[:CONDITIONS_SHOWN]
-    matrix = np.array([[excess.get((model, condition), np.nan) for model in models] for condition in shown])
-    figure, axes = _figure(1, 1, (3.6 + 1.15 * len(models), 2.3 + 0.27 * len(shown)))
+    conditions.sort(key=lambda condition: -excess.get((models[0], condition), -np.inf))
+    drawn = conditions[:CONDITIONS_DRAWN]
+    matrix = np.array([[excess.get((model, condition), np.nan) for model in models] for condition in drawn])
+    figure, axes = _figure(1, 1, (3.6 + 1.15 * len(models), 2.3 + 0.27 * len(drawn)))
     image = axes.imshow(matrix, aspect="auto", vmin=0, vmax=10, cmap="viridis", interpolation="nearest")
     for (row, column), value in np.ndenumerate(matrix):
         if np.isfinite(value):
-            axes.text(
-                column,
-                row,
-                f"{round(value, 1) + 0.0:.1f}",
-                ha="center",
-                va="center",
-                fontsize=9,
-                color=_on_viridis(value / 10),
-            )
+            readable = "#ffffff" if value < 6 else "#111111"
+            axes.text(column, row, f"{value:z.1f}", ha="center", va="center", fontsize=9, color=readable)
     axes.set_xticks(range(len(models)), [model.replace("_", "\n") for model in models])
-    axes.set_yticks(range(len(shown)), shown)
+    axes.set_yticks(range(len(drawn)), drawn)
     axes.xaxis.tick_top()
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
@@ -187,47 +168,35 @@ def condition_figure(rows: Sequence[Row], protocol: str, metric: str) -> tuple[F
     return figure, worst
 
 
+@matplotlib.rc_context(STYLE)
 def differential_figure(real: CellCounts, generated: CellCounts, genes: Sequence[str]) -> Figure | None:
-    """The ten genes that each of the strongest perturbations moves most, in real and in generated cells.
+    """Draw the ten genes that each of the strongest perturbations moves most, in real and in generated cells.
 
     Change: mean log1p(CP10k) minus that of the real control cells of the same cell type. Perturbations are those with
     the largest real change among conditions with 20 or more cells on both sides; None if there are none.
     """
-    ours, theirs = generated.rows_by_condition, real.rows_by_condition
-    changes = {}
-    for condition, rows in theirs.items():
-        controls = real.control_rows(condition)
-        if controls is None or min(rows.size, controls.size, ours.get(condition, rows[:0]).size) < 20:
-            continue
-        means = [_mean_log(real.counts[rows]), _mean_log(generated.counts[ours[condition]])]
-        control = _mean_log(real.counts[controls])
-        changes[condition] = (means[0] - control, means[1] - control)
+    changes = _changes(real, generated)
     if not changes:
         return None
-    strongest = sorted(changes, key=lambda condition: -np.sort(np.abs(changes[condition][0]))[-GENES_SHOWN:].sum())
-    shown = strongest[:PERTURBATIONS_SHOWN]
-    columns = min(3, len(shown))
-    lines = -(-len(shown) // columns)
+    strongest = sorted(changes, key=lambda condition: -np.sort(np.abs(changes[condition][0]))[-GENES_DRAWN:].sum())
+    drawn = strongest[:PERTURBATIONS_DRAWN]
+    columns = min(3, len(drawn))
+    lines = -(-len(drawn) // columns)
     figure, panels = _figure(lines, columns, (4.4 * columns, 3.6 * lines), squeeze=False)
-    for axes in panels.ravel()[len(shown) :]:
+    for axes in panels.ravel()[len(drawn) :]:
         axes.set_visible(False)
-    for axes, condition in zip(panels.ravel(), shown):
-        truth, drawn = changes[condition]
-        top = np.argsort(-np.abs(truth), kind="stable")[:GENES_SHOWN][::-1]
+    for axes, condition in zip(panels.ravel(), drawn):
+        truth, ours = changes[condition]
+        top = np.argsort(-np.abs(truth), kind="stable")[:GENES_DRAWN][::-1]
         height = np.arange(top.size)
-        axes.hlines(height, truth[top], drawn[top], color=BASELINE, lw=1.2)
+        axes.hlines(height, truth[top], ours[top], color=BASELINE, lw=1.2)
         axes.scatter(truth[top], height, c=REAL, s=34, label="real", zorder=3)
-        axes.scatter(drawn[top], height, c=GENERATED, s=34, marker="D", label="generated", zorder=3)
+        axes.scatter(ours[top], height, c=GENERATED, s=34, marker="D", label="generated", zorder=3)
         axes.axvline(0, c=INK, lw=0.8)
         axes.set_yticks(height, [genes[gene] for gene in top])
         axes.set(title=condition, xlabel="change from control, mean log1p(CP10k)")
     panels.ravel()[0].legend(loc="best")
     return figure
-
-
-def has_perturbations(real: CellCounts) -> bool:
-    """Whether there are perturbed cells and controls to compare them with."""
-    return PERTURBATION in real.labels and real.control in set(real.labels[PERTURBATION])
 
 
 def _figure(lines: int, columns: int, size: tuple[float, float], *, squeeze: bool = True) -> tuple[Figure, Axes]:
@@ -236,8 +205,33 @@ def _figure(lines: int, columns: int, size: tuple[float, float], *, squeeze: boo
     return figure, figure.subplots(lines, columns, squeeze=squeeze)
 
 
+def _components(counts: dict[str, sparse.csr_matrix]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Project log1p(CP10k) on the principal components of the first cells, and say what the first two axes are."""
+    values = {name: log_cp10k(cells) for name, cells in counts.items()}
+    first = next(iter(values.values()))
+    project = principal_components(first)
+    points = {name: project(cells) for name, cells in values.items()}
+    points = {name: np.pad(found, ((0, 0), (0, max(0, 2 - found.shape[1])))) for name, found in points.items()}
+    total = max(metrics.mean_and_variance(first)[1].sum(), 1e-12)
+    shares = next(iter(points.values())).var(axis=0)[:2] / total
+    return points, [f"PC {axis} ({share:.0%} of variance)" for axis, share in enumerate(shares, start=1)]
+
+
+def _points(axes: Axes, points: dict[str, np.ndarray], colours: Sequence[str]) -> None:
+    """Draw cells as points: the first two kinds in mixed order, a baseline behind them."""
+    kinds = list(points.values())
+    for found, colour in list(zip(kinds, colours))[2:]:
+        axes.scatter(*found[:, :2].T, s=5, c=colour, alpha=0.25, linewidths=0, rasterized=True)
+    mixed = np.concatenate(kinds[:2])[:, :2]
+    colour = np.repeat(list(colours)[: len(kinds[:2])], [len(found) for found in kinds[:2]])
+    order = np.random.default_rng(0).permutation(len(mixed))
+    axes.scatter(*mixed[order].T, s=6, c=colour[order], alpha=0.5, linewidths=0, rasterized=True)
+    for name, colour in zip(points, colours):
+        axes.scatter([], [], s=6, c=colour, label=name)  # for a legend
+
+
 def _contours(axes: Axes, points: np.ndarray, colour: str, low: np.ndarray, high: np.ndarray) -> None:
-    """Lines around the densest 90, 60 and 30 % of the cells."""
+    """Draw lines around the densest 90, 60 and 30 % of the cells."""
     if len(points) < 10 or np.linalg.matrix_rank(points - points.mean(axis=0)) < 2:
         return
     density = stats.gaussian_kde(points.T, bw_method=BANDWIDTH)
@@ -247,34 +241,114 @@ def _contours(axes: Axes, points: np.ndarray, colour: str, low: np.ndarray, high
     axes.contour(*grid, heights, levels=levels, colors=colour, linewidths=1.4)
 
 
-def _excess(rows: Sequence[Row], protocol: str, metric: str) -> dict[tuple[str, str], float]:
-    """(model, condition) -> (mean - floor's mean) / floor's standard deviation."""
-    ours = [r for r in rows if (r["protocol"], r["metric"], r["grouping"]) == (protocol, metric, "condition")]
-    floors = {row["condition"]: row for row in ours if row["model"] == FLOOR and row["mean"] is not None and row["std"]}
-    return {
-        (row["model"], row["condition"]): (row["mean"] - floors[row["condition"]]["mean"])
-        / floors[row["condition"]]["std"]
-        for row in ours
-        if row["model"] != FLOOR and row["condition"] in floors and row["mean"] is not None
-    }
+def _gene_panels(panels: Sequence[Axes], counts: dict[str, sparse.csr_matrix]) -> None:
+    """Fill four panels: library sizes, and mean, variance and zeros of each gene against the real cells'."""
+    moments = {name: metrics.mean_and_variance(cells.astype(np.float64).log1p()) for name, cells in counts.items()}
+    means, variances = ({name: pair[i] for name, pair in moments.items()} for i in (0, 1))
+    zeros = {name: metrics.zero_fractions(cells) for name, cells in counts.items()}
+    _library_sizes(panels[0], counts)
+    _against_real(panels[1], means, "mean of each gene", "mean log1p count", log=True)
+    _against_real(panels[2], variances, "variance of each gene", "variance of log1p count", log=True)
+    _against_real(panels[3], zeros, "zeros of each gene", "share of cells at zero")
 
 
-def _square(triangle: np.ndarray, number: int) -> np.ndarray:
-    """Symmetric matrix with ones on the diagonal from its upper triangle."""
+def _library_sizes(axes: Axes, counts: dict[str, sparse.csr_matrix]) -> None:
+    """Draw histograms of the cells' totals on a logarithmic axis."""
+    sizes = {name: np.asarray(cells.sum(axis=1)).ravel() + 1 for name, cells in counts.items()}
+    joined = np.concatenate(list(sizes.values()))
+    bins = np.geomspace(joined.min(), joined.max() + 1, 40)
+    for name, colour in reversed(list(zip(sizes, COLOURS))):
+        weights = np.full(sizes[name].size, 1 / sizes[name].size)
+        axes.hist(sizes[name], bins=bins, weights=weights, histtype="step", lw=2, color=colour, label=name)
+    axes.set(title="library size", xlabel="counts per cell + 1", ylabel="share of cells", xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(y=0.35)
+    axes.legend(loc="upper left")
+
+
+def _against_real(axes: Axes, values: dict[str, np.ndarray], title: str, label: str, *, log: bool = False) -> None:
+    """Scatter a quantity of generator and baseline against the real cells', with the diagonal.
+
+    On logarithmic axes what is 0 stands at the lower edge, half the smallest positive value. The Pearson correlation in
+    the legend is that of the values themselves.
+    """
+    names, real = list(values), next(iter(values.values()))
+    agreement = {name: f"{name}, r = {_correlation(real, values[name]):.3f}" for name in names[1:]}
+    if log:
+        positive = [v[v > 0] for v in values.values() if (v > 0).any()]
+        lowest = min(v.min() for v in positive) / 2 if positive else 1e-3
+        values = {name: np.log10(np.maximum(v, lowest)) for name, v in values.items()}
+    everything = np.concatenate(list(values.values())) if real.size else np.array([0.0, 1.0])
+    pad = 0.04 * np.ptp(everything) or 0.1
+    limits = np.array([everything.min() - pad, everything.max() + pad])
+    size, opacity = (10, 0.6) if real.size < 2000 else (3, 0.35)
+    at = (lambda v: 10**v) if log else (lambda v: v)
+    axes.plot(at(limits), at(limits), c=INK, lw=1, zorder=4)
+    for name, colour, layer in list(zip(names, COLOURS, (0, 3, 2)))[1:]:
+        points = at(values[names[0]]), at(values[name])
+        axes.scatter(
+            *points, s=size, c=colour, alpha=opacity, linewidths=0, zorder=layer, rasterized=True, label=agreement[name]
+        )
+    axes.legend(loc="upper left", markerscale=(40 / size) ** 0.5, handletextpad=0.1, borderaxespad=0, fontsize=9)
+    axes.set(title=title, xlabel=f"{label}, real", ylabel=f"{label}, generated")
+    axes.set(xlim=at(limits), ylim=at(limits), xscale="log" if log else "linear", yscale="log" if log else "linear")
+    axes.set_box_aspect(1)
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Compute the Pearson correlation; nan where a side is constant."""
+    return float(np.corrcoef(a, b)[0, 1]) if a.size > 1 and a.std() > 0 and b.std() > 0 else float("nan")
+
+
+def _correlations(counts: dict[str, sparse.csr_matrix]) -> dict[str, np.ndarray]:
+    """Compute the gene-gene correlations (upper triangles) of log1p counts over the most variable real genes."""
+    values = {name: cells.astype(np.float64).log1p().tocsr() for name, cells in counts.items()}
+    real = next(iter(values.values()))
+    return {name: metrics.correlation_triangles(cells, real, CORRELATED_GENES)[0] for name, cells in values.items()}
+
+
+def _pairs(axes: Axes, triangles: dict[str, np.ndarray]) -> None:
+    _against_real(axes, triangles, f"pairs of {CORRELATED_GENES} variable genes", "correlation")
+
+
+def _square(triangle: np.ndarray) -> np.ndarray:
+    """Build the symmetric matrix with ones on the diagonal from its upper triangle."""
+    number = round((1 + (1 + 8 * triangle.size) ** 0.5) / 2)
     matrix = np.zeros((number, number))
     matrix[np.triu_indices(number, k=1)] = triangle
     return matrix + matrix.T + np.eye(number)
 
 
 def _similar_together(matrix: np.ndarray) -> np.ndarray:
-    """Order of the genes along the first eigenvector, so that blocks show."""
-    return np.argsort(np.linalg.eigh(matrix)[1][:, -1]) if len(matrix) else np.arange(0)
+    """Order the genes along the first eigenvector, so that blocks show."""
+    return np.argsort(np.linalg.eigh(matrix)[1][:, -1])
 
 
-def _mean_log(counts: sparse.csr_matrix) -> np.ndarray:
-    return np.asarray(log_cp10k(counts).mean(axis=0)).ravel()
+def _excess(rows: Sequence[Row], protocol: str, metric: str) -> dict[tuple[str, str], float]:
+    """Compute (model, condition) -> (mean - floor's mean) / floor's standard deviation."""
+    ours = [r for r in rows if (r["protocol"], r["metric"], r["grouping"]) == (protocol, metric, "condition")]
+    ours = [row for row in ours if row["mean"] is not None]
+    floors = {row["condition"]: row for row in ours if row["model"] == FLOOR and row["std"]}
+    excess = {}
+    for row in ours:
+        floor = floors.get(row["condition"])
+        if row["model"] != FLOOR and floor is not None:
+            excess[row["model"], row["condition"]] = (row["mean"] - floor["mean"]) / floor["std"]
+    return excess
 
 
-def _on_viridis(share: float) -> str:
-    """A colour that can be read on a cell of the heat map."""
-    return "#ffffff" if share < 0.6 else "#111111"
+def _changes(real: CellCounts, generated: CellCounts) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Compute each perturbed condition's mean log1p(CP10k) minus the real controls', in real and generated cells."""
+    if PERTURBATION not in real.labels:
+        return {}
+    changes = {}
+    for condition, rows in real.rows_by_condition.items():
+        controls, ours = real.control_rows(condition), generated.rows_by_condition.get(condition, rows[:0])
+        if controls is None or min(rows.size, controls.size, ours.size) < FEW_CELLS:
+            continue
+        chosen = (real.counts[rows], generated.counts[ours], real.counts[controls])
+        truth, drawn, control = (np.asarray(log_cp10k(counts).mean(axis=0)).ravel() for counts in chosen)
+        changes[condition] = (truth - control, drawn - control)
+    return changes

@@ -1,12 +1,11 @@
-"""One HTML file with every table and figure of an evaluation: no script, no network, light and dark.
-
-Knows nothing of metrics: numbers come from the rows, pictures from the cells.
-"""
+"""Write every table and figure of an evaluation as one HTML page: no script, no network, light and dark."""
 
 import html
 import io
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -15,21 +14,16 @@ from matplotlib.figure import Figure
 from eval.comparison.cells import CellCounts, Comparison
 from eval.comparison.metric_table import METRICS
 from eval.reports import figures
-from eval.reports.published import PUBLISHED, PUBLISHED_NOTE
-from eval.reports.tables import (
-    FLOOR,
-    Row,
-    at_floor,
-    averaged_over,
-    biased_floor_notes,
-    metric_label,
-    protocol_description,
-)
+from eval.reports.tables import FLOOR, Row, at_floor, metric_label, sample_sizes, sections
 
-CELLS_SHOWN = 2000
-WORST_SHOWN = 10
+WORST_LISTED = 10
 MAP_PROTOCOLS = ("log", "paper")
 MAP_METRIC = "w2"
+PUBLISHED = Path(__file__).with_name("published.json")  # by a word of the data set's name
+PUBLISHED_NOTE = (
+    "As published, another protocol: these numbers come from the paper's own tables. Its recipe, number of cells and "
+    "test cells are not all known, so no number here can be compared with one above."
+)
 CSS = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --good: #d6f0e0; }
 @media (prefers-color-scheme: dark) {
@@ -59,150 +53,126 @@ def html_report(
     umap: bool = True,
     seed: int = 0,
 ) -> str:
-    """The report as one HTML page.
+    """Return the report as one HTML page.
 
     Args:
         header: what stands at the head of results.json.
         rows: its rows.
-        cells: what was compared; pictures show the first file of each generator, at most 2,000 cells a side.
+        cells: real and generated cells; pictures show the first file of each generator, at most 2,000 cells a side.
         baseline: cells of a baseline for the pictures of genes.
         baseline_name: its name.
         umap: embed by UMAP where umap-learn is installed.
         seed: of the thinning.
     """
-    title = f"{header['dataset']}, {header['split']} cells"
-    parts = [_introduction(title, header, cells), "<h2>Scores</h2>"]
-    parts += [_protocol_section(protocol, rows) for protocol in dict.fromkeys(row["protocol"] for row in rows)]
+    title = html.escape(f"{header['dataset']}, {header['split']} cells")
+    parts = [f"<h1>{title}</h1>", _introduction(header, cells), "<h2>Scores</h2>"]
+    for section in sections(rows):
+        parts.append(f"<h3>Protocol {html.escape(section.protocol)}</h3>{_note(section.description)}")
+        parts += [_score_table(ours, caption) for caption, ours in section.tables]
+        parts += map(_note, section.notes)
     parts += _published_section(str(header["dataset"]))
-    with matplotlib.rc_context(figures.STYLE):
-        parts += _condition_section(rows)
-        for model, files in cells.generated.items():
-            parts.append(f"<h2>Pictures of {html.escape(model)}</h2>")
-            parts += _pictures(model, files[0], cells, baseline, baseline_name, umap=umap, seed=seed)
+    parts += _condition_section(rows)
+    for model, files in cells.generated.items():
+        parts.append(f"<h2>Pictures of {html.escape(model)}</h2>")
+        parts += _pictures(model, files[0], cells, baseline, baseline_name, umap=umap, seed=seed)
     body = _distinct_ids("\n".join(parts))
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head>\n'
         f"<body><main>\n{body}\n</main></body></html>\n"
     )
 
 
-def _introduction(title: str, header: dict[str, object], cells: Comparison) -> str:
-    """What was compared, and how to read the tables."""
+def _introduction(header: dict[str, object], cells: Comparison) -> str:
+    """Say what was compared, and how to read the tables."""
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items() if version)
     genes = f"<p><strong>Compared on {html.escape(str(header['genes']))}.</strong></p>" if header.get("genes") else ""
     return (
-        f"<h1>{html.escape(title)}</h1>"
         f"<p>{len(cells.real):,} real test cells, {len(cells.train):,} real training cells, {len(cells.genes):,} "
         f"genes; generators: {html.escape(', '.join(cells.generated))}. "
         f"Checkpoint: {html.escape(str(header['checkpoint'] or 'not named'))}.</p>{genes}"
         '<p class="note"><strong>floor</strong> is real training cells against the real test cells, as many in each '
         "condition: no generator can be expected to do better. A shaded number is at the floor, within two of its "
-        "standard deviations. A distance between two samples is not 0 even where their laws are equal, and it falls "
-        "with n: read every number against the floor beside it.</p>"
-        f"<p class=note>Made by <code>{html.escape(str(header['command']))}</code> ({html.escape(versions)}).</p>"
+        "standard deviations. A distance between two samples is not 0 even where their distributions are equal, and it "
+        "falls with n: read every number against the floor beside it.</p>"
+        f'<p class="note">Made by <code>{html.escape(str(header["command"]))}</code> ({html.escape(versions)}).</p>'
     )
 
 
-def _protocol_section(protocol: str, rows: Sequence[Row]) -> str:
-    """Tables of one protocol."""
-    ours = [row for row in rows if row["protocol"] == protocol]
-    parts = [
-        f"<h3>Protocol {html.escape(protocol)}</h3><p class=note>{html.escape(protocol_description(protocol))}.</p>"
-    ]
-    pooled = [row for row in ours if row["grouping"] == "pooled"]
-    averaged = [row for row in ours if row["grouping"] == "per_condition"]
-    if pooled:
-        parts.append(_table(pooled, "All cells pooled, mean ± standard deviation over seeds or draws"))
-    if averaged:
-        parts.append(_table(averaged, averaged_over(ours)))
-    parts += [f'<p class="note">{html.escape(note)}.</p>' for note in biased_floor_notes(ours)]
-    return "".join(parts)
+def _note(sentence: str) -> str:
+    return f'<p class="note">{html.escape(sentence.rstrip("."))}.</p>'
 
 
-def _table(rows: Sequence[Row], caption: str) -> str:
-    """Models down, metrics across."""
+def _table(caption: str, head: Iterable[str], lines: Iterable[tuple[str, Iterable[str]]]) -> str:
+    """Return a table of escaped words: its head, and a name and whole ``<td>`` elements for each line."""
+    columns = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    body = "".join(f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>' for name, cells in lines)
+    return (
+        f'<div class="scroll" tabindex="0"><table><caption>{html.escape(caption)}</caption><thead><tr>{columns}</tr>'
+        f"</thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _score_table(rows: Sequence[Row], caption: str) -> str:
+    """Return a table of scores: models down, metrics across."""
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     found = {(row["model"], row["metric"]): row for row in rows}
-    head = "".join(
-        f'<th scope="col">{html.escape(label)} <small>{html.escape(better)}</small></th>'
-        for label, better in map(metric_label, metrics)
-    )
-    lines = []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        first = next(row for row in rows if row["model"] == model)
-        repeats = max(row["seeds"] for row in rows if row["model"] == model)
-        word = "seed" if model != FLOOR else "draw"
-        about = f"n = {first['n']:,}, {repeats} {word}{'' if repeats == 1 else 's'}"
-        numbers = [_number(found.get((model, metric)), found.get((FLOOR, metric))) for metric in metrics]
-        lines.append(f'<tr><th scope="row">{html.escape(model)} <small>{about}</small></th>{"".join(numbers)}</tr>')
-    return (
-        f'<div class="scroll" tabindex="0"><table><caption>{html.escape(caption)}</caption><thead><tr>'
-        f'<th scope="col">model</th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-    )
+    head = [
+        f"{html.escape(label)} <small>{html.escape(better)}</small>" for label, better in map(metric_label, metrics)
+    ]
+    lines = [
+        (
+            f"{html.escape(model)} <small>{sample_sizes(rows, model)}</small>",
+            [_number(found.get((model, metric)), found.get((FLOOR, metric))) for metric in metrics],
+        )
+        for model in dict.fromkeys(row["model"] for row in rows)
+    ]
+    return _table(f"{caption}, mean ± standard deviation over seeds or draws", ["model", *head], lines)
 
 
 def _number(row: Row | None, floor: Row | None) -> str:
-    """One number of a table, shaded at the floor."""
+    """Return one number of a table, shaded at the floor."""
     if row is None or row["mean"] is None:
         return "<td>-</td>"
     deviation = f" <small>± {row['std']:.2g}</small>" if row["std"] is not None else ""
-    reached = row["model"] != FLOOR and floor is not None and at_floor(row, floor)
-    shade = ' class="at-floor" title="at the floor"' if reached else ""
+    shade = ' class="at-floor" title="at the floor"' if at_floor(row, floor) else ""
     return f"<td{shade}>{row['mean']:.4g}{deviation}</td>"
 
 
 def _published_section(dataset: str) -> list[str]:
-    """Published numbers of this data set, in a table of their own."""
+    """Return published numbers of this data set, in a table of their own: other splits, other recipes, no floor."""
     parts = []
-    for word, (source, columns, lines) in PUBLISHED.items():
-        if word not in dataset.lower():
-            continue
-        head = "".join(f'<th scope="col">{column}</th>' for column in columns)
-        body = "".join(
-            f'<tr><th scope="row">{name}</th>{"".join(f"<td>{number}</td>" for number in numbers)}</tr>'
-            for name, *numbers in lines
-        )
-        parts.append(
-            f'<h2>As published, another protocol</h2><p class="note">{PUBLISHED_NOTE}</p><div class="scroll"><table>'
-            f'<caption>{source}</caption><thead><tr><th scope="col">model</th>{head}</tr></thead><tbody>{body}</tbody>'
-            "</table></div>"
-        )
+    for word, table in json.loads(PUBLISHED.read_text(encoding="utf-8")).items():
+        if word in dataset.lower():
+            lines = [(name, [f"<td>{number}</td>" for number in row]) for name, row in table["rows"].items()]
+            parts += ["<h2>As published, another protocol</h2>", _note(PUBLISHED_NOTE)]
+            parts.append(_table(table["source"], ["model", *table["columns"]], lines))
     return parts
 
 
 def _condition_section(rows: Sequence[Row]) -> list[str]:
-    """Heat map of the conditions, and the worst of them."""
-    protocol = next((p for p in MAP_PROTOCOLS if any(_is_condition(row, p) for row in rows)), None)
-    if protocol is None:
+    """Return a heat map of the conditions, and the worst of them."""
+    drawn = ((protocol, figures.condition_figure(rows, protocol, MAP_METRIC)) for protocol in MAP_PROTOCOLS)
+    protocol, found = next(((protocol, found) for protocol, found in drawn if found is not None), (None, None))
+    if found is None:
         return []
-    figure, worst = figures.condition_figure(rows, protocol, MAP_METRIC)
-    generators = {row["model"] for row in rows} - {FLOOR}
-    lines = "".join(
-        f'<tr><th scope="row">{html.escape(condition)}</th><td>{html.escape(model)}</td><td>{value:.1f}</td></tr>'
-        for condition, model, value in worst[:WORST_SHOWN]
+    figure, worst = found
+    models = {model for _, model, _ in worst}
+    caption = (
+        f"{METRICS[MAP_METRIC].label} of each condition (protocol {protocol}): how many standard deviations of the "
+        "floor it lies above the floor. Yellow is far from the real cells, dark is as near as real cells are to each "
+        "other. The conditions that are worst for the first generator stand first; "
+        f"{figures.CONDITIONS_DRAWN} are drawn at most."
     )
-    label = METRICS[MAP_METRIC].label
+    lines = [
+        (html.escape(condition), [f"<td>{html.escape(model)}</td>", f"<td>{value:.1f}</td>"])
+        for condition, model, value in worst[:WORST_LISTED]
+    ]
     return [
         "<h2>Conditions</h2>",
-        _picture(
-            figure,
-            f"{label} of each condition (protocol {protocol}): how many standard deviations of the floor it lies above "
-            "the floor. Yellow is far from the real cells, dark is as near as real cells are to each other. The "
-            "conditions that are worst for the first generator stand first; "
-            f"{figures.CONDITIONS_SHOWN} are shown at most.",
-            f"Heat map of conditions by {len(generators)} models",
-        ),
-        '<div class="scroll"><table><caption>Worst conditions of any model</caption><thead><tr><th scope="col">'
-        f'condition</th><th scope="col">model</th><th scope="col">above the floor (sd)</th></tr></thead><tbody>'
-        f"{lines}</tbody></table></div>",
+        _picture(figure, caption, f"Heat map of conditions by {len(models)} models"),
+        _table("Worst conditions of any model", ["condition", "model", "above the floor (sd)"], lines),
     ]
-
-
-def _is_condition(row: Row, protocol: str) -> bool:
-    """Whether a row can stand in the heat map."""
-    of_map = (row["protocol"], row["metric"], row["grouping"]) == (protocol, MAP_METRIC, "condition")
-    return of_map and row["model"] == FLOOR and row["mean"] is not None and bool(row["std"])
 
 
 def _pictures(
@@ -215,25 +185,25 @@ def _pictures(
     umap: bool,
     seed: int,
 ) -> list[str]:
-    """All figures of one generator."""
+    """Return all figures of one generator."""
     rng = np.random.default_rng(seed)
-    real = _thinned(cells.real, rng)
-    drawn = _thinned(generated, rng)
-    counts = {"real": real.counts, model: drawn.counts, baseline_name: _thinned(baseline, rng).counts}
-    embedding, method = figures.embedding_figure(real.counts, drawn.counts, umap=umap)
+    chosen = [figures.thinned(side, rng).counts for side in (cells.real, generated, baseline)]
+    counts = dict(zip(("real", model, baseline_name), chosen))
+    embedding, method = figures.embedding_figure(*chosen[:2], umap=umap)
+    of_pca = "The first two principal components of log1p(CP10k), fitted on the real cells"
+    of_umap = "UMAP of 30 principal components of log1p(CP10k), both sides together"
     parts = [
         _picture(
             embedding,
-            f"{method} of 30 principal components of log1p(CP10k)"
-            + (" (both sides together)" if method == "UMAP" else ", fitted on the real cells (the first two shown)")
-            + ". Points are cells; lines hold the densest 30, 60 and 90 % of them.",
+            f"{of_umap if method == 'UMAP' else of_pca}. Points are cells; lines hold the densest 30, 60 and 90 % of "
+            "them.",
             f"{method} of real and of {model} cells with density contours",
         ),
         _picture(
             figures.genes_figure(counts),
-            "Left and middle: one point for each gene; right: how many counts a cell has. A good generator lies on the "
-            f"real cells. {baseline_name}: each gene drawn by itself from the training cells of the condition.",
-            "Mean and variance, zeros, and library sizes of real and generated cells",
+            "Left: how many counts a cell has (library size). Right: one point for each gene; on the line it is as in "
+            f"the real cells. {baseline_name}: each gene drawn by itself from the training cells of the condition.",
+            "Library sizes, and means, variances and zeros of genes, of real and generated cells",
         ),
         _picture(
             figures.correlation_figure(counts),
@@ -243,28 +213,22 @@ def _pictures(
             "Correlation matrices of real and generated cells",
         ),
     ]
-    if figures.has_perturbations(cells.real):
-        changes = figures.differential_figure(cells.real, generated, cells.genes)
-        if changes is not None:
-            caption = (
-                "The ten genes that the strongest perturbations move most in real cells (blue), and how far they move "
-                "in generated ones (orange): the shorter the line between, the better. Both are measured from the real "
-                "control cells of the same cell type. Genes are chosen where the real change is large, noise "
-                "included, so a perfect generator falls somewhat short of it, too."
-            )
-            parts.append(_picture(changes, caption, "Top differential genes, real against generated"))
+    changes = figures.differential_figure(cells.real, generated, cells.genes)
+    if changes is not None:
+        caption = (
+            "The ten genes that the strongest perturbations move most in real cells (blue), and how far they move in "
+            "generated ones (orange): the shorter the line between, the better. Both are measured from the real "
+            "control cells of the same cell type. Genes are chosen where the real change is large, noise included, so "
+            "a perfect generator falls somewhat short of it, too."
+        )
+        parts.append(_picture(changes, caption, "Top differential genes, real against generated"))
     return parts
 
 
-def _thinned(cells: CellCounts, rng: np.random.Generator) -> CellCounts:
-    """At most 2,000 random cells."""
-    return cells.take(np.sort(rng.choice(len(cells), min(len(cells), CELLS_SHOWN), replace=False)))
-
-
 def _picture(figure: Figure, caption: str, label: str) -> str:
-    """A figure as inline SVG in the colours of the page."""
+    """Return a figure as inline SVG in the colours of the page."""
     stream = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": label}):
+    with matplotlib.rc_context({**figures.STYLE, "svg.hashsalt": label}):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     svg = stream.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)

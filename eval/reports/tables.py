@@ -1,6 +1,6 @@
-"""Rows of numbers, and the files that carry them: ``results.json``, ``results.csv`` and ``results.md``.
+"""Turn scores into rows, and rows into ``results.json``, ``results.csv`` and the tables of ``results.md``.
 
-Knows nothing of cells or of how a metric is computed: it takes scores, and says which numbers are at the floor.
+A number is at the floor within two of the floor's standard deviations.
 """
 
 import csv
@@ -9,6 +9,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,6 +23,12 @@ CELL_EVAL_METRICS = {
     "discrimination_score_l1": ("discrimination of perturbations (PDS)", "↑"),
     "mae": ("mean absolute error", "↓"),
 }
+CELL_EVAL_DESCRIPTION = (
+    "metrics of the cell-eval package (profile vcc) on log1p(CP10k), each cell type by itself; beside the floor (one "
+    "draw of real training cells) its own mean baseline, and its own ceiling: one half of the real test cells against "
+    "the other, corrected to full depth where the package does that"
+)
+FEW_MARK = f"(under {FEW_CELLS} cells)"
 ROW_KEYS = ("model", "protocol", "grouping", "condition", "metric", "mean", "std", "n", "seeds")
 
 Row = dict[str, str | float | int | None]
@@ -30,7 +37,7 @@ Row = dict[str, str | float | int | None]
 def summary_rows(
     model: str, protocol: str, repeats: Sequence[Sequence[Score]], *, test_cells: dict[str, int]
 ) -> list[Row]:
-    """One row per grouping, condition and metric: mean and standard deviation over the repeats.
+    """Return one row per grouping, condition and metric: mean and standard deviation over the repeats.
 
     Args:
         model: the row's name; ``floor`` for real training cells.
@@ -50,7 +57,7 @@ def summary_rows(
     for (grouping, condition, metric), scores in grouped.items():
         values = [score.value for score in scores if math.isfinite(score.value)]
         if condition is not None and test_cells[condition] < FEW_CELLS:
-            condition = f"{condition} (under {FEW_CELLS} cells)"
+            condition = f"{condition} {FEW_MARK}"
         mean = float(np.mean(values)) if values else None
         std = float(np.std(values, ddof=1)) if len(values) > 1 else None
         n = min(score.n for score in scores)
@@ -59,7 +66,7 @@ def summary_rows(
 
 
 def results_json(header: dict[str, object], rows: Iterable[Row]) -> str:
-    """``header`` (dataset, split, checkpoint, versions, command) and ``rows`` as JSON, one row to a line.
+    """Write ``header`` (dataset, split, checkpoint, versions, command) and ``rows`` as JSON, one row to a line.
 
     Raises:
         ValueError: a number that JSON has no word for.
@@ -70,7 +77,7 @@ def results_json(header: dict[str, object], rows: Iterable[Row]) -> str:
 
 
 def results_csv(header: dict[str, object], rows: Iterable[Row]) -> str:
-    """The rows as a table with commas, each with its data set and split; an empty field where there is no number."""
+    """Write the rows as a table with commas, each with its data set and split; empty where there is no number."""
     text = io.StringIO()
     columns = ("dataset", "split", *ROW_KEYS)
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -81,9 +88,10 @@ def results_csv(header: dict[str, object], rows: Iterable[Row]) -> str:
 
 
 def biased_floor_notes(rows: Sequence[Row]) -> list[str]:
-    """One sentence for each protocol and grouping in which the floor is half of some biased MMD² or more.
+    """Return one sentence for each protocol and grouping in which the floor is half of some biased MMD² or more.
 
-    A biased MMD² of two samples of one law is about ``(1/n + 1/m)`` times a constant near the number of kernels, not 0.
+    A biased MMD² of two samples of one distribution is about ``(1/n + 1/m)`` times a constant near the number of
+    kernels, not 0.
     """
     ruled: dict[tuple[object, ...], list[Row]] = defaultdict(list)
     floors = {_place(row): row for row in rows if row["model"] == FLOOR and row["mean"] is not None}
@@ -110,8 +118,32 @@ def _place(row: Row) -> tuple[object, ...]:
     return tuple(row[key] for key in ("protocol", "grouping", "condition", "metric"))
 
 
+@dataclass(frozen=True)
+class Section:
+    """What a report says of one protocol: its recipe, tables (the words above each and its rows), and warnings."""
+
+    protocol: str
+    description: str
+    tables: list[tuple[str, list[Row]]]
+    notes: list[str]
+
+
+def sections(rows: Sequence[Row]) -> list[Section]:
+    """Return one section per protocol: all cells pooled, and the mean over conditions, where there are such rows."""
+    found = []
+    for protocol in dict.fromkeys(row["protocol"] for row in rows):
+        ours = [row for row in rows if row["protocol"] == protocol]
+        captions = {"pooled": "All cells pooled", "per_condition": _averaged_over(ours)}
+        tables = [(text, [row for row in ours if row["grouping"] == grouping]) for grouping, text in captions.items()]
+        known = PROTOCOLS.get(protocol)
+        description = CELL_EVAL_DESCRIPTION if known is None else known.description
+        notes = biased_floor_notes(ours)
+        found.append(Section(protocol, description, [table for table in tables if table[1]], notes))
+    return found
+
+
 def results_markdown(header: dict[str, object], rows: Sequence[Row]) -> str:
-    """The numbers for a reader: one section per protocol, pooled and mean over conditions, the floor first."""
+    """Write the numbers for a reader: one section per protocol, the floor first."""
     parts = [
         f"# {header['dataset']}, {header['split']} cells",
         f"Checkpoint: {header['checkpoint'] or 'not named'}. Command: `{header['command']}`",
@@ -122,84 +154,67 @@ def results_markdown(header: dict[str, object], rows: Sequence[Row]) -> str:
     ]
     if header.get("genes"):
         parts.append(f"Compared on {header['genes']}.")
-    for protocol in dict.fromkeys(row["protocol"] for row in rows):
-        ours = [row for row in rows if row["protocol"] == protocol]
-        parts.append(f"## Protocol `{protocol}`\n\nSpace and metrics: {protocol_description(protocol)}.")
-        pooled = [row for row in ours if row["grouping"] == "pooled"]
-        if pooled:
-            parts.append("All cells pooled:\n\n" + summary_table(pooled))
-        averaged = [row for row in ours if row["grouping"] == "per_condition"]
-        if averaged:
-            parts.append(f"{averaged_over(ours)}:\n\n" + summary_table(averaged))
-        parts += [f"Note. {note}." for note in biased_floor_notes(ours)]
+    for section in sections(rows):
+        parts.append(f"## Protocol `{section.protocol}`\n\nSpace and metrics: {section.description}.")
+        parts += [f"{caption}:\n\n{summary_table(ours)}" for caption, ours in section.tables]
+        parts += [f"Note. {note}." for note in section.notes]
     return "\n\n".join(parts) + "\n"
 
 
-def protocol_description(protocol: str) -> str:
-    """What a reader of a table must know of a protocol."""
-    if protocol in PROTOCOLS:
-        return PROTOCOLS[protocol].description
-    return (
-        "metrics of the cell-eval package (profile vcc) on log1p(CP10k), each cell type by itself; beside the floor "
-        "(one draw of real training cells) its own mean baseline, and its own ceiling: one half of the real test cells "
-        "against the other, corrected to full depth where the package does that"
-    )
-
-
-def averaged_over(rows: Sequence[Row]) -> str:
-    """Over which conditions a protocol's mean is taken, as the words above its table."""
+def _averaged_over(rows: Sequence[Row]) -> str:
+    """Say over which conditions a protocol's mean is taken."""
     protocol = PROTOCOLS.get(rows[0]["protocol"])
     fewest = 1 if protocol is None else protocol.fewest_cells
-    counted = {
-        r["condition"] for r in rows if r["grouping"] == "condition" and (fewest == 1 or not _is_few(r["condition"]))
-    }
+    counted = {row["condition"] for row in rows if row["grouping"] == "condition"}
+    if fewest > 1:
+        counted = {condition for condition in counted if not str(condition).endswith(FEW_MARK)}
     what = "conditions" if protocol is None or protocol.group_by is None else f"values of {protocol.group_by}"
     enough = f" with {fewest} or more test cells" if fewest > 1 else ""
     return f"Mean over the {len(counted)} {what}{enough} (n is their median)"
 
 
 def metric_label(metric: str) -> tuple[str, str]:
-    """A metric's name in a table, and which way is better (empty where that is not known)."""
+    """Return a metric's name in a table, and which way is better (empty where that is not known)."""
     if metric in METRICS:
         return METRICS[metric].label, METRICS[metric].better
     return CELL_EVAL_METRICS.get(metric, (metric, ""))
 
 
+def sample_sizes(rows: Sequence[Row], model: str) -> str:
+    """Say how many cells a side, and how many seeds or draws, a model's numbers come from."""
+    ours = [row for row in rows if row["model"] == model]
+    repeats = max(row["seeds"] for row in ours)
+    word = "draw" if model == FLOOR else "seed"
+    return f"n = {ours[0]['n']:,}, {repeats} {word}{'' if repeats == 1 else 's'}"
+
+
 def summary_table(rows: Sequence[Row]) -> str:
-    """A Markdown table, metrics down and models across, padded so that it reads well as plain text."""
+    """Return a Markdown table, metrics down and models across; bold where a model is at the floor."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     by_cell = {(row["metric"], row["model"]): row for row in rows}
-    head = ["metric", "better"]
-    for model in models:
-        first = next(row for row in rows if row["model"] == model)
-        repeats = max(row["seeds"] for row in rows if row["model"] == model)
-        word = "draw" if model == FLOOR else "seed"
-        head.append(f"{model} (n = {first['n']:,}, {repeats} {word}{'' if repeats == 1 else 's'})")
-    lines = [head]
+    lines = [["metric", "better", *(f"{model} ({sample_sizes(rows, model)})" for model in models)]]
     for metric in dict.fromkeys(row["metric"] for row in rows):
         floor = by_cell.get((metric, FLOOR))
-        cells = [_number(by_cell.get((metric, model)), floor) for model in models]
-        lines.append([*metric_label(metric), *cells])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+        lines.append([*metric_label(metric), *(_number(by_cell.get((metric, model)), floor) for model in models)])
+    return markdown_table(lines)
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, padded so that it reads well as plain text; the first line is its head."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
     padded = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([padded[0], rule, *padded[1:]])
+    return "\n".join([padded[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *padded[1:]])
 
 
-def at_floor(row: Row, floor: Row) -> bool:
-    """Whether a row's mean is within two standard deviations of the floor's."""
-    known = None not in (row["mean"], floor["mean"], floor["std"])
-    return known and abs(row["mean"] - floor["mean"]) <= 2 * floor["std"]
+def at_floor(row: Row, floor: Row | None) -> bool:
+    """Return whether a model's mean is within two standard deviations of the floor's."""
+    if floor is None or row["model"] == FLOOR or None in (row["mean"], floor["mean"], floor["std"]):
+        return False
+    return abs(row["mean"] - floor["mean"]) <= 2 * floor["std"]
 
 
 def _number(row: Row | None, floor: Row | None) -> str:
-    """A table's cell: mean and standard deviation, bold where a model is at the floor."""
     if row is None or row["mean"] is None:
         return "-"
     text = f"{row['mean']:.4g}" + (f" ± {row['std']:.2g}" if row["std"] is not None else "")
-    return f"**{text}**" if row["model"] != FLOOR and floor is not None and at_floor(row, floor) else text
-
-
-def _is_few(condition: str | float | int | None) -> bool:
-    """Whether a row's condition carries the mark of few cells."""
-    return str(condition).endswith(f"(under {FEW_CELLS} cells)")
+    return f"**{text}**" if at_floor(row, floor) else text

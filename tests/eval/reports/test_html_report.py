@@ -1,12 +1,15 @@
 """The report of an evaluation: every table and figure in one file, nothing fetched, readable on light and dark."""
 
+import io
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from scipy import sparse
 
 from eval.comparison.cells import CellCounts, Comparison
@@ -15,14 +18,20 @@ from eval.reports.figures import INK, differential_figure
 from eval.reports.html_report import html_report
 from eval.reports.tables import Row, summary_rows
 
-HEADER = {
-    "dataset": "a <b> & dentate gyrus",
-    "split": "test",
-    "checkpoint": None,
-    "versions": {"python": "3", "absent": None},
-    "command": "dcm-evaluate x",
-}
-VOID = {"meta", "link", "br", "img"}
+GENES = [f"gene{i}" for i in range(12)]
+DATASET = "a <b> & dentate gyrus"
+# In the browser nothing is allowed but what stands in the page itself; whatever else it asks for is refused and listed.
+GUARD = """<head>
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<script>refused = []; addEventListener('securitypolicyviolation', event => refused.push(event.blockedURI));</script>
+"""
+WIDTH_OF_IMAGE = """
+const copy = new Image(), done = arguments[1];
+copy.onload = () => done(copy.naturalWidth);
+copy.onerror = () => done(0);
+copy.src = arguments[0].getAttribute('href') || arguments[0].getAttribute('xlink:href');
+"""
 
 
 def cells(seed: int) -> CellCounts:
@@ -52,58 +61,60 @@ def rows() -> list[Row]:
     return made
 
 
+def report(dataset: str, generated: dict[str, list[CellCounts]]) -> str:
+    header = {"dataset": dataset, "split": "test", "checkpoint": None, "command": "dcm-evaluate x"}
+    header["versions"] = {"python": "3", "absent": None}
+    shown = Comparison(cells(0), cells(1), generated, GENES, None)
+    return html_report(header, rows(), shown, cells(3), baseline_name="marginals", umap=False)
+
+
 @pytest.fixture(scope="module")
 def page() -> str:
-    compared = Comparison(cells(0), cells(1), {"<mine>": [cells(2)]}, [f"gene{i}" for i in range(12)], None)
-    return html_report(HEADER, rows(), compared, cells(3), baseline_name="marginals", umap=False)
+    return report(DATASET, {"<mine>": [cells(2)]})
 
 
 class Outline(HTMLParser):
     """Checks that elements close in order, and collects what a browser would fetch."""
 
-    def __init__(self):
+    def __init__(self, page: str):
         super().__init__()
         self.open, self.fetched, self.ids = [], [], []
+        self.feed(page)
 
     def handle_starttag(self, tag, attributes):
         values = dict(attributes)
         self.fetched += [values[name] for name in ("src", "href", "xlink:href") if name in values]
         self.ids += [values["id"]] if "id" in values else []
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if tag not in VOID:
-            self.open.pop()
+        self.open += [] if tag in ("meta", "link", "br", "img") else [tag]
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
 
 def test_it_is_one_well_formed_page_that_fetches_nothing(page):
-    outline = Outline()
-    outline.feed(page)
+    outline = Outline(page)
     assert outline.open == []
     assert all(target.startswith(("#", "data:")) for target in outline.fetched)
-    assert "<script" not in page
-    assert "@import" not in page
-    assert "url(http" not in page
+    for fetching in ("<script", "@import", "url(http"):
+        assert fetching not in page
 
 
 def test_every_figure_is_there_with_a_caption_and_a_label(page):
-    assert page.count("<figure>") == page.count("<figcaption>") == 5
-    pictures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(pictures) == 5
-    for picture in pictures:
-        assert ElementTree.fromstring(picture).get("aria-label")
-    for text in ("Heat map of conditions", "PCA of real", "library size", "Correlation matrices", "differential genes"):
-        assert text in page
+    pictures = re.findall(r"<figure>(<svg.*?</svg>)\s*<figcaption>", page, flags=re.DOTALL)
+    assert len(pictures) == page.count("<figure>") == 5
+    labels = " ".join(ElementTree.fromstring(picture).get("aria-label") for picture in pictures)
+    for text in (
+        "Heat map of conditions",
+        "PCA of real",
+        "Library sizes",
+        "Correlation matrices",
+        "differential genes",
+    ):
+        assert text in labels
 
 
 def test_identifiers_of_figures_do_not_clash_and_every_reference_has_its_target(page):
-    outline = Outline()
-    outline.feed(page)
+    outline = Outline(page)
     assert len(set(outline.ids)) == len(outline.ids)
     used = set(re.findall(r"url\(#([^)]+)\)", page)) | {t[1:] for t in outline.fetched if t.startswith("#")}
     assert used <= set(outline.ids)
@@ -130,19 +141,49 @@ def test_worst_conditions_come_first(page):
 
 
 def test_published_numbers_stand_apart_and_only_for_their_data_set(page):
-    section = page[page.index("<h2>As published, another protocol</h2>") :]
+    before, section = page.split("<h2>As published, another protocol</h2>")
     assert "CFGen" in section
-    assert "CFGen" not in page[: page.index("<h2>As published")]
+    assert "CFGen" not in before
     assert "scGPT" not in page
-    compared = Comparison(cells(0), cells(1), {}, [f"gene{i}" for i in range(12)], None)
-    other = html_report({**HEADER, "dataset": "pbmc3k"}, rows(), compared, cells(3), baseline_name="m", umap=False)
-    assert "As published" not in other
+    assert "As published" not in report("pbmc3k", {})
 
 
 def test_the_gene_that_a_perturbation_moves_is_the_first_of_its_panel():
-    figure = differential_figure(cells(0), cells(2), [f"gene{i}" for i in range(12)])
-    shown = [axes for axes in figure.axes if axes.get_visible()]
-    assert {axes.get_title() for axes in shown} == {"a | x", "b | x"}
-    assert all(axes.get_yticklabels()[-1].get_text() == "gene3" for axes in shown)
+    figure = differential_figure(cells(0), cells(2), GENES)
+    drawn = [axes for axes in figure.axes if axes.get_visible()]
+    assert {axes.get_title() for axes in drawn} == {"a | x", "b | x"}
+    assert all(axes.get_yticklabels()[-1].get_text() == "gene3" for axes in drawn)
     alone = cells(0)
     assert differential_figure(CellCounts(alone.counts, alone.labels), cells(2), []) is None
+
+
+@pytest.mark.slow
+def test_a_browser_that_may_fetch_nothing_draws_every_figure_within_its_window(browser, page, tmp_path):
+    open_guarded(browser, page, tmp_path)
+    figures = browser.find_elements("css selector", "figure > svg")
+    assert len(figures) == 5
+    images = [image for figure in figures for image in figure.find_elements("tag name", "image")]
+    assert len(images) >= 3
+    assert all(browser.execute_async_script(WIDTH_OF_IMAGE, image) > 0 for image in images)
+    for figure in figures:
+        label = figure.get_attribute("aria-label")
+        with Image.open(io.BytesIO(figure.screenshot_as_png)) as picture:
+            assert picture.width > 250, label
+            assert picture.height > 120, label
+            assert len(set(picture.convert("RGB").getdata())) > 50, f"{label}: hardly anything is drawn"
+    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert browser.execute_script("return refused") == []
+
+
+@pytest.mark.slow
+def test_a_page_that_fetches_something_would_be_found_out(browser, tmp_path):
+    open_guarded(browser, '<html><head></head><body><img src="http://127.0.0.1:9/x.png"></body></html>', tmp_path)
+    refused = (
+        "const done = arguments[0]; const look = () => refused.length ? done(refused) : setTimeout(look, 50); look()"
+    )
+    assert browser.execute_async_script(refused) == ["http://127.0.0.1:9/x.png"]
+
+
+def open_guarded(browser, page: str, folder: Path) -> None:
+    (folder / "page.html").write_text(page.replace("<head>", GUARD, 1))
+    browser.get((folder / "page.html").as_uri())
