@@ -81,7 +81,14 @@ def main(
     """
     command = command_of("dcm-evaluate", main, locals())
     _check_paths(generated, (real, train), out)
-    from eval.comparison.baselines import FROM_SCVI, baseline_draws, fitted_baselines, named_baselines
+    from eval.comparison.baselines import (
+        FROM_SCVI,
+        baseline_draws,
+        fitted_baselines,
+        named_baselines,
+        split_half_note,
+        without_training_cells,
+    )
     from eval.comparison.protocols import named_protocols
 
     protocols, chosen = named_protocols(protocol), named_baselines(baselines)
@@ -102,6 +109,10 @@ def main(
         "versions": {"python": platform.python_version()} | {package: version_of(package) for package in packages},
         "command": command,
     } | ({"genes": comparison.genes_note()} if comparison.genes_left_out else {})
+    halved = without_training_cells(comparison.train, comparison.real)
+    if halved:
+        header["floor"] = split_half_note(halved, comparison.real)
+        logger.warning("floor: %s", header["floor"])
     samplers = fitted_baselines(comparison.train, chosen, required=baselines not in ("default", "all"))
     rows = evaluate(comparison, protocols, samplers, seed=seed, device=device)
     if cell_eval:
@@ -123,15 +134,31 @@ def evaluate(
 ) -> list["Row"]:
     """Rows of every protocol: the floor first, then every generator, then the baselines.
 
+    Test cells of conditions without training cells are halved at random: one half is what everything is compared with,
+    the other is the floor. In every draw of the floor each model is compared with the same half, its samples in turn;
+    the score of a sample is the mean over its draws.
+
     Raises:
-        ValueError: fewer than two test cells, no training cell of any of their conditions, or a protocol that groups by
-            a column that is none of the conditions.
+        ValueError: fewer than two test cells, or a protocol that groups by a column that is none of the conditions.
     """
+    import itertools
+
+    import numpy as np
     from threadpoolctl import threadpool_limits
     from tqdm import tqdm
 
-    from eval.comparison.baselines import BASELINE_DRAWS, FLOOR, FLOOR_DRAWS, baseline_draws, floor_draws
-    from eval.comparison.protocols import evaluate_pair, prepare_reference
+    from eval.comparison.baselines import (
+        BASELINE_DRAWS,
+        FLOOR,
+        FLOOR_DRAWS,
+        baseline_draws,
+        beside_half,
+        floor_draws,
+        split_half,
+        without_training_cells,
+    )
+    from eval.comparison.cells import together
+    from eval.comparison.protocols import averaged_scores, evaluate_pair, prepare_reference
     from eval.reports.tables import summary_rows
 
     real = comparison.real
@@ -140,26 +167,46 @@ def evaluate(
         **comparison.generated,
         **{name: baseline_draws(sample, real, seed=seed) for name, sample in samplers.items()},
     }
-    references = [prepare_reference(real, protocol, seed=seed) for protocol in protocols]
-    rows: dict[str, list[Row]] = {protocol.name: [] for protocol in protocols}
-    repeats = FLOOR_DRAWS + BASELINE_DRAWS * len(samplers) + sum(map(len, comparison.generated.values()))
+    halved = without_training_cells(comparison.train, real)
+    is_whole = ~np.isin(np.arange(len(real)), np.concatenate([[], *(real.rows_by_condition[name] for name in halved)]))
+    numbers = {FLOOR: FLOOR_DRAWS} | {model: len(files) for model, files in comparison.generated.items()}
+    numbers |= dict.fromkeys(samplers, BASELINE_DRAWS)
+    samples = {m: itertools.cycle(found) if halved and m != FLOOR else iter(found) for m, found in sources.items()}
+    scores = {p.name: {model: [[] for _ in range(number)] for model, number in numbers.items()} for p in protocols}
+    draws = max(numbers.values())
+    repeats = FLOOR_DRAWS + draws * (len(numbers) - 1) if halved else sum(numbers.values())
     # most matrices are small (one condition): a second BLAS thread makes it slower, on a busy machine fivefold
     with (
         threadpool_limits(limits=1, user_api="blas"),
         tqdm(total=repeats * len(protocols), desc="scoring", unit="comparison", disable=None) as bar,
     ):
-        for model, samples in sources.items():
-            bar.set_postfix_str(model)
-            scores = {protocol.name: [] for protocol in protocols}
-            for drawn in samples:
+        for draw in range(draws):
+            if halved:
+                one, other = split_half(real, halved, np.random.default_rng([seed, draw]))
+                compared = real.take(np.sort(np.concatenate([np.flatnonzero(is_whole), one])))
+            if halved or not draw:
+                of_draw = compared if halved else real
+                references = [prepare_reference(of_draw, protocol, seed=seed) for protocol in protocols]
+            for model, number in numbers.items():
+                drawn = next(samples[model], None)
+                if drawn is None:
+                    continue
+                bar.set_postfix_str(model)
+                if halved and model == FLOOR:
+                    drawn = together([drawn, real.take(other)])
+                elif halved:
+                    drawn = beside_half(drawn, real, halved, other)
                 for reference in references:
-                    scores[reference.protocol.name].append(evaluate_pair(drawn, reference, seed=seed, device=device))
+                    found = evaluate_pair(drawn, reference, seed=seed, device=device)
+                    scores[reference.protocol.name][model][draw % number].append(found)
                     bar.update()
-            for reference in references:
-                protocol = reference.protocol.name
-                test_cells = {group.condition: group.n for group in reference.groups if group.condition is not None}
-                rows[protocol] += summary_rows(model, protocol, scores[protocol], test_cells=test_cells)
-    return [row for found in rows.values() for row in found]
+    rows: list[Row] = []
+    for reference in references:
+        test_cells = {group.condition: group.n for group in reference.groups if group.condition is not None}
+        for model, found in scores[reference.protocol.name].items():
+            repeats = [averaged_scores(of_sample) for of_sample in found]
+            rows += summary_rows(model, reference.protocol.name, repeats, test_cells=test_cells)
+    return rows
 
 
 def _names(name: str | None, number: int, reserved_names: Sequence[str]) -> list[str | None]:
@@ -197,13 +244,14 @@ def _check_paths(generated: Sequence[Path], real: Sequence[Path], out: Path) -> 
 def _log_summary(rows: Sequence["Row"]) -> None:
     """One table for each named protocol: all cells pooled, or the mean over conditions where it pools none."""
     from eval.comparison.protocols import PROTOCOLS
-    from eval.reports.tables import biased_floor_notes, summary_table
+    from eval.reports.tables import biased_floor_notes, not_beside_floor, summary_table
 
     for protocol in dict.fromkeys(row["protocol"] for row in rows if row["protocol"] in PROTOCOLS):
         for grouping, what in (("pooled", "all cells pooled"), ("per_condition", "mean over conditions")):
             shown = [row for row in rows if (row["protocol"], row["grouping"]) == (protocol, grouping)]
             if shown:
-                logger.info("\nprotocol %s, %s (mean ± sd):\n%s", protocol, what, summary_table(shown))
+                table = summary_table(shown, not_beside_floor([row for row in rows if row["protocol"] == protocol]))
+                logger.info("\nprotocol %s, %s (mean ± sd):\n%s", protocol, what, table)
                 break
     for note in biased_floor_notes(rows):
         logger.warning("%s", note)

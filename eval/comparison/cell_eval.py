@@ -58,7 +58,9 @@ def cell_eval_rows(
         reason = needs_control(cells)
         if reason is not None:
             raise ValueError(f"--cell-eval compares perturbations with control cells, and {reason}")
-    sources = {FLOOR: floor_draws(train, real, draws=1, seed=seed), **comparison.generated, **baselines}
+    sources = {**comparison.generated, **baselines}
+    if set(train.rows_by_condition) & set(real.rows_by_condition):
+        sources = {FLOOR: floor_draws(train, real, draws=1, seed=seed), **sources}
     log_real, found = _log_cells(real), {}
     with tqdm(desc=PROTOCOL, unit=" files", disable=None) as bar:
         for model, files in sources.items():

@@ -95,6 +95,13 @@ class Comparison:
         )
 
 
+def together(parts: Sequence[CellCounts]) -> CellCounts:
+    """All cells of several, which have the same columns of conditions."""
+    counts = sparse.vstack([part.counts for part in parts], format="csr")
+    labels = pd.concat([part.labels for part in parts], ignore_index=True)
+    return CellCounts(counts, labels, parts[0].control)
+
+
 def joined_labels(labels: pd.DataFrame) -> pd.Series:
     """Name of each cell's condition: its labels joined by " | ", "all" if there are no columns."""
     names = pd.Series("all", index=range(len(labels)))

@@ -259,6 +259,20 @@ def mean_scores(scores: Sequence[Score], metrics: Sequence[str]) -> list[Score]:
     return means
 
 
+def averaged_scores(repeats: Sequence[Sequence[Score]]) -> list[Score]:
+    """Mean over repeats of each score that is finite there, ``n`` the smallest."""
+    if len(repeats) == 1:
+        return list(repeats[0])
+    grouped: dict[tuple[str, str | None, str], list[Score]] = {}
+    for score in (score for scores in repeats for score in scores):
+        grouped.setdefault((score.grouping, score.condition, score.metric), []).append(score)
+    means = []
+    for key, scores in grouped.items():
+        finite = [score.value for score in scores if np.isfinite(score.value)]
+        means.append(Score(*key, float(np.mean(finite)) if finite else float("nan"), min(score.n for score in scores)))
+    return means
+
+
 def _matched_rows(
     generated: dict[str, np.ndarray], real: dict[str, np.ndarray], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from eval.comparison.cells import CellCounts, Comparison
 from eval.comparison.metric_table import METRICS
 from eval.reports import figures
-from eval.reports.tables import FLOOR, Row, at_floor, metric_label, sample_sizes, sections
+from eval.reports.tables import FLOOR, Row, Unlike, at_floor, metric_label, sample_sizes, sections
 
 WORST_LISTED = 10
 MAP_PROTOCOLS = ("log", "paper")
@@ -68,7 +68,7 @@ def html_report(
     parts = [f"<h1>{title}</h1>", _introduction(header, cells), "<h2>Scores</h2>"]
     for section in sections(rows):
         parts.append(f"<h3>Protocol {html.escape(section.protocol)}</h3>{_note(section.description)}")
-        parts += [_score_table(ours, caption) for caption, ours in section.tables]
+        parts += [_score_table(ours, caption, unlike) for caption, ours, unlike in section.tables]
         parts += map(_note, section.notes)
     parts += _published_section(str(header["dataset"]))
     parts += _condition_section(rows)
@@ -86,15 +86,17 @@ def html_report(
 def _introduction(header: dict[str, object], cells: Comparison) -> str:
     """Say what was compared, and how to read the tables."""
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items() if version)
-    genes = f"<p><strong>Compared on {html.escape(str(header['genes']))}.</strong></p>" if header.get("genes") else ""
+    notes = {"genes": "Compared on", "floor": "Floor:"}
+    said = [(word, html.escape(str(header[name]))) for name, word in notes.items() if header.get(name)]
+    notes = "".join(f"<p><strong>{word} {note}.</strong></p>" for word, note in said)
     return (
         f"<p>{len(cells.real):,} real test cells, {len(cells.train):,} real training cells, {len(cells.genes):,} "
         f"genes; generators: {html.escape(', '.join(cells.generated))}. "
-        f"Checkpoint: {html.escape(str(header['checkpoint'] or 'not named'))}.</p>{genes}"
+        f"Checkpoint: {html.escape(str(header['checkpoint'] or 'not named'))}.</p>{notes}"
         '<p class="note"><strong>floor</strong> is real training cells against the real test cells, as many in each '
         "condition: no generator can be expected to do better. A shaded number is at the floor, within two of its "
-        "standard deviations. A distance between two samples is not 0 even where their distributions are equal, and it "
-        "falls with n: read every number against the floor beside it.</p>"
+        "standard deviations, where cells and conditions are as many. A distance between two samples is not 0 even "
+        "where their distributions are equal, and it falls with n: read every number against the floor beside it.</p>"
         f'<p class="note">Made by <code>{html.escape(str(header["command"]))}</code> ({html.escape(versions)}).</p>'
     )
 
@@ -113,8 +115,8 @@ def _table(caption: str, head: Iterable[str], lines: Iterable[tuple[str, Iterabl
     )
 
 
-def _score_table(rows: Sequence[Row], caption: str) -> str:
-    """Return a table of scores: models down, metrics across."""
+def _score_table(rows: Sequence[Row], caption: str, unlike: Unlike) -> str:
+    """Return a table of scores: models down, metrics across; nothing that is ``unlike`` the floor is shaded."""
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     found = {(row["model"], row["metric"]): row for row in rows}
     head = [
@@ -123,7 +125,10 @@ def _score_table(rows: Sequence[Row], caption: str) -> str:
     lines = [
         (
             f"{html.escape(model)} <small>{sample_sizes(rows, model)}</small>",
-            [_number(found.get((model, metric)), found.get((FLOOR, metric))) for metric in metrics],
+            [
+                _number(found.get((model, metric)), None if (model, metric) in unlike else found.get((FLOOR, metric)))
+                for metric in metrics
+            ],
         )
         for model in dict.fromkeys(row["model"] for row in rows)
     ]

@@ -8,7 +8,7 @@ import io
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,13 +25,14 @@ CELL_EVAL_METRICS = {
 }
 CELL_EVAL_DESCRIPTION = (
     "metrics of the cell-eval package (profile vcc) on log1p(CP10k), each cell type by itself; beside the floor (one "
-    "draw of real training cells) its own mean baseline, and its own ceiling: one half of the real test cells against "
-    "the other, corrected to full depth where the package does that"
+    "draw of real training cells, where there are any) its own mean baseline, and its own ceiling: one half of the "
+    "real test cells against the other, corrected to full depth where the package does that"
 )
 FEW_MARK = f"(under {FEW_CELLS} cells)"
 ROW_KEYS = ("model", "protocol", "grouping", "condition", "metric", "mean", "std", "n", "seeds")
 
 Row = dict[str, str | float | int | None]
+Unlike = Set[tuple[object, object]]  # pairs of model and metric
 
 
 def summary_rows(
@@ -120,11 +121,14 @@ def _place(row: Row) -> tuple[object, ...]:
 
 @dataclass(frozen=True)
 class Section:
-    """What a report says of one protocol: its recipe, tables (the words above each and its rows), and warnings."""
+    """What a report says of one protocol: its recipe, tables, and warnings.
+
+    Of a table: the words above it, its rows, and what of it is not beside the floor (:func:`not_beside_floor`).
+    """
 
     protocol: str
     description: str
-    tables: list[tuple[str, list[Row]]]
+    tables: list[tuple[str, list[Row], Unlike]]
     notes: list[str]
 
 
@@ -134,7 +138,11 @@ def sections(rows: Sequence[Row]) -> list[Section]:
     for protocol in dict.fromkeys(row["protocol"] for row in rows):
         ours = [row for row in rows if row["protocol"] == protocol]
         captions = {"pooled": "All cells pooled", "per_condition": _averaged_over(ours)}
-        tables = [(text, [row for row in ours if row["grouping"] == grouping]) for grouping, text in captions.items()]
+        unlike = {"pooled": set(), "per_condition": not_beside_floor(ours)}
+        tables = [
+            (text, [row for row in ours if row["grouping"] == grouping], unlike[grouping])
+            for grouping, text in captions.items()
+        ]
         known = PROTOCOLS.get(protocol)
         description = CELL_EVAL_DESCRIPTION if known is None else known.description
         notes = biased_floor_notes(ours)
@@ -149,14 +157,16 @@ def results_markdown(header: dict[str, object], rows: Sequence[Row]) -> str:
         f"Checkpoint: {header['checkpoint'] or 'not named'}. Command: `{header['command']}`",
         "Mean ± standard deviation over seeds or draws. *floor*: real training cells against the real test cells, as "
         "many in each condition; no generator can be expected to do better. **Bold**: at the floor, within two of its "
-        "standard deviations; a distance further below it is no better, it means cells too much alike. n: cells on "
-        "each side.",
+        "standard deviations, where cells and conditions are as many; a distance further below it is no better, it "
+        "means cells too much alike. n: cells on each side.",
     ]
     if header.get("genes"):
         parts.append(f"Compared on {header['genes']}.")
+    if header.get("floor"):
+        parts.append(f"*floor*: {header['floor']}.")
     for section in sections(rows):
         parts.append(f"## Protocol `{section.protocol}`\n\nSpace and metrics: {section.description}.")
-        parts += [f"{caption}:\n\n{summary_table(ours)}" for caption, ours in section.tables]
+        parts += [f"{caption}:\n\n{summary_table(ours, unlike)}" for caption, ours, unlike in section.tables]
         parts += [f"Note. {note}." for note in section.notes]
     return "\n\n".join(parts) + "\n"
 
@@ -188,14 +198,25 @@ def sample_sizes(rows: Sequence[Row], model: str) -> str:
     return f"n = {ours[0]['n']:,}, {repeats} {word}{'' if repeats == 1 else 's'}"
 
 
-def summary_table(rows: Sequence[Row]) -> str:
-    """Return a Markdown table, metrics down and models across; bold where a model is at the floor."""
+def not_beside_floor(rows: Sequence[Row]) -> Unlike:
+    """Of one protocol, models and metrics averaged over other conditions, or numbers of cells, than the floor."""
+    sizes: dict[tuple[object, object], dict[object, object]] = defaultdict(dict)
+    for row in rows:
+        fewest = PROTOCOLS[row["protocol"]].fewest_cells if row["protocol"] in PROTOCOLS else 1
+        if row["grouping"] == "condition" and (fewest == 1 or not str(row["condition"]).endswith(FEW_MARK)):
+            sizes[row["model"], row["metric"]][row["condition"]] = (row["n"], row["mean"] is None)
+    return {(model, metric) for (model, metric), found in sizes.items() if found != sizes.get((FLOOR, metric))}
+
+
+def summary_table(rows: Sequence[Row], unlike: Unlike = frozenset()) -> str:
+    """Return a Markdown table, metrics down and models across; bold at the floor, unless ``unlike``."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     by_cell = {(row["metric"], row["model"]): row for row in rows}
     lines = [["metric", "better", *(f"{model} ({sample_sizes(rows, model)})" for model in models)]]
     for metric in dict.fromkeys(row["metric"] for row in rows):
-        floor = by_cell.get((metric, FLOOR))
-        lines.append([*metric_label(metric), *(_number(by_cell.get((metric, model)), floor) for model in models)])
+        floors = [None if (model, metric) in unlike else by_cell.get((metric, FLOOR)) for model in models]
+        numbers = [_number(by_cell.get((metric, model)), floor) for model, floor in zip(models, floors)]
+        lines.append([*metric_label(metric), *numbers])
     return markdown_table(lines)
 
 
@@ -207,8 +228,10 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def at_floor(row: Row, floor: Row | None) -> bool:
-    """Return whether a model's mean is within two standard deviations of the floor's."""
+    """Return whether a model's mean, of as many cells, is within two standard deviations of the floor's."""
     if floor is None or row["model"] == FLOOR or None in (row["mean"], floor["mean"], floor["std"]):
+        return False
+    if row["n"] != floor["n"]:
         return False
     return abs(row["mean"] - floor["mean"]) <= 2 * floor["std"]
 

@@ -25,9 +25,10 @@ from eval.comparison.baselines import (
     cells_by_labels,
     independent_marginals,
     perturbation_mean,
+    split_half,
     training_rows,
 )
-from eval.comparison.cells import PERTURBATION, CellCounts
+from eval.comparison.cells import PERTURBATION, CellCounts, together
 from eval.comparison.protocols import (
     FEW_CELLS,
     PROTOCOLS,
@@ -97,7 +98,7 @@ def score_held_out(
     held = test.take(np.flatnonzero(~test.labels[PERTURBATION].isin(set(train.labels[PERTURBATION]))))
     if not len(held):
         raise ValueError("every perturbation of the test cells has training cells: none is held out")
-    controls = _together([_controls_of(train), _controls_of(test)])
+    controls = together([_controls_of(train), _controls_of(test)])
     scores: dict[str, list[list[Score]]] = defaultdict(list)
     # most matrices are small: a second BLAS thread makes it slower
     with (
@@ -106,7 +107,7 @@ def score_held_out(
     ):
         for draw in range(draws):
             rng = np.random.default_rng([seed, draw])
-            ours, others = _halves(held, rng)
+            ours, others = split_half(held, list(held.rows_by_condition), rng)
             compared = held.take(ours)
             sides = {FLOOR: held.take(others)}
             sides |= {name: files[draw % len(files)] for name, files in generated.items()}
@@ -135,22 +136,9 @@ def _controls_of(cells: CellCounts) -> CellCounts:
     return cells.take(np.flatnonzero(cells.labels[PERTURBATION] == cells.control))
 
 
-def _together(parts: Sequence[CellCounts]) -> CellCounts:
-    counts = sparse.vstack([part.counts for part in parts], format="csr")
-    labels = pd.concat([part.labels for part in parts], ignore_index=True)
-    return CellCounts(counts, labels, parts[0].control)
-
-
-def _halves(cells: CellCounts, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of two random halves of equal size of every condition; the odd cell is left out."""
-    shuffled = [rng.permutation(rows) for rows in cells.rows_by_condition.values()]
-    halves = [(rows[: len(rows) // 2], rows[len(rows) // 2 : 2 * (len(rows) // 2)]) for rows in shuffled]
-    return np.concatenate([one for one, _ in halves]), np.concatenate([other for _, other in halves])
-
-
 def _reference(held: CellCounts, controls: CellCounts, *, seed: int) -> Reference:
     """One comparison for each held-out condition with enough cells, beside all control cells."""
-    reference = prepare_reference(_together([held, controls]), PROTOCOL, seed=seed)
+    reference = prepare_reference(together([held, controls]), PROTOCOL, seed=seed)
     large = {name for name, rows in held.rows_by_condition.items() if len(rows) >= FEW_CELLS}
     return replace(reference, groups=tuple(group for group in reference.groups if group.condition in large))
 

@@ -19,7 +19,7 @@ from eval.comparison.cells import read_comparison
 from eval.comparison.metric_table import POOLED_METRICS
 from eval.evaluate import main
 from eval.reports import html_report
-from eval.reports.tables import ROW_KEYS
+from eval.reports.tables import ROW_KEYS, at_floor
 from eval.simulate import simulate
 
 DEFAULT_BASELINES = ("independent_marginals", "perturbation_mean", "additive")
@@ -125,6 +125,56 @@ def test_conditions_under_twenty_cells_are_marked(results, folder):
     assert {row["condition"] for row in found["rows"] if row["grouping"] == "condition"} == expected
     assert (sizes < 20).any()
     assert (sizes >= 20).any()
+
+
+@pytest.fixture(scope="module")
+def held_out(folder, tmp_path_factory) -> Path:
+    """Training cells without perturbations, the true cells as generated, and other cells of their simulator."""
+    there = tmp_path_factory.mktemp("held_out")
+    options = {"num_cells": 4000, "num_genes": 30, "num_cell_types": 1, "num_perturbations": 2, "num_pairs": 1}
+    cells, _ = simulate(**options)
+    order = np.random.default_rng(0).permutation(len(cells))
+    one, others = cells[order[:1200]].copy(), cells[order[1200:]].copy()
+    one.uns["dcm_control"] = "control"
+    one.write_h5ad(there / "test.h5ad")
+    others[(others.obs["perturbation"] == "control").to_numpy()].copy().write_h5ad(there / "train.h5ad")
+    wanted = one.obs["perturbation"].value_counts()
+    names = others.obs["perturbation"].astype(str).to_numpy()
+    fresh = others[np.concatenate([np.flatnonzero(names == name)[:number] for name, number in wanted.items()])].copy()
+    for name, adata in (("true", one), ("fresh", fresh)):
+        adata.uns["generator"] = name
+        adata.write_h5ad(there / f"{name}.h5ad")
+    return there
+
+
+def test_held_out_conditions_have_the_split_half_floor_and_true_cells_are_at_it(held_out, tmp_path):
+    found = run_main(held_out, tmp_path, "true.h5ad", "fresh.h5ad", baselines="independent_marginals")
+    conditions = anndata.read_h5ad(held_out / "test.h5ad").obs["perturbation"].value_counts()
+    compared = {name: size if name == "control" else size // 2 for name, size in conditions.items()}
+    for row in found["rows"]:
+        if row["grouping"] == "condition":
+            assert row["n"] == compared[row["condition"].split(" | ")[-1]]
+        elif row["grouping"] == "pooled":
+            assert row["n"] == sum(compared.values())
+    place = {
+        (row["model"], row["protocol"], row["grouping"], row["condition"], row["metric"]): row for row in found["rows"]
+    }
+    for grouping, metric in (("pooled", "w2"), ("per_condition", "w2"), ("per_condition", "mmd2")):
+        floor, fresh, worse = (
+            place[model, "log", grouping, None, metric] for model in ("floor", "fresh", "independent_marginals")
+        )
+        assert [floor["seeds"], fresh["seeds"], worse["seeds"]] == [10, 1, 3]
+        assert at_floor(fresh, floor) or abs(fresh["mean"] - floor["mean"]) < 0.1 * abs(worse["mean"] - floor["mean"])
+        assert not at_floor(worse, floor)
+    names = [row["condition"] for row in found["rows"] if row["grouping"] == "condition" and row["model"] == "floor"]
+    for name in {name for name in names if not name.endswith("control")}:
+        for metric in ("w2", "mmd2"):
+            true, floor = (place[model, "log", "condition", name, metric] for model in ("true", "floor"))
+            assert true["mean"] == pytest.approx(floor["mean"])
+            assert at_floor(true, floor)
+    note = f"in {len(conditions) - 1} of {len(conditions)} conditions no training cell is there to be the floor"
+    assert found["floor"].startswith(note)
+    assert note in (tmp_path / "results.md").read_text()
 
 
 def _log_normalised(adata: anndata.AnnData) -> None:

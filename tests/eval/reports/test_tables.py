@@ -5,7 +5,14 @@ import json
 import pytest
 
 from eval.comparison.protocols import Score
-from eval.reports.tables import at_floor, biased_floor_notes, results_json, summary_rows, summary_table
+from eval.reports.tables import (
+    at_floor,
+    biased_floor_notes,
+    results_json,
+    results_markdown,
+    summary_rows,
+    summary_table,
+)
 
 
 def test_rows_hold_null_for_what_is_not_a_number():
@@ -25,6 +32,18 @@ def test_at_the_floor_is_within_two_standard_deviations_and_bold():
     table = summary_table([floor, near, far])
     assert "**1.3**" in table
     assert "**2**" not in table
+
+
+def test_nothing_is_bold_beside_a_floor_of_other_numbers_of_cells_or_other_conditions():
+    def rows(model: str, n: int, conditions: str) -> list:
+        scores = [Score("condition", name, "w2", 1.0, 30) for name in conditions]
+        means = [Score("pooled", None, "w2", 1.0, n), Score("per_condition", None, "w2", 1.0, 30)]
+        return summary_rows(model, "log", [scores + means] * 2, test_cells=dict.fromkeys("abc", 30))
+
+    found = rows("floor", 90, "abc") + rows("alike", 90, "abc") + rows("fewer", 60, "ab")
+    text = results_markdown({"dataset": "d", "split": "test", "checkpoint": "c", "command": "x"}, found)
+    lines = [line for line in text.splitlines() if line.startswith("| W2") or "**1" in line]
+    assert [[cell.strip() for cell in line.split("|")[3:-1]] for line in lines] == [["1 ± 0", "**1 ± 0**", "1 ± 0"]] * 2
 
 
 @pytest.mark.parametrize(("model_value", "noted"), [(0.11, True), (0.9, False)])
