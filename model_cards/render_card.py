@@ -4,11 +4,11 @@
     python -m model_cards.render_card facts.yaml --checkpoint checkpoint/ --results results.json --out README.md
 
 A fact that is missing is an error, never a blank. Without ``--checkpoint`` the card says plainly that the weights are
-still to be trained, without ``--results`` that nothing was evaluated. Numbers come from results.json alone. Knows
-nothing of networks: it reads JSON and YAML.
+still to be trained, without ``--results`` that nothing was evaluated. Numbers come from results.json alone.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -16,40 +16,33 @@ from typing import Annotated
 
 import tyro
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from model_cards.results_table import evaluation_table, labelled, row_value
 from training.data.command_line import run
 from training.data.files import written_aside
 
-HERE = Path(__file__).parent
-FACTS = (
-    "title",
-    "summary",
-    "license",
-    "datasets",
-    "tags",
-    "data",
-    "split",
-    "intended_use",
-    "limits",
-    "train",
-    "example",
-    "citation",
-    "dataset_name",
-)
+TEMPLATE = Path(__file__).with_name("card_template.md")
+FRONT_MATTER = ("license", "datasets", "tags", "dataset_name")
+FACTS = ("title", "summary", "data", "split", "intended_use", "limits", "train", "example", "citation", *FRONT_MATTER)
 PLAN = ("num_genes", "conditions", "example_gene", "hyperparameters")  # what a checkpoint would say by itself
-CONFIG_ROWS = (
-    "backbone",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_count",
-    "noise_schedule",
-    "loss_weighting",
-    "label_dropout",
-)
+SHAPE_ROWS = ("backbone", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_count")
+CONFIG_ROWS = (*SHAPE_ROWS, "noise_schedule", "loss_weighting", "label_dropout")
 OPTION_ROWS = ("batch_size", "max_steps", "learning_rate", "ema_decay", "mixed_precision", "seed")
+METRIC_LABELS = {
+    "mmd2": "MMD² (lower)",
+    "w2": "W2 (lower)",
+    "w2_gaussian": "W2, Gaussian (lower)",
+    "correlation_pearson": "gene-gene correlation (higher)",
+    "correlation_slope": "its slope (1)",
+    "mean_r2": "R² of means (higher)",
+    "variance_r2": "R² of variances (higher)",
+    "zero_fraction_error": "zero fraction error (lower)",
+    "library_size_cv_ratio": "library-size CV ratio (1)",
+    "nearest_neighbour_accuracy": "1-NN accuracy (0.5)",
+    "nearest_neighbour_accuracy_real": "1-NN accuracy, real cells (0.5)",
+}
+GROUPINGS = {"pooled": "all cells pooled", "per_condition": "mean over conditions"}
+
+Row = Mapping[str, object]
 
 
 def main(
@@ -88,24 +81,24 @@ def render(
     example_output: str | None = None,
     figures: Sequence[str] = (),
 ) -> str:
-    """The card as Markdown with YAML front matter that huggingface_hub reads back as it was meant.
+    """Return the card as Markdown with YAML front matter that huggingface_hub reads back as it was meant.
 
     Args:
         facts: from :func:`read_facts`.
-        repo_id: the model's id on the Hub.
-        checkpoint: a trained checkpoint; None for one that is planned.
-        results: results.json of dcm-evaluate; None says that nothing was evaluated.
-        example_output: what the checkpoint answered to ``facts["example"]``; needed with a checkpoint.
-        figures: paths of pictures inside the repository, shown under the evaluation.
+        repo_id, checkpoint, results, example_output: as :func:`main` takes them.
+        figures: paths of pictures inside the repository, which stand under the evaluation.
 
     Raises:
         ValueError: a fact is missing; the message names all that are.
     """
+    from huggingface_hub import ModelCard, ModelCardData
+
     own = _planned(facts) if checkpoint is None else _of_checkpoint(checkpoint)
     if checkpoint is not None and not example_output:
         raise ValueError("the card of a trained checkpoint shows its answer to the example: example_output is missing")
     measured = None if results is None else _read_results(results)
     example = json.dumps(facts["example"], ensure_ascii=False)
+    widget = {"text": example, "example_title": "cells on request", "output": {"text": example_output}}
     values = {
         **{name: str(facts[name]).strip() for name in FACTS},
         **{name: str(value) for name, value in own.items()},
@@ -121,16 +114,16 @@ def render(
         datasets=facts["datasets"] or None,
         model_name=repo_id.split("/")[-1],
         eval_results=_eval_results(measured, str(facts["dataset_name"])) if measured else None,
-        **({"widget": [_widget(example, example_output)]} if checkpoint is not None else {}),
+        **({} if checkpoint is None else {"widget": [widget]}),
     )
-    body = Template((HERE / "card_template.md").read_text(encoding="utf-8")).substitute(values)
+    body = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
     text = f"---\n{data.to_yaml()}\n---\n\n{body}"
     ModelCard(text, ignore_metadata_errors=False)  # raises where the front matter does not read back
     return text
 
 
 def read_facts(path: Path) -> dict[str, object]:
-    """Facts of a YAML file.
+    """Read facts from a YAML file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -157,17 +150,16 @@ def read_facts(path: Path) -> dict[str, object]:
 
 
 def _planned(facts: Mapping[str, object]) -> dict[str, object]:
-    """What stands in for a checkpoint's own files before it is trained."""
+    """Return what stands in for a checkpoint's own files before it is trained."""
     plan = facts.get("plan") or {}
     missing = [name for name in PLAN if not plan.get(name)]
     if missing:
         raise ValueError(f"a card without a checkpoint needs a plan; facts missing under 'plan': {', '.join(missing)}")
-    table = _table(["planned", "value"], list(plan["hyperparameters"].items()))
-    return {**{name: plan[name] for name in PLAN[:3]}, "hyperparameters": table}
+    return plan | {"hyperparameters": _table(["planned", "value"], list(plan["hyperparameters"].items()))}
 
 
 def _of_checkpoint(folder: Path) -> dict[str, object]:
-    """What a trained checkpoint says of itself."""
+    """Return what a trained checkpoint says of itself."""
     config, options = (_read_json(folder / name) for name in ("config.json", "training_options.json"))
     labels = _read_json(folder / "conditions.json")
     genes = (folder / "genes.txt").read_text(encoding="utf-8").split("\n")
@@ -177,7 +169,7 @@ def _of_checkpoint(folder: Path) -> dict[str, object]:
     known = {"cell_type": labels["cell_types"], "perturbation": labels["perturbations"], **labels["covariates"]}
     names = [f"`{name}` ({len(values):,} labels)" for name, values in known.items() if values]
     names += ["library size"] * bool(config["library_size_conditioning"])
-    rows = [(name, config[name]) for name in CONFIG_ROWS] + [(name, options[name]) for name in OPTION_ROWS]
+    rows = [(name, {**options, **config}[name]) for name in (*CONFIG_ROWS, *OPTION_ROWS)]
     return {
         "num_genes": f"{config['num_genes']:,}",
         "conditions": ", ".join(names) or "none",
@@ -223,13 +215,52 @@ def _evaluation(measured: Mapping | None, figures: Sequence[str]) -> str:
     return "\n\n".join(parts)
 
 
-def _eval_results(measured: Mapping, dataset_name: str) -> list[EvalResult]:
-    """The model's pooled and averaged rows as a model index; the floor stands beside each number."""
-    rows = measured["rows"]
-    floors = {(r["protocol"], r["grouping"], r["metric"]): r["mean"] for r in rows if r["model"] == "floor"}
-    ours = [r for r in rows if r["model"] == "dcm" and r["grouping"] != "condition" and row_value(r) is not None]
+def evaluation_table(rows: Sequence[Row]) -> str:
+    """Return one Markdown table for each protocol and grouping; single conditions are left to results.json."""
+    parts = []
+    for protocol in dict.fromkeys(row["protocol"] for row in rows):
+        for grouping, title in GROUPINGS.items():
+            ours = [row for row in rows if (row["protocol"], row["grouping"]) == (protocol, grouping)]
+            if ours:
+                parts.append(f"Protocol `{protocol}`, {title}:\n\n{_scores(ours)}")
+    return "\n\n".join(parts)
+
+
+def _scores(rows: Sequence[Row]) -> str:
+    """Return a table, metrics down and models across, the floor first."""
+    number = {row["model"]: row["n"] for row in rows}
+    models = sorted(number, key=lambda model: (model != "floor", model != "dcm"))
+    found = {(row["metric"], row["model"]): row for row in rows}
+    lines = [
+        [METRIC_LABELS.get(metric, metric), *(_score(found.get((metric, model))) for model in models)]
+        for metric in dict.fromkeys(row["metric"] for row in rows)
+    ]
+    return _table(["metric (better)", *(f"{model}, n = {number[model]:,}" for model in models)], lines)
+
+
+def _score(row: Row | None) -> str:
+    if row is None or not _is_measured(row):
+        return "not measured"
+    return f"{row['mean']:.4g}" + (f" ± {row['std']:.2g}" if row["std"] is not None else "")
+
+
+def _is_measured(row: Row) -> bool:
+    return isinstance(row["mean"], int | float) and math.isfinite(row["mean"])
+
+
+def _place(row: Row) -> tuple[object, ...]:
+    return row["protocol"], row["grouping"], row["metric"]
+
+
+def _eval_results(measured: Mapping, dataset_name: str) -> list:
+    """Return the model's pooled and averaged rows as a model index; the floor stands beside each number."""
+    from huggingface_hub import EvalResult
+
+    floors = {_place(row): row["mean"] for row in measured["rows"] if row["model"] == "floor"}
+    ours = [row for row in measured["rows"] if row["model"] == "dcm" and row["grouping"] != "condition"]
+    ours = [row for row in ours if _is_measured(row)]
     if not ours:
-        models = sorted({str(row["model"]) for row in rows})
+        models = sorted({str(row["model"]) for row in measured["rows"]})
         raise ValueError(f"the results have no rows of the model 'dcm', only of {', '.join(models)}")
     return [
         EvalResult(
@@ -239,31 +270,24 @@ def _eval_results(measured: Mapping, dataset_name: str) -> list[EvalResult]:
             dataset_name=dataset_name,
             dataset_split=str(measured["split"]),
             metric_type=row["metric"],
-            metric_name=f"{labelled(row['metric'])}, protocol {row['protocol']}, {row['grouping'].replace('_', ' ')}",
+            metric_name=f"{METRIC_LABELS.get(row['metric'], row['metric'])}, protocol {row['protocol']}, "
+            f"{row['grouping'].replace('_', ' ')}",
             metric_value=row["mean"],
-            metric_args={
-                **{name: row[name] for name in ("std", "n", "seeds")},
-                "floor": floors[row["protocol"], row["grouping"], row["metric"]],
-            },
+            metric_args={name: row[name] for name in ("std", "n", "seeds")} | {"floor": floors[_place(row)]},
         )
         for row in ours
     ]
 
 
-def _widget(example: str, answer: str | None) -> dict[str, object]:
-    return {"text": example, "example_title": "cells on request", "output": {"text": answer}}
-
-
 def _read_results(path: Path) -> dict:
-    """results.json, checked for what a card says of it."""
+    """Read results.json, and check what a card says of it."""
     measured = _read_json(path)
     missing = [name for name in ("dataset", "split", "command", "rows") if not measured.get(name)]
     if missing:
         raise ValueError(f"{str(path)!r} lacks facts for the card: {', '.join(missing)}; expected dcm-evaluate's file")
-    kinds = {(r["protocol"], r["grouping"], r["metric"]) for r in measured["rows"] if r["model"] == "floor"}
-    lonely = {(r["protocol"], r["grouping"], r["metric"]) for r in measured["rows"] if r["model"] == "dcm"} - kinds
-    if lonely:
-        raise ValueError(f"{str(path)!r} has no floor for {sorted(lonely)[0]}: a number without it says nothing")
+    floors, ours = ({_place(row) for row in measured["rows"] if row["model"] == model} for model in ("floor", "dcm"))
+    if ours - floors:
+        raise ValueError(f"{str(path)!r} has no floor for {min(ours - floors)}: a number without it says nothing")
     return measured
 
 

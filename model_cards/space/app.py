@@ -1,40 +1,33 @@
 """A Gradio page for any checkpoint: choose conditions, draw cells, see them beside real ones, take them home.
 
     dcm-app checkpoint/
-    dcm-app checkpoint/ --reference cells.h5ad    # real cells of raw counts, shown beside the generated ones
+    dcm-app checkpoint/ --reference cells.h5ad    # real cells of raw counts, drawn beside the generated ones
     DCM_CHECKPOINT=org/name DCM_REFERENCE=cells.h5ad python app.py    # as a Space, with the files of this folder
 
-Uses transformers, numpy and gradio (and anndata where it is installed), so that it runs as a Space where this package
-is not installed. Every input is checked and bounded before the model sees it. Knows nothing of training and evaluation.
+It runs as a Space without this package: what it needs stands in requirements.txt. Every input is checked and bounded
+before the model sees it.
 """
 
-import argparse
-import csv
 import html
 import importlib.util
 import os
-import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from transformers import pipeline
 
 MAX_CELLS = 500
 MAX_STEPS = 100
 MAX_GUIDANCE = 10
-REFERENCE_POOL, REFERENCE_SHOWN = 20_000, 300  # cells kept of the file; cells shown of each kind, at random
-SHOWN_CELLS, SHOWN_GENES, SHOWN_CHANGES = 20, 30, 15
-KEPT_FILES = 20  # of the last answers; older ones are deleted
+REFERENCE_POOL, REFERENCE_DRAWN = 20_000, 300  # cells kept of the file; cells drawn of each kind, at random
+TABLE_CELLS, TABLE_GENES, TABLE_CHANGES = 20, 30, 15
 BATCH_CELLS = 128
 PER_CELL = 1e4  # counts that a cell is scaled to before logarithms
 FOLD_PSEUDOCOUNT = 0.1  # of a mean per 10,000 counts
 ANY = "(any)"
-SVG = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="11" style="width: 100%"'
-PAPER = '<rect width="100%" height="100%" fill="white"/>'  # also where the page is dark
-COLOURS = {"generated": "#4477aa", "generated control": "#ccbb44", "reference, same labels": "#ee6677"}
+COLOURS = {"real cells": "#bbbbbb", "real cells, same labels": "#ee6677", "generated control": "#ccbb44"}
+GENERATED = "#4477aa"
 CHANGES = ["gene", "mean count", "in control", "log2 fold change", "t"]
 
 
@@ -43,14 +36,16 @@ class Checkpoint:
 
     Args:
         path: the folder, or the id.
-        reference: h5ad of real cells to show beside the drawn ones, or None.
+        reference: h5ad of real cells to draw beside the generated ones, or None.
 
     Raises:
         ValueError: the reference holds no raw counts, or none of the model's genes.
     """
 
     def __init__(self, path: str, reference: str | None = None):
-        self.name = path
+        from transformers import pipeline
+
+        self.name = Path(path).name
         self.pipeline = pipeline("cell-generation", model=path, trust_remote_code=True)
         self.tokenizer = self.pipeline.tokenizer
         self.reference = None if reference is None else Reference(reference, self.tokenizer)
@@ -64,7 +59,7 @@ class Checkpoint:
         guidance_scale: float,
         seed: float,
     ) -> dict[str, object]:
-        """Cells as the pipeline gives them: ``counts`` (n, G), ``genes``, and ``adata`` where anndata is installed.
+        """Draw cells as the pipeline gives them: ``counts`` (n, G), ``genes``, ``conditions`` and ``adata``.
 
         Args:
             cell_type: a label, or None or ``"(any)"`` for no condition.
@@ -91,24 +86,17 @@ class Checkpoint:
         return self.pipeline(request, **options, guidance_scale=float(guidance_scale), batch_size=BATCH_CELLS)
 
     def draw_control(self, drawn: Mapping[str, object], steps: float | None, seed: float) -> dict[str, object] | None:
-        """As many control cells of the same cell type, by another seed; None where no perturbation was asked for."""
+        """Draw as many control cells of the same cell type, by another seed; None without a perturbation."""
         control, asked = self.tokenizer.control, drawn["conditions"]
         if control is None or asked.get("perturbation") in (None, control):
             return None
         return self.draw(asked.get("cell_type"), control, len(drawn["counts"]), steps, 0, (int(seed) + 1) % 2**32)
 
-    def picture(self, drawn: Mapping[str, object], control: Mapping[str, object] | None) -> str:
-        """Drawn cells, control and reference as points of one plane, SVG."""
-        clouds = {"generated": drawn["counts"]} | ({} if control is None else {"generated control": control["counts"]})
-        if self.reference is not None:
-            clouds = self.reference.beside(clouds, drawn["conditions"])
-        points, shares = principal_plane(clouds)
-        return scatter_svg(points, [f"PC{i + 1} ({share:.0%} of variance)" for i, share in enumerate(shares)])
-
-    def choices(self) -> dict[str, list[str]]:
-        """Labels of cell type and perturbation to choose from; empty where the model does not know the condition."""
-        known = {"cell_type": self.tokenizer.cell_types, "perturbation": self.tokenizer.perturbations}
-        return {name: [ANY, *labels] if labels else [] for name, labels in known.items()}
+    def clouds(self, drawn: Mapping[str, object], control: Mapping[str, object] | None) -> dict[str, np.ndarray]:
+        """Return the counts (n, G) of each kind of cells, the last in front, over the genes that all of them have."""
+        clouds = {} if control is None else {"generated control": control["counts"]}
+        clouds |= {"generated": drawn["counts"]}
+        return clouds if self.reference is None else self.reference.beside(clouds, drawn["conditions"])
 
 
 class Reference:
@@ -120,8 +108,6 @@ class Reference:
     """
 
     def __init__(self, path: str, tokenizer: object):
-        if importlib.util.find_spec("anndata") is None:
-            raise ValueError("reference cells need anndata: pip install anndata")
         import anndata
 
         cells = anndata.read_h5ad(path, backed="r")
@@ -140,34 +126,34 @@ class Reference:
             raise ValueError(f"{path!r} holds values in X that are no counts; expected raw counts as a reference")
         self.separator, self.control = tokenizer.separator, tokenizer.control
         self.labels = {
-            name: [self._parts(name, label) for label in sample.obs[name]]
+            name: [self._names(name, label) for label in sample.obs[name]]
             for name in ("cell_type", "perturbation")
             if name in sample.obs
         }
 
     def beside(self, clouds: Mapping[str, np.ndarray], asked: Mapping[str, str]) -> dict[str, np.ndarray]:
-        """``clouds`` over the shared genes after some real cells: others, and those of the labels asked for."""
+        """Return ``clouds`` over the shared genes behind some real cells: others, and those of the labels asked for."""
         is_same = np.full(self.counts.shape[0], bool(asked) and all(name in self.labels for name in asked))
         for name in set(asked) & set(self.labels):
-            is_same &= np.array([parts == self._parts(name, asked[name]) for parts in self.labels[name]])
+            is_same &= np.array([names == self._names(name, asked[name]) for names in self.labels[name]])
         ours = {name: counts[:, self.panel] for name, counts in clouds.items()}
-        return {"reference": self._some(~is_same), "reference, same labels": self._some(is_same)} | ours
+        return {"real cells": self._some(~is_same), "real cells, same labels": self._some(is_same)} | ours
 
-    def _parts(self, name: str, label: object) -> frozenset[str]:
-        """Single names of a perturbation's label, without the control beside others; any other label is one name."""
+    def _names(self, name: str, label: object) -> frozenset[str]:
+        """Return the names in a perturbation's label, without a control beside others; any other label is one name."""
         if name != "perturbation" or not self.separator:
             return frozenset([str(label)])
         names = frozenset(str(label).split(self.separator))
         return names - {self.control} or names
 
     def _some(self, wanted: np.ndarray) -> np.ndarray:
-        rows = np.random.default_rng(0).permutation(np.flatnonzero(wanted))[:REFERENCE_SHOWN]
+        rows = np.random.default_rng(0).permutation(np.flatnonzero(wanted))[:REFERENCE_DRAWN]
         counts = self.counts[np.sort(rows)]
         return np.asarray(counts.toarray() if hasattr(counts, "toarray") else counts)
 
 
 def whole(name: str, value: object, least: int, most: int) -> int:
-    """A whole number within bounds. Raises ValueError for anything else."""
+    """Return a whole number within bounds. Raises ValueError for anything else."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not least <= value <= most or value != int(value):
         raise ValueError(f"{name} must be a whole number from {least:,} to {most:,}")
@@ -175,27 +161,24 @@ def whole(name: str, value: object, least: int, most: int) -> int:
 
 
 def log_scaled(counts: np.ndarray) -> np.ndarray:
-    """``log1p`` of counts (n, G) after each cell is scaled to 10,000; a cell without counts stays zero."""
+    """Compute ``log1p`` of counts (n, G) after each cell is scaled to 10,000; a cell without counts stays zero."""
     return np.log1p(PER_CELL * counts / np.maximum(1, counts.sum(axis=1, keepdims=True)))
 
 
 def principal_plane(clouds: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Each cloud's cells (n, G) on the first two principal components of all, (n, 2), and their shares of variance."""
+    """Return each cloud's cells (n, G) on two principal components of all, (n, 2), and their shares of variance."""
     values = log_scaled(np.concatenate(list(clouds.values())))
-    values = values - values.mean(axis=0)
-    is_wide = values.shape[0] < values.shape[1]
-    variance, vectors = np.linalg.eigh(values @ values.T if is_wide else values.T @ values)
-    first = np.argsort(-variance)[:2]
-    top = np.maximum(variance[first], 0)
-    points = vectors[:, first] * np.sqrt(top) if is_wide else values @ vectors[:, first]
-    points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
-    shares = np.pad(top / max(np.maximum(variance, 0).sum(), 1e-12), (0, 2 - len(top)))
+    values -= values.mean(axis=0)
+    variance, vectors = np.linalg.eigh(values @ values.T)  # ascending
+    variance = np.maximum(variance[::-1], 0)
+    points = np.pad(vectors[:, ::-1] * np.sqrt(variance), ((0, 0), (0, 1)))[:, :2]
+    shares = np.pad(variance, (0, 1))[:2] / max(variance.sum(), 1e-12)
     ends = np.cumsum([len(cloud) for cloud in clouds.values()])[:-1]
     return dict(zip(clouds, np.split(points, ends))), shares
 
 
 def top_changes(counts: np.ndarray, control: np.ndarray, genes: list[str]) -> list[list[object]]:
-    """Rows of ``CHANGES``: the genes whose log-scaled counts differ most from control cells', by Welch's t.
+    """Return rows of ``CHANGES``: the genes whose log-scaled counts differ most from control cells', by Welch's t.
 
     Args:
         counts: (n, G).
@@ -211,151 +194,109 @@ def top_changes(counts: np.ndarray, control: np.ndarray, genes: list[str]) -> li
     means = counts.mean(axis=0), control.mean(axis=0)
     return [
         [genes[i], *(round(float(mean[i]), 2) for mean in means), round(float(fold[i]), 2), round(float(t[i]), 1)]
-        for i in np.argsort(-np.abs(t), kind="stable")[:SHOWN_CHANGES]
+        for i in np.argsort(-np.abs(t), kind="stable")[:TABLE_CHANGES]
     ]
 
 
 def count_table(counts: np.ndarray, genes: list[str]) -> tuple[list[str], list[list[object]]]:
-    """Header and rows of the first cells' counts (n, G), over the ``genes`` of the highest mean."""
-    counts = counts[:SHOWN_CELLS]
-    highest = np.argsort(-counts.mean(axis=0), kind="stable")[:SHOWN_GENES]
+    """Return header and rows of the first cells' counts (n, G), over the ``genes`` of the highest mean."""
+    counts = counts[:TABLE_CELLS]
+    highest = np.argsort(-counts.mean(axis=0), kind="stable")[:TABLE_GENES]
     return ["cell", *(genes[j] for j in highest)], [[i, *map(int, row[highest])] for i, row in enumerate(counts)]
 
 
-def histogram_svg(values: np.ndarray, title: str, *, bins: int = 30) -> str:
-    """A small histogram as SVG: no plotting library is needed."""
-    heights, edges = np.histogram(values, bins=bins)
-    top = max(1, heights.max())
-    bars = "".join(
-        f'<rect x="{10 + 12 * i}" y="{110 - h:.1f}" width="11" height="{h:.1f}" fill="#4477aa"/>'
-        for i, h in enumerate(100 * heights / top)
-    )
-    ends = f'<text x="10" y="125">{edges[0]:,.0f}</text><text x="370" y="125" text-anchor="end">{edges[-1]:,.0f}</text>'
-    text = f'<text x="190" y="145" text-anchor="middle">{title} (n = {len(values):,})</text>'
-    return f'<svg {SVG} viewBox="0 0 380 150">{PAPER}{bars}{ends}{text}</svg>'
+def figure(clouds: Mapping[str, np.ndarray]):
+    """Draw kinds of cells (n, G) on their first two principal components, and their library sizes, by matplotlib."""
+    from matplotlib.figure import Figure
 
-
-def scatter_svg(clouds: Mapping[str, np.ndarray], axes: list[str]) -> str:
-    """Clouds of points (n, 2) as SVG, the first at the back, with a legend of how many each has."""
-    every = np.concatenate(list(clouds.values()))
-    low, span = every.min(axis=0), np.maximum(np.ptp(every, axis=0), 1e-9)
-    dots, legend, x = [], [], 20
-    for name, points in clouds.items():
-        if not len(points):
-            continue
-        colour = COLOURS.get(name, "#bbbbbb")
-        places = np.array([20, 300]) + np.array([660, -280]) * (points - low) / span
-        dots += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>' for x, y in places]
-        text = f"{name} ({len(points):,})"
-        legend.append(f'<circle cx="{x}" cy="340" r="4" fill="{colour}"/><text x="{x + 8}" y="344">{text}</text>')
-        x += 30 + 6 * len(text)
-    names = [f'<text x="350" y="322" text-anchor="middle">{html.escape(axes[0])}</text>']
-    names.append(f'<text transform="translate(12,160) rotate(-90)" text-anchor="middle">{html.escape(axes[1])}</text>')
-    drawing = "".join([*names, f'<g fill-opacity="0.7">{"".join(dots)}</g>', *legend])
-    return f'<svg {SVG} viewBox="0 0 700 360">{PAPER}{drawing}</svg>'
-
-
-class KeptFiles:
-    """Folders of the last answers' files: a page that runs for weeks must not fill the disk."""
-
-    def __init__(self):
-        self.home = tempfile.TemporaryDirectory(prefix="dcm-app-")
-        self.folders: list[Path] = []
-
-    def new_folder(self) -> Path:
-        """An empty folder; the oldest is deleted when there are more than ``KEPT_FILES``."""
-        self.folders.append(Path(tempfile.mkdtemp(dir=self.home.name)))
-        if len(self.folders) > KEPT_FILES:
-            shutil.rmtree(self.folders.pop(0))
-        return self.folders[-1]
-
-
-def save_cells(drawn: dict[str, object], folder: Path) -> Path:
-    """Write all cells: ``cells.h5ad`` where anndata is installed, else ``cells.csv`` with one row for each count."""
-    if "adata" in drawn:
-        path = folder / "cells.h5ad"
-        drawn["adata"].write_h5ad(path)
-        return path
-    path = folder / "cells.csv"
-    counts, genes = drawn["counts"], drawn["genes"]
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["cell", "gene", "count"])
-        writer.writerows([i, genes[j], counts[i, j]] for i, j in zip(*np.nonzero(counts)))
-    return path
+    clouds = {name: counts for name, counts in clouds.items() if len(counts)}
+    points, shares = principal_plane(clouds)
+    drawing = Figure(figsize=(13, 5), layout="constrained", dpi=110)
+    plane, sizes = drawing.subplots(1, 2, width_ratios=(2, 1))
+    totals = {name: counts.sum(axis=1) for name, counts in clouds.items()}
+    bins = np.linspace(0, max(1, *(total.max() for total in totals.values())), 30)
+    for name, counts in clouds.items():
+        colour, label = COLOURS.get(name, GENERATED), f"{name} ({len(counts):,})"
+        plane.scatter(*points[name].T, s=14, c=colour, alpha=0.7, linewidths=0, label=label)
+        share = np.full(len(counts), 1 / len(counts))
+        sizes.hist(totals[name], bins=bins, weights=share, histtype="step", lw=2, color=colour)
+    axes = [f"PC {i} ({share:.0%} of variance)" for i, share in enumerate(shares, start=1)]
+    plane.set(title="one point for each cell; similar cells lie close", xlabel=axes[0], ylabel=axes[1])
+    sizes.set(title="library size", xlabel=f"counts per cell, {counts.shape[1]:,} genes", ylabel="share of cells")
+    drawing.legend(loc="outside lower center", ncols=len(clouds), frameon=False, markerscale=2)
+    return drawing
 
 
 def build(checkpoint: Checkpoint):
-    """The page, as gradio's Blocks; inputs are bounded and wait in a queue."""
+    """Return the page, as gradio's Blocks; inputs are bounded and wait in a queue."""
     import gradio as gr
 
-    files = KeptFiles()
+    home = tempfile.TemporaryDirectory(prefix="dcm-app-")  # gradio takes a copy, and deletes it within hours
+    file = Path(home.name) / "cells.h5ad"
 
     def answer(*inputs):
         try:
             drawn = checkpoint.draw(*inputs)
             control = checkpoint.draw_control(drawn, inputs[3], inputs[5])
         except ValueError as error:
-            return f"**Not generated:** {html.escape(str(error))}", "", "", None, None, None
+            return f"**Not generated:** {html.escape(str(error))}", None, None, None, None
         counts, genes = drawn["counts"], drawn["genes"]
+        drawn["adata"].write_h5ad(file)
         header, rows = count_table(counts, genes)
+        changes = [] if control is None else top_changes(counts, control["counts"], genes)
         return (
             summary(drawn),
-            checkpoint.picture(drawn, control),
-            histogram_svg(counts.sum(axis=1), "counts per cell"),
-            {"headers": CHANGES, "data": [] if control is None else top_changes(counts, control["counts"], genes)},
+            figure(checkpoint.clouds(drawn, control)),
+            str(file),
+            {"headers": CHANGES, "data": changes},
             {"headers": header, "data": rows},
-            str(save_cells(drawn, files.new_folder())),
         )
 
     with gr.Blocks(title="Discrete Cell Model", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        page.home = home
         inputs, button = _inputs(gr, checkpoint)
-        said = gr.Markdown(elem_id="said")
-        file = gr.File(label="all cells", elem_id="cells-file")
-        with gr.Row():
-            with gr.Column(scale=2):
-                plane = gr.HTML()
-            with gr.Column(scale=1):
-                histogram = gr.HTML()
-        changes = gr.Dataframe(
-            headers=CHANGES,
-            label="top changed genes, for a perturbation: against control cells drawn alike (choose a cell type, too)",
-            visible=checkpoint.tokenizer.control is not None,
-        )
-        table = gr.Dataframe(label=f"counts of the first {SHOWN_CELLS} cells")
-        outputs = [said, plane, histogram, changes, table, file]
+        outputs = [
+            gr.Markdown(elem_id="said"),
+            gr.Plot(show_label=False, elem_id="picture"),
+            gr.File(label="all cells, every gene (AnnData)", elem_id="cells-file"),
+            gr.Dataframe(
+                headers=CHANGES,
+                label="genes that the perturbation changes most, against control cells drawn alike (counts; Welch's t)",
+                visible=checkpoint.tokenizer.control is not None,
+            ),
+            gr.Dataframe(label=f"counts of the first {TABLE_CELLS} cells, genes of the highest mean"),
+        ]
         button.click(answer, inputs, outputs, concurrency_limit=1, api_name="generate")
     return page.queue(max_size=20)
 
 
 def _inputs(gr, checkpoint: Checkpoint) -> tuple[list, object]:
-    """The page's inputs, in the order of the answer's arguments, and its button."""
-    choices = checkpoint.choices()
+    """Return the page's inputs, in the order of the answer's arguments, and its button."""
+    tokenizer = checkpoint.tokenizer
     gr.Markdown(
-        f"# Cells of `{Path(checkpoint.name).name}`\n\n{len(checkpoint.tokenizer.genes):,} genes, integer counts."
+        f"# Cells of `{checkpoint.name}`\n\nThis model draws single cells that were never measured: for each, how "
+        f"often each of {len(tokenizer.genes):,} genes is counted. Choose a kind of cell, press *Generate*, look at "
+        "the cells and download them. They are predictions of a model, not data."
     )
     with gr.Row():
-        cell_type = gr.Dropdown(
-            choices["cell_type"], label="cell type", visible=bool(choices["cell_type"]), elem_id="cell-type"
-        )
-        perturbation = gr.Dropdown(
-            choices["perturbation"],
-            label="perturbation (A+B combines)",
-            visible=bool(choices["perturbation"]),
-            allow_custom_value=True,
-            elem_id="perturbation",
+        cell_type, perturbation = (
+            gr.Dropdown([ANY, *labels], label=label, visible=bool(labels), allow_custom_value=is_free, elem_id=name)
+            for name, label, labels, is_free in (
+                ("cell-type", "cell type", tokenizer.cell_types, False),
+                ("perturbation", "perturbation (A+B combines)", tokenizer.perturbations, True),
+            )
         )
     with gr.Row():
         num_cells = gr.Slider(1, MAX_CELLS, value=100, step=1, label="cells", elem_id="num-cells")
         steps = gr.Slider(0, MAX_STEPS, value=0, step=1, label="steps (0: the model's default)")
-        guidance = gr.Slider(0, MAX_GUIDANCE, value=0, label="guidance")
-        seed = gr.Number(value=0, precision=0, label="seed", elem_id="seed")
+        guidance = gr.Slider(0, MAX_GUIDANCE, value=0, label="guidance (0: as trained)")
+        seed = gr.Number(value=0, precision=0, label="seed (the same gives the same cells)", elem_id="seed")
     button = gr.Button("Generate", variant="primary", elem_id="generate")
     return [cell_type, perturbation, num_cells, steps, guidance, seed], button
 
 
 def summary(drawn: Mapping[str, object]) -> str:
-    """One line on the drawn cells."""
+    """Return one line on the drawn cells."""
     counts = drawn["counts"]
     asked = ", ".join(map(str, drawn["conditions"].values())) or "no condition"
     return (
@@ -364,36 +305,38 @@ def summary(drawn: Mapping[str, object]) -> str:
     )
 
 
-def main(path: str, reference: str | None = None) -> None:
-    """Serve the page for a checkpoint until it is stopped.
+def main(checkpoint: str = "", /, *, reference: Path | None = None) -> None:
+    """Serve a page that generates cells by a checkpoint, until it is stopped.
+
+    Args:
+        checkpoint: Folder of a checkpoint, or its id on the Hub; default what DCM_CHECKPOINT says.
+        reference: An h5ad file of raw counts: real cells to draw beside the generated ones; default what DCM_REFERENCE
+            says.
 
     Raises:
-        ImportError: gradio is not installed.
-        ValueError: no such checkpoint, or the reference does not fit it.
+        FileNotFoundError: no such folder or file.
+        ValueError: no checkpoint is named, gradio is not installed, or the reference does not fit.
     """
+    checkpoint = checkpoint or os.environ.get("DCM_CHECKPOINT")
+    reference = reference or os.environ.get("DCM_REFERENCE")
+    if not checkpoint:
+        raise ValueError("no checkpoint: name a folder or an id on the Hub, or set DCM_CHECKPOINT")
+    if not Path(checkpoint).is_dir() and (checkpoint.count("/") != 1 or checkpoint.startswith(("/", "."))):
+        raise FileNotFoundError(f"no folder {checkpoint!r}; expected a checkpoint, or an id on the Hub as in org/name")
+    if reference and not Path(reference).is_file():
+        raise FileNotFoundError(f"no file {str(reference)!r}; expected an h5ad file of real cells")
     if importlib.util.find_spec("gradio") is None:
-        raise ImportError("the page needs gradio: pip install 'discrete-cell-models[app]'")
-    build(Checkpoint(path, reference)).launch()
+        raise ValueError("the page needs gradio: pip install 'discrete-cell-models[app]'")
+    build(Checkpoint(checkpoint, str(reference) if reference else None)).launch()
 
 
 def cli() -> None:
-    """Entry point of ``dcm-app``, and of a Space."""
-    parser = argparse.ArgumentParser(prog="dcm-app", description="A page that generates cells by a checkpoint.")
-    checkpoint, reference = os.environ.get("DCM_CHECKPOINT"), os.environ.get("DCM_REFERENCE")
-    parser.add_argument(
-        "checkpoint", nargs="?", default=checkpoint, help="a folder or an id on the Hub (or set DCM_CHECKPOINT)"
-    )
-    parser.add_argument(
-        "--reference", default=reference, help="h5ad of real cells to show beside the generated (or set DCM_REFERENCE)"
-    )
-    given = parser.parse_args()
-    if not given.checkpoint:
-        parser.error("no checkpoint: name a folder or an id on the Hub, or set DCM_CHECKPOINT")
+    """Entry point of ``dcm-app``; of a Space, too, where this package is not installed and options are variables."""
     try:
-        main(given.checkpoint, given.reference or None)
-    except (ImportError, OSError, ValueError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        sys.exit(2)
+        from training.data.command_line import run
+    except ImportError:
+        return main()
+    return run(main)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import ast
 import importlib.util
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
@@ -29,16 +31,13 @@ def checkpoint(folder) -> app.Checkpoint:
     return app.Checkpoint(str(folder))
 
 
-def test_the_page_needs_transformers_numpy_and_gradio_alone():
+def test_a_space_needs_its_requirements_and_gradio_alone():
     tree = ast.parse(Path(app.__file__).read_text())
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) == {
-        "transformers",
-        "numpy",
-        "gradio",
-        "anndata",  # for reference cells only
-    }
+    listed = re.findall(r"^[a-z]+", (Path(app.__file__).with_name("requirements.txt")).read_text(), flags=re.MULTILINE)
+    own = {"training"}  # in cli(), which does without it
+    assert {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - own <= {"gradio", *listed}
 
 
 def test_cells_are_those_of_generate_with_its_own_defaults(checkpoint, folder):
@@ -80,7 +79,7 @@ def test_the_table_shows_the_first_cells_over_the_genes_of_the_highest_mean():
     assert head == ["cell", "A", "B", "C"]
     assert rows == [[0, 0, 2, 0], [1, 5, 0, 1]]
     head, rows = app.count_table(np.ones((99, 40)), [str(i) for i in range(40)])
-    assert (len(rows), len(head)) == (app.SHOWN_CELLS, 1 + app.SHOWN_GENES)
+    assert (len(rows), len(head)) == (app.TABLE_CELLS, 1 + app.TABLE_GENES)
 
 
 def test_the_plane_is_that_of_principal_component_analysis():
@@ -103,7 +102,7 @@ def test_top_changes_are_the_genes_that_differ_by_welchs_test():
     counts[:, 7] = rng.poisson(60, 60)
     counts[:, 3] = 0
     rows = app.top_changes(counts, control, [f"g{i}" for i in range(40)])
-    assert len(rows) == app.SHOWN_CHANGES
+    assert len(rows) == app.TABLE_CHANGES
     assert {rows[0][0], rows[1][0]} == {"g3", "g7"}
     t = ttest_ind(app.log_scaled(counts), app.log_scaled(control), equal_var=False).statistic
     assert [row[4] for row in rows[2:]] == pytest.approx(
@@ -131,15 +130,15 @@ def test_reference_cells_are_matched_by_name_and_told_apart_by_label(sparse, che
     reference = app.Reference(str(tmp_path / "real.h5ad"), checkpoint.tokenizer)
     ours = np.arange(7)[None]
     clouds = reference.beside({"generated": ours}, {"perturbation": "KLF1+TGFBR2"})
-    assert clouds["reference, same labels"].tolist() == counts[:2, [2, 0]].tolist()  # in the panel's order
-    assert clouds["reference"].tolist() == counts[2:, [2, 0]].tolist()
+    assert clouds["real cells, same labels"].tolist() == counts[:2, [2, 0]].tolist()  # in the panel's order
+    assert clouds["real cells"].tolist() == counts[2:, [2, 0]].tolist()
     assert clouds["generated"].tolist() == [[GENES.index("KLF1"), GENES.index("HBB")]]
     for unsaid in ({}, {"cell_type": "k562", "perturbation": "KLF1+TGFBR2"}):  # the file does not tell cell types
-        assert len(reference.beside({"generated": ours}, unsaid)["reference"]) == 6
-    points, _ = app.principal_plane(clouds)
-    svg = app.scatter_svg(points, ["PC1", "PC2"])
-    assert "reference, same labels (2)" in svg
-    assert svg.count('r="2.5"') == 7
+        assert len(reference.beside({"generated": ours}, unsaid)["real cells"]) == 6
+    drawing = app.figure(clouds)
+    legend = [text.get_text() for text in drawing.legends[0].get_texts()]
+    assert legend == ["real cells (4)", "real cells, same labels (2)", "generated (1)"]
+    assert [len(points.get_offsets()) for points in drawing.axes[0].collections] == [4, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -158,48 +157,53 @@ def test_a_reference_that_does_not_fit_is_refused(counts, genes, message, checkp
         app.Reference(str(tmp_path / "bad.h5ad"), checkpoint.tokenizer)
 
 
-def test_only_the_last_files_are_kept():
-    files = app.KeptFiles()
-    folders = [files.new_folder() for _ in range(app.KEPT_FILES + 3)]
-    assert [folder.is_dir() for folder in folders] == [False] * 3 + [True] * app.KEPT_FILES
+def test_the_histograms_have_every_cell_even_where_none_has_a_count():
+    for counts in (np.arange(90)[:, None], np.zeros((3, 1))):
+        sizes = app.figure({"generated": counts}).axes[1]
+        path = sizes.patches[0].get_path().vertices
+        assert sum(path[1:-1:2, 1]) == pytest.approx(1)
 
 
-def test_the_histogram_has_one_bar_per_bin_and_says_how_many_cells():
-    svg = app.histogram_svg(np.arange(90), "counts per cell", bins=9)
-    assert svg.count("<rect") == 1 + 9  # the paper, and the bars
-    assert "counts per cell (n = 90)" in svg
-    assert app.histogram_svg(np.zeros(3), "zeros").startswith("<svg")
-
-
-def test_all_cells_can_be_taken_home(checkpoint, tmp_path):
-    drawn = checkpoint.draw("rpe1", None, 6, 2, 0, 1)
-    cells = anndata.read_h5ad(app.save_cells(drawn, tmp_path))
-    assert np.array_equal(cells.X.toarray(), drawn["counts"])
-    assert set(cells.obs["cell_type"]) == {"rpe1"}
-    del drawn["adata"]
-    lines = app.save_cells(drawn, tmp_path).read_text().splitlines()
-    assert lines[0] == "cell,gene,count"
-    assert len(lines) == 1 + (drawn["counts"] > 0).sum()
-
-
-def test_no_checkpoint_is_a_line_of_usage(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["dcm-app"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no checkpoint: name a folder or an id on the Hub, or set DCM_CHECKPOINT"),
+        (["./absent"], "no folder './absent'; expected a checkpoint, or an id on the Hub as in org/name"),
+        (["org/name", "--reference", "absent.h5ad"], "no file 'absent.h5ad'; expected an h5ad file of real cells"),
+        (["org/name"], "the page needs gradio: pip install 'discrete-cell-models[app]'"),
+    ],
+)
+def test_what_is_missing_is_one_line_before_anything_is_loaded(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dcm-app", *arguments])
     monkeypatch.delenv("DCM_CHECKPOINT", raising=False)
-    with pytest.raises(SystemExit, match="2"):
-        app.cli()
-    said = capsys.readouterr().err
-    assert said.startswith("usage: dcm-app")
-    assert "no checkpoint: name a folder or an id on the Hub, or set DCM_CHECKPOINT" in said
-
-
-def test_without_gradio_the_way_out_is_said(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["dcm-app", "checkpoint"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="2"):
         app.cli()
-    assert capsys.readouterr().err == "error: the page needs gradio: pip install 'discrete-cell-models[app]'\n"
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
-def test_the_page_builds(checkpoint):
+def test_a_space_names_its_checkpoint_by_a_variable(folder, monkeypatch):
+    served = []
+    monkeypatch.setattr(app, "build", lambda checkpoint: SimpleNamespace(launch=lambda: served.append(checkpoint.name)))
+    monkeypatch.setitem(sys.modules, "training.data.command_line", None)  # this package is not installed there
+    monkeypatch.setenv("DCM_CHECKPOINT", str(folder))
+    app.cli()
+    assert served == [folder.name]
+
+
+def test_an_answer_is_cells_to_take_home_and_what_is_wrong_takes_none(checkpoint):
     pytest.importorskip("gradio", reason="gradio is not installed: pip install 'discrete-cell-models[app]'")
-    assert app.build(checkpoint).title == "Discrete Cell Model"
+    page = app.build(checkpoint)
+    answer = next(function.fn for function in page.fns.values() if function.api_name == "generate")
+    said, drawing, file, changes, table = answer("rpe1", "KLF1", 6, 2, 0, 1)
+    cells = anndata.read_h5ad(file)
+    assert np.array_equal(cells.X.toarray(), checkpoint.draw("rpe1", "KLF1", 6, 2, 0, 1)["counts"])
+    assert set(cells.obs["cell_type"]) == {"rpe1"}
+    assert said.startswith("6 cells (rpe1, KLF1)")
+    assert len(drawing.axes[0].collections) == 2  # and control cells
+    assert len(changes["data"]) == len(GENES)
+    assert len(table["data"]) == 6
+    assert answer("rpe1", "KLF1", 7, 2, 0, 1)[2] == file  # replaced: a page that runs for weeks fills no disk
+    said, *nothing = answer("<b>", "KLF1", 6, 2, 0, 1)
+    assert said.startswith("**Not generated:** unknown cell_type &#x27;&lt;b&gt;&#x27;")
+    assert nothing == [None] * 4

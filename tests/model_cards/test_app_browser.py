@@ -1,5 +1,6 @@
 """The Gradio page in a headless Chromium: load it, click, see cells, take them home, and see what is wrong."""
 
+import io
 import os
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pytest
+from PIL import Image
 
 from modeling_dcm import DCMForDenoising
 from tests.tiny_checkpoint import GENES, write_tiny_checkpoint
@@ -106,10 +108,11 @@ def test_a_click_shows_cells_that_can_be_taken_home(page, folder, tmp_path):
     page.click("#generate")
     until(lambda: "12 cells (KLF1+TGFBR2): median" in page.text(), "the summary appears")
     text = page.text()
-    for expected in ("reference (40)", "generated (12)", "generated control (12)", "log2 fold change"):
-        assert expected in text
-    page.browser.save_screenshot(str(tmp_path / "page.png"))
-    assert (tmp_path / "page.png").stat().st_size > 10_000
+    assert "log2 fold change" in text
+    until(lambda: page.all("#picture img"), "the picture is there")
+    with Image.open(io.BytesIO(page.all("#picture img")[0].screenshot_as_png)) as picture:
+        assert picture.width > 600
+        assert len(set(picture.convert("RGB").getdata())) > 50, "hardly anything is drawn"
 
     page.click("#cells-file a[download]")
     file = page.browser.downloads / "cells.h5ad"
@@ -136,4 +139,3 @@ def test_what_cannot_be_is_said_in_the_page_and_it_goes_on(page):
     page.click(k562)
     page.click("#generate")
     until(lambda: "cells (k562, KLF1): median" in page.text(), "cells appear after all")
-    assert "reference, same labels" not in page.text()  # the file has no perturbations
