@@ -115,7 +115,7 @@ def main(
     with scratch_folder(out) as scratch, file_workers(processes, scratch) as workers:
         from training.conversion.conditions import read_conditions
         from training.conversion.genes import choose_panel, read_gene_list
-        from training.conversion.inputs import read_cells
+        from training.conversion.join_files import read_cells
         from training.conversion.splits import split_cells
 
         cells = read_cells(

@@ -158,7 +158,7 @@ def _coexpression(folder: Path, components: int) -> dict[str, "torch.Tensor"]:
         raise ValueError(f"{str(folder)!r} is a file of names; coexpression needs --shards, a folder of shards")
     import torch
 
-    from training.data.cells import Cells
+    from training.data.loader import Cells
     from training.perturbations.coexpression import coexpression_vectors
 
     vectors = coexpression_vectors(Cells(folder, "train"), components)

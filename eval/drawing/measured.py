@@ -18,7 +18,7 @@ from anndata.io import read_elem
 from scipy import sparse
 
 from tokenization.conditions_dcm import CELL_TYPE, PERTURBATION, ConditionLabels, as_tensor
-from tokenization.counts_dcm import library_size
+from tokenization.count_checks_dcm import library_size
 from tokenization.gene_names_dcm import find_genes
 from tokenization.labels_dcm import shortened
 from training.data.command_line import ProgressReport

@@ -19,7 +19,7 @@ from modeling_dcm import DCMForDenoising
 from tests.tiny_training import tiny_training
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
-from training.data.cells import Cells, GlobalBatchSampler
+from training.data.loader import Cells, GlobalBatchSampler
 from training.loop.batches import TrainBatches, noised
 from training.loop.optimiser import build_optimizer, learning_rate, update_average
 from training.loop.start import build_model, build_tokenizer

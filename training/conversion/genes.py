@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from training.conversion.inputs import FileCells, InputCells
+from training.conversion.join_files import FileCells, InputCells
 from training.data.variable_genes import (
     ClippedTotals,
     GeneTotals,

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from training.conversion.inputs import FileCells, with_genes
+from training.conversion.join_files import FileCells, with_genes
 from training.data.shards import COUNTS
 from training.data.workers import Report
 

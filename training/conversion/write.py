@@ -19,14 +19,14 @@ import pyarrow.parquet as pq
 from scipy.sparse import csr_matrix, vstack
 
 from tokenization import DCMTokenizer
-from tokenization.counts_dcm import library_size
+from tokenization.count_checks_dcm import library_size
 from training.conversion.conditions import ConditionColumns
 from training.conversion.genes import Panel
-from training.conversion.inputs import InputCells
+from training.conversion.join_files import InputCells
 from training.conversion.shuffle import ShuffledSplit, StoredCells, in_order, of_shard, runs_of_files, sort_cells
 from training.data import shards
-from training.data.cells import condition_ids
 from training.data.h5ad import write_h5ad_in_blocks
+from training.data.loader import condition_ids
 from training.data.shards import LIBRARY_SIZE, PANEL, SPLITS, Panels, find_panels, shard_features
 from training.data.statistics import STATISTICS, compute_statistics, vocabulary_of, write_statistics
 from training.data.workers import FileWorkers, Job, Report

@@ -20,7 +20,7 @@ import pandas as pd
 import scipy.sparse
 from anndata.io import sparse_dataset, write_elem
 
-from tokenization.counts_dcm import CountCheck
+from tokenization.count_checks_dcm import CountCheck
 from training.data.workers import Report
 
 BLOCK_CELLS = 4096

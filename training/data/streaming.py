@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from scipy.sparse import vstack
 
 from tokenization import DCMTokenizer
-from training.data.cells import ORDER, Cells, GlobalBatchSampler, SparseRows, to_csr
+from training.data.loader import ORDER, Cells, GlobalBatchSampler, SparseRows, to_csr
 from training.data.shards import COUNTS
 
 BLOCKS_IN_MEMORY = 4

@@ -17,7 +17,7 @@ from modeling_dcm.diffusion_dcm import (
     stratified_uniform,
 )
 from training.config import TrainConfig
-from training.data.cells import Cells
+from training.data.loader import Cells
 
 
 class TrainBatches:

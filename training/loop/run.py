@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from modeling_dcm import DCMForDenoising
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
-from training.data.cells import Cells
 from training.data.files import written_aside
+from training.data.loader import Cells
 from training.loop.batches import TrainBatches
 from training.loop.fine_tune import load_source, merged_tokenizer, shaped_like
 from training.loop.log import NotFinite, TrainingLog, draw_curves, peak_flops, training_flops

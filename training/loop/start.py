@@ -13,7 +13,7 @@ from modeling_dcm.layers_dcm import Block
 from tokenization import DCMTokenizer
 from tokenization.labels_dcm import shortened
 from training.config import TrainConfig
-from training.data.cells import Cells
+from training.data.loader import Cells
 from training.data.statistics import Statistics, library_size_quantiles, read_statistics
 from training.data.streaming import open_cells as open_split
 from training.loop.fine_tune import Source, transfer

@@ -11,7 +11,7 @@ from eval.simulate import main as simulate
 from training import convert_h5ad
 from training.data import shards
 from training.data import streaming as stream
-from training.data.cells import Cells
+from training.data.loader import Cells
 from training.data.streaming import BlockBatchSampler, StreamedCells, open_cells
 
 

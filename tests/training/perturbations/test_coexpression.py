@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from training.data.cells import Cells
+from training.data.loader import Cells
 from training.perturbations.coexpression import coexpression_vectors
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import scipy.sparse
 
-from training.conversion.inputs import InputCells, read_cells
+from training.conversion.join_files import InputCells, read_cells
 from training.data.workers import file_workers
 
 
