@@ -1,7 +1,6 @@
 """Write a tiny checkpoint folder with random weights, as training writes them."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ def write_tiny_checkpoint(folder: Path, model: DCMForDenoising, *, count_bins: l
     model.config.library_size_groups = len(sizes.keys)
     model.save_pretrained(folder)
     DCMTokenizer(genes=GENES, max_count=K, count_bins=count_bins, **LABELS).save_pretrained(folder)
-    options = asdict(TrainConfig(data=Path("home/me/shards"), out=Path("home/me/checkpoint")))
+    options = TrainConfig(data=Path("home/me/shards"), out=Path("home/me/checkpoint")).options()
     (folder / "training_options.json").write_text(json.dumps(options, default=str))
     add_shipped_files(folder)
     return folder

@@ -5,10 +5,10 @@ A YAML file in `configs/` sets some, the command line sets others, in that order
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import UnionType
-from typing import Literal, Union, get_args, get_origin
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 import tyro
 import yaml
@@ -129,6 +129,9 @@ class TrainConfig:
     """Accelerate's trackers (tensorboard, wandb, trackio, ...) by name, separated by commas; auto: tensorboard where it
     is installed; none."""
 
+    given: Annotated[frozenset[str], tyro.conf.Fixed, tyro.conf.Suppress] = frozenset()
+    """Not an option: names of those that stood on the command line or in the file, whatever their value."""
+
     def __post_init__(self):
         counted = ("batch_size", "gradient_accumulation_steps", "max_steps", "log_every", "validate_every")
         counted += ("validation_cells", "score_cells", "save_every", "keep_last")
@@ -162,8 +165,13 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)}, expected {expected}")
 
     def is_set(self, name: str) -> bool:
-        """Whether an option differs from its default."""
-        return getattr(self, name) != next(field.default for field in fields(self) if field.name == name)
+        """Whether an option was given, be it with the value of its default."""
+        return name in self.given or getattr(self, name) != getattr(TrainConfig, name)
+
+    def options(self) -> dict[str, object]:
+        """The value of each option by its name, paths as text."""
+        values = {name: getattr(self, name) for name in OPTIONS}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     def check_files(self) -> None:
         """Raise FileNotFoundError if there are no shards in ``data``, or no table of perturbations where one is said
@@ -177,6 +185,9 @@ class TrainConfig:
             )
 
 
+OPTIONS = {field.name: field.type for field in fields(TrainConfig) if field.name != "given"}
+
+
 def parse(arguments: list[str]) -> TrainConfig:
     """Read options from the command line; those of ``--config`` and then the defaults stand where it says nothing."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -186,8 +197,11 @@ def parse(arguments: list[str]) -> TrainConfig:
     from_file = read_config(known.config) if known.config else {}
     if known.size not in (None, "None"):  # the command line's size wins over the file's shape
         from_file = {name: value for name, value in from_file.items() if name not in SHAPE_OF_SIZE}
-    defaults = {"data": tyro.MISSING, "out": tyro.MISSING, **from_file}
-    return tyro.cli(TrainConfig, default=TrainConfig(**defaults), args=arguments)
+    defaults = TrainConfig(**{"data": tyro.MISSING, "out": tyro.MISSING, "given": frozenset(from_file), **from_file})
+    config = tyro.cli(TrainConfig, default=replace(defaults, given=frozenset()), args=arguments)
+    words = [word.partition("=")[0].removeprefix("--").replace("-", "_") for word in arguments if word[:2] == "--"]
+    words = [word if word in OPTIONS else word.removeprefix("no_") for word in words]
+    return replace(config, given=frozenset({*from_file, *words}))
 
 
 def read_config(path: Path) -> dict[str, object]:
@@ -206,11 +220,10 @@ def read_config(path: Path) -> dict[str, object]:
         raise ValueError(f"{str(path)!r} is not YAML ({error})") from error
     if not isinstance(options, dict):
         raise ValueError(f"{str(path)!r} holds {type(options).__name__}, expected a mapping of options")
-    known = {field.name: field.type for field in fields(TrainConfig)}
     for name in options:
-        if name not in known:
-            raise ValueError(f"{str(path)!r}: {unknown_label_error('option', [str(name)], list(known))}")
-    return {name: _typed(path, name, value, known[name]) for name, value in options.items()}
+        if name not in OPTIONS:
+            raise ValueError(f"{str(path)!r}: {unknown_label_error('option', [str(name)], list(OPTIONS))}")
+    return {name: _typed(path, name, value, OPTIONS[name]) for name, value in options.items()}
 
 
 def _typed(path: Path, name: str, value: object, annotation: object) -> object:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -135,7 +136,43 @@ def test_a_size_on_the_command_line_wins_over_the_shape_in_a_file(tmp_path):
     config = parse([*arguments, "10m"])
     assert config.size == "10m"
     assert not config.is_set("hidden_size")
+    assert config.is_set("size")
     assert parse([*arguments, "None"]).hidden_size == 48
+
+
+@pytest.mark.parametrize(
+    ("in_file", "arguments", "message"),
+    [
+        (
+            "",
+            ["--size", "10m", "--hidden-size", "64"],
+            "hidden_size=64 contradicts size='10m', which sets it: leave one",
+        ),
+        ("", ["--num_hidden_layers=3", "--size=10m"], "num_hidden_layers=3 contradicts size='10m', which sets it"),
+        ("size: 10m\nhidden_size: 64", [], "hidden_size=64 contradicts size='10m', which sets it"),
+        ("size: 10m", ["--num-attention-heads", "4"], "num_attention_heads=4 contradicts size='10m', which sets it"),
+    ],
+)
+def test_a_contradiction_is_one_even_where_the_value_is_the_default(tmp_path, in_file, arguments, message):
+    (tmp_path / "run.yaml").write_text(in_file)
+    with pytest.raises(ValueError, match=message):
+        parse(["--config", str(tmp_path / "run.yaml"), "--data", "d", "--out", "o", *arguments])
+
+
+def test_what_was_given_is_known_whatever_its_value(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("backbone: latent\ngiven: [seed]\n")
+    with pytest.raises(ValueError, match="unknown option 'given'"):
+        read_config(tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text("backbone: latent\n")
+    config = parse(
+        ["--config", str(tmp_path / "run.yaml"), "--data", "d", "--out=o", "--no-cell-summary", "--seed", "0"]
+    )
+    assert config.given == {"config", "data", "out", "backbone", "cell_summary", "seed"}
+    assert replace(config, attn="sdpa").is_set("backbone")
+    assert "given" not in config.options()
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    assert "--given" not in capsys.readouterr().out
 
 
 def test_an_unknown_option_on_the_command_line_names_the_nearest(capsys):

@@ -5,7 +5,6 @@ import signal
 import socket
 import threading
 import time
-from dataclasses import asdict
 from datetime import timedelta
 from types import FrameType
 
@@ -89,7 +88,7 @@ def tracker_names(wanted: str) -> list[str]:
 def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
     """Begin a run with each tracker, with the options of training."""
     if accelerator.log_with:
-        options = {name: v if isinstance(v, bool | int | float) else str(v) for name, v in asdict(config).items()}
+        options = {name: v if isinstance(v, bool | int | float) else str(v) for name, v in config.options().items()}
         accelerator.init_trackers(config.out.name or "training", config=options)
 
 

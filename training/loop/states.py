@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
@@ -66,7 +66,7 @@ def _check_same_run(config: TrainConfig, num_processes: int, state: Path) -> Non
     before = _facts(state)
     defaults = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
     then = {**defaults, **before["options"], "num_processes": before["num_processes"]}
-    now = {**_options(config), "num_processes": num_processes}
+    now = {**config.options(), "num_processes": num_processes}
     differ = [name for name in now if name not in FREE_TO_CHANGE and then.get(name) != now[name]]
     if config.learning_rate_schedule == "constant" and "max_steps" in differ:
         differ.remove("max_steps")
@@ -101,7 +101,7 @@ def run_facts(config: TrainConfig, num_processes: int) -> dict[str, object]:
     """Return what a state says of its run: options, hashes of what was read, versions, number of processes."""
     return {
         "num_processes": num_processes,
-        "options": _options(config),
+        "options": config.options(),
         "hashes": _hashes(config),
         "versions": {name: version_of(name) for name in PACKAGES},
     }
@@ -229,7 +229,7 @@ def save_final(config: TrainConfig, model: DCMForDenoising, tokenizer: DCMTokeni
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             add_shipped_files(Path(folder))
-            (Path(folder) / "training_options.json").write_text(json.dumps(_options(config), indent=1))
+            (Path(folder) / "training_options.json").write_text(json.dumps(config.options(), indent=1))
             for file in sorted(Path(folder).iterdir(), key=lambda path: path.name == "model.safetensors"):
                 os.replace(file, config.out / file.name)
     except (OSError, SafetensorError) as error:
@@ -251,7 +251,3 @@ def _damage_named(folder: Path) -> Iterator[None]:
 def _facts(state: Path) -> dict[str, object]:
     with _damage_named(state):
         return json.loads((state / "state.json").read_text())
-
-
-def _options(config: TrainConfig) -> dict[str, object]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}

@@ -129,6 +129,18 @@ def test_a_condition_that_the_new_data_lack_stays_at_not_given(trained, make_sha
     )
 
 
+def test_new_genes_start_at_the_checkpoints_depth_and_known_ones_keep_their_means(trained, make_shards, tmp_path):
+    """Cells sequenced three times as deep say the same of the new genes."""
+    old, new = old_and_new(trained, make_shards(), tmp_path)
+    deep, tokenizer = started(started_from(trained, make_shards(factor=3), tmp_path))
+    assert tokenizer.genes == new[1].genes
+    means, of_deep = (model.totals.gene_mean[-1] for model in (new[0], deep))
+    known = [tokenizer.genes.index(gene) for gene in old[1].genes if gene in tokenizer.genes]
+    before = old[0].totals.gene_mean[-1, [old[1].genes.index(tokenizer.genes[gene]) for gene in known]]
+    assert torch.equal(means[known], before)
+    torch.testing.assert_close(of_deep, means, rtol=1e-4, atol=1e-6)
+
+
 def test_a_run_says_what_is_new_trains_resumes_and_can_be_loaded(trained, make_shards, tmp_path, caplog):
     config = started_from(trained, make_shards(), tmp_path, max_steps=4, save_every=2)
     with caplog.at_level(logging.INFO):
@@ -145,9 +157,20 @@ def test_a_run_says_what_is_new_trains_resumes_and_can_be_loaded(trained, make_s
 
 
 def test_another_shape_than_the_checkpoints_is_a_contradiction(trained, make_shards, tmp_path):
-    config = started_from(trained, trained.data, tmp_path, hidden_size=32)
-    with pytest.raises(ValueError, match="hidden_size=32 contradicts init_from, whose checkpoint has 16: leave hidden"):
-        main(config)
+    config = started_from(trained, trained.data, tmp_path)
+    given = {"hidden_size": 32}, {"hidden_size": 64, "given": frozenset({"hidden_size"})}  # 64 is the default
+    for options in given:
+        with pytest.raises(ValueError, match=r"hidden_size=\d\d contradicts init_from, whose checkpoint has 16"):
+            main(replace(config, **options))
+    source = load_source(str(trained.out))
+    other = {"latent": "dit", "dit": "latent"}[trained.backbone]
+    asked = replace(config, backbone=other, given=frozenset({"backbone"}))
+    with pytest.raises(ValueError, match=f"backbone='{other}' contradicts init_from, whose checkpoint has"):
+        shaped_like(asked, source)
+    given = frozenset({"library_size_conditioning"})
+    source.model.config.library_size_conditioning = False
+    assert shaped_like(replace(config, given=given), source).library_size_conditioning
+    assert not shaped_like(config, source).library_size_conditioning
 
 
 @pytest.fixture(scope="module")
