@@ -199,7 +199,7 @@ class PerturbationEncoder(nn.Module):
         vectors = self.learned(ids.clamp(min=0))  # (B, P, D)
         if self.linear is not None:
             known = ids.clamp(min=0)
-            from_table = self.linear(self.table[known].to(self.linear.weight.dtype))
+            from_table = self.linear(self.table[known].to(vectors.dtype))
             vectors = torch.where(self.has_vector[known][..., None], from_table, vectors)
         total = (vectors * given[..., None]).sum(dim=1)
         anything = given.any(dim=1)
@@ -207,7 +207,7 @@ class PerturbationEncoder(nn.Module):
             if self.linear is None:
                 raise ValueError("perturbation_embeds were given, but this model learned its perturbations as labels")
             real = ~embeds.isnan().any(dim=-1)  # (B, P)
-            extra = self.linear(torch.nan_to_num(embeds).to(self.linear.weight.dtype))
+            extra = self.linear(torch.nan_to_num(embeds).to(self.learned.weight.dtype))
             total = total + (extra * real[..., None]).sum(dim=1)
             anything = anything | real.any(dim=1)
         null = self.learned(ids.new_full((1,), -1))
@@ -237,7 +237,7 @@ class LibrarySizeEncoder(nn.Module):
         if self.knows_remainder:
             remainder = log_ratio(size - progress.observed_total, progress.expected_masked)
             features = torch.cat([features, smooth_features(remainder)], dim=-1)
-        return torch.where(given[:, None], self.up(features.to(self.up.weight.dtype)), self.null.weight)
+        return torch.where(given[:, None], self.up(features.to(self.null.weight.dtype)), self.null.weight)
 
 
 class ConditionEncoder(nn.Module):
@@ -277,7 +277,7 @@ class ConditionEncoder(nn.Module):
         if self.library_size is not None:
             vectors.append(self.library_size(cells.library_size, progress))
         tokens = torch.stack(vectors, dim=1) if vectors and self.config.condition_tokens else None
-        vectors.append(self.time(smooth_features(2 * progress.t - 1).to(self.time.weight.dtype)))
+        vectors.append(self.time(smooth_features(2 * progress.t - 1).to(observed.dtype)))
         if self.summary is not None:
             observed = observed / self.config.num_genes**0.5
             depth = smooth_features(log_ratio(progress.observed_total, progress.expected_observed))

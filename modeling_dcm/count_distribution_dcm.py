@@ -70,7 +70,11 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero: the head, which then emits the training marginals."""
+    """A linear layer that starts at zero: the head, which then emits the training marginals.
+
+    As every linear layer of this network it is called, and neither its weight nor its dtype is read: an adapter or a
+    quantised layer may stand in its place.
+    """
 
 
 class CountBias(nn.Embedding):
@@ -105,11 +109,11 @@ class CategoricalHead(nn.Module):
         """The distribution at the genes ``queried`` (B, Q) with hidden states ``x`` (B, Q, D)."""
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
         x = modulate(self.norm(x), shift, scale)
-        weight = self.counts(count_features(self.num_counts, x.device).to(self.counts.weight.dtype)).to(x.dtype)
+        weight = self.counts(count_features(self.num_counts, x.device).to(condition.dtype)).to(x.dtype)
         bias = self.bias.weight[0]
         small, large = weight[: self.num_small], weight[self.num_small :]  # (S, D) and (K+1-S, D)
         if self.large is not None:
-            small = torch.cat([small, self.large.weight.T.to(x.dtype)])
+            small = torch.cat([small, self.large(condition.new_ones(1, 1)).to(x.dtype)])
         logits = nn.functional.linear(x, small).float()
         if self.large is None:
             logits = logits + bias if self.gene_bias is None else logits + bias + self.gene_bias(queried.gene_ids)

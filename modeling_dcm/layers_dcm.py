@@ -206,7 +206,8 @@ class CellEmbedding(nn.Module):
     def forward(self, cells: PartialCells, *, with_expected: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B, L, D), and the sum over the observed genes of what was counted (B, D)."""
         input_ids = cells.input_ids
-        counts = self.count(count_features(self.num_counts, input_ids.device).to(self.count.weight.dtype))
+        features = count_features(self.num_counts, input_ids.device)
+        counts = self.count(features.to(self.mask_and_pad.weight.dtype))
         table = torch.cat([counts, self.mask_and_pad.weight.to(counts.dtype)])  # (V, 2D)
         count, level = (nn.functional.embedding(input_ids, half.contiguous()) for half in table.chunk(2, dim=-1))
         reading = count + level * self.gene_reading(cells.gene_ids)

@@ -11,7 +11,16 @@ import torch
 from scipy import stats
 
 from modeling_dcm import DCMForDenoising
-from modeling_dcm.conditioning_dcm import LIBRARY_QUANTILES, CellTotals, LibrarySizes, count_values, log_ratio
+from modeling_dcm.conditioning_dcm import (
+    LIBRARY_QUANTILES,
+    SMOOTH_FEATURES,
+    CellTotals,
+    LibrarySizeEncoder,
+    LibrarySizes,
+    count_values,
+    log_ratio,
+    progress_of,
+)
 from modeling_dcm.configuration_dcm import DCMConfig
 from tokenization import DCMTokenizer
 from training.data.statistics import library_size_quantiles
@@ -344,6 +353,49 @@ def test_depth_is_zero_where_nothing_is_expected_and_tends_to_the_logarithm_of_t
 def test_a_remainder_below_zero_counts_as_none():
     below, none = log_ratio(torch.tensor([-5.0, 0.0]), torch.tensor(3.0))
     assert below == none
+
+
+def progress(observed_total: list[float], library_size: list[float], expected_masked: float = 19.0):
+    zeros = torch.zeros(len(library_size))
+    observed, masked = torch.tensor(observed_total), zeros + expected_masked
+    return progress_of(zeros + 0.5, observed, zeros + 9, masked, torch.tensor(library_size))
+
+
+def test_depth_is_that_of_what_is_left_of_the_library_size_or_of_what_was_observed_without_one():
+    known = progress(observed_total=[60.0, 0.0, 100.0], library_size=[99.0, 39.0, 100.0])
+    torch.testing.assert_close(known.depth, torch.tensor([40 / 20, 40 / 20, 1 / 20]))
+    torch.testing.assert_close(progress(observed_total=[4.0], library_size=[-1.0]).depth, torch.tensor([5 / 10]))
+
+
+def library_size_encoder(log_mean: float = 0.0, log_std: float = 1.0) -> LibrarySizeEncoder:
+    torch.manual_seed(0)
+    encoder = LibrarySizeEncoder(DCMConfig(hidden_size=16))
+    encoder.log_mean.fill_(log_mean)
+    encoder.log_std.fill_(log_std)
+    return encoder
+
+
+@torch.no_grad()
+def test_library_sizes_are_told_by_the_training_cells_mean_and_standard_deviation():
+    z = torch.tensor([-1.5, 0.0, 0.7, 2.0])
+    told = []
+    for log_mean, log_std in ((7.0, 0.3), (6.0, 1.7)):
+        encoder = library_size_encoder(log_mean, log_std)
+        encoder.up.weight[:, SMOOTH_FEATURES + 1 :] = 0  # silent about what is left
+        size = torch.expm1(log_mean + log_std * z)
+        told.append(encoder(size, progress([0.0] * 4, size.tolist())))
+    torch.testing.assert_close(told[0], told[1], atol=1e-3, rtol=1e-3)
+    assert (told[0][1:] - told[0][:-1]).abs().amax(dim=1).min() > 0.01
+
+
+@torch.no_grad()
+def test_the_network_is_told_what_is_left_of_the_library_size():
+    encoder = library_size_encoder(log_mean=4.0)
+    encoder.up.weight[:, : SMOOTH_FEATURES + 1] = 0  # silent about the whole
+    size, observed = [100.0, 60.0, 100.0], [70.0, 30.0, 30.0]
+    told = encoder(torch.tensor(size), progress(observed, size))
+    torch.testing.assert_close(told[0], told[1])
+    assert (told[0] - told[2]).abs().max() > 0.01
 
 
 def test_ids_stand_for_their_counts_and_a_bin_for_its_middle():
