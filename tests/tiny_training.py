@@ -6,6 +6,7 @@ import anndata
 import pandas as pd
 
 from training.config import TrainConfig
+from training.convert_h5ad import main as convert
 from training.train import main as train
 
 TINY_TRAINING = {
@@ -33,6 +34,16 @@ def tiny_training(data: Path, out: Path, **options: object) -> TrainConfig:
 def two_steps(shards: Path, out: Path) -> Path:
     """A checkpoint with cell types, perturbations and library sizes after two steps of training."""
     return train(tiny_training(shards, out, max_steps=2))
+
+
+def shards_of_two_panels(cells_h5ad: Path, folder: Path) -> Path:
+    """Shards of the same cells, in the second half of which only 4 of the 15 genes were measured."""
+    cells = anndata.read_h5ad(cells_h5ad)
+    files = (folder / "all.h5ad", folder / "few.h5ad")
+    for file, part in zip(files, (cells[: len(cells) // 2], cells[len(cells) // 2 :, :4])):
+        part.copy().write_h5ad(file)
+    keys = {"cell_type_key": "cell_type", "perturbation_key": "perturbation"}
+    return convert(files, out=folder / "shards", join="union", **keys)
 
 
 def assert_same_file(a: Path, b: Path) -> None:

@@ -51,7 +51,8 @@ def main(config: TrainConfig) -> Path:
             rate = learning_rate(step, config)
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
-            measured = take_step(model, run.optimizer, batches, accelerator, config)
+            panels = {"several_panels": run.train_batches.several_panels}
+            measured = take_step(model, run.optimizer, batches, accelerator, config, **panels)
             update_average(run.ema, run.network, step, config.ema_decay)
             run.log.note(measured, rate)
             done, reason = step + 1, stopping.reason(step + 1)

@@ -16,13 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modeling_dcm import DCMForDenoising
-from tests.tiny_training import tiny_training
+from tests.tiny_training import shards_of_two_panels, tiny_training
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
 from training.data.loader import Cells, GlobalBatchSampler
 from training.loop.batches import TrainBatches, noised
 from training.loop.optimiser import build_optimizer, learning_rate, update_average
+from training.loop.processes import build_accelerator
+from training.loop.run import take_step
 from training.loop.start import build_model, build_tokenizer
+from training.loop.validation import Validation
 from training.train import main
 
 
@@ -75,6 +78,41 @@ def test_weights_are_averaged_in_float32_and_faster_at_the_start():
         assert ema[0].item() == pytest.approx(expected, rel=1e-5), step
     assert ema[0].dtype == torch.float32
     assert ema[0].to(torch.bfloat16).item() != ema[0].item()
+
+
+def test_the_loss_of_a_step_is_the_sum_over_its_batches_by_all_measured_genes(config, make_model):
+    """Of the first batch 6 of 7 genes were measured, of the second one only 2: not the mean of two ratios."""
+    config = replace(config, gradient_accumulation_steps=2, clip_norm=1e9)
+    model = make_model()
+    mask, pad = model.config.mask_token_id, model.config.pad_token_id
+    labels = torch.tensor([[0, 1, 2, 3, 4, 1, pad], [1, 4, *[pad] * 5]])
+    inputs = torch.where(torch.tensor([[1, 1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]]).bool(), mask, labels)
+    whole = {"input_ids": inputs, "labels": labels}
+    whole_output = model(**whole)
+    gradients = torch.autograd.grad(whole_output.loss, list(model.parameters()), allow_unused=True)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    accelerator = build_accelerator(config)
+    prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    batches = (rows(whole, index, index + 1) for index in range(2))
+    loss, elbo, _ = take_step(prepared, optimizer, batches, accelerator, config, several_panels=True)
+    torch.testing.assert_close((loss, elbo), (whole_output.loss.detach(), whole_output.elbo))
+    for old, new, gradient in zip(before, model.parameters(), gradients):
+        torch.testing.assert_close(old - new, torch.zeros_like(old) if gradient is None else gradient)
+
+
+@torch.no_grad()
+def test_the_validation_loss_is_the_sum_over_all_batches_by_all_measured_genes(config, cells_h5ad, tmp_path):
+    config = replace(config, data=shards_of_two_panels(cells_h5ad, tmp_path), batch_size=3)
+    model, tokenizer, cells = built(config)
+    validation = Validation(config, tokenizer, cells)
+    losses = validation.losses(model, [parameter.clone() for parameter in model.parameters()])
+    total = measured = 0.0
+    for index in range(0, min(len(validation.cells), 16), 3):
+        batch = validation.cells[list(range(index, min(index + 3, len(validation.cells), 16)))]
+        inputs = noised(batch, validation.quiet, tokenizer, index, 0, 1, "cpu")
+        n = int((inputs["labels"] != tokenizer.pad_token_id).sum())
+        total, measured = total + model.eval()(**inputs).loss.item() * n, measured + n
+    assert losses["validation_loss"] == pytest.approx(total / measured)
 
 
 # --- noise -----------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ class TrainBatches:
 
     def __init__(self, cells: Cells, config: TrainConfig, *, rank: int, world: int, device: torch.device | str):
         self.cells, self.config, self.rank, self.world, self.device = cells, config, rank, world, device
+        self.several_panels = len(cells.measured) > 1
 
     def starting_at(self, index: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield batches without end, from number ``index`` of the run on."""

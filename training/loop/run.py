@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 
 import torch
@@ -101,20 +101,32 @@ def prepare_start(
         return build_model(config, tokenizer, cells, source), tokenizer, cells, None
 
 
-def take_step(model, optimizer, batches, accelerator: Accelerator, config: TrainConfig) -> tuple[torch.Tensor, ...]:
-    """Take one step of the optimiser over one global batch; return loss, elbo and gradient norm of this process."""
+def take_step(
+    model, optimizer, batches, accelerator: Accelerator, config: TrainConfig, *, several_panels: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """Take one step of the optimiser over one global batch; return loss, elbo and gradient norm of this process.
+
+    A loss is a sum over a batch's measured genes by their number, and the processes' losses and those of accumulated
+    batches are averaged. Where the cells are of ``several_panels`` each is weighted so that the average is the sum over
+    all of them by the number of all measured genes.
+    """
     loss = elbo = 0.0
-    for _ in range(config.gradient_accumulation_steps):
-        batch = next(batches)
+    of_step, weights = islice(batches, config.gradient_accumulation_steps), repeat(1.0)
+    if several_panels:
+        of_step = list(of_step)
+        pad = accelerator.unwrap_model(model).config.pad_token_id
+        measured = torch.stack([(batch["labels"] != pad).sum() for batch in of_step]).float()
+        weights = measured / accelerator.reduce(measured, "mean").mean().clamp(min=1)
+    for batch, weight in zip(of_step, weights):
         with accelerator.accumulate(model):
             output = model(**batch)
-            accelerator.backward(output.loss)
+            accelerator.backward(output.loss * weight)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
-        loss += output.loss.detach() / config.gradient_accumulation_steps
-        elbo += output.elbo / config.gradient_accumulation_steps
+        loss += output.loss.detach() * weight / config.gradient_accumulation_steps
+        elbo += output.elbo * weight / config.gradient_accumulation_steps
     return loss, elbo, norm
 
 

@@ -47,14 +47,16 @@ class Validation:
         if not self.cells:
             return {}
         rows = list(range(min(len(self.cells), self.config.validation_cells)))
+        measured = self.cells.measured.mean(axis=1)[self.cells.panel[rows]]  # share of the panel, of each cell
         sums = {"validation_loss": 0.0, "validation_elbo": 0.0}
         with averaged_weights(model, ema), dropout_off(model):
             for index in range(0, len(rows), self.config.batch_size):
                 batch = self.cells[rows[index : index + self.config.batch_size]]
+                cells = measured[index : index + self.config.batch_size].sum()
                 inputs = noised(batch, self.quiet, self.tokenizer, index, 0, 1, model.device)
                 output = model(**inputs, return_logits=False)
-                sums["validation_loss"] += output.loss.item() * len(batch["input_ids"]) / len(rows)
-                sums["validation_elbo"] += output.elbo.item() * len(batch["input_ids"]) / len(rows)
+                sums["validation_loss"] += output.loss.item() * cells / measured.sum()
+                sums["validation_elbo"] += output.elbo.item() * cells / measured.sum()
         return sums
 
     def score(self, model: DCMForDenoising, ema: list[torch.Tensor]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import training.loop.optimiser
 import training.loop.states
 import training.train
-from tests.tiny_training import TINY_TRAINING, tiny_training
+from tests.tiny_training import TINY_TRAINING, shards_of_two_panels, tiny_training
 from training.config import TrainConfig
 from training.loop.processes import SAVED_AFTER_SIGNAL
 
@@ -125,8 +125,11 @@ def test_a_run_killed_five_times_ends_bit_for_bit_as_an_undisturbed_one(config, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["latent", "dit"])
-def test_two_processes_that_share_a_global_batch_do_what_one_does(config, tmp_path, backbone):
+@pytest.mark.parametrize("backbone", ["latent", "dit", "of several panels"])
+def test_two_processes_that_share_a_global_batch_do_what_one_does(config, cells_h5ad, tmp_path, backbone):
+    """Whatever was measured in each one's cells."""
+    if backbone == "of several panels":
+        config, backbone = replace(config, data=shards_of_two_panels(cells_h5ad, tmp_path)), "latent"
     one = replace(config, out=tmp_path / "one", batch_size=16, backbone=backbone)
     two = replace(config, out=tmp_path / "two", batch_size=8, backbone=backbone)
     assert finish(start(one, 1)) == [0]

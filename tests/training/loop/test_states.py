@@ -166,9 +166,9 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_last_state_and_says_so(config
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_the_last_good_state(config, monkeypatch):
-    def broken(model, optimizer, batches, *rest, real=run.take_step):
+    def broken(*arguments, real=run.take_step, **options):
         broken.steps += 1
-        loss, elbo, norm = real(model, optimizer, batches, *rest)
+        loss, elbo, norm = real(*arguments, **options)
         return (loss * float("nan") if broken.steps == 3 else loss), elbo, norm
 
     broken.steps = 0

@@ -46,10 +46,10 @@ def test_a_streamed_run_that_was_stopped_ends_with_the_same_weights(blocks, tmp_
     steps = iter(range(100))
     take_step = run.take_step
 
-    def stops(*arguments):
+    def stops(*arguments, **options):
         if next(steps) == 4:
             raise KeyboardInterrupt
-        return take_step(*arguments)
+        return take_step(*arguments, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run, "take_step", stops)
