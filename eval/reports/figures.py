@@ -21,7 +21,6 @@ from eval.comparison.cells import PERTURBATION, CellCounts, Comparison
 from eval.comparison.protocols import FEW_CELLS
 from eval.comparison.spaces import log_cp10k, principal_components
 from eval.metrics import gene_agreement as metrics
-from eval.reports.tables import FLOOR, Row
 
 INK = "#010203"
 INK_PARTS = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
@@ -36,7 +35,6 @@ COLOURS = REAL, GENERATED, BASELINE = "#3b82c4", "#e8762d", "#8c8c8c"
 CELLS_DRAWN = 2000
 BANDWIDTH = 0.1  # of the density, in standard deviations of all cells: clusters are tighter than Scott's rule says
 DENSITY_SHARES = (0.9, 0.6, 0.3)  # of the cells inside each contour
-CONDITIONS_DRAWN = 40
 GENES_DRAWN = 10
 PERTURBATIONS_DRAWN = 6
 CORRELATED_GENES = 100
@@ -131,41 +129,6 @@ def correlation_figure(counts: dict[str, sparse.csr_matrix]) -> Figure:
     figure.colorbar(image, ax=panels[: len(counts)], location="bottom", shrink=0.4, aspect=30, label="correlation")
     _pairs(panels[-1], triangles)
     return figure
-
-
-@matplotlib.rc_context(STYLE)
-def condition_figure(
-    rows: Sequence[Row], protocol: str, metric: str
-) -> tuple[Figure, list[tuple[str, str, float]]] | None:
-    """Draw a heat map of conditions x models: how many floor standard deviations a distance is above the floor.
-
-    Returns:
-        The figure (the conditions with the largest excess of the first generator first, at most 40), and all of
-        (condition, model, excess) from the worst on; None where no condition has a floor with a standard deviation.
-    """
-    excess = _excess(rows, protocol, metric)
-    if not excess:
-        return None
-    models = list(dict.fromkeys(model for model, _ in excess))
-    conditions = list(dict.fromkeys(condition for _, condition in excess))
-    conditions.sort(key=lambda condition: -excess.get((models[0], condition), -np.inf))
-    drawn = conditions[:CONDITIONS_DRAWN]
-    matrix = np.array([[excess.get((model, condition), np.nan) for model in models] for condition in drawn])
-    figure, axes = _figure(1, 1, (3.6 + 1.15 * len(models), 2.3 + 0.27 * len(drawn)))
-    image = axes.imshow(matrix, aspect="auto", vmin=0, vmax=10, cmap="viridis", interpolation="nearest")
-    for (row, column), value in np.ndenumerate(matrix):
-        if np.isfinite(value):
-            readable = "#ffffff" if value < 6 else "#111111"
-            axes.text(column, row, f"{value:z.1f}", ha="center", va="center", fontsize=9, color=readable)
-    axes.set_xticks(range(len(models)), [model.replace("_", "\n") for model in models])
-    axes.set_yticks(range(len(drawn)), drawn)
-    axes.xaxis.tick_top()
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-    label = "standard deviations of the floor above the floor (2 or less: at the floor)"
-    figure.colorbar(image, ax=axes, location="bottom", label=label, extend="both", pad=0.02, fraction=0.03, aspect=40)
-    worst = sorted(((condition, model, value) for (model, condition), value in excess.items()), key=lambda t: -t[2])
-    return figure, worst
 
 
 @matplotlib.rc_context(STYLE)
@@ -324,19 +287,6 @@ def _square(triangle: np.ndarray) -> np.ndarray:
 def _similar_together(matrix: np.ndarray) -> np.ndarray:
     """Order the genes along the first eigenvector, so that blocks show."""
     return np.argsort(np.linalg.eigh(matrix)[1][:, -1])
-
-
-def _excess(rows: Sequence[Row], protocol: str, metric: str) -> dict[tuple[str, str], float]:
-    """Compute (model, condition) -> (mean - floor's mean) / floor's standard deviation."""
-    ours = [r for r in rows if (r["protocol"], r["metric"], r["grouping"]) == (protocol, metric, "condition")]
-    ours = [row for row in ours if row["mean"] is not None]
-    floors = {row["condition"]: row for row in ours if row["model"] == FLOOR and row["std"]}
-    excess = {}
-    for row in ours:
-        floor = floors.get(row["condition"])
-        if row["model"] != FLOOR and floor is not None:
-            excess[row["model"], row["condition"]] = (row["mean"] - floor["mean"]) / floor["std"]
-    return excess
 
 
 def _changes(real: CellCounts, generated: CellCounts) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -16,7 +16,7 @@ from eval.comparison.metric_table import METRICS
 from eval.reports import figures
 from eval.reports.tables import FLOOR, Row, Unlike, at_floor, metric_label, sample_sizes, sections
 
-WORST_LISTED = 10
+CONDITIONS_LISTED = 40
 MAP_PROTOCOLS = ("log", "paper")
 MAP_METRIC = "w2"
 PUBLISHED = Path(__file__).with_name("published.json")  # by a word of the data set's name
@@ -25,9 +25,10 @@ PUBLISHED_NOTE = (
     "test cells are not all known, so no number here can be compared with one above."
 )
 CSS = """
-:root { color-scheme: light dark; --page: #ffffff; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --good: #d6f0e0; }
+:root { color-scheme: light dark; --page: #ffffff; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --good: #d6f0e0;
+  --heat: #f0a060; }
 @media (prefers-color-scheme: dark) {
-  :root { --page: #14171c; --ink: #e6e9ee; --soft: #a3adb8; --line: #3a424d; --good: #17452f; }
+  :root { --page: #14171c; --ink: #e6e9ee; --soft: #a3adb8; --line: #3a424d; --good: #17452f; --heat: #9a4a10; }
 }
 body { margin: 0 auto; max-width: 1180px; padding: 1.5rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
@@ -156,28 +157,49 @@ def _published_section(dataset: str) -> list[str]:
 
 
 def _condition_section(rows: Sequence[Row]) -> list[str]:
-    """Return a heat map of the conditions, and the worst of them."""
-    drawn = ((protocol, figures.condition_figure(rows, protocol, MAP_METRIC)) for protocol in MAP_PROTOCOLS)
-    protocol, found = next(((protocol, found) for protocol, found in drawn if found is not None), (None, None))
-    if found is None:
-        return []
-    figure, worst = found
-    models = {model for _, model, _ in worst}
-    caption = (
-        f"{METRICS[MAP_METRIC].label} of each condition (protocol {protocol}): how many standard deviations of the "
-        "floor it lies above the floor. Yellow is far from the real cells, dark is as near as real cells are to each "
-        "other. The conditions that are worst for the first generator stand first; "
-        f"{figures.CONDITIONS_DRAWN} are drawn at most."
+    """Return a heat map of the conditions, the worst first: how far each model is above the floor."""
+    protocol, excess = next(
+        ((protocol, found) for protocol in MAP_PROTOCOLS if (found := _excess(rows, protocol))), (None, {})
     )
+    if not excess:
+        return []
+    models = list(dict.fromkeys(model for found in excess.values() for model in found))
+    worst_first = sorted(excess, key=lambda condition: -max(excess[condition].values()))
     lines = [
-        (html.escape(condition), [f"<td>{html.escape(model)}</td>", f"<td>{value:.1f}</td>"])
-        for condition, model, value in worst[:WORST_LISTED]
+        (html.escape(condition), [_heat(excess[condition].get(model)) for model in models])
+        for condition in worst_first[:CONDITIONS_LISTED]
     ]
+    sentence = (
+        f"{METRICS[MAP_METRIC].label} of each condition (protocol {protocol}): how many standard deviations of the "
+        "floor it lies above the floor. 2 or less is at the floor; the darker, the farther from the real cells. The "
+        f"conditions that are worst for any model stand first; {CONDITIONS_LISTED} are listed at most."
+    )
     return [
         "<h2>Conditions</h2>",
-        _picture(figure, caption, f"Heat map of conditions by {len(models)} models"),
-        _table("Worst conditions of any model", ["condition", "model", "above the floor (sd)"], lines),
+        _note(sentence),
+        _table("Worst conditions", ["condition", *map(html.escape, models)], lines),
     ]
+
+
+def _excess(rows: Sequence[Row], protocol: str) -> dict[str, dict[str, float]]:
+    """Compute condition -> model -> (mean - floor's mean) / floor's standard deviation."""
+    ours = [r for r in rows if (r["protocol"], r["metric"], r["grouping"]) == (protocol, MAP_METRIC, "condition")]
+    ours = [row for row in ours if row["mean"] is not None]
+    floors = {row["condition"]: row for row in ours if row["model"] == FLOOR and row["std"]}
+    excess: dict[str, dict[str, float]] = {}
+    for row in ours:
+        floor = floors.get(row["condition"])
+        if row["model"] != FLOOR and floor is not None:
+            excess.setdefault(row["condition"], {})[row["model"]] = (row["mean"] - floor["mean"]) / floor["std"]
+    return excess
+
+
+def _heat(value: float | None) -> str:
+    """Return one number of the heat map: no colour at the floor, all of it from ten standard deviations on."""
+    if value is None:
+        return "<td>-</td>"
+    share = min(max(value - 2, 0), 8) / 8
+    return f'<td style="background: color-mix(in srgb, var(--heat) {share:.0%}, transparent)">{value:z.1f}</td>'
 
 
 def _pictures(

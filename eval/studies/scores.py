@@ -2,8 +2,7 @@
 
 No training cell has a held-out condition, so the floor of the named protocols does not exist. Here the real cells of
 each condition are halved at random: one half is what everything is compared with, the other is the floor. This is
-repeated, and in each repeat every model is compared with the same half. Knows nothing of files, tables of vectors and
-training.
+repeated, and in each repeat every model is compared with the same half.
 """
 
 import logging
@@ -19,7 +18,6 @@ from tqdm.auto import tqdm
 
 from eval.comparison.baselines import (
     FLOOR,
-    FLOOR_DRAWS,
     Sampler,
     additive,
     cells_by_labels,
@@ -29,14 +27,7 @@ from eval.comparison.baselines import (
     training_rows,
 )
 from eval.comparison.cells import PERTURBATION, CellCounts, together
-from eval.comparison.protocols import (
-    FEW_CELLS,
-    PROTOCOLS,
-    Reference,
-    Score,
-    evaluate_pair,
-    prepare_reference,
-)
+from eval.comparison.protocols import FEW_CELLS, PROTOCOLS, Reference, Score, evaluate_pair, prepare_reference
 from eval.reports.tables import Row, summary_rows
 
 logger = logging.getLogger(__name__)
@@ -60,7 +51,7 @@ def control_cells(train: CellCounts) -> Sampler:
 
 
 def marginals_of_all(train: CellCounts) -> Sampler:
-    """Each gene by itself, from all training cells of the same cell type and covariates."""
+    """Draw each gene by itself, from all training cells of the same cell type and covariates."""
     return independent_marginals(CellCounts(train.counts, train.labels.drop(columns=PERTURBATION)))
 
 
@@ -72,7 +63,7 @@ def score_held_out(
     test: CellCounts,
     generated: Mapping[str, Sequence[CellCounts]],
     *,
-    draws: int = FLOOR_DRAWS,
+    draws: int,
     seed: int = 0,
 ) -> list[Row]:
     """Score every model on each perturbation that no training cell has: W2, MMD^2 and Pearson delta of protocol `log`.
@@ -108,13 +99,13 @@ def score_held_out(
         for draw in range(draws):
             rng = np.random.default_rng([seed, draw])
             ours, others = split_half(held, list(held.rows_by_condition), rng)
-            compared = held.take(ours)
-            sides = {FLOOR: held.take(others)}
-            sides |= {name: files[draw % len(files)] for name, files in generated.items()}
+            real = held.take(ours)
+            models = {FLOOR: held.take(others)}
+            models |= {name: files[draw % len(files)] for name, files in generated.items()}
             for name, sample in samplers.items():
-                sides[name] = CellCounts(sample(compared.labels, rng), compared.labels, compared.control)
-            reference = _reference(compared, controls, seed=draw)
-            for name, cells in sides.items():
+                models[name] = CellCounts(sample(real.labels, rng), real.labels, real.control)
+            reference = _reference(real, controls, seed=draw)
+            for name, cells in models.items():
                 scores[name].append(_by_perturbation(evaluate_pair(cells, reference, seed=draw), held))
             bar.update()
     test_cells = held.labels[PERTURBATION].value_counts().to_dict()
@@ -137,7 +128,7 @@ def _controls_of(cells: CellCounts) -> CellCounts:
 
 
 def _reference(held: CellCounts, controls: CellCounts, *, seed: int) -> Reference:
-    """One comparison for each held-out condition with enough cells, beside all control cells."""
+    """Prepare one comparison for each held-out condition with enough cells, beside all control cells."""
     reference = prepare_reference(together([held, controls]), PROTOCOL, seed=seed)
     large = {name for name, rows in held.rows_by_condition.items() if len(rows) >= FEW_CELLS}
     return replace(reference, groups=tuple(group for group in reference.groups if group.condition in large))

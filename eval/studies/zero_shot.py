@@ -1,14 +1,14 @@
-"""Whole studies, from an h5ad file to a table: what a line of results says, one command repeats.
+"""Hold perturbations out, train with several kinds of vectors, and score the held-out cells: one command, one table.
 
     python -m eval.studies.zero_shot cells.h5ad --out study --perturbation-key perturbation \\
         --control control --vectors coexpression --config training/configs/laptop.yaml --max-steps 2000
 
-zero-shot holds perturbations (or combinations) out, several times; trains one model for each kind of vectors, with
-everything else equal; draws the held-out cells and scores them beside the floor and baselines. What is finished is not
-done again: the same command goes on after an interruption. Knows the stages, and nothing of what happens inside them.
+Models of a split differ in their vectors and in nothing else. What is finished is not done again: the same command goes
+on after an interruption.
 """
 
-import importlib.metadata
+from __future__ import annotations
+
 import json
 import logging
 import platform
@@ -16,38 +16,28 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import anndata
-import datasets
-import numpy as np
-import torch
-import transformers
 import tyro
-from safetensors.torch import load_file
 
-from eval.comparison.baselines import FLOOR_DRAWS
-from eval.comparison.cells import read_comparison
-from eval.reports.tables import FLOOR, Row
 from eval.sample import main as sample
-from eval.studies.scores import BASELINES, score_held_out
-from eval.studies.tables import Study, dot_plot, study_json, study_markdown, study_tables
-from tokenization import DCMTokenizer
 from training.config import parse, read_config
 from training.convert_h5ad import main as convert
-from training.data.command_line import command_of, user_errors
+from training.data.command_line import command_of, run, version_of
 from training.data.files import sha256_of, written_aside
-from training.data.h5ad import open_h5ad
 from training.embed_perturbations import main as embed
 from training.embed_perturbations import perturbation_names
-from training.perturbations.table import write_table
 from training.train import main as train
+
+if TYPE_CHECKING:
+    import torch
+
+    from eval.reports.tables import Row
 
 logger = logging.getLogger(__name__)
 
-Vectors = dict[str, torch.Tensor]
+Split = Literal["held-out-perturbations", "held-out-combinations", "from-file"]
 VECTORS, SHUFFLED, LEARNED = "vectors", "shuffled", "learned"
-RESERVED_NAMES = (FLOOR, *(fit.__name__ for fit in BASELINES))
 PACKAGES = ("discrete-cell-models", "anndata", "numpy", "POT", "scipy", "torch")
 
 
@@ -72,7 +62,7 @@ def main(
     control: str | None = None,
     cell_type_key: str | None = None,
     covariate_keys: str = "",
-    split: Literal["held-out-perturbations", "held-out-combinations", "from-file"] = "held-out-perturbations",
+    split: Split = "held-out-perturbations",
     held_out: tuple[str, ...] = (),
     split_files: tuple[Path, ...] = (),
     num_splits: int = 3,
@@ -82,7 +72,7 @@ def main(
     config: Path | None = None,
     max_steps: int | None = None,
     sampling_seeds: int = 3,
-    draws: int = FLOOR_DRAWS,
+    draws: int = 10,
     dataset: str | None = None,
 ) -> Path:
     """Hold perturbations out, train with each kind of vectors, and score the held-out cells.
@@ -119,7 +109,9 @@ def main(
             vector.
     """
     command = command_of("python -m eval.studies.zero_shot", main, locals())
-    open_h5ad(source).close()
+    absent = [path for path in (source, *split_files, *([config] if config else [])) if not path.is_file()]
+    if absent:
+        raise FileNotFoundError(f"no file {str(absent[0])!r}; expected an h5ad file, and those that options name")
     splits = _split_options(split, held_out, split_files, num_splits, test_fraction)
     for name, value in {"sampling-seeds": sampling_seeds, "draws": draws}.items():
         if value < 1:
@@ -149,33 +141,27 @@ def main(
         models, found = _one_split(plan, out / f"split_{number}", of_split, seed=number)
         rows += [{"split": number, **row} for row in found]
         held.append(sorted({row["condition"] for row in found if row["condition"] is not None}))
-    study = Study(
-        dataset=dataset or source.stem,
-        kind=split,
-        vectors=vectors,
-        held_out=held,
-        models=models,
-        sampling_seeds=sampling_seeds,
-        draws=draws,
-        versions={"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES},
-        command=command,
-    )
-    _write(out, study, rows)
-    sys.stdout.write(study_tables(study, rows) + "\n")
-    logger.info("numbers: %s\ntables:  %s\nfigure:  %s", *(out / f"zero_shot.{kind}" for kind in ("json", "md", "png")))
+    header = {"dataset": dataset or source.stem, "kind": split, "vectors": vectors, "held_out": held, "models": models}
+    header |= {"sampling_seeds": sampling_seeds, "draws": draws}
+    header["versions"] = {"python": platform.python_version()} | {name: version_of(name) for name in PACKAGES}
+    _write(out, header | {"command": command}, rows)
     return out / "zero_shot.json"
 
 
-def shuffled(vectors: Mapping[str, torch.Tensor], *, seed: int) -> Vectors:
-    """The same vectors, each given to another name: a random cycle through all names."""
+def shuffled(vectors: Mapping[str, torch.Tensor], *, seed: int) -> dict[str, torch.Tensor]:
+    """Return the same vectors, each given to another name: a random cycle through all names."""
     if len(vectors) < 2:
         raise ValueError(f"{len(vectors)} vector cannot be given to another name; expected two or more")
+    import numpy as np
+
     names = np.random.default_rng(seed).permutation(sorted(vectors)).tolist()
     return {name: vectors[other] for name, other in zip(names, [*names[1:], names[0]])}
 
 
-def completed(vectors: Mapping[str, torch.Tensor], names: Iterable[str], trained: Iterable[str]) -> Vectors:
-    """A vector for every name: those given, and for trained names without one a column of their own.
+def completed(
+    vectors: Mapping[str, torch.Tensor], names: Iterable[str], trained: Iterable[str]
+) -> dict[str, torch.Tensor]:
+    """Return a vector for every name: those given, and for trained names without one a column of their own.
 
     A frozen vector that is zero but in a column of its own makes the network's linear map learn one vector for this
     name alone; so models differ in their table and in nothing else. Its length is the root mean square length of the
@@ -185,6 +171,8 @@ def completed(vectors: Mapping[str, torch.Tensor], names: Iterable[str], trained
     Raises:
         ValueError: some vectors are given, but none for a name that is not trained.
     """
+    import torch
+
     trained = set(trained)
     own = sorted(name for name in set(names) & trained if name not in vectors)
     unseen = sorted(name for name in set(names) - trained if name not in vectors)
@@ -201,11 +189,10 @@ def completed(vectors: Mapping[str, torch.Tensor], names: Iterable[str], trained
 def _split_options(
     split: str, held_out: tuple[str, ...], files: tuple[Path, ...], num_splits: int, test_fraction: float
 ) -> list[dict[str, object]]:
-    """What dcm-convert is told of each split."""
+    """Return what dcm-convert is told of each split."""
     if (split == "from-file") != bool(files) or (files and held_out):
-        raise ValueError(
-            "--split from-file needs --split-files, and no other split takes them; --held-out excludes both"
-        )
+        needs = "--split from-file needs --split-files, and no other split takes them"
+        raise ValueError(f"{needs}; --held-out excludes both")
     if num_splits < 1:
         raise ValueError(f"--num-splits {num_splits}: expected at least 1")
     if files:
@@ -223,10 +210,8 @@ def _check_same_study(out: Path, facts: dict[str, object]) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name in facts if before.get(name) != json.loads(text)[name]]
         if changed:
-            raise ValueError(
-                f"--out {str(out)!r} holds a study that differs in {', '.join(changed)}; name another folder, or "
-                "remove it"
-            )
+            differs = f"holds a study that differs in {', '.join(changed)}"
+            raise ValueError(f"--out {str(out)!r} {differs}; name another folder, or remove it")
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {str(out)!r} exists and holds no study; expected a new or empty folder")
@@ -235,10 +220,13 @@ def _check_same_study(out: Path, facts: dict[str, object]) -> None:
 
 
 def _one_split(plan: _Plan, folder: Path, of_split: dict[str, object], *, seed: int) -> tuple[list[str], list[Row]]:
-    """Names of the trained models and the rows of one split; every stage is left out whose result is there.
+    """Return the trained models and the rows of one split; every stage is left out whose result is there.
 
     Each stage writes its result aside and renames it, so what is there is whole.
     """
+    from eval.comparison.cells import read_comparison
+    from eval.studies.scores import BASELINES, FLOOR, score_held_out
+
     shards, path = folder / "shards", folder / "scores.json"
     if not shards.exists():
         convert(plan.source, out=shards, **plan.conversion, **of_split)
@@ -252,10 +240,8 @@ def _one_split(plan: _Plan, folder: Path, of_split: dict[str, object], *, seed: 
                 sample(str(folder / model), out=drawn, like=shards / "test.h5ad", seed=number)
             samples[drawn] = model
     if not path.exists():
-        names = list(samples.values())
-        cells = read_comparison(
-            list(samples), shards / "test.h5ad", shards / "train.h5ad", names=names, reserved_names=RESERVED_NAMES
-        )
+        named = {"names": list(samples.values()), "reserved_names": (FLOOR, *(fit.__name__ for fit in BASELINES))}
+        cells = read_comparison(list(samples), shards / "test.h5ad", shards / "train.h5ad", **named)
         rows = score_held_out(cells.train, cells.real, cells.generated, draws=plan.draws)
         with written_aside(path) as aside:
             aside.write_text(json.dumps(rows, indent=1, allow_nan=False), encoding="utf-8")
@@ -263,34 +249,40 @@ def _one_split(plan: _Plan, folder: Path, of_split: dict[str, object], *, seed: 
 
 
 def _tables(folder: Path, shards: Path, vectors: str | None, *, learned: bool, seed: int) -> dict[str, Path | None]:
-    """Name of each model -> its table of vectors; None where every name is seen in training and learns its own."""
-    names = perturbation_names(shards)
-    trained = _trained_perturbations(shards)
-    given: dict[str, Vectors] = {}
+    """Return each model's table of vectors; None where every name is seen in training and learns its own."""
+    from training.perturbations.table import read_vectors, write_table
+
+    names = set(perturbation_names(shards))
+    trained = names & _trained_perturbations(shards)
+    given: dict[str, dict[str, torch.Tensor]] = {}
     if vectors is not None:
         raw = folder / "source.safetensors"
         if not raw.exists():
             embed(shards, raw, source=vectors, allow_missing=True)
-        given[VECTORS] = load_file(raw)
+        given[VECTORS] = read_vectors(raw)
         given[SHUFFLED] = shuffled(given[VECTORS], seed=seed)
     if learned:
         given[LEARNED] = {}
     tables: dict[str, Path | None] = {}
     for model, found in given.items():
-        is_needed = found or set(names) - trained
-        tables[model] = folder / f"{model}.safetensors" if is_needed else None
-        if is_needed and not tables[model].exists():
+        tables[model] = folder / f"{model}.safetensors" if found or names - trained else None
+        if tables[model] is not None and not tables[model].exists():
             write_table(completed(found, names, trained), tables[model], {"from": vectors, "model": model})
     return tables
 
 
 def _trained_perturbations(shards: Path) -> set[str]:
-    """Perturbations of training cells, without the control; the tokenizer of the shards knows held-out ones, too."""
+    """Return the perturbations of training cells; the tokenizer of the shards knows held-out ones, too."""
+    import anndata
+
+    from tokenization import DCMTokenizer
+    from training.data.h5ad import open_h5ad
+
     tokenizer = DCMTokenizer.from_pretrained(shards / "tokenizer")
     with open_h5ad(shards / "train.h5ad") as file:
         labels = anndata.io.read_elem(file["obs"])["perturbation"].dropna().unique()
     ids = tokenizer.perturbation_ids(labels)
-    return {tokenizer.perturbations[id_] for id_ in ids[ids >= 0].unique().tolist()} - {tokenizer.control}
+    return {tokenizer.perturbations[id_] for id_ in ids[ids >= 0].unique().tolist()}
 
 
 def _train(checkpoint: Path, shards: Path, table: Path | None, options: list[str]) -> None:
@@ -302,21 +294,23 @@ def _train(checkpoint: Path, shards: Path, table: Path | None, options: list[str
     train(parse([*options, "--data", str(shards), "--out", str(checkpoint), "--resume", *embeddings]))
 
 
-def _write(out: Path, study: Study, rows: list[Row]) -> None:
-    with written_aside(out / "zero_shot.json") as aside:
-        aside.write_text(study_json(study, rows), encoding="utf-8")
-    with written_aside(out / "zero_shot.md") as aside:
-        aside.write_text(study_markdown(study, rows), encoding="utf-8")
+def _write(out: Path, study: dict[str, object], rows: list[Row]) -> None:
+    """Write numbers, tables and figure, and print the tables."""
+    from eval.reports.tables import results_json
+    from eval.studies.tables import dot_plot, study_markdown, study_tables
+
+    for name, text in (("zero_shot.json", results_json(study, rows)), ("zero_shot.md", study_markdown(study, rows))):
+        with written_aside(out / name) as aside:
+            aside.write_text(text, encoding="utf-8")
     with written_aside(out / "zero_shot.png") as aside:
         dot_plot(study, rows).savefig(aside, format="png")
+    sys.stdout.write(study_tables(study, rows) + "\n")
+    logger.info("numbers: %s\ntables:  %s\nfigure:  %s", *(out / f"zero_shot.{kind}" for kind in ("json", "md", "png")))
 
 
 def cli() -> None:
     """Entry point of ``python -m eval.studies.zero_shot``."""
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    with user_errors():
-        tyro.cli(main)
+    run(main)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def test_tables_report_and_figure_are_written_and_nothing_else(results):
         assert min(image.size) > 800
     page = (out / "report.html").read_text()
     assert "independent_marginals" in page
-    assert page.count("<figure>") == 5
+    assert page.count("<figure>") == 4
 
 
 def test_conditions_under_twenty_cells_are_marked(results, folder):
