@@ -56,9 +56,9 @@ def main(
 
     The output has all genes of the model, in its order. X holds the given counts and, elsewhere, one draw; the layers
     posterior_mean and posterior_variance are over all draws (the count and 0 where it was given); the layer imputed is
-    1 where filled; var["measured"] says which genes the file has. With masking, the layer original holds the counts of
-    the file, and the log and uns["dcm_imputation"]["masked"] say how well masked entries were filled. The library size
-    is not given to the model. Columns of var and other layers of the file are left out.
+    1 where filled; var["measured"] says which genes were measured in every cell. With masking, the layer original holds
+    the counts of the file, and the log and uns["dcm_imputation"]["masked"] say how well masked entries were filled. The
+    library size is not given to the model. Columns of var and other layers of the file are left out.
 
     Args:
         checkpoint: Folder of a checkpoint, or its id on the Hub.
@@ -94,9 +94,9 @@ def main(
     unknown = [name for name in names or () if name not in known]
     if unknown:
         raise unknown_label_error("gene to mask", unknown, tokenizer.genes)
-    masks = Masks(measured.measured, np.isin(tokenizer.genes, names or []), mask_fraction or 0.0, seed)
-    is_masking = bool(mask_fraction) or bool((masks.genes & measured.measured).any())
-    if measured.measured.all() and not is_masking:
+    masks = Masks(np.isin(tokenizer.genes, names or []), mask_fraction or 0.0, seed)
+    is_masking = bool(mask_fraction) or bool((masks.genes & measured.panels).any())
+    if measured.panels.all() and not is_masking:
         raise ValueError(
             f"nothing to fill: {str(cells)!r} has all {len(tokenizer.genes):,} genes of the model; "
             "mask some with --mask-fraction or --genes-to-mask"
@@ -111,8 +111,8 @@ def main(
         chunks = impute(model, measured, masks, **options, masked=entries, report=report)
         described = {"checkpoint": Path(checkpoint).name, **options, "mask_fraction": mask_fraction or 0.0}
         _write(aside, cells, measured, chunks, described, entries)
-    lacking = int((~measured.measured).sum())
-    line = "%s: %d cells, %d genes that were not measured, %d draws; %.3g completions/s"
+    lacking = int((~measured.always_measured).sum())
+    line = "%s: %d cells, %d genes that were not measured (in every cell), %d draws; %.3g completions/s"
     logger.info(line, out, len(measured), lacking, draws, report.rate)
     if entries is not None:
         logger.info(entries.summary())
@@ -124,25 +124,25 @@ class Masks:
     """Which measured entries are hidden from the model.
 
     Attributes:
-        measured: (G,) genes of the file.
         genes: (G,) genes that are hidden in all cells.
         fraction: of each cell's other measured genes, rounded to a number of genes, at least one; 0: none.
         seed: keyed with the chunk.
     """
 
-    measured: np.ndarray
     genes: np.ndarray
     fraction: float
     seed: int
 
-    def draw(self, chunk: int, num_cells: int) -> np.ndarray:
-        """Hidden entries (B, G) of a chunk."""
-        open_ = np.flatnonzero(self.measured & ~self.genes)
-        hidden = np.tile(self.measured & self.genes, (num_cells, 1))
-        if self.fraction and len(open_):
-            keys = np.random.default_rng([self.seed, chunk]).random((num_cells, len(open_)))
-            number = max(1, round(self.fraction * len(open_)))
-            hidden[np.arange(num_cells)[:, None], open_[keys.argsort(axis=1)[:, :number]]] = True
+    def draw(self, chunk: int, measured: np.ndarray) -> np.ndarray:
+        """Hidden entries (B, G) of a chunk, among those that were measured."""
+        hidden, open_ = measured & self.genes, measured & ~self.genes
+        some = np.flatnonzero(open_.any(axis=0))
+        if self.fraction and len(some):
+            keys = np.random.default_rng([self.seed, chunk]).random((len(measured), len(some)))
+            keys[~open_[:, some]] = 1.0  # above all others
+            rank = keys.argsort(axis=1).argsort(axis=1)
+            number = np.maximum(1, np.round(self.fraction * open_.sum(axis=1)))[:, None]
+            hidden[:, some] |= (rank < number) & open_[:, some]
         return hidden
 
 
@@ -172,8 +172,9 @@ def impute(
 
     for chunk, rows in row_chunks(len(cells), batch_size):
         counts = cells.counts[rows].toarray()
-        hidden = masks.draw(chunk, len(counts))
-        fill = hidden | ~cells.measured
+        measured = cells.measured(rows)
+        hidden = masks.draw(chunk, measured)
+        fill = hidden | ~measured
         observed = torch.from_numpy(np.where(fill, -1, cells.count_ids(counts)))
         drawn = np.empty((draws, int(fill.sum())), dtype=np.int32)  # (D, M)
         for draw in range(draws):
@@ -225,7 +226,7 @@ def _write(
     from training.data.h5ad import damage_named, write_h5ad_in_blocks
 
     tokenizer = cells.tokenizer
-    var = pd.DataFrame({"measured": cells.measured}, index=tokenizer.genes)
+    var = pd.DataFrame({"measured": cells.always_measured}, index=tokenizer.genes)
     uns: dict[str, object] = {"dcm_conditions": np.array(cells.conditions, dtype=object)}
     if "perturbation" in cells.conditions and tokenizer.control is not None:
         uns["dcm_control"] = tokenizer.control
@@ -234,6 +235,7 @@ def _write(
         with damage_named(source), h5py.File(source, "r") as file:
             kept = {name: read_elem(file[name]) for name in ("obsm", "obsp", "uns") if name in file}
     uns |= kept.pop("uns", {})  # the file knows its own conditions best
+    uns.pop("dcm_panels", None)  # nothing is unmeasured now
     dtypes = {X: np.int32, MEAN: np.float32, VARIANCE: np.float32, IMPUTED: np.int8}
     if masked is not None:
         dtypes[ORIGINAL] = np.int32

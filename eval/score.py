@@ -66,6 +66,7 @@ def main(
     from training.data.h5ad import open_h5ad
 
     open_h5ad(cells).close()
+    import numpy as np
     import torch
 
     from eval.drawing.measured import read_measured_cells
@@ -77,16 +78,22 @@ def main(
     options = {"num_samples": num_samples, "seed": seed, "batch_size": batch_size}
     with ProgressReport(len(measured), task="scoring", unit="cells") as report:
         scores = score(model, measured, **options, give_library_size=given == "conditioned", embed=embed, report=report)
-    num_genes = int(measured.measured.sum())
-    described = {"checkpoint": Path(checkpoint).name, **options, "library_size": given, "num_genes": num_genes}
-    _write(cells, out, scores, described | {"conditions": measured.conditions})
+    num_genes = measured.panels.sum(axis=1)[measured.panel]  # (N,)
+    numbers = np.unique(num_genes).tolist()
+    described = {
+        "checkpoint": Path(checkpoint).name,
+        **options,
+        "library_size": given,
+        "num_genes": numbers[0] if len(numbers) == 1 else np.array(numbers),
+    }
+    _write(cells, out, scores, described | {"conditions": measured.conditions}, num_genes)
     logger.info(
-        "%s: %d cells, ELBO %.2f nats per cell (%.4f per gene, %d genes), library size %s; %.3g cells/s",
+        "%s: %d cells, ELBO %.2f nats per cell (%.4f per gene, %s genes), library size %s; %.3g cells/s",
         out,
         len(measured),
         scores["elbo"].mean(),
-        scores["elbo"].mean() / num_genes,
-        num_genes,
+        (scores["elbo"] / num_genes).mean(),
+        " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1])))),
         "given" if given == "conditioned" else "not given",
         report.rate,
     )
@@ -142,7 +149,7 @@ def _library_size_given(
     Raises:
         ValueError: it was asked for and cannot be.
     """
-    missing = int((~cells.measured).sum())
+    missing = int((~cells.always_measured).sum())
     if not model.config.library_size_conditioning:
         if wanted == "conditioned":
             raise ValueError("--library-size conditioned: this model was trained without library sizes; leave it out")
@@ -150,14 +157,17 @@ def _library_size_given(
     if not missing or wanted == "null":
         return wanted or "conditioned"
     reason = f"the library size is the total over all genes of the model, and {missing:,} were not measured"
+    reason += "" if len(cells.panels) == 1 else " in every cell"
     if wanted == "conditioned":
         raise ValueError(f"--library-size conditioned: {reason}; pass --library-size null")
     logger.warning("%s: it is not given, as with --library-size null", reason)
     return "null"
 
 
-def _write(cells: Path, out: Path, scores: dict[str, np.ndarray], options: dict[str, object]) -> None:
-    """Copy the file and add columns, embeddings and options to the copy."""
+def _write(
+    cells: Path, out: Path, scores: dict[str, np.ndarray], options: dict[str, object], num_genes: np.ndarray
+) -> None:
+    """Copy the file and add columns, embeddings and options to the copy; ``num_genes`` (N,) were measured."""
     import h5py
     import numpy as np
     from anndata.io import write_elem
@@ -165,7 +175,7 @@ def _write(cells: Path, out: Path, scores: dict[str, np.ndarray], options: dict[
     ending = GIVEN_LIBRARY_SIZE if options["library_size"] == "conditioned" else ""
     columns = {
         "dcm_elbo": scores["elbo"],
-        "dcm_elbo_per_gene": scores["elbo"] / options["num_genes"],
+        "dcm_elbo_per_gene": scores["elbo"] / num_genes,
         "dcm_elbo_error": scores["error"],
     }
     entries = {("uns", f"dcm_score{ending}"): options | {"conditions": np.array(options["conditions"], dtype=object)}}

@@ -17,6 +17,7 @@ from scipy import sparse
 
 from tokenization.labels_dcm import shortened
 from training.data.formats import read_counts
+from training.data.shards import read_panels
 
 if TYPE_CHECKING:
     import anndata
@@ -75,7 +76,8 @@ class CellCounts:
 class Comparison:
     """What is compared: genes, in their order, and condition columns are the same in all of it.
 
-    ``genes_left_out`` are genes of the real cells that some other file lacks; none unless that was allowed.
+    ``genes_left_out`` are genes of the real cells that some other file lacks (none unless that was allowed), or that
+    were not measured in all cells of every file.
     """
 
     real: CellCounts
@@ -84,6 +86,7 @@ class Comparison:
     genes: list[str]
     checkpoint: str | None
     genes_left_out: tuple[str, ...] = ()
+    panels_differ: bool = False  # some file has cells in which not all of its genes were measured
 
     def genes_note(self) -> str | None:
         """What a reader of the numbers must know where not all genes of the real cells are compared."""
@@ -91,7 +94,8 @@ class Comparison:
             return None
         return (
             f"{len(self.genes):,} of the {len(self.genes) + len(self.genes_left_out):,} genes of the real cells; left "
-            f"out, as another file lacks them: {shortened(self.genes_left_out)}"
+            f"out, as another file lacks them{' or some cells were not measured there' if self.panels_differ else ''}: "
+            f"{shortened(self.genes_left_out)}"
         )
 
 
@@ -165,6 +169,18 @@ def read_comparison(
     train_file = read_counts(train)
     others = {str(path): file.var_names for path, file in zip((*generated, train), (*files, train_file))}
     kept, left_out = _common_genes(real_file.var_names, others, genes, real=str(real))
+    named = {str(path): file for path, file in zip((real, *generated, train), (real_file, *files, train_file))}
+    unmeasured = set().union(*(_not_measured(file, name) for name, file in named.items()))
+    if unmeasured:
+        left_out = tuple(gene for gene in map(str, real_file.var_names) if gene in unmeasured or gene in left_out)
+        kept = [gene for gene in kept if gene not in unmeasured]
+        if not kept:
+            raise ValueError(
+                "no gene was measured in all cells of all files (uns['dcm_panels']): compare the cells of one panel at "
+                "a time, those with one value of obs['panel']"
+            )
+        what = "compared on the %d of %d genes that were measured in all cells of all files"
+        logger.warning(what, len(kept), real_file.n_vars)
     control = str(real_file.uns["dcm_control"]) if control is None and "dcm_control" in real_file.uns else control
     conditions = _condition_columns(condition_keys, real_file, files)
     options = {"conditions": conditions, "genes": kept, "control": control}
@@ -184,7 +200,9 @@ def read_comparison(
     found = [file.uns.get("dcm_sampling", {}).get("checkpoint") for file in files]
     checkpoints = list(dict.fromkeys(str(checkpoint) for checkpoint in found if checkpoint is not None))
     train_cells = from_anndata(train_file, name=str(train), **options)
-    comparison = Comparison(real_cells, train_cells, by_model, kept, ", ".join(checkpoints) or None, left_out)
+    comparison = Comparison(
+        real_cells, train_cells, by_model, kept, ", ".join(checkpoints) or None, left_out, bool(unmeasured)
+    )
     _warn_of_gaps(comparison)
     return comparison
 
@@ -264,6 +282,12 @@ def _common_genes(
         raise ValueError(f"{what}; add them, or compare on the {len(kept):,} others with --genes shared")
     logger.warning("%s: compared on the %d genes that all files share", what, len(kept))
     return list(map(str, kept)), tuple(map(str, of_real[~of_real.isin(kept)]))
+
+
+def _not_measured(file: "anndata.AnnData", name: str) -> set[str]:
+    """Genes that were not measured in some cell of a file."""
+    _, measured = read_panels(file.obs, file.uns.get("dcm_panels"), file.n_vars, file=name)
+    return set(map(str, file.var_names[~measured.all(axis=0)]))
 
 
 def _check_unique_genes(names: pd.Index, file: str) -> None:

@@ -40,7 +40,8 @@ class MeasuredCells:
     Attributes:
         obs: annotations of the cells.
         counts: (N, G) CSR as they stand in the file, not clipped; nothing is stored at genes that it lacks.
-        measured: (G,) which genes the file has.
+        panel: (N,) of each cell.
+        panels: (P, G) which genes were measured in the cells of each panel.
         conditions: names of the conditions that ``obs`` gave.
         condition_ids: their ids, one row for each cell; -1 is *not given*.
         tokenizer: of the checkpoint.
@@ -48,13 +49,23 @@ class MeasuredCells:
 
     obs: pd.DataFrame
     counts: sparse.csr_matrix
-    measured: np.ndarray
+    panel: np.ndarray
+    panels: np.ndarray
     conditions: list[str]
     condition_ids: dict[str, torch.Tensor]
     tokenizer: DCMTokenizer
 
     def __len__(self) -> int:
         return self.counts.shape[0]
+
+    def measured(self, rows: slice = slice(None)) -> np.ndarray:
+        """Which genes (B, G) were measured in some cells."""
+        return self.panels[self.panel[rows]]
+
+    @property
+    def always_measured(self) -> np.ndarray:
+        """Which genes (G,) were measured in every cell."""
+        return self.panels.all(axis=0)
 
     def count_ids(self, counts: np.ndarray) -> np.ndarray:
         """Ids of counts of any shape; those above the largest have its id, which was said when the file was read."""
@@ -63,7 +74,7 @@ class MeasuredCells:
     def input_ids(self, rows: slice) -> torch.Tensor:
         """Ids (B, G) of some cells, PAD where not measured."""
         ids = self.count_ids(self.counts[rows].toarray())
-        ids[:, ~self.measured] = self.tokenizer.pad_token_id
+        ids[~self.measured(rows)] = self.tokenizer.pad_token_id
         return as_tensor(ids)
 
     def conditions_of(self, rows: slice) -> dict[str, torch.Tensor]:
@@ -92,6 +103,10 @@ def read_measured_cells(path: Path, tokenizer: DCMTokenizer, layer: str | None =
     with opened_counts(path, layer) as file:
         columns = panel_columns(file, tokenizer.genes)
         _report_genes(file, columns, tokenizer.genes)
+        panel, panels = file.measured(columns)
+        if len(panels) > 1:
+            what = "%s: %d of the model's %d genes were measured in every cell; the others are none where they were not"
+            logger.warning(what, path.name, panels.all(axis=0).sum(), len(columns))
         names, ids = _observed_conditions(path.name, file.obs, tokenizer)
         with ProgressReport(len(file.obs), task=f"reading {path.name}", unit="cells") as report:
             counts = sparse.vstack(list(file.counts.panel_blocks(columns, report.update)), format="csr")
@@ -105,7 +120,7 @@ def read_measured_cells(path: Path, tokenizer: DCMTokenizer, layer: str | None =
             counts.data.max(),
             tokenizer.max_count,
         )
-    return MeasuredCells(file.obs, counts.astype(np.int32), columns >= 0, names, ids, tokenizer)
+    return MeasuredCells(file.obs, counts.astype(np.int32), panel, panels, names, ids, tokenizer)
 
 
 def library_sizes_of(path: Path, genes: list[str], layer: str | None = None) -> torch.Tensor:
@@ -125,6 +140,12 @@ def library_sizes_of(path: Path, genes: list[str], layer: str | None = None) -> 
         if absent:
             raise ValueError(
                 f"{str(path)!r} lacks {len(absent):,} of the panel's {len(genes):,} genes ({shortened(absent)}): "
+                "library sizes need all of them; leave out --like-library-size to draw them from the training cells"
+            )
+        partly = int((~file.measured(columns)[1].all(axis=0)).sum())
+        if partly:
+            raise ValueError(
+                f"{str(path)!r}: {partly:,} of the panel's {len(genes):,} genes were not measured in all cells: "
                 "library sizes need all of them; leave out --like-library-size to draw them from the training cells"
             )
         with ProgressReport(len(file.obs), task="summing library sizes", unit="cells") as report:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import anndata
 import numpy as np
 import pytest
+import scipy.sparse
 from PIL import Image
 
 from eval import sample
@@ -175,6 +176,39 @@ def test_held_out_conditions_have_the_split_half_floor_and_true_cells_are_at_it(
     note = f"in {len(conditions) - 1} of {len(conditions)} conditions no training cell is there to be the floor"
     assert found["floor"].startswith(note)
     assert note in (tmp_path / "results.md").read_text()
+
+
+def of_two_panels(adata: anndata.AnnData) -> anndata.AnnData:
+    """Half the cells measured 15 of the 30 genes: there the others are stored as nothing."""
+    few = np.arange(len(adata)) % 2 == 1
+    counts = adata.X.toarray()
+    counts[np.ix_(few, np.arange(30) >= 15)] = 0
+    adata.X = scipy.sparse.csr_matrix(counts)
+    adata.obs["panel"] = np.where(few, "few", "all")
+    adata.uns["dcm_panels"] = {"all": np.ones(30, dtype=bool), "few": np.arange(30) < 15}
+    return adata
+
+
+def test_only_genes_that_were_measured_in_all_cells_are_compared(folder, tmp_path, caplog):
+    options = {"protocol": "log", "baselines": "none"}
+    for name in ("train", "test", "generated_0"):
+        adata = anndata.read_h5ad(folder / f"{name}.h5ad")
+        adata[:, :15].copy().write_h5ad(tmp_path / f"{name}.h5ad")
+        (adata if name.startswith("gen") else of_two_panels(adata)).write_h5ad(tmp_path / f"union_{name}.h5ad")
+    expected = run_main(tmp_path, tmp_path / "few", "generated_0.h5ad", **options)
+    for name in ("train", "test"):
+        (tmp_path / f"union_{name}.h5ad").rename(tmp_path / f"{name}.h5ad")
+    found = run_main(tmp_path, tmp_path / "union", "union_generated_0.h5ad", **options)
+    assert found["rows"] == expected["rows"]
+    assert found["genes"].startswith(
+        "15 of the 30 genes of the real cells; left out, as another file lacks them or some"
+    )
+    assert "compared on the 15 of 30 genes that were measured in all cells of all files" in caplog.text
+    real = anndata.read_h5ad(tmp_path / "test.h5ad")
+    real.uns["dcm_panels"]["all"] = ~real.uns["dcm_panels"]["few"]
+    real.write_h5ad(tmp_path / "test.h5ad")
+    with pytest.raises(ValueError, match="no gene was measured in all cells of all files"):
+        run_main(tmp_path, tmp_path / "none", "union_generated_0.h5ad", **options)
 
 
 def _log_normalised(adata: anndata.AnnData) -> None:

@@ -73,6 +73,22 @@ def test_given_counts_are_kept_exactly_and_missing_genes_filled_in_the_models_or
     assert "original" not in out.layers
 
 
+def test_genes_that_were_not_measured_in_some_cells_are_filled_there(checkpoint, tmp_path):
+    cells = measured_cells(GENES)
+    cells.obs["panel"] = ["few", "all"] * 6
+    few = np.isin(GENES, ["g0", "g3", "g5"])
+    cells.uns["dcm_panels"] = {"all": np.ones(7, bool), "few": few}
+    out = completed(checkpoint, cells, tmp_path)
+    filled = np.zeros((12, 7), bool)
+    filled[::2] = ~few
+    np.testing.assert_array_equal(out.layers["imputed"].toarray(), filled)
+    np.testing.assert_array_equal(out.X.toarray()[~filled], cells.X.toarray()[~filled])
+    assert out.var["measured"].tolist() == few.tolist()
+    assert "dcm_panels" not in out.uns
+    hidden = completed(checkpoint, cells, tmp_path, mask_fraction=0.4).layers["imputed"].toarray().sum(axis=1)
+    assert hidden.tolist() == [4 + 1, 3] * 6
+
+
 def test_annotations_of_the_cells_are_kept_and_how_cells_were_filled_is_said(checkpoint, tmp_path):
     cells = measured_cells(GENES[:4])
     out = completed(checkpoint, cells, tmp_path, seed=3)

@@ -87,6 +87,13 @@ def scored(checkpoint: str, file: Path, **options) -> anndata.AnnData:
     return anndata.read_h5ad(main(checkpoint, file, out=out, **options))
 
 
+def of_two_panels(cells: anndata.AnnData, lacking: list[str]) -> anndata.AnnData:
+    """Every second cell is of a panel without some genes; whatever stands there was not measured."""
+    cells.obs["panel"] = pd.Categorical(["all", "few"] * (len(cells) // 2))
+    cells.uns["dcm_panels"] = {"all": np.ones(cells.n_vars, bool), "few": ~cells.var_names.isin(lacking)}
+    return cells
+
+
 # --- what is written -------------------------------------------------------------------------------------------------
 
 
@@ -278,3 +285,47 @@ def test_scoring_leaves_the_global_random_state_alone(plain, file):
     before = torch.get_rng_state()
     scored(plain, file, num_samples=2)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- several panels --------------------------------------------------------------------------------------------------
+
+
+def test_what_was_not_measured_in_a_cell_is_no_count(checkpoint, tmp_path, caplog):
+    cells = of_two_panels(measured_cells(), ["g0", "g2", "g5"])
+    zeros, junk = cells.copy(), cells.copy()
+    unmeasured = np.ix_(np.arange(1, 20, 2), cells.var_names.isin(["g0", "g2", "g5"]))
+    for other, value in ((zeros, 0), (junk, 3)):
+        dense = other.X.toarray()
+        dense[unmeasured] = value
+        other.X = sparse.csr_matrix(dense)
+    a, b = (
+        scored(checkpoint, written(other, tmp_path / "cells.h5ad"), num_samples=4).copy() for other in (zeros, junk)
+    )
+    pd.testing.assert_frame_equal(a.obs, b.obs)
+    np.testing.assert_array_equal(a.obsm["X_dcm"], b.obsm["X_dcm"])
+    np.testing.assert_allclose(a.obs["dcm_elbo"] / a.obs["dcm_elbo_per_gene"], [7, 4] * 10)
+    assert a.uns["dcm_score"]["num_genes"].tolist() == [4, 7]
+    assert "4 of the model's 7 genes were measured in every cell" in caplog.text
+    assert "3 were not measured in every cell: it is not given" in caplog.text
+
+
+def test_panels_that_do_not_fit_the_file_are_refused(checkpoint, tmp_path):
+    cells = of_two_panels(measured_cells(), ["g0"])
+    with pytest.raises(ValueError, match=r"uns\['dcm_panels'\] is of \[9\] genes, the file has 8"):
+        scored(checkpoint, written(cells[:, :8].copy(), tmp_path / "cells.h5ad"))
+    del cells.obs["panel"]
+    with pytest.raises(ValueError, match=r"obs\['panel'\] must name one of all, few .* but it is not there"):
+        scored(checkpoint, written(cells, tmp_path / "cells.h5ad"))
+
+
+@pytest.mark.parametrize("kind", ["raw", "float16"])
+def test_raw_with_other_genes_and_dense_float16_score_as_the_counts_do(checkpoint, file, kind):
+    expected = scored(checkpoint, file, num_samples=2).obs
+    cells = measured_cells()
+    if kind == "raw":
+        cells = cells[:, ["g0", "g1"]].copy()
+        cells.X = cells.X.log1p()
+    else:
+        cells.X = cells.X.toarray().astype(np.float16)
+    found = scored(checkpoint, written(cells, file), num_samples=2, layer="raw" if kind == "raw" else None).obs
+    pd.testing.assert_frame_equal(found, expected)

@@ -119,10 +119,11 @@ def _open_h5ad(path: Path, scratch: Path, layer: str | None, report: Report) -> 
         name = "raw/X" if raw else "X" if layer is None else f"layers/{layer}"
         with damage_named(path):
             obs, var = read_elem(file["obs"]), read_elem(file[RAW]["var"] if raw else file["var"])
+            panels = read_elem(file["uns/dcm_panels"]) if not raw and "uns/dcm_panels" in file else None
             matrix = _matrix(path, file, name, scratch, report)
     source = "X" if layer is None else "raw.X" if raw else f"layer {layer!r}"
     others = [name for name in known if name != layer]
-    return CountFile(Counts(path, f"{source} of {path.name}", matrix, others), obs, var)
+    return CountFile(Counts(path, f"{source} of {path.name}", matrix, others), obs, var, panels=panels)
 
 
 def _matrix(

@@ -21,6 +21,7 @@ import scipy.sparse
 from anndata.io import sparse_dataset, write_elem
 
 from tokenization.count_checks_dcm import CountCheck
+from training.data.shards import read_panels
 from training.data.workers import Report
 
 BLOCK_CELLS = 4096
@@ -291,6 +292,8 @@ class Counts:
             if checked.is_clean and checked.maximum > LARGEST_COUNT:
                 raise ValueError(f"{self.source} has the value {checked.maximum:.4g}; expected counts below 2^31")
             if checked.is_clean:
+                if block.dtype == np.float16:  # scipy has no such sparse matrix
+                    block = block.astype(np.float32)
                 counts = scipy.sparse.csr_matrix(block).astype(np.int64)
                 counts.sum_duplicates()
                 counts.eliminate_zeros()
@@ -321,14 +324,22 @@ class CountFile:
         obs: annotations of the cells, indexed by cell name.
         var: annotations of the genes, indexed by gene name.
         are_genes: (F,) which columns are genes; others (antibodies, guides) are no gene expression.
+        panels: what ``uns["dcm_panels"]`` says of the genes that were measured (:func:`~.shards.read_panels`), if it is
+            there.
     """
 
     counts: Counts
     obs: pd.DataFrame
     var: pd.DataFrame
     are_genes: np.ndarray | None = None
+    panels: Mapping[str, np.ndarray] | None = None
 
     @property
     def path(self) -> Path:
         """The file or folder."""
         return self.counts.path
+
+    def measured(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Panel of each cell (n,), and which of the genes in ``columns`` (G,) each panel has (P, G): none where -1."""
+        panel, measured = read_panels(self.obs, self.panels, len(self.var), file=str(self.path))
+        return panel, measured[:, columns] & (columns >= 0)

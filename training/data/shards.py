@@ -13,6 +13,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import datasets
+    import pandas as pd
 
 SPLITS = ("train", "validation", "test")
 COUNTS = ("genes", "expressions")
@@ -55,6 +56,37 @@ def find_panels(measured: np.ndarray, files: Sequence[str], genes: Sequence[str]
         for i, (name, pattern) in enumerate(patterns.items())
     }
     return Panels(missing=missing, measured=patterns, of_file=of_file)
+
+
+def read_panels(
+    obs: "pd.DataFrame", panels: Mapping[str, np.ndarray] | None, num_genes: int, *, file: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read what an h5ad file says of the genes that were measured: its column ``panel`` and ``uns["dcm_panels"]``.
+
+    Returns:
+        The panel of each cell (n,), and which genes were measured in each panel that has cells (P, F); one panel of all
+        genes where the file says nothing (``panels`` is None).
+
+    Raises:
+        ValueError: panels of other genes, or cells without one.
+    """
+    if panels is None:
+        return np.zeros(len(obs), dtype=np.int64), np.ones((1, num_genes), dtype=bool)
+    sizes = {len(measured) for measured in panels.values()}
+    if sizes != {num_genes}:
+        raise ValueError(
+            f"{file!r}: uns['dcm_panels'] is of {sorted(sizes)} genes, the file has {num_genes:,}: "
+            "choose genes in uns['dcm_panels'] as in var, so that it is known which were measured"
+        )
+    names, panel = np.unique(obs[PANEL].astype(str) if PANEL in obs else [], return_inverse=True)
+    unknown = [name for name in names if name not in panels]
+    if len(panel) != len(obs) or unknown:
+        found = f"it holds {unknown[0]!r}" if unknown else "it is not there"
+        raise ValueError(
+            f"{file!r}: obs[{PANEL!r}] must name one of {', '.join(panels)} (uns['dcm_panels']) for every cell, but "
+            f"{found}; write it as dcm-convert did, so that it is known which genes were measured"
+        )
+    return panel, np.stack([np.asarray(panels[name], dtype=bool) for name in names])
 
 
 def shard_features(num_genes: int, largest_count: int, labels: Mapping[str, Sequence[str]]) -> "datasets.Features":

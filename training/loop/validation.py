@@ -39,7 +39,7 @@ class Validation:
         has_cells = any((config.data / "validation").glob("*.parquet"))
         self.cells = open_cells(config, "validation", tokenizer) if has_cells else None
         self.quiet = replace(config, label_dropout=0.0, query_genes=None)
-        self.reference: tuple[np.ndarray, float, dict[str, float]] | None = None
+        self.reference: tuple[np.ndarray, np.ndarray, float, dict[str, float]] | None = None
 
     @torch.no_grad()
     def losses(self, model: DCMForDenoising, ema: list[torch.Tensor]) -> dict[str, float]:
@@ -64,23 +64,29 @@ class Validation:
 
         ``score_mmd2`` (Eq. 7, unbiased, one RBF with the median width of the validation cells), and
         ``score_correlation`` and ``score_correlation_slope`` of the 100 most variable genes; each also as
-        ``..._floor``, of as many training cells. None with fewer than two cells.
+        ``..._floor``, of as many training cells. Genes that were not measured in all of these cells are left out. None
+        with fewer than two cells, or no gene.
         """
         if not self.cells or len(self.cells) < 2:
             return {}
         number = min(len(self.cells), self.config.score_cells)
         if self.reference is None:
-            real = _log1p(self.cells.csr(range(number)))
-            width = median_bandwidth(real)
             rows = np.random.default_rng([self.config.seed, 0, FLOOR]).permutation(len(self.training_cells))[:number]
-            floor = _agreement(_log1p(self.training_cells.csr(np.sort(rows))), real, width)
-            self.reference = real, width, {f"{name}_floor": value for name, value in floor.items()}
-        real, width, floor = self.reference
+            rows = np.sort(rows)
+            genes = _always_measured(self.cells, np.arange(number)) & _always_measured(self.training_cells, rows)
+            if not genes.any():
+                logger.warning("no gene was measured in all validation and training cells: there are no scores")
+                return {}
+            real = _log1p(self.cells.csr(range(number)))[:, genes]
+            width = median_bandwidth(real)
+            floor = _agreement(_log1p(self.training_cells.csr(rows))[:, genes], real, width)
+            self.reference = genes, real, width, {f"{name}_floor": value for name, value in floor.items()}
+        genes, real, width, floor = self.reference
         conditions = {name: ids[:number] for name, ids in self.cells.conditions.items()}
         options = {"steps": SCORE_STEPS, "seed": self.config.seed, "batch_size": self.config.batch_size}
         with averaged_weights(model, ema) as averaged:
             ids = averaged.generate(number, **conditions, **options)
-        return _agreement(_log1p(self.tokenizer.decode(ids).X), real, width) | floor
+        return _agreement(_log1p(self.tokenizer.decode(ids).X)[:, genes], real, width) | floor
 
     def entropy_curve(self, model: DCMForDenoising) -> dict[str, list[float]] | None:
         """Measure the entropy curve of ``model``, as it is; None without cells in which every gene was measured."""
@@ -118,6 +124,11 @@ def _complete_cells(cells: Cells, number: int) -> list[int]:
     """The first ``number`` cells in which every gene was measured, or as many as there are."""
     is_complete = cells.measured.all(axis=1)[cells.panel]
     return np.flatnonzero(is_complete)[:number].tolist()
+
+
+def _always_measured(cells: Cells, rows: np.ndarray) -> np.ndarray:
+    """Which genes (G,) were measured in all of these cells."""
+    return cells.measured[cells.panel[rows]].all(axis=0)
 
 
 def _log1p(counts) -> np.ndarray:
