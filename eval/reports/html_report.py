@@ -171,8 +171,8 @@ def _condition_section(rows: Sequence[Row]) -> list[str]:
     ]
     sentence = (
         f"{METRICS[MAP_METRIC].label} of each condition (protocol {protocol}): how many standard deviations of the "
-        "floor it lies above the floor. 2 or less is at the floor; the darker, the farther from the real cells. The "
-        f"conditions that are worst for any model stand first; {CONDITIONS_LISTED} are listed at most."
+        "floor it lies above the floor. 2 or less is at the floor; a stronger colour is farther from real cells. "
+        f"The conditions that are worst for any model stand first; {CONDITIONS_LISTED} are listed at most."
     )
     return [
         "<h2>Conditions</h2>",
