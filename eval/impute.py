@@ -21,7 +21,7 @@ import tyro
 
 from eval.drawing.checkpoint import check_checkpoint, load_checkpoint
 from eval.sample import Schedule
-from tokenization.labels_dcm import unknown_label_error
+from tokenization.labels_dcm import read_names, unknown_label_error
 from training.data.command_line import ProgressReport, run
 from training.data.files import check_writable, written_aside
 
@@ -228,8 +228,10 @@ def _write(
     tokenizer = cells.tokenizer
     var = pd.DataFrame({"measured": cells.always_measured}, index=tokenizer.genes)
     uns: dict[str, object] = {"dcm_conditions": np.array(cells.conditions, dtype=object)}
-    if "perturbation" in cells.conditions and tokenizer.control is not None:
-        uns["dcm_control"] = tokenizer.control
+    if "perturbation" in cells.conditions:
+        uns["dcm_separator"] = tokenizer.separator or ""
+        if tokenizer.control is not None:
+            uns["dcm_control"] = tokenizer.control
     kept: dict[str, dict] = {}
     if source.is_file():
         with damage_named(source), h5py.File(source, "r") as file:
@@ -249,7 +251,7 @@ def _gene_names(path: Path) -> list[str]:
     """The names in a file, one per line."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}; expected gene names, one per line")
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = read_names(path)
     if not names:
         raise ValueError(f"{str(path)!r} lists no genes; expected names, one per line")
     return names

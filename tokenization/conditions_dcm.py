@@ -34,12 +34,12 @@ def repeated(names: Sequence[str]) -> list[str]:
 
 
 def check_names(kind: str, names: Sequence[str]) -> None:
-    """Raise ValueError for a name that is repeated, empty, or has white space around it."""
+    """Raise ValueError for a name that is repeated, empty, has white space around it or a line break of any kind."""
     if len(set(names)) != len(names):
         raise ValueError(f"{kind} has {len(repeated(names)):,} names more than once: {shortened(repeated(names))}")
     for name in names:
-        if name != name.strip() or not name or "\n" in name:
-            raise ValueError(f"{kind} has the name {name!r}; expected text without white space around it")
+        if name != name.strip() or name.splitlines() != [name]:
+            raise ValueError(f"{kind} has the name {name!r}; expected one line without white space around it")
 
 
 class ConditionLabels:
@@ -218,8 +218,10 @@ class ConditionLabels:
                 labels[name] = _labels_of(ids["covariate_ids"][:, position], vocabulary)
         labels = {name: column for name, column in labels.items() if np.not_equal(column, None).any()}
         uns: dict[str, object] = {"dcm_conditions": np.array(list(labels), dtype=object)}
-        if PERTURBATION in labels and self.control is not None:
-            uns["dcm_control"] = self.control
+        if PERTURBATION in labels:
+            uns["dcm_separator"] = self.separator or ""
+            if self.control is not None:
+                uns["dcm_control"] = self.control
         return labels, uns
 
 

@@ -1,14 +1,35 @@
-"""Turn label columns into ids, and unknown labels into errors that list near matches.
+"""Read names, turn label columns into ids, and unknown labels into errors that list near matches.
 
 Needs numpy only: pandas columns are recognised by what they offer.
 """
 
 import difflib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 SHOWN_LABELS = 20
+
+
+def read_text(path: str | Path) -> str:
+    """Text of a file of names. A byte-order mark, as spreadsheets write it, is no part of the first one.
+
+    Raises:
+        ValueError: it is not text in UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not a text file ({error}); expected UTF-8") from error
+
+
+def read_names(path: str | Path) -> list[str]:
+    """Names of a text file, one per line, in order, without white space around them; empty lines are passed over.
+
+    Raises as :func:`read_text`.
+    """
+    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 
 def unknown_label_error(kind: str, unknown: Sequence[str], known: Sequence[str]) -> ValueError:

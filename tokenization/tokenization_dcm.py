@@ -18,7 +18,7 @@ from transformers import BatchEncoding, PreTrainedTokenizer
 from .conditions_dcm import ConditionLabels, as_tensor, check_names, repeated
 from .count_checks_dcm import CountCheck, library_size
 from .gene_names_dcm import find_genes
-from .labels_dcm import factorize, shortened, split_perturbation
+from .labels_dcm import factorize, read_text, shortened, split_perturbation
 
 logger = logging.getLogger(__name__)
 
@@ -166,9 +166,9 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
         """Ids of measured cells.
 
         Args:
-            cells: an AnnData, a scipy sparse matrix or an array of counts (n, number of genes).
-            genes: names of the columns; for an AnnData default its ``var_names``, else the panel itself. Versions of
-                Ensembl ids need not be the panel's.
+            cells: an AnnData, a DataFrame, a scipy sparse matrix or an array of counts (n, number of genes).
+            genes: names of the columns; for an AnnData default its ``var_names``, for a DataFrame its ``columns``,
+                else the panel itself. Versions of Ensembl ids need not be the panel's.
             layer: of an AnnData, the layer with the counts (default ``X``).
             clip: give counts above ``max_count`` the id of ``max_count``, with one warning; False raises.
 
@@ -188,8 +188,9 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
         if layer is not None and layer not in layers:
             raise ValueError(f"no layer {layer!r}; layers here: {', '.join(layers) or 'none'}")
         matrix = cells if not is_anndata else cells.X if layer is None else cells.layers[layer]
-        names = genes if genes is not None else cells.var_names if is_anndata else self.genes
-        counts, measured = self._panel_counts(matrix, [str(name) for name in names], layers)
+        if genes is None:
+            genes = cells.var_names if is_anndata else getattr(cells, "columns", self.genes)
+        counts, measured = self._panel_counts(matrix, [str(name) for name in genes], layers)
         input_ids = self.count_ids(counts, clip=clip)
         if len(measured) < len(self.genes):
             measured_ids = input_ids
@@ -314,5 +315,4 @@ def _read_vocabularies(genes_file: str | None, conditions_file: str | None, fold
     for path, name in ((genes_file, "genes.txt"), (conditions_file, "conditions.json")):
         if path is None or not Path(path).is_file():
             raise ValueError(f"no {name} in {folder!r}; expected a folder that DCMTokenizer.save_pretrained wrote")
-    genes, conditions = (Path(path).read_text(encoding="utf-8") for path in (genes_file, conditions_file))
-    return genes.splitlines(), json.loads(conditions)
+    return read_text(genes_file).removesuffix("\n").split("\n"), json.loads(read_text(conditions_file))

@@ -20,7 +20,7 @@ import tyro
 
 from tokenization.conditions_dcm import PERTURBATION
 from tokenization.gene_names_dcm import find_genes
-from tokenization.labels_dcm import shortened, split_perturbation
+from tokenization.labels_dcm import read_names, shortened, split_perturbation
 from training.data.command_line import run
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def perturbation_names(source: Path) -> list[str]:
         ValueError: it names no perturbation.
     """
     if source.is_file():
-        names, control = {line.strip() for line in source.read_text(encoding="utf-8").splitlines()} - {""}, None
+        names, control = set(read_names(source)), None
     else:
         folder = source / "tokenizer" if (source / "tokenizer").is_dir() else source
         if not (folder / "conditions.json").is_file():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenization.conditions_dcm import CELL_TYPE, PERTURBATION, ConditionLabels
-from tokenization.labels_dcm import label_ids, shortened, split_perturbation
+from tokenization.labels_dcm import label_ids, read_text, shortened, split_perturbation
 
 if TYPE_CHECKING:
     from modeling_dcm import DCMForDenoising
@@ -122,7 +122,7 @@ def load_checkpoint(checkpoint: str) -> tuple[DCMForDenoising, DCMTokenizer]:
 
 
 def _read_json(checkpoint: str, name: str) -> dict:
-    return json.loads(Path(checkpoint, name).read_text(encoding="utf-8"))
+    return json.loads(read_text(Path(checkpoint, name)))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
+from tokenization.labels_dcm import read_names
 from training.conversion.join_files import FileCells, InputCells
 from training.data.variable_genes import (
     ClippedTotals,
@@ -38,10 +39,7 @@ def read_gene_list(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r} (--genes); expected a text file with one gene per line")
-    try:
-        genes = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not a text file ({error}); expected one gene per line") from error
+    genes = read_names(path)
     if not genes:
         raise ValueError(f"{str(path)!r} names no gene; expected one per line")
     repeated = sorted({gene for gene in genes if genes.count(gene) > 1}) if len(set(genes)) < len(genes) else []

@@ -18,7 +18,15 @@ import numpy as np
 import pandas as pd
 
 from tokenization.conditions_dcm import CELL_TYPE, PERTURBATION
-from tokenization.labels_dcm import factorize, join_perturbation, shortened, split_perturbation, unknown_label_error
+from tokenization.labels_dcm import (
+    factorize,
+    join_perturbation,
+    read_names,
+    read_text,
+    shortened,
+    split_perturbation,
+    unknown_label_error,
+)
 from training.conversion.conditions import ConditionColumns
 from training.data.shards import SPLITS
 
@@ -88,7 +96,7 @@ def _read_labels(held_out: str) -> list[str]:
     path = Path(held_out[1:])
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r} (--held-out @FILE); expected one perturbation per line")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return read_names(path)
 
 
 def random_split(
@@ -197,8 +205,8 @@ def split_from_names(
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r} (--split-file); expected JSON with lists of cell names")
     try:
-        lists = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        lists = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{str(path)!r} is not JSON ({error})") from error
     lists = lists.get("cells", lists) if isinstance(lists, dict) else lists
     if not isinstance(lists, dict) or not all(isinstance(names, list) for names in lists.values()):

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from scipy.sparse import csr_matrix, vstack
 
 from tokenization import DCMTokenizer
+from tokenization.conditions_dcm import PERTURBATION
 from tokenization.count_checks_dcm import library_size
 from training.conversion.conditions import ConditionColumns
 from training.conversion.genes import Panel
@@ -72,6 +73,8 @@ def build_tables(cells: InputCells, conditions: ConditionColumns, panel: Panel, 
     """Collect everything but the counts; ``files`` are the names of the input files."""
     panels = find_panels(cells.measured[:, panel.genes], files, cells.var.index[panel.genes].tolist())
     uns: dict[str, object] = {"dcm_conditions": np.array(list(conditions.columns), dtype=object)}
+    if PERTURBATION in conditions.columns:
+        uns["dcm_separator"] = conditions.separator or ""
     if conditions.control is not None:
         uns["dcm_control"] = conditions.control
     others = {}

@@ -22,6 +22,7 @@ from scipy.sparse import csr_matrix
 
 from tokenization import DCMTokenizer
 from tokenization.conditions_dcm import CELL_TYPE, PERTURBATION
+from tokenization.labels_dcm import read_text
 from training.data.shards import COUNTS, LIBRARY_SIZE, NOT_LABELS, PANEL
 
 logger = logging.getLogger(__name__)
@@ -172,7 +173,7 @@ class Cells:
         path = self.folder / "panels.json"
         if not path.is_file():
             raise FileNotFoundError(f"no panels.json in {str(self.folder)!r}, though cells have panels; convert again")
-        panels = json.loads(path.read_text(encoding="utf-8"))
+        panels = json.loads(read_text(path))
         names = self._features[PANEL].names
         return np.stack([~np.isin(self.tokenizer.genes, panels[name]["missing_genes"]) for name in names])
 

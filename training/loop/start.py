@@ -117,6 +117,12 @@ def build_model(
     then taken over from there, see :func:`transfer`.
     """
     statistics = read_statistics(cells.folder)
+    found, named = len(statistics.vocabulary["genes"]), len(tokenizer.genes)
+    if found != named:
+        raise ValueError(
+            f"the shards in {str(cells.folder)!r} have counts of {found:,} genes, but their tokenizer names {named:,}: "
+            "its genes.txt was changed; convert again"
+        )
     shape = SIZES[config.size] if config.size else {}
     table = read_table(config.perturbation_embeddings, tokenizer.control) if config.perturbation_embeddings else None
     own = OWN if shape else (*OWN, *SIZES["5m"])

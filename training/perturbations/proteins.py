@@ -54,7 +54,7 @@ def read_fasta(path: Path) -> list[Protein]:
     records: list[tuple[str, list[str]]] = []
     open_text = gzip.open if path.suffix == ".gz" else open
     try:
-        with open_text(path, "rt", encoding="utf-8") as file:
+        with open_text(path, "rt", encoding="utf-8-sig") as file:
             for line in file:
                 if line.startswith(">"):
                     records.append((line[1:].strip(), []))

@@ -3,6 +3,7 @@
 Letters: N cells, G genes, K largest count, T cell types.
 """
 
+import shutil
 from pathlib import Path
 
 import anndata
@@ -109,3 +110,13 @@ def test_names_that_no_training_cell_has_are_warned_of(tmp_path, caplog):
     build_model(config, tokenizer, open_cells(config, "train", tokenizer))
     assert "no training cell has these cell types" in caplog.text
     assert "learns nothing of them: two" in caplog.text
+
+
+def test_a_tokenizer_of_more_genes_than_the_shards_is_refused(union, tmp_path):
+    shutil.copytree(union, tmp_path / "shards")
+    with (tmp_path / "shards" / "tokenizer" / "genes.txt").open("a") as file:
+        file.write("D\n")
+    config = TrainConfig(data=tmp_path / "shards", out=tmp_path / "run", **TINY)
+    tokenizer = build_tokenizer(config)
+    with pytest.raises(ValueError, match="counts of 3 genes, but their tokenizer names 4"):
+        build_model(config, tokenizer, open_cells(config, "train", tokenizer))
