@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .configuration_dcm import SIZES, DCMConfig
+    from .diffusion_dcm import DataCollatorForCountMasking
     from .modeling_dcm import DCMForDenoising
 
-__all__ = ["SIZES", "DCMConfig", "DCMForDenoising"]
+__all__ = ["SIZES", "DCMConfig", "DCMForDenoising", "DataCollatorForCountMasking"]
 
 
 def __getattr__(name: str) -> object:
@@ -18,6 +19,7 @@ def __getattr__(name: str) -> object:
     from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
     from .configuration_dcm import SIZES, DCMConfig
+    from .diffusion_dcm import DataCollatorForCountMasking
     from .modeling_dcm import DCMForDenoising
 
     # `save_pretrained` then writes this code beside the weights, so that a checkpoint needs no installed package
@@ -27,5 +29,10 @@ def __getattr__(name: str) -> object:
     AutoConfig.register(DCMConfig.model_type, DCMConfig, exist_ok=True)
     AutoModel.register(DCMConfig, DCMForDenoising, exist_ok=True)
     AutoModelForMaskedLM.register(DCMConfig, DCMForDenoising, exist_ok=True)
-    globals().update(SIZES=SIZES, DCMConfig=DCMConfig, DCMForDenoising=DCMForDenoising)
+    globals().update(
+        SIZES=SIZES,
+        DCMConfig=DCMConfig,
+        DCMForDenoising=DCMForDenoising,
+        DataCollatorForCountMasking=DataCollatorForCountMasking,
+    )
     return globals()[name]

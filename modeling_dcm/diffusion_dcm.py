@@ -3,10 +3,14 @@
 `m = 1 - alpha` is the mask probability. Letters: B cells, L genes in the sequence, Q queried genes, K largest count.
 """
 
+import os
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
 
 DEFAULT_EPS = 1e-3
+IGNORED_LABEL = -100  # of a gene that counts for nothing in the loss
 
 
 def sigma_bar(t: torch.Tensor, eps: float = DEFAULT_EPS) -> torch.Tensor:
@@ -123,3 +127,48 @@ def denoising_loss(
     per_cell = (cross_entropy * is_query).sum(dim=1) * (k / queried)  # S_b (B,)
     total = n.sum().clamp(min=1)
     return per_cell.sum() / total, (per_cell * n / k.clamp(min=1)).sum() / total
+
+
+class DataCollatorForCountMasking:
+    """Clean cells to masked batches for a training loop of your own, such as ``transformers.Trainer``.
+
+    Of n measured genes ``k = 1 + floor(u n)`` are masked, u stratified over the batch: the loss of this package's own
+    training, but for dropped conditions and queries. Each process, and each worker of a data loader, draws its own.
+
+    Args:
+        ids: what has ``mask_token_id`` and ``pad_token_id``: the tokenizer, or the model's configuration.
+        seed: of all draws.
+    """
+
+    def __init__(self, ids: object, seed: int = 0):
+        self.mask_token_id, self.pad_token_id, self.seed = ids.mask_token_id, ids.pad_token_id, seed
+        self._generator: tuple[int, torch.Generator] | None = None
+
+    def __call__(self, cells: Sequence[Mapping[str, object]]) -> dict[str, torch.Tensor]:
+        """``cells`` as rows of ``tokenizer(adata)``: ``input_ids`` (L,), and conditions if they have any.
+
+        Returns:
+            Arguments of :meth:`DCMForDenoising.forward`: masked ``input_ids`` (B, L), ``labels`` (B, L), which are -100
+            where nothing is masked, and the conditions.
+        """
+        batch = {}
+        for name in cells[0]:
+            values = [torch.as_tensor(cell[name]) for cell in cells]
+            is_padded = name in ("perturbation_ids", "target_gene_ids")  # as many as a cell has
+            pad = torch.nn.utils.rnn.pad_sequence
+            batch[name] = pad(values, batch_first=True, padding_value=-1) if is_padded else torch.stack(values)
+        x_0, generator = batch["input_ids"], self._of_this_worker()
+        if "attention_mask" in batch:
+            x_0 = x_0.masked_fill(batch.pop("attention_mask") == 0, self.pad_token_id)
+        k = num_masked(stratified_uniform(len(x_0), generator), (x_0 != self.pad_token_id).sum(dim=1))
+        ids = {"mask_token_id": self.mask_token_id, "pad_token_id": self.pad_token_id}
+        x_t = mask_counts(x_0, k, generator, **ids)
+        return {**batch, "input_ids": x_t, "labels": x_0.masked_fill(x_t != self.mask_token_id, IGNORED_LABEL)}
+
+    def _of_this_worker(self) -> torch.Generator:
+        worker = torch.utils.data.get_worker_info()
+        # a loader's seed is another in each epoch: its workers are new ones then, and would draw the same again
+        index = (int(os.environ.get("RANK", 0)) << 64) + (worker.seed if worker else 0)
+        if self._generator is None or self._generator[0] != index:
+            self._generator = index, keyed_generator(self.seed, index)
+        return self._generator[1]

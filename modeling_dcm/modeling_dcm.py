@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .conditioning_dcm import CellTotals, ConditionEncoder, LabelEncoder, LibrarySizes, PartialCells, check_conditions
 from .configuration_dcm import DCMConfig
 from .count_distribution_dcm import CategoricalHead, CountBias, TwoStageCategorical, ZeroLinear
-from .diffusion_dcm import alpha, denoising_loss
+from .diffusion_dcm import IGNORED_LABEL, alpha, denoising_loss
 from .dit_dcm import DiTBackbone
 from .generation_dcm import CellGenerationMixin
 from .latent_dcm import LatentBackbone
@@ -29,6 +29,8 @@ from .scoring_dcm import CellScoringMixin
 # Named for transformers 5.4, which takes from a local folder only the files that this one names itself.
 from .sampling_dcm import sample_counts  # noqa: F401
 from .schedule_dcm import reveal_schedule  # noqa: F401
+
+logger = logging.get_logger(__name__)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_dcm.DCMConfig",
@@ -92,6 +94,8 @@ class DCMPreTrainedModel(PreTrainedModel):
 class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin):
     """Discrete Cell Model: the denoiser ``p(x_i | x_t, c)`` of absorbing diffusion over counts, and its sampler."""
 
+    labels_were_checked = False
+
     def __init__(self, config: DCMConfig):
         super().__init__(config)
         self.totals = CellTotals(config)
@@ -132,13 +136,14 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
             target_gene_ids: genes (B, P) that the perturbations target, -1 for none; default: the model's own table.
             covariate_ids: (B, C) in the order of ``config.covariates``, -1 is not given.
             library_size: total counts over the panel (B,); negative is not given.
-            labels: clean ids (B, L).
+            labels: clean ids (B, L), read at masked genes only; a masked gene with -100 there counts as not measured in
+                the loss.
             query_positions: positions (B, Q) of the sequence to compute logits for, -1 is padding.
             return_logits: whether to compute logits besides the loss, which does not need all of them; default: only
                 outside training, or without labels.
 
         Raises:
-            ValueError: shapes or ids do not fit the configuration.
+            ValueError: shapes or ids do not fit the configuration. Labels are read on the CPU, elsewhere once only.
         """
         if attention_mask is not None:
             input_ids = input_ids.masked_fill(attention_mask == 0, self.config.pad_token_id)
@@ -158,11 +163,14 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         )
         if labels is None:
             return DCMOutput(logits=distribution.full())
-        is_query = is_masked
+        is_query = is_masked & (labels != IGNORED_LABEL)
+        self._check_labels(labels, is_query)
+        num_ignored = k - is_query.sum(dim=1)
+        k, n = k - num_ignored, n - num_ignored
         if query_positions is not None:
             positions = query_positions.clamp(min=0)
             labels = labels.gather(1, positions)
-            is_query = is_masked.gather(1, positions) & (query_positions >= 0)
+            is_query = is_query.gather(1, positions) & (query_positions >= 0)
         cross_entropy = distribution.cross_entropy(labels.masked_fill(~is_query, 0))
         uniform, elbo = denoising_loss(cross_entropy, is_query, k, n)
         wanted = not self.training if return_logits is None else return_logits
@@ -171,6 +179,22 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
             elbo=elbo.detach(),
             logits=distribution.full() if wanted else None,
         )
+
+    def _check_labels(self, labels: torch.Tensor, is_query: torch.Tensor) -> None:
+        if labels.device.type != "cpu" and self.labels_were_checked:
+            return  # reading them would make an accelerator wait
+        self.labels_were_checked = True
+        wrong = labels[is_query & ((labels < 0) | (labels >= self.config.num_counts))]
+        if len(wrong):
+            raise ValueError(
+                f"labels hold {int(wrong[0])} at a masked gene, expected ids of counts 0..{self.config.num_counts - 1}, "
+                f"or {IGNORED_LABEL} to leave the gene out"
+            )
+        if not bool(is_query.any()):
+            logger.warning_once(
+                "no gene with a label is masked: the loss is 0 and trains nothing; mask input_ids, as "
+                "DataCollatorForCountMasking does"
+            )
 
     def distribution(
         self,

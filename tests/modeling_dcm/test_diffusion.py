@@ -13,6 +13,7 @@ from scipy import stats
 from scipy.linalg import expm
 
 from modeling_dcm.diffusion_dcm import (
+    DataCollatorForCountMasking,
     alpha,
     choose_queries,
     denoising_loss,
@@ -146,6 +147,54 @@ def test_queried_genes_are_masked_ones_chosen_uniformly_and_all_of_them_when_the
     assert bool(((everything >= 0).sum(dim=1) == 3).all())
     queried = torch.zeros(6000, 6, dtype=torch.bool).scatter_(1, everything.where(everything >= 0, 5), True)[:, :5]
     assert torch.equal(queried, x_t == MASK)
+
+
+class Ids:
+    mask_token_id, pad_token_id = MASK, PAD
+
+
+def rows(n: int = 64, L: int = 9) -> list[dict[str, torch.Tensor]]:
+    x_0 = torch.randint(0, 5, (n, L), generator=generator())
+    x_0[:, 7:] = PAD
+    return [{"input_ids": cell, "cell_type_ids": torch.tensor(i % 3)} for i, cell in enumerate(x_0)]
+
+
+def test_the_collator_masks_from_one_to_all_measured_genes_and_labels_those_alone():
+    cells = rows()
+    batch = DataCollatorForCountMasking(Ids, seed=0)(cells)
+    x_0, x_t, labels = torch.stack([cell["input_ids"] for cell in cells]), batch["input_ids"], batch["labels"]
+    is_masked = x_t == MASK
+    assert is_masked.sum(dim=1).unique().tolist() == list(range(1, 8))
+    assert torch.equal(x_t[~is_masked], x_0[~is_masked])
+    assert torch.equal(labels, x_0.masked_fill(~is_masked, -100))
+    assert batch["cell_type_ids"].tolist() == [i % 3 for i in range(64)]
+
+
+def test_the_collator_pads_perturbations_and_leaves_out_what_attention_mask_does():
+    cells = [{**cell, "perturbation_ids": torch.arange(1 + i % 2)} for i, cell in enumerate(rows(4))]
+    for cell in cells:
+        cell["attention_mask"] = (torch.arange(9) < 5).long()
+    batch = DataCollatorForCountMasking(Ids, seed=0)(cells)
+    assert batch["perturbation_ids"].tolist() == [[0, -1], [0, 1]] * 2
+    assert bool((batch["input_ids"][:, 5:] == PAD).all())
+    assert batch.keys() == {"input_ids", "labels", "cell_type_ids", "perturbation_ids"}
+
+
+def test_the_collator_draws_by_its_seed_anew_for_each_batch_and_apart_in_each_worker_and_process(monkeypatch):
+    def masks(seed: int, **options) -> list[torch.Tensor]:
+        collate = DataCollatorForCountMasking(Ids, seed=seed)
+        same_cell_twice = rows(1) * 16
+        loader = torch.utils.data.DataLoader(same_cell_twice, batch_size=8, collate_fn=collate, **options)
+        return [batch["input_ids"] == MASK for batch in loader]
+
+    first, second = masks(0)
+    assert not torch.equal(first, second)
+    assert torch.equal(masks(0)[0], first)
+    assert not torch.equal(masks(1)[0], first)
+    of_one_worker, of_another = masks(0, num_workers=2)
+    assert not torch.equal(of_one_worker, of_another)
+    monkeypatch.setenv("RANK", "1")
+    assert not torch.equal(masks(0)[0], first)
 
 
 def test_labels_are_dropped_where_u_is_below_the_probability_as_whole_combinations():

@@ -5,14 +5,19 @@ Letters: B cells, L genes, n measured genes, k masked ones, K largest count.
 
 import math
 
+import anndata
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
-from modeling_dcm import DCMForDenoising
+from modeling_dcm import DataCollatorForCountMasking, DCMForDenoising, modeling_dcm
 from modeling_dcm.count_distribution_dcm import CountBias, ZeroLinear
 from modeling_dcm.diffusion_dcm import choose_queries, mask_counts, num_masked
 from modeling_dcm.layers_dcm import AdaLNZero, Block, modulate
+from tokenization import DCMTokenizer
 
 ATTENTIONS = ("eager", "sdpa")
 
@@ -242,6 +247,49 @@ def test_concrete_score_is_refused_outside_0_to_1(make_model, t):
         make_model().concrete_score(torch.zeros(2, 7, dtype=torch.long), t)
 
 
+@pytest.mark.parametrize("label", [-1, 5, 6, 99])
+def test_a_label_that_is_no_count_is_refused_at_masked_genes_and_not_looked_at_elsewhere(make_model, backbone, label):
+    model = make_model(backbone)
+    x_0, x_t = masked_cells(model)
+    observed = torch.where(x_t == 5, x_0, label)
+    assert torch.equal(model(x_t, labels=observed).loss, model(x_t, labels=x_0).loss)
+    wrong = torch.where(x_t == 5, label, x_0)
+    with pytest.raises(
+        ValueError, match=rf"labels hold {label} at a masked gene, expected ids of counts 0\.\.4, or -100"
+    ):
+        model(x_t, labels=wrong)
+
+
+@torch.no_grad()
+def test_a_masked_gene_that_is_labelled_as_ignored_counts_as_not_measured_in_the_loss(make_model, backbone):
+    model = make_model(backbone)
+    x_0, x_t = masked_cells(model, pad=True)
+    x_t[:, :3] = 5
+    ignored = torch.arange(7) < 2
+    output = model(x_t, labels=x_0.masked_fill(ignored, -100))
+    nats = -output.logits.log_softmax(dim=-1).gather(-1, x_0.clamp(max=4)[..., None])[..., 0]
+    counted = (x_t == 5) & ~ignored
+    k, n = counted.sum(dim=1), ((x_t != 6) & ~ignored).sum(dim=1)
+    per_cell = (nats * counted).sum(dim=1)
+    torch.testing.assert_close(output.loss, per_cell.sum() / n.sum())
+    torch.testing.assert_close(output.elbo, (per_cell * n / k).sum() / n.sum())
+    queries = choose_queries(x_t, torch.rand(x_t.shape, generator=generator()), 7, mask_token_id=5)
+    queried = model(x_t, labels=x_0.masked_fill(ignored, -100), query_positions=queries)
+    torch.testing.assert_close(queried.elbo, output.elbo)
+
+
+def test_labels_without_a_masked_gene_are_warned_of_once(make_model, caplog):
+    model = make_model()
+    type(modeling_dcm.logger).warning_once.cache_clear()
+    x_0, x_t = masked_cells(model)
+    model(x_t, labels=x_0)
+    assert not caplog.messages
+    for labels in (x_0, x_0):
+        assert model(x_0, labels=labels).loss == 0
+    assert [message for message in caplog.messages if "DataCollatorForCountMasking" in message] == caplog.messages
+    assert len(caplog.messages) == 1
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +309,33 @@ def test_gradient_checkpointing_changes_no_gradient(make_model, backbone):
     assert plain.keys() == checkpointed.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_trainer_of_transformers_trains_on_cells_of_the_tokenizer_with_the_collator(make_model, backbone, tmp_path):
+    counts = np.random.default_rng(0).poisson([0.1, 0.2, 0.5, 3, 3, 3, 0.1], (64, 7)).clip(0, 4).astype(np.float32)
+    obs = pd.DataFrame({"cell_type": ["a", "b"] * 32}, index=[f"cell{i}" for i in range(64)])
+    adata = anndata.AnnData(counts, obs=obs, var=pd.DataFrame(index=[f"G{i}" for i in range(7)]))
+    tok = DCMTokenizer.from_labels(genes=adata.var_names, max_count=4, cell_types=["a", "b"])
+    batch = tok(adata)
+    cells = [{name: ids[i] for name, ids in batch.items()} for i in range(adata.n_obs)]
+    model = make_model(backbone, fresh=True, num_cell_types=2)
+    options = transformers.TrainingArguments(
+        tmp_path,
+        num_train_epochs=10,
+        learning_rate=1e-2,
+        logging_steps=8,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    collate = DataCollatorForCountMasking(tok, seed=0)
+    trainer = transformers.Trainer(model, options, collate, train_dataset=cells, eval_dataset=cells)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert before > 0.5
+    assert losses[-1] < 0.8 * losses[0]
+    assert trainer.evaluate()["eval_loss"] < 0.8 * before
 
 
 @pytest.mark.slow
