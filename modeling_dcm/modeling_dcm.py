@@ -187,8 +187,8 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         wrong = labels[is_query & ((labels < 0) | (labels >= self.config.num_counts))]
         if len(wrong):
             raise ValueError(
-                f"labels hold {int(wrong[0])} at a masked gene, expected ids of counts 0..{self.config.num_counts - 1}, "
-                f"or {IGNORED_LABEL} to leave the gene out"
+                f"labels hold {int(wrong[0])} at a masked gene, expected ids of counts "
+                f"0..{self.config.num_counts - 1}, or {IGNORED_LABEL} to leave the gene out"
             )
         if not bool(is_query.any()):
             logger.warning_once(
