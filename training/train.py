@@ -5,13 +5,14 @@
 One process or many, CPU or GPU: what `accelerate config` chose. Order of cells, noise and label dropout are keyed by
 (seed, index of the batch) and drawn for the global batch, so processes that share one global batch do what a single
 process would do with all of it. Writes `OUT/model.safetensors` (averaged weights) with configuration and tokenizer,
-`OUT/training.jsonl` and its picture, and states to resume from under `OUT/checkpoints/`; on SIGTERM it saves a state
-and exits with code 75. Knows nothing of how cells are stored (`training/data/`) or drawn (`modeling_dcm/`).
+`OUT/training.jsonl` and its picture, and states to resume from under `OUT/checkpoints/`; on SIGTERM and Ctrl-C it saves
+a state and exits with code 75. Knows nothing of how cells are stored (`training/data/`) or drawn (`modeling_dcm/`).
 """
 
 import logging
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from training.config import TrainConfig, parse
@@ -26,7 +27,7 @@ def main(config: TrainConfig) -> Path:
     Raises:
         ValueError: options, data and an earlier state do not fit together, or the loss is no longer finite.
         FileNotFoundError: no shards, no state to resume from, no embeddings.
-        SystemExit: with code 75 after SIGTERM, when the state has been saved.
+        SystemExit: with code 75 after SIGTERM or Ctrl-C, when the state has been saved.
     """
     config.check_files()
     import torch  # from here on everything is needed; until here an answer comes at once
@@ -36,7 +37,7 @@ def main(config: TrainConfig) -> Path:
     from training.loop.optimiser import averaged_weights, learning_rate, update_average
     from training.loop.processes import SAVED_AFTER_SIGNAL, Stopping, build_accelerator
     from training.loop.run import prepare_run, take_step, write_what_is_due
-    from training.loop.states import save_final
+    from training.loop.states import save_config, save_final
 
     set_seed(config.seed)
     accelerator = build_accelerator(config)
@@ -44,7 +45,7 @@ def main(config: TrainConfig) -> Path:
     config, world = run.config, accelerator.num_processes
     batches = run.train_batches.starting_at(start * config.gradient_accumulation_steps)
     done, reason = start, None
-    with Stopping(accelerator, config.max_time) as stopping:
+    with Stopping(accelerator, config.max_time) as stopping, closing(run.log):
         for step in range(start, config.max_steps):
             # of dropout: keyed by the step as all other noise is, so that a resumed run draws what it would have drawn
             torch.manual_seed(keyed_generator(config.seed, step * world + accelerator.process_index).initial_seed())
@@ -59,18 +60,18 @@ def main(config: TrainConfig) -> Path:
             write_what_is_due(run, done, reason)
             if reason:
                 break
-    run.log.close()
     accelerator.wait_for_everyone()
     if reason == "signal":
-        logger.info("SIGTERM: the state of step %d is saved; go on with --resume", done)
+        logger.info("stopped: the state of step %d is saved; go on with --resume", done)
         accelerator.end_training()
         sys.exit(SAVED_AFTER_SIGNAL)
     if reason == "time":
         logger.info("%g minutes are over at step %d of %d; --resume goes on", config.max_time, done, config.max_steps)
     if accelerator.is_main_process:
         with averaged_weights(run.network, run.ema) as averaged:
-            averaged.config.entropy_curve = run.validation.entropy_curve(averaged)
             save_final(config, averaged, run.tokenizer)
+            averaged.config.entropy_curve = run.validation.entropy_curve(averaged)  # the weights are safe by now
+            save_config(config, averaged)
         logger.info("checkpoint: %s", config.out)
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 
 logger = logging.getLogger(__name__)
@@ -32,9 +32,10 @@ def run(main: Callable[..., object]) -> None:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Log to stderr, and end the program with one line and exit code 2 on a ``ValueError`` or ``OSError``."""
+    """Log to stderr, and end the program with one line and exit code 2 on a ``ValueError`` or ``OSError``, or 130 on
+    Ctrl-C."""
     keep_freed_memory()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[AboveBars(sys.stderr)])
     for noisy in ("httpx", "httpx2", "datasets", "accelerate", "fsspec", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
@@ -43,8 +44,27 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("DCM_TRACEBACK") == "1":
             raise
         message = " ".join(str(error).split())
-        sys.stderr.write(f"error: {message}\n")
+        with bars_cleared():
+            sys.stderr.write(f"error: {message}\n")
         sys.exit(2)
+    except KeyboardInterrupt:
+        with bars_cleared():
+            sys.stderr.write("interrupted\n")
+        sys.exit(130)
+
+
+class AboveBars(logging.StreamHandler):
+    """Writes lines to the terminal above the progress bars that are open there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with bars_cleared():
+            super().emit(record)
+
+
+def bars_cleared() -> AbstractContextManager:
+    """Context in which no bar of tqdm, which need not be imported, stands on the terminal's last lines."""
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    return nullcontext() if tqdm is None else tqdm.external_write_mode(file=sys.stderr)
 
 
 def version_of(package: str) -> str | None:

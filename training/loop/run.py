@@ -73,7 +73,9 @@ def prepare_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Run, tor
     ema = [average.to(accelerator.device) for average in ema]
     rank, world = accelerator.process_index, accelerator.num_processes
     train_batches = TrainBatches(cells, config, rank=rank, world=world, device=accelerator.device)
-    validation = Validation(config, tokenizer, cells) if accelerator.is_main_process else None
+    validation = None
+    if accelerator.is_main_process:
+        validation = Validation(config, tokenizer, cells, accelerator.autocast)
     log = TrainingLog(config, start, accelerator, _utilisation_per_cell(train_batches, network, accelerator.device))
     start_trackers(accelerator, config)
     run = Run(config, accelerator, network, ema, optimizer, tokenizer, train_batches, validation, log, facts)

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 # options that may differ between a run and its continuation; what the paths hold is compared by its hash
 FREE_TO_CHANGE = {"data", "out", "config", "resume", "init_from", "perturbation_embeddings", "max_time"}
 FREE_TO_CHANGE |= {"log_every", "validate_every", "score_every", "save_every", "keep_last", "keep_best", "trackers"}
-FREE_TO_CHANGE |= {"validation_cells", "score_cells"}
+FREE_TO_CHANGE |= {"validation_cells", "score_cells", "attn", "compile", "gradient_checkpointing"}
 PACKAGES = ("discrete-cell-models", "torch", "transformers", "accelerate", "datasets", "safetensors", "numpy")
 
 
@@ -234,6 +234,12 @@ def save_final(config: TrainConfig, model: DCMForDenoising, tokenizer: DCMTokeni
                 os.replace(file, config.out / file.name)
     except (OSError, SafetensorError) as error:
         raise _not_written(config.out, config.out, error) from error
+
+
+def save_config(config: TrainConfig, model: DCMForDenoising) -> None:
+    """Write the final checkpoint's configuration again: aside, then renamed."""
+    with written_aside(config.out / "config.json") as aside:
+        model.config.to_json_file(aside)
 
 
 @contextmanager

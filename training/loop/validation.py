@@ -5,7 +5,8 @@ Never looks at test cells. Letters: N cells.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -32,10 +33,19 @@ ENTROPY_BATCH = 64
 
 
 class Validation:
-    """Validation cells of a run, for the averaged weights of its model."""
+    """Validation cells of a run, for the averaged weights of its model.
 
-    def __init__(self, config: TrainConfig, tokenizer: DCMTokenizer, training_cells: Cells):
-        self.config, self.tokenizer, self.training_cells = config, tokenizer, training_cells
+    ``autocast`` makes the context of the run's precision: flash attention, for one, knows no other.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        tokenizer: DCMTokenizer,
+        training_cells: Cells,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.config, self.tokenizer, self.training_cells, self.autocast = config, tokenizer, training_cells, autocast
         has_cells = any((config.data / "validation").glob("*.parquet"))
         self.cells = open_cells(config, "validation", tokenizer) if has_cells else None
         self.quiet = replace(config, label_dropout=0.0, query_genes=None)
@@ -49,7 +59,7 @@ class Validation:
         rows = list(range(min(len(self.cells), self.config.validation_cells)))
         measured = self.cells.measured.mean(axis=1)[self.cells.panel[rows]]  # share of the panel, of each cell
         sums = {"validation_loss": 0.0, "validation_elbo": 0.0}
-        with averaged_weights(model, ema), dropout_off(model):
+        with averaged_weights(model, ema), self.autocast(), dropout_off(model):
             for index in range(0, len(rows), self.config.batch_size):
                 batch = self.cells[rows[index : index + self.config.batch_size]]
                 cells = measured[index : index + self.config.batch_size].sum()
@@ -84,7 +94,7 @@ class Validation:
         genes, real, width, floor = self.reference
         conditions = {name: ids[:number] for name, ids in self.cells.conditions.items()}
         options = {"steps": SCORE_STEPS, "seed": self.config.seed, "batch_size": self.config.batch_size}
-        with averaged_weights(model, ema) as averaged:
+        with averaged_weights(model, ema) as averaged, self.autocast():
             ids = averaged.generate(number, **conditions, **options)
         return _agreement(_log1p(self.tokenizer.decode(ids).X)[:, genes], real, width) | floor
 
@@ -93,7 +103,8 @@ class Validation:
         if not self.cells or not _complete_cells(self.cells, 1):
             logger.info("no validation cells in which every gene was measured: the checkpoint has no entropy curve")
             return None
-        return validation_entropy(model, self.cells, seed=self.config.seed)[1]
+        with self.autocast():
+            return validation_entropy(model, self.cells, seed=self.config.seed)[1]
 
 
 def validation_entropy(

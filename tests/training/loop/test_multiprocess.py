@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -26,7 +27,7 @@ import training.loop.states
 import training.train
 from tests.tiny_training import TINY_TRAINING, shards_of_two_panels, tiny_training
 from training.config import TrainConfig
-from training.loop.processes import SAVED_AFTER_SIGNAL
+from training.loop.processes import SAVED_AFTER_SIGNAL, Stopping
 
 ROOT = Path(__file__).resolve().parents[3]
 SERVER = multiprocessing.get_context("forkserver")
@@ -160,6 +161,45 @@ def test_sigterm_saves_a_state_and_exits_with_a_code_of_its_own(config, tmp_path
     assert not (endless.out / "model.safetensors").exists()
     assert finish(start(replace(endless, resume=True, max_steps=step + 2), processes)) == [0] * processes
     assert max(losses(endless)) == step + 2
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_a_state_with_one_line_that_says_how_to_go_on(config):
+    options = TINY_TRAINING | {"max_steps": 100_000, "log_every": 1}
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", "training.train", "--data", str(config.data), "--out", str(config.out), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
+    run = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    log = config.out / "training.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 2:
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode == SAVED_AFTER_SIGNAL
+    assert [line for line in said.splitlines() if "--resume" in line] == [
+        f"stopped: the state of step {len(losses(config))} is saved; go on with --resume"
+    ]
+    assert "Traceback" not in said
+    assert training.loop.states.all_states(config.out)[-1].name == f"step-{len(losses(config))}"
+
+
+def test_ctrl_c_twice_ends_at_once_unless_a_launcher_passed_the_same_one_on(monkeypatch):
+    ended, press = [], signal.raise_signal
+    before = signal.getsignal(signal.SIGINT)
+    process = SimpleNamespace(num_processes=1, is_main_process=True)
+    monkeypatch.setattr(signal, "raise_signal", ended.append)
+    with Stopping(process, None) as stopping:
+        assert stopping.reason(1) is None
+        press(signal.SIGINT)
+        press(signal.SIGINT)
+        assert (stopping.reason(2), ended) == ("signal", [])
+        stopping.signalled -= 2
+        press(signal.SIGINT)
+        assert ended == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.slow

@@ -40,8 +40,7 @@ def copy(finished, tmp_path) -> TrainConfig:
     """A finished run of its own, to be resumed as it was saved."""
     shutil.copytree(finished.out, tmp_path / "copy")
     facts = json.loads((finished.out / "checkpoints" / "step-6" / "state.json").read_text())
-    options = {name: facts["options"][name] for name in ("attn", "mixed_precision")}
-    return replace(finished, out=tmp_path / "copy", resume=True, **options)
+    return replace(finished, out=tmp_path / "copy", resume=True, mixed_precision=facts["options"]["mixed_precision"])
 
 
 def parts(config: TrainConfig, make_model):
@@ -110,6 +109,28 @@ def test_other_options_and_numbers_of_processes_are_refused(copy):
         newest_state(copy, 2, log=None)
     with pytest.raises(ValueError, match=r"learning_rate: 0.002 then, 0.1 now"):
         newest_state(replace(copy, learning_rate=0.1), 1, log=None)
+
+
+def test_how_the_same_numbers_are_computed_may_change_on_resume(copy):
+    other = replace(copy, attn="eager", compile=True, gradient_checkpointing=True, max_steps=7)
+    assert newest_state(other, 1, log=None).name == "step-6"
+
+
+def test_the_weights_are_saved_before_the_entropy_curve_is_measured(config, monkeypatch):
+    def dies(self, model):
+        saved = json.loads((config.out / "config.json").read_text())
+        dies.found = set(load_file(config.out / "model.safetensors")), saved
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr("training.loop.validation.Validation.entropy_curve", dies)
+        main(config)
+    names, saved = dies.found
+    assert set(DCMForDenoising.from_pretrained(config.out).state_dict()) == names
+    main(replace(config, resume=True))
+    again = json.loads((config.out / "config.json").read_text())
+    assert again.pop("entropy_curve")["entropy"]
+    assert again == {name: value for name, value in saved.items() if name != "entropy_curve"}
 
 
 def test_only_a_constant_schedule_can_be_prolonged(copy):

@@ -1,5 +1,6 @@
 """Properties of what can be seen of a run (log, score, curves, trackers), and of the ways to compute it faster."""
 
+import io
 import json
 import logging
 import math
@@ -8,11 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch._dynamo.testing import CompileCounter
+from tqdm import tqdm
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_dcm.diffusion_dcm import keyed_generator, mask_counts
+from modeling_dcm.layers_dcm import eager_attention
 from tests.tiny_training import tiny_training
 from training.config import TrainConfig
+from training.data.command_line import AboveBars, user_errors
 from training.loop.log import (
     MOST_SKIPPED,
     PEAK_FLOPS,
@@ -51,6 +57,25 @@ def test_log_score_floor_utilisation_and_picture_of_a_run(config, monkeypatch):
     assert abs(score["score_mmd2"]) < 1
     assert {"score_mmd2_floor", "score_correlation_slope", "score_correlation_slope_floor"} <= score.keys()
     assert (config.out / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("backbone", ["latent", "dit"])
+def test_all_that_runs_a_network_in_bf16_runs_attention_that_knows_no_float32(config, backbone, monkeypatch):
+    """As flash attention does: steps, losses, scores and the entropy curve."""
+
+    def stand_in(module, query, key, value, *arguments, **options):
+        if {query.dtype, key.dtype, value.dtype} != {torch.bfloat16}:
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        return eager_attention(module, query, key, value, *arguments, **options)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", stand_in)
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate allows one precision in a process
+    try:
+        main(replace(config, mixed_precision="bf16", attn="sdpa", backbone=backbone))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert "score_mmd2" in lines(config)[-1]
+    assert json.loads((config.out / "config.json").read_text())["entropy_curve"]
 
 
 def test_the_score_does_not_disturb_training(config, tmp_path):
@@ -225,3 +250,22 @@ def test_blocks_are_compiled_once_whatever_a_batch_holds_and_not_where_a_model_i
         model.generate(3, steps=4, library_size="null")
         model(**{name: value[:2] for name, value in batch_of(model, 4).items()})
     assert compiled.frame_count == once
+
+
+def test_a_line_on_a_terminal_stands_alone_above_the_bar(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr("sys.stderr", terminal)
+    with tqdm(total=3, desc="training", file=terminal, ncols=40):
+        AboveBars(terminal).emit(logging.makeLogRecord({"msg": "2 cells have no count"}))
+        with pytest.raises(SystemExit), user_errors():
+            raise ValueError("no such file")
+    for line in ("2 cells have no count", "error: no such file"):
+        before, after = terminal.getvalue().split(line)
+        assert before.endswith("\r"), before  # the bar was cleared
+        assert after.startswith("\n\rtraining:"), after
+
+
+def test_ctrl_c_outside_the_loop_is_one_line_and_the_shells_code(capsys):
+    with pytest.raises(SystemExit, match="130"), user_errors():
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == "interrupted\n"
