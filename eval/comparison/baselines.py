@@ -25,7 +25,6 @@ FLOOR_DRAWS = 10
 BASELINE_DRAWS = 3
 GENES_AT_ONCE = 512
 CELLS_AT_ONCE = 1024
-COMBINED = "+"  # joins the names of a combination, as in KLF1+TGFBR2
 
 
 def floor_draws(
@@ -149,7 +148,8 @@ def additive(train: CellCounts) -> Sampler:
         return np.mean([np.log1p(means.of(c, part)) - np.log1p(means.control(c)) for c in contexts], axis=0)
 
     def predicted(context: tuple[str, ...], perturbation: str) -> np.ndarray:
-        parts = [part for part in perturbation.split(COMBINED) if part != train.control]
+        parts = perturbation.split(train.separator) if train.separator else [perturbation]
+        parts = [part for part in parts if part != train.control]
         moved = np.log1p(means.control(context)) + sum(shift(context, part) for part in parts)
         return np.maximum(np.expm1(moved), 0.0)
 

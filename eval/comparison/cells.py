@@ -6,7 +6,7 @@ the real test cells and several seeds.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -36,6 +36,7 @@ class CellCounts:
     counts: sparse.csr_matrix  # (n, G), integer
     labels: pd.DataFrame  # n rows, one string column per condition (cell type, perturbation, covariates), or none
     control: str | None = None  # label of unperturbed cells in the column ``perturbation``
+    separator: str = "+"  # joins the names of a combination, as in KLF1+TGFBR2; empty: names are never combined
 
     def __post_init__(self) -> None:
         if len(self) != len(self.labels):
@@ -52,7 +53,7 @@ class CellCounts:
 
     def take(self, rows: np.ndarray) -> "CellCounts":
         """The cells of some rows, in that order."""
-        return CellCounts(self.counts[rows], self.labels.iloc[rows].reset_index(drop=True), self.control)
+        return replace(self, counts=self.counts[rows], labels=self.labels.iloc[rows].reset_index(drop=True))
 
     def thinned(self, most: int, rng: np.random.Generator) -> "CellCounts":
         """At most so many random cells, in their order."""
@@ -103,7 +104,7 @@ def together(parts: Sequence[CellCounts]) -> CellCounts:
     """All cells of several, which have the same columns of conditions."""
     counts = sparse.vstack([part.counts for part in parts], format="csr")
     labels = pd.concat([part.labels for part in parts], ignore_index=True)
-    return CellCounts(counts, labels, parts[0].control)
+    return replace(parts[0], counts=counts, labels=labels)
 
 
 def joined_labels(labels: pd.DataFrame) -> pd.Series:
@@ -183,7 +184,8 @@ def read_comparison(
         logger.warning(what, len(kept), real_file.n_vars)
     control = str(real_file.uns["dcm_control"]) if control is None and "dcm_control" in real_file.uns else control
     conditions = _condition_columns(condition_keys, real_file, files)
-    options = {"conditions": conditions, "genes": kept, "control": control}
+    separator = str(real_file.uns.get("dcm_separator", train_file.uns.get("dcm_separator", CellCounts.separator)))
+    options = {"conditions": conditions, "genes": kept, "control": control, "separator": separator}
     real_cells = from_anndata(real_file, name=str(real), **options)
     if control is not None and PERTURBATION in conditions and control not in set(real_cells.labels[PERTURBATION]):
         known = ", ".join(sorted(set(real_cells.labels[PERTURBATION]))[:5])
@@ -214,6 +216,7 @@ def from_anndata(
     conditions: Sequence[str],
     genes: Sequence[str],
     control: str | None = None,
+    separator: str = CellCounts.separator,
 ) -> CellCounts:
     """Take the counts that :func:`read_counts` read and the condition columns of ``obs``; genes are matched by name.
 
@@ -243,7 +246,7 @@ def from_anndata(
         )
     if adata.n_vars > len(genes):
         logger.info("%s: %d genes that are not compared are left out", name, adata.n_vars - len(genes))
-    return CellCounts(adata.X[:, positions].tocsr(), labels.astype(str), control)
+    return CellCounts(adata.X[:, positions].tocsr(), labels.astype(str), control, separator)
 
 
 def _condition_columns(asked: str | None, real: "anndata.AnnData", others: Sequence["anndata.AnnData"]) -> list[str]:

@@ -49,15 +49,16 @@ def fit(train: CellCounts, *, from_prior: bool) -> Sampler:
         if not from_prior:
             z = mean[donors] + np.sqrt(variance[donors]) * z
         blocks = []
+        device = next(model.module.parameters()).device
         with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(int(rng.integers(2**31)))
             for start in range(0, len(donors), CELLS_AT_ONCE):
                 rows = donors[start : start + CELLS_AT_ONCE]
                 distribution = model.module.generative(
-                    z=torch.from_numpy(z[start : start + CELLS_AT_ONCE]).float(),
-                    library=log_sizes[rows],
-                    batch_index=torch.zeros((len(rows), 1), dtype=torch.long),
-                    cat_covs=None if covariates is None else covariates[rows],
+                    z=torch.from_numpy(z[start : start + CELLS_AT_ONCE]).float().to(device),
+                    library=log_sizes[rows].to(device),
+                    batch_index=torch.zeros((len(rows), 1), dtype=torch.long, device=device),
+                    cat_covs=None if covariates is None else covariates[rows].to(device),
                 )["px"]
                 blocks.append(sparse.csr_matrix(distribution.sample().cpu().numpy().round().astype(np.int64)))
         return sparse.vstack(blocks, format="csr")

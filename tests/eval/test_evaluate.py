@@ -178,6 +178,17 @@ def test_held_out_conditions_have_the_split_half_floor_and_true_cells_are_at_it(
     assert note in (tmp_path / "results.md").read_text()
 
 
+def test_the_separator_of_combinations_is_that_of_the_files(folder, tmp_path):
+    for name in ("test", "train"):
+        adata = anndata.read_h5ad(folder / f"{name}.h5ad")
+        adata.uns["dcm_separator"] = "_"
+        adata.write_h5ad(tmp_path / f"{name}.h5ad")
+    options = {"names": ["x"], "reserved_names": ()}
+    for there, separator in ((folder, "+"), (tmp_path, "_")):
+        found = read_comparison([folder / "generated_0.h5ad"], there / "test.h5ad", there / "train.h5ad", **options)
+        assert found.train.separator == found.real.take(np.arange(3)).separator == separator
+
+
 def of_two_panels(adata: anndata.AnnData) -> anndata.AnnData:
     """Half the cells measured 15 of the 30 genes: there the others are stored as nothing."""
     few = np.arange(len(adata)) % 2 == 1

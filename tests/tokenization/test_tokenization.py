@@ -275,6 +275,7 @@ def test_decoding_inverts_tokenizing(tokenizer, cells):
         assert decoded.obs[column].tolist() == cells.obs[column].tolist()
     assert list(decoded.uns["dcm_conditions"]) == ["cell_type", "perturbation", "dose"]
     assert decoded.uns["dcm_control"] == "control"
+    assert decoded.uns["dcm_separator"] == "+"
 
 
 def test_decoded_cells_survive_a_file(tokenizer, tmp_path):

@@ -79,6 +79,7 @@ def test_every_cell_comes_out_once_in_its_part_with_its_counts_and_labels(cells,
         assert set(part.obs["perturbation"]) == {"control", "g1", "g2+g3", "g2"}
         assert list(part.uns["dcm_conditions"]) == ["cell_type", "perturbation", "donor"] == split["conditions"]
         assert part.uns["dcm_control"] == "control" == split["control"]
+        assert part.uns["dcm_separator"] == "+" == split["separator"]
         assert part.obs_names.tolist() == split["cells"][name]
     assert parts["train"].var["chromosome"].tolist() == ["1"] * 30
     assert [len(split["cells"][name]) for name in ("train", "validation", "test")] == [216, 24, 60]

@@ -1,13 +1,15 @@
 """Baselines: each predicts what it says, in whole counts, for the conditions asked for and in their order."""
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import sparse
 
-from eval.comparison import baselines
+from eval.comparison import baselines, scvi
 from eval.comparison.baselines import additive, independent_marginals, needs_control, perturbation_mean
 from eval.comparison.cells import CellCounts
 
@@ -102,6 +104,36 @@ def test_additive_adds_the_log_fold_changes_of_the_parts(screen):
     together = [(3 / 9) * (27 / 9) * 9 - 1, (8 / 4) * 1 * 4 - 1, 0.0]
     for name in ("A+B", "B+A", "A+control+B"):
         assert mean_of(sampler, "a", name) == pytest.approx(together, abs=0.7)
+
+
+@pytest.mark.parametrize(("separator", "expected"), [("_", 9.0), ("", 3.0), ("+", 3.0)])
+def test_additive_splits_combinations_at_the_separator_of_the_files(separator, expected):
+    """Two perturbations whose log fold changes add to log(10 / 4): a mean of 3 becomes one of 9."""
+    mean = {"control": 3.0, "X": 40**0.5 - 1, "Y": 40**0.5 - 1}
+    counts = np.repeat(list(mean.values()), 4000)[:, None]  # (N, 1)
+    counts = np.random.default_rng(0).poisson(counts)
+    labels = pd.DataFrame({"perturbation": np.repeat(list(mean), 4000)})
+    train = CellCounts(sparse.csr_matrix(counts), labels, "control", separator)
+    drawn = additive(train)(pd.DataFrame({"perturbation": ["X_Y"] * 4000}), np.random.default_rng(0))
+    assert drawn.mean() == pytest.approx(expected, rel=0.05)
+
+
+def test_scvi_is_given_what_it_decodes_on_the_device_of_its_module(screen, monkeypatch):
+    given = {}
+
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1, device="meta"))
+
+        def generative(self, **tensors):
+            given.update({name: tensor.device.type for name, tensor in tensors.items()})
+            return {"px": SimpleNamespace(sample=lambda: torch.ones(len(tensors["z"]), 3))}
+
+    known = (SimpleNamespace(module=Module()), torch.zeros(len(screen), 2), *2 * [np.ones((len(screen), 4))])
+    monkeypatch.setattr(scvi, "_trained", lambda train: known)
+    scvi.fit(screen, from_prior=False)(conditions("a", "B", 5), np.random.default_rng(0))
+    assert given == dict.fromkeys(("z", "library", "batch_index", "cat_covs"), "meta")
 
 
 def test_additive_takes_a_perturbation_seen_in_other_cell_types_from_there_and_says_what_it_never_saw(screen, caplog):
