@@ -76,7 +76,8 @@ class RevealedGenes:
         self.expected = cells.mean.sum(dim=1)
         self.expected_observed = torch.zeros_like(self.expected)
         self.observed_total = torch.zeros_like(self.expected)
-        self.observed = key.new_zeros(B, backbone.nothing.embedding_dim)
+        # added up in float32: in bfloat16 a sum of hundreds of genes would not hear of one more
+        self.observed = torch.zeros(B, backbone.nothing.embedding_dim, device=key.device)
 
     def __call__(self, x_t: torch.Tensor, known: torch.Tensor) -> tuple[Encoded, PartialCells]:
         """The cells ``x_t`` (B, L), of which the genes at ``known`` (B, j) are revealed, and their encoding."""
@@ -91,7 +92,8 @@ class RevealedGenes:
         cells = replace(self.cells, input_ids=x_t, progress=progress)
         end = 1 + self.num_read
         cached = (self.key[:, :, :end], self.value[:, :, :end])
-        return self.backbone.think(*self.conditions(cells, self.observed), cached=cached), cells
+        observed = self.observed.to(self.key.dtype)
+        return self.backbone.think(*self.conditions(cells, observed), cached=cached), cells
 
     def _read(self, x_t: torch.Tensor, new: torch.Tensor) -> None:
         """Take in the genes at positions ``new`` (B, q)."""

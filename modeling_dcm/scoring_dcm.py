@@ -112,7 +112,7 @@ class CellScoringMixin:
 
     @torch.no_grad()
     def embed(self, input_ids: torch.Tensor, *, batch_size: int = 256, **conditions) -> torch.Tensor:
-        """Pooled hidden state (N, D) of cells with counts ``input_ids`` (N, L): mean over genes, or over latents."""
+        """Pooled state (N, D), float32, of cells with counts ``input_ids`` (N, L): mean over genes or latents."""
         check_conditions(self.config, conditions)
         mask = conditions.pop("attention_mask", None)
         if mask is not None:
@@ -122,7 +122,7 @@ class CellScoringMixin:
                 select_rows({"input_ids": input_ids, **conditions}, rows, self.device)
                 for _, rows in row_chunks(len(input_ids), batch_size)
             )
-            return torch.cat([self._pooled(**chunk).cpu() for chunk in chunks])
+            return torch.cat([self._pooled(**chunk).float().cpu() for chunk in chunks])
 
     def _pooled(self, input_ids: torch.Tensor, **conditions) -> torch.Tensor:
         cells = self.partial_cells(input_ids, **conditions)
