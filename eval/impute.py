@@ -221,9 +221,9 @@ def _write(
     import anndata
     import h5py
     import pandas as pd
-    from anndata.io import read_elem, write_elem
+    from anndata.io import write_elem
 
-    from training.data.h5ad import damage_named, write_h5ad_in_blocks
+    from training.data.h5ad import damage_named, read_known, write_h5ad_in_blocks
 
     tokenizer = cells.tokenizer
     var = pd.DataFrame({"measured": cells.always_measured}, index=tokenizer.genes)
@@ -235,7 +235,7 @@ def _write(
     kept: dict[str, dict] = {}
     if source.is_file():
         with damage_named(source), h5py.File(source, "r") as file:
-            kept = {name: read_elem(file[name]) for name in ("obsm", "obsp", "uns") if name in file}
+            kept = {name: read_known(file[name]) for name in ("obsm", "obsp", "uns") if name in file}
     uns |= kept.pop("uns", {})  # the file knows its own conditions best
     uns.pop("dcm_panels", None)  # nothing is unmeasured now
     dtypes = {X: np.int32, MEAN: np.float32, VARIANCE: np.float32, IMPUTED: np.int8}

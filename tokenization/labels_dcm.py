@@ -60,7 +60,7 @@ def shortened(names: Iterable[object], most: int = 5) -> str:
 
 
 def factorize(labels: object) -> tuple[list[str], np.ndarray]:
-    """Unique labels as strings, and for each of n cells the index of its label, -1 where it is missing (None, NaN).
+    """Unique labels as strings, and for each of n cells the index of its label, -1 where it is missing (None, NaN, NA).
 
     Args:
         labels: n labels: a sequence, an array, or a pandas column (categories are used as they are, without a sort).
@@ -79,7 +79,10 @@ def factorize(labels: object) -> tuple[list[str], np.ndarray]:
     if hasattr(labels, "isna"):
         missing = np.asarray(labels.isna())
     else:
-        missing = np.equal(values, None) | np.not_equal(values, values).astype(bool)
+        try:
+            missing = np.equal(values, None) | np.not_equal(values, values).astype(bool)
+        except TypeError:  # pandas' NA says neither yes nor no to any comparison
+            missing = np.array([v is None or type(v).__name__ == "NAType" or v != v for v in values], dtype=bool)
     codes = np.full(len(values), -1, dtype=np.int64)
     unique, codes[~missing] = np.unique(values[~missing].astype(str), return_inverse=True)
     return unique.tolist(), codes
@@ -102,14 +105,18 @@ def label_ids(labels: object, vocabulary: Sequence[str], kind: str) -> np.ndarra
 def split_perturbation(label: str, *, control: str | None, separator: str | None) -> list[str]:
     """Single names of a perturbation label, sorted, each once, without the control unless it stands alone.
 
-    ``"KLF1+TGFBR2"`` gives both genes, ``"X+control"`` gives X, ``"control"`` gives the control.
+    ``"KLF1+TGFBR2"`` gives both genes, ``"KLF1 + TGFBR2"`` too, ``"X+control"`` gives X, ``"control+control"`` and
+    ``"control"`` give the control.
 
     Raises:
         ValueError: a part is empty, as in ``"KLF1+"``.
     """
-    parts = label.split(separator) if separator else [label]
+    parts = [part.strip() for part in label.split(separator)] if separator else [label]
     if not all(parts):
-        raise ValueError(f"perturbation {label!r} has an empty part; expected names joined by {separator!r}")
+        raise ValueError(
+            f"perturbation {label!r} has an empty part; expected names joined by {separator!r}: where it is a part of "
+            'names, pass --separator "" (separator=None), or what else joins names'
+        )
     names = sorted(set(parts) - {control})
     return names or [parts[0]]
 

@@ -169,7 +169,7 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
             cells: an AnnData, a DataFrame, a scipy sparse matrix or an array of counts (n, number of genes).
             genes: names of the columns; for an AnnData default its ``var_names``, for a DataFrame its ``columns``,
                 else the panel itself. Versions of Ensembl ids need not be the panel's.
-            layer: of an AnnData, the layer with the counts (default ``X``).
+            layer: of an AnnData, the layer with the counts, or ``"raw"`` for ``raw.X`` (default ``X``).
             clip: give counts above ``max_count`` the id of ``max_count``, with one warning; False raises.
 
         Returns:
@@ -185,11 +185,16 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
         """
         is_anndata = hasattr(cells, "obs") and hasattr(cells, "var_names")
         layers = list(cells.layers) if is_anndata else []
+        named = cells
+        if layer == "raw" and layer not in layers and getattr(cells, "raw", None) is not None:
+            layer, named = None, cells.raw
         if layer is not None and layer not in layers:
             raise ValueError(f"no layer {layer!r}; layers here: {', '.join(layers) or 'none'}")
-        matrix = cells if not is_anndata else cells.X if layer is None else cells.layers[layer]
+        matrix = cells if not is_anndata else named.X if layer is None else cells.layers[layer]
+        if matrix is None:
+            raise ValueError(f"the cells have no X; pass layer= with one of: {', '.join(layers) or 'none here'}")
         if genes is None:
-            genes = cells.var_names if is_anndata else getattr(cells, "columns", self.genes)
+            genes = named.var_names if is_anndata else getattr(cells, "columns", self.genes)
         counts, measured = self._panel_counts(matrix, [str(name) for name in genes], layers)
         input_ids = self.count_ids(counts, clip=clip)
         if len(measured) < len(self.genes):

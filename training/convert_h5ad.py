@@ -212,6 +212,8 @@ def _build_tokenizer(genes: Sequence[str], conditions: "ConditionColumns", panel
     from tokenization import DCMTokenizer
 
     labels = {name: list(column.categories) for name, column in conditions.columns.items()}
+    if conditions.control is not None:
+        labels["perturbation"].append(conditions.control)  # also where it never stands alone
     return DCMTokenizer.from_labels(
         genes=genes,
         max_count=panel.largest_in_training,

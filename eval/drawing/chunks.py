@@ -19,7 +19,7 @@ from scipy.sparse import csr_matrix
 
 from modeling_dcm.generation_dcm import row_chunks
 from training.data.command_line import ProgressReport
-from training.data.files import written_aside
+from training.data.files import followed, written_aside
 from training.data.h5ad import write_h5ad_in_blocks
 
 REQUEST = "request.json"
@@ -39,8 +39,8 @@ class ChunkFiles:
     """
 
     def __init__(self, out: Path, request: dict[str, object], *, num_cells: int, batch_size: int):
-        self.out = out
-        self.folder = out.parent / f".{out.name}.parts"
+        self.out = followed(out)
+        self.folder = self.out.parent / f".{self.out.name}.parts"
         self.request = json.loads(json.dumps(request))
         self.num_cells = num_cells
         self.rows = [rows for _, rows in row_chunks(num_cells, batch_size)]

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from anndata.io import read_elem
 from scipy import sparse
 
 from tokenization.conditions_dcm import CELL_TYPE, PERTURBATION, ConditionLabels, as_tensor
@@ -23,7 +22,7 @@ from tokenization.gene_names_dcm import find_genes
 from tokenization.labels_dcm import shortened
 from training.data.command_line import ProgressReport
 from training.data.formats import opened_counts
-from training.data.h5ad import CountFile, damage_named, open_h5ad
+from training.data.h5ad import CountFile, damage_named, open_h5ad, read_table
 
 if TYPE_CHECKING:
     import torch
@@ -175,7 +174,7 @@ def conditions_like(
         ValueError: a missing column, cells without label, or unknown labels.
     """
     with open_h5ad(path) as file, damage_named(path):
-        obs = read_elem(file["obs"])
+        obs = read_table(file, "obs")
     given = {CELL_TYPE: cell_type, PERTURBATION: perturbation, **(covariates or {})}
     given = {name: label for name, label in given.items() if label is not None}
     needed = [name for name in labels.known_conditions() if name not in given]

@@ -3,10 +3,16 @@
 ``x.h5ad`` is a sound file of 60 cells.
 """
 
+import gzip
 import json
+import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,6 +21,8 @@ import scipy.sparse
 from tokenization import DCMTokenizer
 from training.conversion.splits import split_from_names
 from training.convert_h5ad import main as convert
+from training.data.formats import opened_counts, read_counts
+from training.data.h5ad import open_h5ad
 from training.embed_perturbations import perturbation_names
 
 N, GENES = 60, [f"G{i}" for i in range(20)]
@@ -94,3 +102,258 @@ def test_the_separator_travels_with_the_cells(tmp_path):
     drawn = tokenizer.decode([[0] * 20], tokenizer.conditions(perturbation="G1_G2"))
     assert drawn.uns["dcm_separator"] == "_"
     assert drawn.obs["perturbation"].tolist() == ["G1_G2"]
+
+
+# --- labels of perturbations ------------------------------------------------------------------------------------------
+
+
+def perturbations_of(labels: tuple[str, ...], folder: Path, **options) -> DCMTokenizer:
+    """The tokenizer of cells with these labels, once converted."""
+    sound(labels).write_h5ad(folder / "x.h5ad")
+    shards = convert(folder / "x.h5ad", out=folder / "s", perturbation_key="perturbation", **options)
+    return DCMTokenizer.from_pretrained(shards / "tokenizer")
+
+
+def test_a_separator_within_a_name_is_said(tmp_path, caplog):
+    labels = ("control", "(+)-JQ1", "Abexinostat")
+    with caplog.at_level(logging.INFO):
+        perturbations_of(labels, tmp_path)
+    assert "1 of 3 perturbation labels are read as combinations, joined by '+': (+)-JQ1" in caplog.text
+    assert "1 of these have a part that never stands alone (such as '(' of '(+)-JQ1')" in caplog.text
+    assert '--separator ""' in caplog.text
+    assert perturbations_of(labels, tmp_path, separator="").perturbations == sorted(labels)
+
+
+def test_a_name_that_ends_with_the_separator_is_refused_with_the_way_out(tmp_path):
+    with pytest.raises(ValueError, match=r"'CD8\+' has an empty part.*--separator ..,"):
+        perturbations_of(("control", "CD8+"), tmp_path)
+
+
+def test_combinations_whose_parts_stand_alone_are_counted_without_a_warning(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        tokenizer = perturbations_of(("control", "A", "B", "A + B"), tmp_path)
+    assert tokenizer.perturbations == ["A", "B", "control"]
+    assert "1 of 4 perturbation labels are read as combinations" in caplog.text
+    assert "never stands alone" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("labels", "given", "control"),
+    [
+        (("control+control", "KLF1+control"), None, "control"),
+        (("KLF1+control", "KLF1"), None, "control"),
+        (("NT+NT", "KLF1+NT"), "NT", "NT"),
+        (("KLF1+NT", "KLF1"), "NT", "NT"),
+    ],
+)
+def test_the_control_is_found_among_single_names(labels, given, control, tmp_path):
+    tokenizer = perturbations_of(labels, tmp_path, control=given)
+    assert tokenizer.control == control
+    assert tokenizer.perturbations == sorted(["KLF1", control])
+    written = set(anndata.read_h5ad(tmp_path / "s" / "train.h5ad").obs["perturbation"])
+    assert written == {"KLF1"} | ({control} if f"{control}+{control}" in labels else set())
+
+
+@pytest.mark.parametrize("missing", [None, np.nan, pd.NA, pd.NaT], ids=str)
+def test_a_missing_label_is_not_given(missing):
+    tokenizer = DCMTokenizer.from_labels(genes=GENES, max_count=5, cell_types=["type0", "type1"])
+    assert tokenizer.cell_type_ids(["type1", missing, "type0"]).tolist() == [1, -1, 0]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def of_anndata_0_6(path: Path) -> Path:
+    """The cells of ``x.h5ad`` as anndata 0.6 wrote them: compound tables, categories in ``uns``."""
+    cells = anndata.read_h5ad(path)
+    old = path.with_name("old.h5ad")
+    with h5py.File(old, "w") as file:
+        codes = cells.obs["cell_type"].astype("category").cat.codes
+        text = h5py.string_dtype()
+        columns = [("index", text), ("cell_type", "i1"), ("perturbation", text), ("n", "f4")]
+        table = zip(cells.obs_names, codes, cells.obs["perturbation"], np.arange(N))
+        file["obs"] = np.array(list(table), dtype=columns)
+        file["var"] = np.array([(gene,) for gene in GENES], dtype=[("index", "S8")])
+        file["uns/cell_type_categories"] = np.array(["type0", "type1"], dtype=object)
+        group = file.create_group("X")
+        for name in ("data", "indices", "indptr"):
+            group[name] = getattr(cells.X, name)
+        group.attrs["h5sparse_format"], group.attrs["h5sparse_shape"] = "csr", cells.shape
+    return old
+
+
+def test_tables_of_anndata_0_6_are_read_with_their_categories(x):
+    cells, old = anndata.read_h5ad(x), read_counts(of_anndata_0_6(x))
+    assert (old.X != cells.X).nnz == 0
+    assert old.obs["cell_type"].tolist() == cells.obs["cell_type"].tolist()
+    assert old.obs["perturbation"].tolist() == cells.obs["perturbation"].tolist()
+    assert old.obs_names.tolist() == cells.obs_names.tolist()
+    assert old.var_names.tolist() == GENES
+
+
+def without_encoding(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        for name in list(file["obs"].attrs):
+            del file["obs"].attrs[name]
+
+
+def column_twice(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        file["obs"].attrs["column-order"] = ["cell_type", "cell_type"]
+
+
+def unknown_filter(path: Path) -> None:
+    """A dataset whose chunks need zstd."""
+    with h5py.File(path, "r+") as file:
+        del file["X/data"]
+        created = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        created.set_chunk((100,))
+        created.set_filter(32015, h5py.h5z.FLAG_OPTIONAL, (3,))
+        space = h5py.h5s.create_simple((len(file["X/indices"]),))
+        dataset = h5py.h5d.create(file["X"].id, b"data", h5py.h5t.NATIVE_FLOAT, space, created)
+        dataset.write_direct_chunk((0,), b"no plain chunk")
+
+
+def unfinished(path: Path) -> None:
+    """As a file that its writer has not closed."""
+    copy = path.with_suffix(".copy")
+    with h5py.File(copy, "w", libver="latest") as file:
+        file.create_group("obs")
+        file.flush()
+        path.write_bytes(copy.read_bytes())
+
+
+def in_gzip(path: Path) -> None:
+    path.write_bytes(gzip.compress(path.read_bytes()))
+
+
+def as_zarr(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+    (path / ".zgroup").write_text("{}")
+
+
+def of_10x(path: Path) -> None:
+    """10x output without the features' types."""
+    with h5py.File(path, "w") as file:
+        for name in ("id", "name"):
+            file[f"matrix/features/{name}"] = GENES
+
+
+def of_cell_ranger_2(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file["hg19/gene_names"] = GENES
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (without_encoding, "obs does not say how it is encoded: written by an old anndata"),
+        (column_twice, "obs has the column cell_type more than once"),
+        (unknown_filter, "compressed with a filter that needs hdf5plugin"),
+        (unfinished, "open for writing elsewhere"),
+        (in_gzip, "compressed with gzip"),
+        (as_zarr, "is a zarr store"),
+        (of_10x, "features has no feature_type"),
+        (of_cell_ranger_2, "Cell Ranger 2 .genomes: hg19.*scanpy.read_10x_h5"),
+    ],
+)
+def test_a_file_that_is_refused_says_why(change, said, x):
+    change(x)
+    with pytest.raises(ValueError, match=said) as error:
+        read_counts(x)
+    assert "damaged" not in str(error.value)
+
+
+def test_a_file_open_for_writing_elsewhere_is_named_as_such(x):
+    opened = "import h5py, sys; file = h5py.File(sys.argv[1], 'r+'); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", opened, str(x)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="open for writing elsewhere"):
+            read_counts(x)
+        other.stdin.close()
+
+
+def test_a_file_without_permission_is_named_as_such(x, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(PermissionError, match="no permission to read"):
+        open_h5ad(x)
+
+
+def test_a_column_of_unknown_encoding_is_not_read(x, caplog):
+    with h5py.File(x, "r+") as file:
+        file["obs/cell_type"].attrs["encoding-type"] = "of the future"
+        file["uns/new"] = 1
+        file["uns/new"].attrs["encoding-type"] = "of the future"
+    cells = read_counts(x)
+    assert list(cells.obs) == ["perturbation"]
+    assert "/obs/cell_type has an encoding" in caplog.text
+    with pytest.raises(ValueError, match="no column 'cell_type' in obs"):
+        convert(x, out=x.parent / "s", cell_type_key="cell_type")
+
+
+def folder_of_10x(folder: Path, *, kinds: list[str], entries: str) -> Path:
+    folder.mkdir()
+    (folder / "features.tsv").write_text("".join(f"ENS{i}\t{g}\t{k}\n" for i, (g, k) in enumerate(zip(GENES, kinds))))
+    (folder / "barcodes.tsv").write_text("".join(f"cell{i}\n" for i in range(N)))
+    (folder / "matrix.mtx").write_text(f"%%MatrixMarket matrix coordinate integer general\n{entries}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kinds", "entries", "said"),
+    [
+        (["Gene Expression"] * 20, "20 60 0\n", "has no counts"),
+        (["gene expression"] * 20, "20 60 1\n1 1 1\n", "types there: gene expression"),
+        (["chr1", "chr2"] * 10, "20 60 1\n1 1 1\n", "types there: chr1, chr2"),
+    ],
+)
+def test_a_10x_folder_without_counts_of_genes_is_refused(kinds, entries, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        convert(folder_of_10x(tmp_path / "10x", kinds=kinds, entries=entries), out=tmp_path / "s")
+
+
+def test_dense_float16_counts_are_read_as_float32(x):
+    cells = anndata.read_h5ad(x)
+    tokenizer = DCMTokenizer.from_labels(genes=GENES, max_count=20)
+    expected = tokenizer(cells)["input_ids"]
+    cells.X = cells.X.toarray().astype("float16")
+    assert (tokenizer(cells)["input_ids"] == expected).all()
+    cells.write_h5ad(x)
+    assert (read_counts(x).X.toarray() == expected.numpy()).all()
+
+
+def test_cells_without_x_list_their_layers():
+    cells = sound()
+    cells.layers["counts"] = cells.X
+    cells.X = None
+    tokenizer = DCMTokenizer.from_labels(genes=GENES, max_count=20)
+    with pytest.raises(ValueError, match="no X; pass layer= with one of: counts"):
+        tokenizer(cells)
+
+
+def test_raw_is_a_layer_with_its_own_genes(tmp_path):
+    cells = sound()
+    cells.raw = cells
+    few = cells[:, 5:10].copy()
+    few.X = few.X.multiply(0.5).tocsr()
+    few.write_h5ad(tmp_path / "x.h5ad")
+    with opened_counts(tmp_path / "x.h5ad", "raw") as file:
+        assert file.var.index.tolist() == GENES
+    tokenizer = DCMTokenizer.from_labels(genes=GENES, max_count=20)
+    assert (tokenizer(few, layer="raw")["input_ids"] == tokenizer(cells)["input_ids"]).all()
+
+
+def test_a_symbolic_link_is_followed(x, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "beside").mkdir()
+    link = tmp_path / "beside" / "shards"
+    link.symlink_to(tmp_path / "scratch")
+    for _ in range(2):
+        convert(x, out=link)
+        assert link.is_symlink()
+        assert (tmp_path / "scratch" / "split.json").is_file()
+        assert [path.name for path in link.parent.iterdir()] == ["shards"]
+        assert {path.name for path in tmp_path.iterdir()} == {"x.h5ad", "scratch", "beside"}

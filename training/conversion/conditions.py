@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from tokenization.conditions_dcm import CELL_TYPE, PERTURBATION
-from tokenization.labels_dcm import factorize, join_perturbation, split_perturbation, unknown_label_error
+from tokenization.labels_dcm import factorize, join_perturbation, shortened, split_perturbation, unknown_label_error
 from training.data.shards import NOT_LABELS, PANEL
 
 logger = logging.getLogger(__name__)
@@ -130,8 +130,11 @@ def _categorical(labels: Sequence[str], codes: np.ndarray) -> pd.Categorical:
 
 def _find_control(perturbations: pd.Categorical, control: str | None, separator: str | None) -> str | None:
     labels = list(perturbations.categories)
+    if control in labels and separator and separator in control:
+        raise ValueError(f"control {control!r} contains the separator {separator!r}; pass another --separator")
+    singles = {name for label in labels for name in split_perturbation(label, control=None, separator=separator)}
     if control is None:
-        usual = [label for label in USUAL_CONTROLS if label in labels]
+        usual = [label for label in USUAL_CONTROLS if label in singles]
         if len(usual) > 1:
             raise ValueError(
                 f"perturbations have both {' and '.join(map(repr, usual))}; pass --control with one of them"
@@ -141,10 +144,8 @@ def _find_control(perturbations: pd.Categorical, control: str | None, separator:
             return None
         logger.info("control: %r (found; --control names another)", usual[0])
         return usual[0]
-    if control not in labels:
-        raise unknown_label_error("control", [control], labels)
-    if separator and separator in control:
-        raise ValueError(f"control {control!r} contains the separator {separator!r}; pass another --separator")
+    if control not in singles:
+        raise unknown_label_error("control", [control], sorted(singles))
     return control
 
 
@@ -152,13 +153,25 @@ def _canonical_perturbations(
     perturbations: pd.Categorical, control: str | None, separator: str | None
 ) -> pd.Categorical:
     before = list(perturbations.categories)
-    after = [
-        join_perturbation(split_perturbation(label, control=control, separator=separator), separator)
-        for label in before
-    ]
+    names = [split_perturbation(label, control=control, separator=separator) for label in before]
+    after = [join_perturbation(parts, separator) for parts in names]
     changed = [(old, new) for old, new in zip(before, after) if old != new]
     if changed:
         logger.info("%d perturbation labels are written in canonical form, such as %r as %r", len(changed), *changed[0])
+    combinations = {label: parts for label, parts in zip(before, names) if len(parts) > 1}
+    if combinations:
+        said = "%d of %d perturbation labels are read as combinations, joined by %r: %s"
+        logger.info(said, len(combinations), len(before), separator, shortened(combinations, 3))
+    alone = {parts[0] for parts in names if len(parts) == 1}
+    never = {label: part for label, parts in combinations.items() for part in parts[::-1] if part not in alone}
+    if never:
+        logger.warning(
+            "%d of these have a part that never stands alone (such as %r of %r): if %r is a part of the names, pass "
+            '--separator "", or what else joins names',
+            *(len(never), next(iter(never.values())), next(iter(never)), separator),
+        )
+    if control is not None and control not in alone:
+        logger.warning("no cell has the control %r alone", control)
     return _categorical(after, perturbations.codes)
 
 

@@ -48,6 +48,12 @@ def check_writable(out: Path) -> None:
         raise PermissionError(f"--out {str(out)!r} cannot be written: {str(nearest)!r} is no folder to write into")
 
 
+def followed(path: str | Path) -> Path:
+    """What a symbolic link points to, which is what gets written; any other path as it is."""
+    path = Path(path)
+    return path.resolve() if path.is_symlink() else path
+
+
 @contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
     """Yield a path beside ``path`` to write a file or a folder to; rename it to ``path`` when the block succeeds.
@@ -56,7 +62,7 @@ def written_aside(path: str | Path) -> Iterator[Path]:
     is as it was before. A folder cannot be replaced in one move: if a process was killed between the two, the old one
     is put back here.
     """
-    path = Path(path)
+    path = followed(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     put_back(path)
     aside = _aside(path.parent, path.name)
@@ -117,6 +123,7 @@ def folder_written_aside(out: Path) -> Iterator[Path]:
 @contextmanager
 def scratch_folder(out: Path) -> Iterator[Path]:
     """Yield an empty folder for temporary files on the file system of ``out``; it is removed at the end."""
+    out = followed(out)
     folder = _aside(_existing_parent(out), out.name)
     try:
         with _held(folder):
@@ -158,6 +165,7 @@ def remove_leftovers(out: Path) -> None:
 
     A run that was killed between the two renames that replace ``out`` left it under another name: it is put back.
     """
+    out = followed(out)
     put_back(out)
     for parent in {out.parent, _existing_parent(out)}:
         for folder in sorted(parent.glob(f".{glob.escape(out.name)}.{DIGITS}.part")):

@@ -17,6 +17,7 @@ import pandas as pd
 import scipy.sparse
 from anndata.io import read_elem, sparse_dataset
 
+from tokenization.labels_dcm import shortened
 from training.data.command_line import ProgressReport
 from training.data.h5ad import (
     CellBuckets,
@@ -26,12 +27,16 @@ from training.data.h5ad import (
     StoredRows,
     damage_named,
     open_h5ad,
+    read_known,
+    read_table,
+    refuse_zarr,
     sorted_by_cell,
 )
 from training.data.workers import Report
 
 RAW = "raw"
 GENE_EXPRESSION = "Gene Expression"
+FEATURES = ("name", "id", "feature_type")
 MTX_LINES = 2**20
 MTX_FILES = {"matrix": ("matrix.mtx",), "features": ("features.tsv", "genes.tsv"), "barcodes": ("barcodes.tsv",)}
 
@@ -50,6 +55,7 @@ def open_counts(path: Path, scratch: Path, layer: str | None = None, *, report: 
         FileNotFoundError: there is no such file.
         ValueError: the file is not readable, has no cells or genes, or lacks the matrix asked for.
     """
+    refuse_zarr(path)
     if path.is_dir():
         _no_layer(path, layer)
         file = _open_mtx(path, scratch, report)
@@ -83,7 +89,7 @@ def read_counts(path: Path, layer: str | None = None) -> anndata.AnnData:
         uns = {}
         if path.is_file():
             with damage_named(path), h5py.File(path, "r") as source:
-                uns = read_elem(source["uns"]) if "uns" in source else {}
+                uns = read_known(source["uns"]) if "uns" in source else {}
         return anndata.AnnData(scipy.sparse.vstack(blocks, format="csr"), obs=file.obs, var=file.var, uns=uns)
 
 
@@ -118,7 +124,7 @@ def _open_h5ad(path: Path, scratch: Path, layer: str | None, report: Report) -> 
         raw = layer == RAW and RAW not in layers
         name = "raw/X" if raw else "X" if layer is None else f"layers/{layer}"
         with damage_named(path):
-            obs, var = read_elem(file["obs"]), read_elem(file[RAW]["var"] if raw else file["var"])
+            obs, var = read_table(file, "obs"), read_table(file, f"{RAW}/var" if raw else "var")
             panels = read_elem(file["uns/dcm_panels"]) if not raw and "uns/dcm_panels" in file else None
             matrix = _matrix(path, file, name, scratch, report)
     source = "X" if layer is None else "raw.X" if raw else f"layer {layer!r}"
@@ -154,7 +160,13 @@ def _open_10x(path: Path) -> CountFile:
     """The ``.h5`` of Cell Ranger 3 and later: features x barcodes by column, which is cells x genes by row."""
     with damage_named(path), h5py.File(path, "r") as file:
         group = file["matrix"]
-        features = {name: group["features"][name].asstr()[:] for name in ("name", "id", "feature_type")}
+        lacking = [name for name in FEATURES if name not in group.get("features", ())]
+        if lacking:
+            raise ValueError(
+                f"{str(path)!r} looks like 10x output, but matrix/features has no {', '.join(lacking)}; expected "
+                f"{', '.join(FEATURES)}: write it again with them, or as h5ad"
+            )
+        features = {name: group["features"][name].asstr()[:] for name in FEATURES}
         barcodes = group["barcodes"].asstr()[:]
         matrix = StoredRows(path, "matrix", tuple(int(size) for size in group["shape"][:][::-1]))
     return _file_of_10x(path, barcodes, features, matrix)
@@ -164,12 +176,14 @@ def _file_of_10x(path: Path, barcodes, features: dict, matrix: StoredRows | Cell
     var = pd.DataFrame(
         {"gene_ids": features["id"], "feature_types": features["feature_type"]}, index=pd.Index(features["name"])
     )
-    return CountFile(
-        counts=Counts(path, f"matrix of {path.name}", matrix),
-        obs=pd.DataFrame(index=pd.Index(barcodes)),
-        var=var,
-        are_genes=np.asarray(var["feature_types"] == GENE_EXPRESSION),
-    )
+    are_genes = np.asarray(var["feature_types"] == GENE_EXPRESSION)
+    if not are_genes.any():
+        raise ValueError(
+            f"{str(path)!r} has no features of the type {GENE_EXPRESSION!r}; types there: "
+            f"{shortened(var['feature_types'].unique())}"
+        )
+    obs = pd.DataFrame(index=pd.Index(barcodes))
+    return CountFile(Counts(path, f"matrix of {path.name}", matrix), obs, var, are_genes)
 
 
 def _open_mtx(path: Path, scratch: Path, report: Report) -> CountFile:
@@ -210,6 +224,8 @@ def _read_mtx(path: Path, scratch: Path, report: Report) -> CellBuckets:
         while line.startswith("%"):
             line = file.readline()
         num_genes, num_cells, stored = (int(number) for number in line.split())
+        if not stored:
+            raise ValueError(f"{str(path)!r} has no counts: it announces 0 entries of {num_genes:,} x {num_cells:,}")
         dtype = np.int64 if header[3] == "integer" else np.float64
         buckets = CellBuckets(scratch, (num_cells, num_genes), np.dtype(dtype))
         read = 0
@@ -227,4 +243,4 @@ def _read_mtx(path: Path, scratch: Path, report: Report) -> CellBuckets:
 
 
 def _opened_text(path: Path) -> IO[str]:
-    return gzip.open(path, "rt") if path.suffix == ".gz" else path.open("rt")
+    return gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig")

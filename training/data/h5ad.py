@@ -7,6 +7,10 @@ memory.
 Shapes: n cells, m cells of a block, F genes of the file, G genes of a panel.
 """
 
+import contextlib
+import logging
+import os
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,17 +22,25 @@ import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse
-from anndata.io import sparse_dataset, write_elem
+from anndata.io import read_elem, sparse_dataset, write_elem
 
 from tokenization.count_checks_dcm import CountCheck
+from tokenization.labels_dcm import shortened
 from training.data.shards import read_panels
 from training.data.workers import Report
+
+with contextlib.suppress(ImportError):
+    import hdf5plugin  # noqa: F401 (HDF5 then knows zstd, lz4 and other filters)
+
+logger = logging.getLogger(__name__)
 
 BLOCK_CELLS = 4096
 BLOCK_STORED = 2**22  # stored values of a sparse matrix
 BLOCK_VALUES = 2**24  # values of a dense matrix
 STORED_CHUNK = 2**16  # stored values that are compressed together
 LARGEST_COUNT = 2**31 - 1
+ZARR = (".zgroup", ".zattrs", "zarr.json")
+UNKNOWN_ENCODING = anndata._io.specs.registry.IORegistryError
 # what HDF5, AnnData, gzip and text that ends too early raise
 DAMAGE = (OSError, KeyError, IndexError, EOFError, RuntimeError, zlib.error, anndata._io.utils.AnnDataReadError)
 
@@ -44,12 +56,18 @@ def open_h5ad(path: str | Path) -> h5py.File:
         ValueError: the file is empty, not HDF5, cut short, or HDF5 without AnnData's layout.
     """
     path = Path(path)
+    refuse_zarr(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}; expected an h5ad file")
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f"{str(path)!r} is empty (0 bytes); write or copy it again")
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"no permission to read {str(path)!r}; ask its owner")
     if not h5py.is_hdf5(path):
+        with path.open("rb") as opened:
+            if opened.read(2) == b"\x1f\x8b":
+                raise ValueError(f"{str(path)!r} is compressed with gzip: unpack it first (gunzip)")
         raise ValueError(f"{str(path)!r} is not an h5ad file (no HDF5 signature in its {size:,} bytes)")
     with damage_named(path):
         file = h5py.File(path, "r")
@@ -57,7 +75,13 @@ def open_h5ad(path: str | Path) -> h5py.File:
     if "X" not in file and not len(file.get("layers", ())):
         missing.append("X and no layers")
     if missing:
+        genomes = [name for name, group in file.items() if isinstance(group, h5py.Group) and "gene_names" in group]
         file.close()
+        if genomes:
+            raise ValueError(
+                f"{str(path)!r} is 10x output of Cell Ranger 2 (genomes: {shortened(genomes)}): read it with "
+                "scanpy.read_10x_h5(path, genome=...) and write it as h5ad"
+            )
         raise ValueError(f"{str(path)!r} is HDF5 but not an h5ad file: it has no {', no '.join(missing)}")
     return file
 
@@ -68,14 +92,86 @@ def damage_named(path: str | Path) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
-        raise ValueError(
-            f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); it looks cut short or damaged: "
-            "copy it again"
-        ) from error
+        raise ValueError(f"{str(path)!r} {_cause(path, error)}") from error
     except ValueError as error:
         if str(path) in str(error):
             raise
         raise ValueError(f"{str(path)!r}: {error}") from error
+
+
+def _cause(path: str | Path, error: Exception) -> str:
+    """What keeps a file from being read, and the way out."""
+    if any(words in str(error) for words in ("unable to lock file", "already open for write")):
+        return "is open for writing elsewhere; close it there, or copy it first"
+    with contextlib.suppress(OSError, RuntimeError), h5py.File(path, "r") as file:
+        dataset = file.visititems(lambda _, item: item.name if _lacks_filter(item) else None)
+        if dataset is not None:
+            return f"is compressed with a filter that needs hdf5plugin ({dataset}): pip install hdf5plugin"
+    return f"cannot be read ({type(error).__name__}: {error}); it looks cut short or damaged: copy it again"
+
+
+def _lacks_filter(item: h5py.Group | h5py.Dataset) -> bool:
+    if not isinstance(item, h5py.Dataset):
+        return False
+    created = item.id.get_create_plist()
+    return not all(h5py.h5z.filter_avail(created.get_filter(i)[0]) for i in range(created.get_nfilters()))
+
+
+def refuse_zarr(path: Path) -> None:
+    """Raise ValueError if this is a zarr store."""
+    if path.is_dir() and (path.suffix == ".zarr" or any((path / name).is_file() for name in ZARR)):
+        raise ValueError(f"{str(path)!r} is a zarr store; write it as h5ad: anndata.read_zarr(path).write_h5ad(...)")
+
+
+def read_table(file: h5py.File, name: str) -> pd.DataFrame:
+    """Read ``obs``, ``var`` or ``raw/var``, as anndata does, but for columns of an encoding that it does not know.
+
+    Raises:
+        ValueError: a column is there twice, or the table is a group that does not say that it is one.
+    """
+    element = file[name]
+    if isinstance(element, h5py.Dataset):
+        return _read_old_table(file, element)
+    if "column-order" not in element.attrs:
+        raise ValueError(
+            f"{name} does not say how it is encoded: written by an old anndata; read it with that version and write "
+            "it once with a newer one"
+        )
+    columns = [str(column) for column in element.attrs["column-order"]]
+    repeated = sorted({column for column in columns if columns.count(column) > 1})
+    if repeated:
+        raise ValueError(f"{name} has the column {shortened(repeated)} more than once; rename or drop one and write it")
+    try:
+        return read_elem(element)
+    except UNKNOWN_ENCODING:
+        index = read_elem(element[element.attrs["_index"]])
+        return pd.DataFrame(read_known(element, columns), index=index)
+
+
+def read_known(group: h5py.Group, names: Iterable[str] | None = None) -> dict[str, object]:
+    """Read what is in a group (or what is named); what has an encoding that anndata does not know is left out."""
+    found = {}
+    for name in group if names is None else names:
+        try:
+            found[name] = read_elem(group[name])
+        except UNKNOWN_ENCODING:
+            logger.warning("%s/%s has an encoding that this anndata does not know: not read", group.name, name)
+    return found
+
+
+def _read_old_table(file: h5py.File, element: h5py.Dataset) -> pd.DataFrame:
+    """A table of anndata 0.6: one compound dataset, whose categories stand in ``uns`` by the column's name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", anndata.OldFormatWarning)
+        table = anndata._io.h5ad.read_dataframe_legacy(element)
+        uns = file.get("uns", {})
+        for column in table:
+            stored, codes = uns.get(f"{column}_categories"), table[column]
+            if stored is not None and codes.dtype.kind in "iu":
+                names = np.atleast_1d(anndata._io.h5ad.read_dataset(stored))
+                if (codes < len(names)).all():
+                    table[column] = pd.Categorical.from_codes(codes, names)
+    return table
 
 
 def write_h5ad_in_blocks(
@@ -112,6 +208,11 @@ def write_h5ad_in_blocks(
 # --- counts in blocks of cells ----------------------------------------------------------------------------------------
 
 
+def storable(values: np.ndarray) -> np.ndarray:
+    """Values of a type that scipy's matrices hold: float32 for float16."""
+    return values.astype(np.float32) if values.dtype == np.float16 else values
+
+
 class DenseRows:
     """A dense matrix (n, F) in an HDF5 file, which is opened for each block: processes can be sent it."""
 
@@ -127,7 +228,7 @@ class DenseRows:
     def read(self, rows: slice) -> np.ndarray:
         """Values of these cells (m, F)."""
         with h5py.File(self.path, "r") as file:
-            return file[self.name][rows]
+            return storable(file[self.name][rows])
 
 
 class StoredRows:
@@ -161,7 +262,7 @@ class StoredRows:
         with h5py.File(self.path, "r") as file:
             data, indices = (file[self.name][array][stored] for array in ("data", "indices"))
         return scipy.sparse.csr_matrix(
-            (data, checked_indices(indices, self.shape[1]), pointers - pointers[0]),
+            (storable(data), checked_indices(indices, self.shape[1]), pointers - pointers[0]),
             shape=(rows.stop - rows.start, self.shape[1]),
         )
 
@@ -206,7 +307,8 @@ class CellBuckets:
         order = np.argsort(cells, kind="stable")
         pointers = np.concatenate([[0], np.cumsum(np.bincount(cells, minlength=rows.stop - rows.start))])
         return scipy.sparse.csr_matrix(
-            (records["value"][order], records["gene"][order], pointers), shape=(len(pointers) - 1, self.shape[1])
+            (storable(records["value"][order]), records["gene"][order], pointers),
+            shape=(len(pointers) - 1, self.shape[1]),
         )
 
     def _path(self, bucket: int) -> Path:
