@@ -56,7 +56,7 @@ def main(
         shards: folder of shards with the controls of coexpression; default the one of --perturbations.
         components: length of the vectors of coexpression.
         allow_missing: pass over names that have no vector: they are listed and marked in the table, and training gives
-            each of them a learned vector. Without it they are an error.
+            those of training cells a learned vector. Without it they are an error.
         batch_tokens: residues of one batch, at most.
 
     Returns:
@@ -81,10 +81,11 @@ def main(
         raise FileNotFoundError(f"no file {source!r}; --from expects proteins, coexpression, or a file with vectors")
     names = perturbation_names(perturbations)
     logger.info("perturbations: %d", len(names))
+    seen = _seen_in_training(perturbations)
     about: dict[str, object] = {"from": source}
     if source == "proteins":
         found = _proteins_of(names, proteins)
-        missing = _missing(names, found, f"protein in {str(proteins)!r}", allowed=allow_missing)
+        missing = _missing(names, found, f"protein in {str(proteins)!r}", seen, allowed=allow_missing)
         from training.perturbations.protein_language_model import ProteinEncoder, embed_proteins
 
         encoder = ProteinEncoder.load(model, batch_tokens=batch_tokens)
@@ -95,12 +96,12 @@ def main(
     elif source == "coexpression":
         table = _by_name(names, _coexpression(shards or perturbations, components))
         what = "gene that is in the panel and expressed by training controls"
-        missing = _missing(names, table, what, allowed=allow_missing)
+        missing = _missing(names, table, what, seen, allowed=allow_missing)
     else:
         from training.perturbations.table import read_vectors
 
         table = _by_name(names, read_vectors(Path(source)))
-        missing = _missing(names, table, f"vector in {source!r}", allowed=allow_missing)
+        missing = _missing(names, table, f"vector in {source!r}", seen, allowed=allow_missing)
     from training.perturbations.table import write_table
 
     write_table(table, out, about, missing)
@@ -171,18 +172,43 @@ def _by_name(names: list[str], vectors: Mapping[str, "torch.Tensor"]) -> dict[st
     return {name: vectors[given[i]] for name, i in zip(names, find_genes(names, given)[0]) if i >= 0}
 
 
-def _missing(names: list[str], found: Mapping[str, object], what: str, *, allowed: bool) -> list[str]:
+def _seen_in_training(source: Path) -> set[str] | None:
+    """Names that some training cell of a folder of shards has; None for what is no such folder."""
+    files = sorted(source.glob("train/*.parquet"))
+    if not files:
+        return None
+    import datasets
+    import pyarrow.parquet as pq
+
+    from tokenization import DCMTokenizer
+
+    tokenizer = DCMTokenizer.from_pretrained(source / "tokenizer")
+    labels = datasets.Features.from_arrow_schema(pq.read_schema(files[0]))[PERTURBATION].names
+    codes = {code for file in files for code in pq.read_table(file, columns=[PERTURBATION])[0].unique().to_pylist()}
+    options = {"control": tokenizer.control, "separator": tokenizer.separator}
+    return {name for code in codes if code is not None for name in split_perturbation(labels[code], **options)}
+
+
+def _missing(
+    names: list[str], found: Mapping[str, object], what: str, seen: set[str] | None, *, allowed: bool
+) -> list[str]:
     """Names that were not found; an error unless they are allowed, and when nothing was found."""
     missing = [name for name in names if name not in found]
     if missing and (not allowed or len(missing) == len(names)):
-        way_out = "--allow-missing gives them learned vectors" if len(missing) < len(names) else None
+        way_out = "--allow-missing leaves those of training cells to training" if len(missing) < len(names) else None
         raise ValueError(
             f"{len(missing):,} of {len(names):,} perturbations have no {what}: {shortened(missing, 20)}; "
             f"{way_out or 'are the names of the same kind?'}"
         )
-    if missing:
-        said = "%d of %d perturbations have no %s, and get a learned vector in training: %s"
-        logger.warning(said, len(missing), len(names), what, ", ".join(missing))
+    learned = [name for name in missing if seen is None or name in seen]
+    never_seen = [name for name in missing if name not in learned]
+    if learned:
+        promised = "and get a learned vector in training" + ", if a training cell has them" * (seen is None)
+        said = "%d of %d perturbations have no %s, %s: %s"
+        logger.warning(said, len(learned), len(names), what, promised, ", ".join(learned))
+    if never_seen:
+        said = "%d of %d perturbations have no %s and no training cell: the model will not know them: %s"
+        logger.warning(said, len(never_seen), len(names), what, ", ".join(never_seen))
     return missing
 
 

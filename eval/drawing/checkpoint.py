@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tokenization.conditions_dcm import CELL_TYPE, PERTURBATION, ConditionLabels
 from tokenization.labels_dcm import label_ids, read_text, shortened, split_perturbation
+from training.data.files import check_readable
 
 if TYPE_CHECKING:
     from modeling_dcm import DCMForDenoising
@@ -28,9 +29,12 @@ def check_checkpoint(checkpoint: str) -> None:
 
     Raises:
         FileNotFoundError: there is no such folder, or it lacks the weights or the tokenizer; the message says which.
+        PermissionError: one of its files may not be read.
     """
     folder = Path(checkpoint)
     if folder.is_dir():
+        for path in (folder, *folder.iterdir()):
+            check_readable(path)
         there = {path.name for path in folder.iterdir()}
         if "model.safetensors.index.json" in there:  # weights in several files
             there.add("model.safetensors")

@@ -17,13 +17,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
+import torch
+from safetensors.torch import save_file
 
+from eval.drawing.checkpoint import check_checkpoint
 from tokenization import DCMTokenizer
 from training.conversion.splits import split_from_names
 from training.convert_h5ad import main as convert
+from training.data.files import written_aside
 from training.data.formats import opened_counts, read_counts
 from training.data.h5ad import open_h5ad
+from training.embed_perturbations import main as embed
 from training.embed_perturbations import perturbation_names
+from training.perturbations import protein_language_model
 
 N, GENES = 60, [f"G{i}" for i in range(20)]
 BOM = "\ufeff"
@@ -125,7 +131,7 @@ def test_a_separator_within_a_name_is_said(tmp_path, caplog):
 
 
 def test_a_name_that_ends_with_the_separator_is_refused_with_the_way_out(tmp_path):
-    with pytest.raises(ValueError, match=r"'CD8\+' has an empty part.*--separator ..,"):
+    with pytest.raises(ValueError, match=r"'CD8\+' has an empty part.*pass --separator"):
         perturbations_of(("control", "CD8+"), tmp_path)
 
 
@@ -357,3 +363,41 @@ def test_a_symbolic_link_is_followed(x, tmp_path):
         assert (tmp_path / "scratch" / "split.json").is_file()
         assert [path.name for path in link.parent.iterdir()] == ["shards"]
         assert {path.name for path in tmp_path.iterdir()} == {"x.h5ad", "scratch", "beside"}
+
+
+# --- checkpoints and vectors ------------------------------------------------------------------------------------------
+
+
+def test_what_safetensors_writes_has_the_mode_of_other_files(x, tmp_path):
+    before = os.umask(0o022)
+    try:
+        shards = convert(x, out=tmp_path / "s")
+        with written_aside(tmp_path / "table.safetensors") as aside:
+            save_file({"a": torch.zeros(1)}, aside)
+    finally:
+        os.umask(before)
+    for file in (shards / "statistics.safetensors", tmp_path / "table.safetensors"):
+        assert file.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_checkpoint_without_permission_is_named_as_such(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).suffix != ".safetensors")
+    with pytest.raises(PermissionError, match=r"no permission to read .*model\.safetensors"):
+        check_checkpoint(str(tmp_path))
+
+
+def test_a_language_model_that_cannot_be_downloaded_is_one_line(monkeypatch):
+    monkeypatch.setattr(protein_language_model, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(OSError, match="the Hub cannot be reached: give a local folder"):
+        protein_language_model.ProteinEncoder.load("somebody/esm2_that_is_nowhere")
+
+
+def test_no_vector_is_promised_to_a_name_that_no_training_cell_has(x, tmp_path, caplog):
+    sound(("control", "G1", "G2", "G3")).write_h5ad(x)
+    options = {"split": "held-out-perturbations", "held_out": "G3", "controls": "train"}
+    shards = convert(x, out=tmp_path / "s", perturbation_key="perturbation", **options)
+    save_file({"G1": torch.ones(3)}, tmp_path / "vectors.safetensors")
+    embed(shards, tmp_path / "table.safetensors", source=str(tmp_path / "vectors.safetensors"), allow_missing=True)
+    assert "and get a learned vector in training: G2\n" in caplog.text
+    assert "and no training cell: the model will not know them: G3\n" in caplog.text

@@ -54,6 +54,22 @@ def followed(path: str | Path) -> Path:
     return path.resolve() if path.is_symlink() else path
 
 
+def check_readable(path: str | Path) -> None:
+    """Raise PermissionError for a file or folder that is there and that this user must not read."""
+    if os.path.exists(path) and not os.access(path, os.R_OK):
+        raise PermissionError(f"no permission to read {str(path)!r}; ask its owner")
+
+
+def share(path: str | Path) -> None:
+    """Give a file, or the files of a folder, the mode of any new file: safetensors makes them 0600."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path = Path(path)
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~umask)
+
+
 @contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
     """Yield a path beside ``path`` to write a file or a folder to; rename it to ``path`` when the block succeeds.
@@ -68,6 +84,7 @@ def written_aside(path: str | Path) -> Iterator[Path]:
     aside = _aside(path.parent, path.name)
     try:
         yield aside
+        share(aside)
         if aside.is_dir() and path.is_dir():
             old = aside.with_suffix(".old")
             os.replace(path, old)

@@ -9,7 +9,6 @@ Shapes: n cells, m cells of a block, F genes of the file, G genes of a panel.
 
 import contextlib
 import logging
-import os
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +25,7 @@ from anndata.io import read_elem, sparse_dataset, write_elem
 
 from tokenization.count_checks_dcm import CountCheck
 from tokenization.labels_dcm import shortened
+from training.data.files import check_readable
 from training.data.shards import read_panels
 from training.data.workers import Report
 
@@ -62,8 +62,7 @@ def open_h5ad(path: str | Path) -> h5py.File:
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f"{str(path)!r} is empty (0 bytes); write or copy it again")
-    if not os.access(path, os.R_OK):
-        raise PermissionError(f"no permission to read {str(path)!r}; ask its owner")
+    check_readable(path)
     if not h5py.is_hdf5(path):
         with path.open("rb") as opened:
             if opened.read(2) == b"\x1f\x8b":

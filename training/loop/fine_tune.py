@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from modeling_dcm.layers_dcm import LOWEST_LEVEL, count_features, level_features
 from tokenization import DCMTokenizer
 from tokenization.labels_dcm import shortened
 from training.config import TrainConfig
+from training.data.files import check_readable
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,8 @@ def load_source(name: str) -> Source:
     Raises:
         ValueError: there is none.
     """
+    for path in (name, *Path(name).glob("*.safetensors")):
+        check_readable(path)
     try:
         return Source(name, DCMForDenoising.from_pretrained(name), DCMTokenizer.from_pretrained(name))
     except (OSError, ValueError) as error:

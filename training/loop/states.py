@@ -22,7 +22,7 @@ from modeling_dcm import DCMConfig, DCMForDenoising
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
 from training.data.command_line import version_of
-from training.data.files import sha256_of, written_aside
+from training.data.files import sha256_of, share, written_aside
 from training.loop.optimiser import averaged_weights
 from training.standalone import add_shipped_files
 
@@ -230,6 +230,7 @@ def save_final(config: TrainConfig, model: DCMForDenoising, tokenizer: DCMTokeni
             tokenizer.save_pretrained(folder)
             add_shipped_files(Path(folder))
             (Path(folder) / "training_options.json").write_text(json.dumps(config.options(), indent=1))
+            share(folder)
             for file in sorted(Path(folder).iterdir(), key=lambda path: path.name == "model.safetensors"):
                 os.replace(file, config.out / file.name)
     except (OSError, SafetensorError) as error:

@@ -8,12 +8,15 @@ D width of the language model.
 import hashlib
 import json
 import logging
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.constants import ENDPOINT
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -57,16 +60,24 @@ class ProteinEncoder:
         """
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens is {batch_tokens}; expected at least 1")
-        model, report = EsmModel.from_pretrained(
-            name, add_pooling_layer=False, dtype=torch.float32, output_loading_info=True
-        )
+        offline = not Path(name).is_dir() and not hub_answers()
+        options = {"add_pooling_layer": False, "dtype": torch.float32, "local_files_only": offline}
+        try:
+            model, report = EsmModel.from_pretrained(name, output_loading_info=True, **options)
+        except OSError as error:
+            if not offline:
+                raise
+            raise OSError(
+                f"--model {name!r} is no folder, was not downloaded before, and the Hub cannot be reached: give a "
+                "local folder of the model"
+            ) from error
         lost = sorted(key for key in report["missing_keys"] if not key.startswith(UNUSED_WEIGHTS))
         if lost:
             raise ValueError(f"{name!r} lacks {len(lost)} weights of an EsmModel, such as {', '.join(lost[:3])}")
         longest = model.config.max_position_embeddings - model.config.pad_token_id - 3
         if model.config.position_embedding_type == "absolute" and window > longest:
             raise ValueError(f"{name!r} has positions for {longest} residues at most; expected {window} or more")
-        tokenizer = EsmTokenizer.from_pretrained(name)
+        tokenizer = EsmTokenizer.from_pretrained(name, local_files_only=offline)
         ids = {token: id_ for token, id_ in tokenizer.get_vocab().items() if len(token) == 1 and token.isalpha()}
         if not ids or max(ids.values()) >= model.config.vocab_size:
             raise ValueError(f"{name!r}: the tokenizer's residues do not fit the model's {model.config.vocab_size} ids")
@@ -117,6 +128,17 @@ class ProteinEncoder:
             for (index, _, _), vector in zip(batch, pooled):
                 totals[index] += vector
         return totals.float()
+
+
+def hub_answers(seconds: float = 5.0) -> bool:
+    """Whether the Hub can be reached: asked once, as loading would ask again and again for every file."""
+    try:
+        urllib.request.urlopen(ENDPOINT, timeout=seconds).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def windows(length: int, size: int, overlap: int) -> list[tuple[int, int]]:
