@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .configuration_dcm import DCMConfig
+from .state_dcm import StateEncoder
 
 SMOOTH_FEATURES = 16
 LIBRARY_QUANTILES = 65
@@ -48,6 +49,8 @@ class PartialCells:
     perturbation_embeds: torch.Tensor | None  # (B, P, vector)
     covariate_ids: torch.Tensor  # (B, C)
     library_size: torch.Tensor  # (B,)
+    state: torch.Tensor  # (B, E), NaN where not given
+    total: torch.Tensor  # (B,) what tells the depth: library_size, or what the state says where that is no condition
     all_measured: bool = False  # promises that there is no PAD, so that nobody has to look
 
     @property
@@ -256,9 +259,10 @@ class ConditionEncoder(nn.Module):
         self.perturbation = PerturbationEncoder(config) if config.num_perturbations else None
         self.covariates = nn.ModuleDict({name: LabelEncoder(size, D) for name, size in config.covariates.items()})
         self.library_size = LibrarySizeEncoder(config) if config.library_size_conditioning else None
+        self.state = StateEncoder(config.state_width, D) if config.state_dim else None
         self.time = nn.Linear(SMOOTH_FEATURES + 1, D)
         self.summary = nn.Linear(D + SMOOTH_FEATURES + 1, D) if config.cell_summary else None
-        num_vectors = 1 + len(config.condition_names) + config.cell_summary
+        num_vectors = 1 + len(config.condition_names) + config.cell_summary + (self.state is not None)
         self.mlp = nn.Sequential(nn.Linear(D * num_vectors, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU())
 
     def forward(self, cells: PartialCells, observed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -276,6 +280,8 @@ class ConditionEncoder(nn.Module):
             vectors.append(encoder(cells.covariate_ids[:, index]))
         if self.library_size is not None:
             vectors.append(self.library_size(cells.library_size, progress))
+        if self.state is not None:
+            vectors.append(self.state(cells.state))
         tokens = torch.stack(vectors, dim=1) if vectors and self.config.condition_tokens else None
         vectors.append(self.time(smooth_features(2 * progress.t - 1).to(observed.dtype)))
         if self.summary is not None:

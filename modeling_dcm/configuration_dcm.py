@@ -15,6 +15,7 @@ SIZES: dict[str, dict[str, int]] = {
 BACKBONES = ("dit", "latent")
 NOISE_SCHEDULES = ("log_linear",)
 LOSS_WEIGHTINGS = ("uniform", "elbo")
+COUNT_DISTRIBUTIONS = ("categorical", "nb")
 
 
 class DCMConfig(PreTrainedConfig):
@@ -47,6 +48,11 @@ class DCMConfig(PreTrainedConfig):
     condition_tokens: bool = False  # prepend one token for each condition
     cell_summary: bool = True  # the sum over observed genes is one more condition; False: the paper's conditioning
     gene_output_bias: int = 64  # columns of the head's bias for each gene: counts below have their own; 0: none
+    count_distribution: str = "categorical"  # the paper's head; "nb": corrections of a negative binomial
+    state_dim: int = 0  # d, components of the cell state; 0: the paper's conditioning
+    state_mixture: int = 8  # components of the mixture that states are drawn from, for each cell type
+    state_groups: int = 0  # groups of conditions with a mean state of their own
+    state_bank: int = 0  # states of training cells that are kept; 0: none
     label_dropout: int | float = 0.1  # probability of dropping each condition in training
     noise_schedule: str = "log_linear"
     noise_eps: int | float = 1e-3
@@ -91,6 +97,11 @@ class DCMConfig(PreTrainedConfig):
         names += list(self.covariates)
         return names + (["library_size"] if self.library_size_conditioning else [])
 
+    @property
+    def state_width(self) -> int:
+        """Numbers of a cell's state, E: d, and the depth where no library size tells it; 0 without a state."""
+        return self.state_dim + (not self.library_size_conditioning) if self.state_dim else 0
+
     def _check(self) -> None:
         at_least_one = ("num_genes", "max_count", "max_perturbations_per_cell", "num_latents")
         for name in (*at_least_one, "hidden_size", "num_hidden_layers", "num_attention_heads"):
@@ -99,6 +110,11 @@ class DCMConfig(PreTrainedConfig):
             _expect(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         heads = self.num_attention_heads
         _expect(self.hidden_size % heads == 0, "hidden_size", self.hidden_size, f"a multiple of the {heads} heads")
+        for name in ("state_dim", "state_groups", "state_bank"):
+            _expect(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        known = COUNT_DISTRIBUTIONS
+        _expect(self.count_distribution in known, "count_distribution", self.count_distribution, f"one of {known}")
+        _expect(self.state_mixture >= 1, "state_mixture", self.state_mixture, "at least 1")
         _expect(self.backbone in BACKBONES, "backbone", self.backbone, f"one of {BACKBONES}")
         _expect(self.noise_schedule in NOISE_SCHEDULES, "noise_schedule", self.noise_schedule, f"{NOISE_SCHEDULES}")
         _expect(self.loss_weighting in LOSS_WEIGHTINGS, "loss_weighting", self.loss_weighting, f"{LOSS_WEIGHTINGS}")
@@ -111,6 +127,11 @@ class DCMConfig(PreTrainedConfig):
         if self.perturbation_dim is not None:
             _expect(self.perturbation_dim >= 1, "perturbation_dim", self.perturbation_dim, "at least 1, or None")
             _expect(self.num_perturbations >= 1, "num_perturbations", 0, "at least 1 when perturbation_dim is given")
+        if self.count_bins is not None and self.count_distribution == "nb":
+            fits = 1 <= self.gene_output_bias <= self.count_bins[0] + 1
+            _expect(
+                fits, "gene_output_bias", self.gene_output_bias, f"1 to {self.count_bins[0] + 1}: counts below the bins"
+            )
         if self.count_bins is not None:
             edges = list(self.count_bins)
             ascending = len(edges) > 0 and all(a < b for a, b in pairwise(edges))

@@ -38,6 +38,7 @@ class CellGenerationMixin:
         target_gene_ids: torch.Tensor | None = None,
         covariate_ids: torch.Tensor | None = None,
         library_size: torch.Tensor | int | str | None = None,
+        state: torch.Tensor | str | None = None,
         observed: torch.Tensor | None = None,
         gene_ids: torch.Tensor | None = None,
         steps: int | str = 20,
@@ -57,6 +58,9 @@ class CellGenerationMixin:
             library_size: total counts wanted over ``gene_ids``, one for all or (N,); None draws them from the training
                 cells of the same condition (for some genes of the panel: times their share of a mean cell's counts;
                 with ``observed``: not given); ``"null"``: not given.
+            state: cell states (N, E), see :meth:`state`; None draws them together with the library size, from training
+                cells of the same condition if the model keeps any, or else from its prior (with ``observed``: not
+                given); ``"prior"`` and ``"bank"`` say which; ``"null"``: not given.
             observed: counts (N, L), -1 where unknown; given genes come back unchanged.
             gene_ids: genes of the panel (L,) to generate; default: all.
             steps: network calls for each chunk of cells; ``"auto"``: as few as the entropy curve allows.
@@ -92,6 +96,9 @@ class CellGenerationMixin:
         if observed is not None:
             self._check_observed(observed, N, len(gene_ids))
         sizes = self._given_library_size(library_size, N, observed is not None)
+        states, drawn_totals = self._states(state, N, given, sizes, seed, observed is not None)
+        if sizes is None and drawn_totals is not None:
+            sizes = drawn_totals
         options = {
             "steps": steps,
             "schedule": schedule,
@@ -110,6 +117,8 @@ class CellGenerationMixin:
                 generator = keyed_generator(seed, chunk, self.device)
                 conditions = select_rows(given, rows, self.device)
                 conditions["library_size"] = self._library_size(sizes, rows, conditions, gene_ids, generator)
+                if states is not None:
+                    conditions["state"] = states[rows].to(self.device)
                 x = self._start(rows, len(gene_ids), observed).to(self.device)
                 genes = gene_ids.to(self.device)
                 denoise = denoiser(self, x, genes, conditions, guidance_scale, from_nothing=observed is None)
@@ -166,6 +175,38 @@ class CellGenerationMixin:
         if sizes.ndim > 1 or (sizes.ndim == 1 and len(sizes) != N) or not bool((sizes >= 0).all()):
             raise ValueError(f"library_size of shape {tuple(sizes.shape)}, expected one number or {N}, all 0 or more")
         return sizes.expand(N)
+
+    def _states(self, state, N: int, given, sizes, seed: int, is_imputation: bool):
+        """States (N, E) and library sizes (N,) drawn with them, each None where there are none."""
+        config, source = self.config, self.state_source
+        if not config.state_dim:
+            if state not in (None, "null"):
+                raise ValueError("state was given, but this model has no cell state (state_dim=0): leave it out")
+            return None, None
+        if isinstance(state, torch.Tensor):
+            if state.shape != (N, config.state_width):
+                raise ValueError(f"state has shape {tuple(state.shape)}, expected ({N}, {config.state_width})")
+            return state.float().cpu(), None
+        if state not in (None, "null", "prior", "bank"):
+            raise ValueError(f"state={state!r}, expected states, None (drawn), 'prior', 'bank' or 'null' (not given)")
+        if state == "null" or (state is None and is_imputation):
+            return None, None
+        if state == "bank" and not source.has_bank:
+            raise ValueError("state='bank', but this checkpoint keeps no states of training cells: take 'prior'")
+        if not len(source.keys):
+            raise ValueError("this model stores no states of its training cells: give state=, or 'null'")
+        labels = [given.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids")]
+        labels = [None if ids is None else ids.to(self.device) for ids in labels]
+        keys = self.library_sizes.group_keys(N, *labels)
+        if state == "bank" or (state is None and source.has_bank):
+            drawn = source.draw_from_bank(keys, seed).cpu()
+        else:
+            log_sizes = None if sizes is None else torch.log1p(sizes.clamp(min=0)).to(self.device)
+            drawn = source.draw(keys, labels[0], keyed_generator(seed, 2**40, self.device), log_sizes).cpu()
+        z, log_total = drawn[:, :-1], drawn[:, -1]
+        if config.library_size_conditioning:
+            return z, log_total.expm1().clamp(min=1).round()
+        return torch.cat([z, self.cell_state.standardized(log_total.to(self.device)).cpu()[:, None]], dim=1), None
 
     def _library_size(self, sizes, rows: slice, conditions, gene_ids: torch.Tensor, generator) -> torch.Tensor:
         """Library sizes (B,) over genes ``gene_ids`` (L,), as given or drawn."""
@@ -227,7 +268,7 @@ def denoiser(
         def denoise(x_t, positions, known) -> TwoStageCategorical:
             if encode is not None:
                 return model.query(*encode(x_t, known), positions)
-            now = replace(cells, input_ids=x_t, progress=model.totals.progress(x_t, cells.mean, cells.library_size))
+            now = replace(cells, input_ids=x_t, progress=model.totals.progress(x_t, cells.mean, cells.total))
             if model.backbone.reads_masked_genes:
                 return model.predict(now, positions)
             # nobody reads a masked gene: the sequence is known genes, then queried ones

@@ -87,7 +87,7 @@ class RevealedGenes:
             observed_total=self.observed_total,
             expected_observed=self.expected_observed,
             expected_masked=self.expected - self.expected_observed,
-            library_size=self.cells.library_size,
+            library_size=self.cells.total,
         )
         cells = replace(self.cells, input_ids=x_t, progress=progress)
         end = 1 + self.num_read

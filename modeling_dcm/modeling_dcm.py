@@ -16,7 +16,14 @@ from transformers.utils import ModelOutput, logging
 
 from .conditioning_dcm import CellTotals, ConditionEncoder, LabelEncoder, LibrarySizes, PartialCells, check_conditions
 from .configuration_dcm import DCMConfig
-from .count_distribution_dcm import CategoricalHead, CountBias, TwoStageCategorical, ZeroLinear
+from .count_distribution_dcm import (
+    CategoricalHead,
+    CountBias,
+    Loadings,
+    NegativeBinomialHead,
+    TwoStageCategorical,
+    ZeroLinear,
+)
 from .diffusion_dcm import IGNORED_LABEL, alpha, denoising_loss
 from .dit_dcm import DiTBackbone
 from .generation_dcm import CellGenerationMixin
@@ -24,6 +31,7 @@ from .latent_dcm import LatentBackbone
 from .layers_dcm import AdaLNZero, Encoded
 from .pipeline_dcm import CUSTOM_PIPELINES
 from .scoring_dcm import CellScoringMixin
+from .state_dcm import CellState, StateSource
 
 # isort: split
 # Named for transformers 5.4, which takes from a local folder only the files that this one names itself.
@@ -65,7 +73,7 @@ class DCMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     # mean counts and library sizes are data, not weights: bfloat16 would round 2,003 counts to 2,000
-    _keep_in_fp32_modules_strict = ["totals", "library_sizes"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["totals", "library_sizes", "cell_state", "state_source"]  # noqa: RUF012
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -85,6 +93,8 @@ class DCMPreTrainedModel(PreTrainedModel):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, Loadings):
+            nn.init.normal_(module.weight, std=0.1)
         elif isinstance(module, LabelEncoder):
             nn.init.normal_(module.weight)
         elif isinstance(module, nn.Embedding):
@@ -101,8 +111,10 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         self.totals = CellTotals(config)
         self.conditions = ConditionEncoder(config)
         self.backbone = DiTBackbone(config) if config.backbone == "dit" else LatentBackbone(config)
-        self.head = CategoricalHead(config)
+        self.head = (NegativeBinomialHead if config.count_distribution == "nb" else CategoricalHead)(config)
         self.library_sizes = LibrarySizes(config)
+        self.cell_state = CellState(config) if config.state_dim else None
+        self.state_source = StateSource(config, self.library_sizes.keys.shape[1]) if config.state_dim else None
         # gene of the panel with each perturbation's name, or -1; filled at training by name
         self.register_buffer("target_gene_ids", torch.full((config.num_perturbations,), -1))
         self.post_init()
@@ -120,6 +132,7 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         target_gene_ids: torch.Tensor | None = None,
         covariate_ids: torch.Tensor | None = None,
         library_size: torch.Tensor | None = None,
+        state: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         query_positions: torch.Tensor | None = None,
         return_logits: bool | None = None,
@@ -136,6 +149,7 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
             target_gene_ids: genes (B, P) that the perturbations target, -1 for none; default: the model's own table.
             covariate_ids: (B, C) in the order of ``config.covariates``, -1 is not given.
             library_size: total counts over the panel (B,); negative is not given.
+            state: cell states (B, E) as :meth:`state` computes them; NaN is not given.
             labels: clean ids (B, L), read at masked genes only; a masked gene with -100 there counts as not measured in
                 the loss.
             query_positions: positions (B, Q) of the sequence to compute logits for, -1 is padding.
@@ -160,6 +174,7 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
             target_gene_ids=target_gene_ids,
             covariate_ids=covariate_ids,
             library_size=library_size,
+            state=state,
         )
         if labels is None:
             return DCMOutput(logits=distribution.full())
@@ -235,13 +250,18 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         given.setdefault("covariate_ids", missing[:, 1:])
         if "library_size" not in given or not config.library_size_conditioning:
             given["library_size"] = missing[:, 0]
+        if given.get("state") is None or not config.state_dim:
+            given["state"] = torch.full((B, config.state_width), torch.nan, device=input_ids.device)
         mean = self.totals.mean(gene_ids, given["cell_type_ids"])
+        told = config.state_dim and not config.library_size_conditioning
+        total = self.cell_state.total(given["state"]) if told else given["library_size"]
         return PartialCells(
             input_ids=input_ids,
             gene_ids=gene_ids,
             mean=mean,
             is_target=None if targets is None else (gene_ids[..., None] == targets[:, None, :]).any(dim=-1),
-            progress=self.totals.progress(input_ids, mean, given["library_size"]),
+            progress=self.totals.progress(input_ids, mean, total),
+            total=total,
             **given,
         )
 
@@ -277,6 +297,28 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         survival = alpha(t, self.config.noise_eps)
         probabilities = self(input_ids, **conditions).logits.float().softmax(dim=-1)
         return (survival / (1 - survival))[:, None, None] * probabilities
+
+    @torch.no_grad()
+    def state(self, input_ids: torch.Tensor, library_size: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute the states (B, E) of whole cells from clean ids (B, G): their fast embedding.
+
+        NaN where a cell has no count, or where a gene was not measured. ``library_size`` (B,) is that of unclipped
+        counts; default: the sum of the counts.
+
+        Raises:
+            ValueError: the model has no cell state, or the cells are not over its panel.
+        """
+        if not self.config.state_dim:
+            raise ValueError("this model has no cell state (state_dim=0)")
+        if input_ids.shape[1] != self.config.num_genes:
+            raise ValueError(f"input_ids has {input_ids.shape[1]} genes, the model {self.config.num_genes}")
+        counts = self.totals.twice_count[input_ids].float() / 2
+        counts = counts.masked_fill(input_ids >= self.config.num_counts, -1)
+        z = self.cell_state(counts, library_size)
+        if self.config.library_size_conditioning:
+            return z
+        total = counts.sum(dim=1) if library_size is None else library_size.float()
+        return torch.cat([z, self.cell_state.standardized(torch.log1p(total))[:, None]], dim=1)
 
     @torch.no_grad()
     def set_marginals(self, histogram: torch.Tensor) -> None:

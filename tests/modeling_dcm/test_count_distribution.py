@@ -1,0 +1,107 @@
+"""Properties of the distribution over counts: the negative binomial it starts at, and its two stages."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import nbinom
+
+from modeling_dcm.count_distribution_dcm import log_large_count, log_negative_binomial, log_small_counts
+
+
+def grid() -> tuple[torch.Tensor, torch.Tensor]:
+    """Means and sizes from a rare gene with loud cells to a Poisson gene with thousands of counts."""
+    mean = torch.tensor(np.geomspace(1e-4, 2e3, 40), dtype=torch.float32)
+    size = torch.tensor(np.geomspace(3e-2, 1e3, 30), dtype=torch.float32)
+    return mean[:, None].expand(40, 30).contiguous(), size[None].expand(40, 30).contiguous()
+
+
+def scipys(mean: torch.Tensor, size: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    r = size.double().numpy()
+    return r, r / (r + mean.double().numpy())
+
+
+@pytest.mark.parametrize("num_small", [1, 2, 16, 63])
+def test_small_counts_and_tail_are_scipys_in_float32(num_small):
+    mean, size = grid()
+    r, p = scipys(mean, size)
+    small = log_small_counts(mean, size, num_small)
+    expected = nbinom.logpmf(np.arange(num_small), r[..., None], p[..., None])
+    np.testing.assert_allclose(small.numpy(), expected, rtol=1e-4, atol=1e-4)
+    tail = nbinom.logsf(num_small - 1, r, p)
+    found = log_large_count(small, mean, size).numpy()
+    possible = np.isfinite(tail)  # scipy has no logarithm of what is below 1e-308
+    np.testing.assert_allclose(found[possible], tail[possible], rtol=1e-2, atol=1e-3)
+    assert np.isfinite(found).all()
+
+
+def test_the_log_probability_of_any_count_is_scipys():
+    mean, size = grid()
+    r, p = scipys(mean, size)
+    for count in (0, 1, 7, 300):
+        found = log_negative_binomial(torch.tensor(count), mean, size).numpy()
+        np.testing.assert_allclose(found, nbinom.logpmf(count, r, p), rtol=1e-3, atol=2e-3)
+
+
+def test_gradients_are_finite_where_tails_are_tiny_and_where_they_are_everything():
+    mean, size = (x.requires_grad_() for x in grid())
+    small = log_small_counts(mean, size, 8)
+    (small.sum() + log_large_count(small, mean, size).sum()).backward()
+    assert bool(mean.grad.isfinite().all())
+    assert bool(size.grad.isfinite().all())
+
+
+def estimates(model) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    G, E = model.config.num_genes, model.config.state_width
+    generator = torch.Generator().manual_seed(0)
+    loading = 0.3 * torch.randn(G, E + 1, generator=generator) if E else None
+    return torch.linspace(0.1, 2, G), loading, torch.linspace(0.05, 1, G)
+
+
+@pytest.mark.parametrize("gene_output_bias", [0, 3, 64])
+@pytest.mark.parametrize("state_dim", [0, 2])
+def test_a_fresh_head_emits_the_negative_binomial_that_it_was_given(make_model, backbone, gene_output_bias, state_dim):
+    model = make_model(
+        backbone,
+        fresh=True,
+        max_count=40,
+        gene_output_bias=gene_output_bias,
+        count_distribution="nb",
+        state_dim=state_dim,
+        library_size_conditioning=True,
+    )
+    model.set_marginals(torch.ones(7, 41))
+    model.totals.gene_mean[:] = torch.linspace(0.2, 3, 7)
+    model.head.set_estimates(*estimates(model))
+    x = torch.full((2, 7), model.config.mask_token_id)
+    library_size = torch.tensor([5.0, 14.0])
+    state = torch.tensor([[0.5, -1.0], [torch.nan, torch.nan]]) if state_dim else None
+    found = model(x, library_size=library_size, state=state).logits.log_softmax(dim=-1)
+    mean = model.totals.gene_mean[-1] * (library_size[:, None] + 1) / (model.totals.gene_mean[-1].sum() + 1)
+    dispersion, loading, told = estimates(model)
+    dispersion = dispersion.expand(2, 7).clone()
+    if state_dim:
+        mean[0] *= (loading @ torch.tensor([0.5, -1.0, 1.0])).exp()
+        dispersion[0] = told
+    r, p = scipys(mean, 1 / dispersion)
+    expected = torch.from_numpy(nbinom.logpmf(np.arange(41), r[..., None], p[..., None])).log_softmax(dim=-1)
+    # with two stages, counts above K are among the large ones
+    torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-2)
+
+
+def test_draws_follow_the_logits_in_both_stages(make_model):
+    model = make_model("latent", max_count=40, gene_output_bias=5, count_distribution="nb", num_genes=2)
+    model.head.set_estimates(torch.tensor([1.0, 0.5]), None, torch.ones(2))
+    model.totals.gene_mean[:] = torch.tensor([2.0, 9.0])
+    distribution = model.distribution(torch.full((4000, 2), model.config.mask_token_id))
+    drawn = distribution.draw(torch.Generator().manual_seed(0))
+    shares = torch.stack([torch.bincount(gene, minlength=41) for gene in drawn.T]) / 4000
+    torch.testing.assert_close(shares, distribution.full()[0].softmax(dim=-1), rtol=0, atol=0.03)
+
+
+def test_the_loss_is_that_of_the_logits(make_model, backbone):
+    model = make_model(backbone, max_count=40, gene_output_bias=5, count_distribution="nb")
+    x = torch.full((3, 7), model.config.mask_token_id)
+    labels = torch.randint(0, 41, (3, 7), generator=torch.Generator().manual_seed(0))
+    distribution = model.distribution(x)
+    log_p = distribution.full().log_softmax(dim=-1).gather(-1, labels[..., None])[..., 0]
+    torch.testing.assert_close(distribution.cross_entropy(labels), -log_p, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,125 @@
+"""Properties of the cell state: what it is computed from, what not giving it means, and where it is drawn from."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import CONDITIONS
+
+OPTIONS = {"count_distribution": "nb", "state_dim": 2, "max_count": 20}
+
+
+@pytest.fixture
+def model(make_model, backbone):
+    """A model with a state whose map, prior and bank say something."""
+    model = make_model(backbone, conditioned=True, **OPTIONS, state_mixture=2, state_groups=2, state_bank=6)
+    state, source = model.cell_state, model.state_source
+    state.components.copy_(torch.randn(2, 7, generator=torch.Generator().manual_seed(0)))
+    state.median_total.fill_(30.0)
+    source.keys[0] = torch.tensor([1, -1, -1, -1, -1])  # cell type 1, then everything
+    source.mean.copy_(torch.tensor([[5.0, 5.0, 4.0], [-5.0, -5.0, 3.0]]))
+    source.log_weight.fill_(np.log(0.5))
+    source.scale.copy_(0.1 * torch.eye(3))
+    source.first.copy_(torch.tensor([0, 2, 6]))
+    source.bank.copy_(torch.arange(18.0).view(6, 3) / 10)
+    return model
+
+
+def test_states_are_components_of_log_normalised_counts(model):
+    counts = torch.randint(0, 9, (5, 7), generator=torch.Generator().manual_seed(1))
+    logs = np.log1p(counts.numpy() / counts.sum(1, keepdim=True).numpy() * 30)
+    expected = logs @ model.cell_state.components.numpy().T
+    np.testing.assert_allclose(model.state(counts).numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cell_without_counts_or_with_a_gene_not_measured_has_no_state(model):
+    ids = torch.ones(3, 7, dtype=torch.long)
+    ids[0] = 0
+    ids[1, 2] = model.config.pad_token_id
+    assert model.state(ids).isnan().all(dim=1).tolist() == [True, True, False]
+
+
+def test_a_state_that_is_not_given_is_the_same_as_none_and_another_input_than_any_state(model):
+    x = torch.full((2, 7), model.config.mask_token_id)
+    given = {"library_size": torch.tensor([9.0, 9.0])}
+    none = model(x, **given).logits
+    torch.testing.assert_close(model(x, **given, state=torch.full((2, 2), torch.nan)).logits, none)
+    assert (model(x, **given, state=torch.zeros(2, 2)).logits - none).abs().max() > 1e-3
+
+
+def test_states_are_drawn_from_the_most_specific_group_that_matches(model):
+    source = model.state_source
+    keys = model.library_sizes.group_keys(4, torch.tensor([1, 0, 1, -1]), None, None)
+    drawn = source.draw(keys, torch.tensor([1, 0, 1, -1]), torch.Generator().manual_seed(0))
+    assert ((drawn[:, 0] > 0) == torch.tensor([True, False, True, False])).all()
+
+
+def test_the_bank_is_drawn_without_replacement_as_far_as_it_goes(model):
+    keys = model.library_sizes.group_keys(5, torch.tensor([1, 1, 1, 0, 0]), None, None)
+    drawn = model.state_source.draw_from_bank(keys, seed=3)
+    first, other = drawn[:3, 0], drawn[3:, 0]
+    assert set(first[:2].tolist()) == set(model.state_source.bank[:2, 0].tolist())
+    assert first[2].item() in model.state_source.bank[:2, 0].tolist()
+    assert len(set(other.tolist())) == 2
+    assert torch.equal(drawn, model.state_source.draw_from_bank(keys, seed=3))
+
+
+@pytest.mark.parametrize("source", ["prior", "bank", None])
+def test_generated_cells_do_not_depend_on_how_the_run_is_cut(model, source):
+    types = torch.arange(8) % 3
+    whole = model.generate(cell_type_ids=types, state=source, batch_size=3, seed=1)
+    parts = [model.generate(cell_type_ids=types, state=source, batch_size=3, seed=1, chunks=[i]) for i in range(3)]
+    assert torch.equal(whole, torch.cat(parts))
+    assert not torch.equal(whole, model.generate(cell_type_ids=types, state=source, batch_size=3, seed=2))
+
+
+def test_where_the_library_size_is_given_states_of_such_cells_are_drawn(model):
+    source, keys = model.state_source, model.library_sizes.group_keys(200, None, None, None)
+    source.scale.copy_(torch.eye(3))
+    source.scale[..., 0, 2], source.scale[..., 2, 2] = 0.0, 1.0
+    wanted = torch.full((200,), 4.5)
+    generator = torch.Generator().manual_seed(0)
+    near = (source.draw(keys, None, generator, wanted)[:, 2] - wanted).abs().mean()
+    assert near < 0.5 * (source.draw(keys, None, generator)[:, 2] - wanted).abs().mean()
+
+
+def test_completing_cells_is_told_no_state_unless_one_is_given(model):
+    observed = torch.full((2, 7), -1)
+    observed[:, :3] = 1
+    state = torch.zeros(2, 2)
+    assert torch.equal(model.generate(observed=observed), model.generate(observed=observed, state="null"))
+    assert not torch.equal(model.generate(observed=observed, state=state), model.generate(observed=observed))
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("shop", r"state='shop', expected states, None \(drawn\), 'prior', 'bank' or 'null'"),
+        (torch.zeros(2, 5), r"state has shape \(2, 5\), expected \(2, 2\)"),
+    ],
+)
+def test_states_that_do_not_fit_are_refused(model, state, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(2, state=state)
+
+
+def test_a_model_without_a_state_refuses_one_and_a_checkpoint_without_a_bank_says_so(make_model):
+    with pytest.raises(ValueError, match="has no cell state"):
+        make_model("latent").generate(2, state="prior")
+    with pytest.raises(ValueError, match="has no cell state"):
+        make_model("latent").state(torch.ones(1, 7, dtype=torch.long))
+    bare = make_model("latent", **CONDITIONS, **OPTIONS)
+    with pytest.raises(ValueError, match="keeps no states of training cells: take 'prior'"):
+        bare.generate(2, state="bank")
+
+
+def test_without_library_size_conditioning_the_state_tells_the_depth(make_model, backbone):
+    model = make_model(backbone, **OPTIONS, fresh=True)
+    model.cell_state.log_total.copy_(torch.tensor([3.0, 0.5]))
+    model.totals.gene_mean.fill_(2.0)
+    model.head.set_estimates(torch.full((7,), 0.1), torch.zeros(7, 4), torch.full((7,), 0.1))
+    x = torch.full((2, 7), model.config.mask_token_id)
+    state = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 2.0]])
+    counts = torch.arange(21.0)
+    means = (model(x, state=state).logits.softmax(dim=-1) @ counts).mean(dim=1)
+    assert means[1] > 1.5 * means[0]
