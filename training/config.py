@@ -58,6 +58,14 @@ class TrainConfig:
     """Feed the sum over observed genes to AdaLN; False is the paper's conditioning."""
     gene_output_bias: int = 64
     """Counts with a bias of their own for each gene in the head."""
+    count_distribution: Literal["nb", "categorical"] = "categorical"
+    """nb: corrections of a negative binomial that starts at statistics; categorical: the paper's head."""
+    state_dim: int = 0
+    """Components of the cell state, drawn once for each cell (16 is a good number); 0: none, as in the paper."""
+    state_dropout: float = 0.15
+    """Share of training cells whose state is not told."""
+    keep_states: bool = False
+    """Keep the states of training cells in the checkpoint, to draw from; otherwise from a mixture fitted to them."""
     conditions: str = "all"
     """Conditions to learn: all, none, or names separated by commas."""
     library_size_conditioning: bool = True

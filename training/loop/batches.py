@@ -23,9 +23,10 @@ from training.data.loader import Cells
 class TrainBatches:
     """Noised batches of one process among ``world``, by their index in the run."""
 
-    def __init__(self, cells: Cells, config: TrainConfig, *, rank: int, world: int, device: torch.device | str):
+    def __init__(self, cells: Cells, config: TrainConfig, *, rank: int, world: int, device, state=None):
         self.cells, self.config, self.rank, self.world, self.device = cells, config, rank, world, device
         self.several_panels = len(cells.measured) > 1
+        self.state = state
 
     def starting_at(self, index: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield batches without end, from number ``index`` of the run on."""
@@ -34,10 +35,12 @@ class TrainBatches:
             batch_size=config.batch_size, seed=config.seed, rank=self.rank, world_size=self.world, start=index
         )
         for number, batch in enumerate(batches, start=index):
-            yield noised(batch, config, cells.tokenizer, number, self.rank, self.world, self.device)
+            yield noised(batch, config, cells.tokenizer, number, self.rank, self.world, self.device, self.state)
 
 
-def noised(batch, config: TrainConfig, tokenizer, index: int, rank: int, world: int, device) -> dict[str, torch.Tensor]:
+def noised(
+    batch, config: TrainConfig, tokenizer, index: int, rank: int, world: int, device, state=None
+) -> dict[str, torch.Tensor]:
     """Make the arguments of the model's forward for one batch: genes masked, some conditions dropped.
 
     Noise is drawn for the whole global batch from (seed, index of the batch), and this process takes its rows.
@@ -67,4 +70,7 @@ def noised(batch, config: TrainConfig, tokenizer, index: int, rank: int, world: 
     if config.library_size_conditioning:
         drop = torch.rand(B * world, generator=generator)[own]
         inputs["library_size"] = drop_labels(batch["library_size"].float(), drop, config.label_dropout)
+    if config.state_dim:
+        drop = torch.rand(B * world, generator=generator)[own] < config.state_dropout
+        inputs["state"] = state(x_0, batch["library_size"].to(device)).masked_fill(drop[:, None].to(device), torch.nan)
     return {name: value.to(device, non_blocking=True) for name, value in inputs.items()}

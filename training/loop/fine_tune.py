@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from modeling_dcm import DCMForDenoising
-from modeling_dcm.count_distribution_dcm import CategoricalHead
+from modeling_dcm.count_distribution_dcm import CategoricalHead, NegativeBinomialHead
 from modeling_dcm.layers_dcm import LOWEST_LEVEL, count_features, level_features
 from tokenization import DCMTokenizer
 from tokenization.labels_dcm import shortened
@@ -24,7 +24,7 @@ from training.data.files import check_readable
 logger = logging.getLogger(__name__)
 
 SHAPE = ("backbone", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "num_latents")
-SHAPE += ("masked_keys", "cell_summary", "gene_output_bias", "condition_tokens")
+SHAPE += ("masked_keys", "cell_summary", "gene_output_bias", "condition_tokens", "count_distribution", "state_dim")
 RIDGE = 1e-4  # keeps the weights of fitted features small where the data say nothing
 
 
@@ -142,6 +142,8 @@ def transfer(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer) ->
     _take_condition_mlp(old, model)
     _take_gene_means(old, model, genes, labels.get("cell types", SharedNames([], [], 0, 0)))
     _take_head(old.head, model.head, fresh_head, genes)
+    if isinstance(model.head, NegativeBinomialHead):
+        _take_estimates(old.head, model.head, fresh_head, genes)
     if model.config.num_counts != old.config.num_counts:
         _refit_counts(old, model)
     said = [f"{kind}: {shared}" for kind, shared in [("genes", genes), *labels.items()]]
@@ -221,7 +223,8 @@ def _take_condition_mlp(old: DCMForDenoising, model: DCMForDenoising) -> None:
     theirs, mine = old.conditions, model.conditions
     D = model.config.hidden_size
     old_weight, weight = theirs.mlp[0].weight, mine.mlp[0].weight
-    extra = ["time", *(["summary"] if model.config.cell_summary else [])]
+    extra = [*(["state"] if model.config.state_dim else []), "time"]
+    extra += ["summary"] if model.config.cell_summary else []
     of_old, of_new = ([*m.config.condition_names, *extra] for m in (old, model))
     bias = theirs.mlp[0].bias.clone()
     columns = {name: old_weight[:, i * D : (i + 1) * D] for i, name in enumerate(of_old)}
@@ -273,6 +276,38 @@ def _take_head(old: CategoricalHead, new: CategoricalHead, fresh: dict[str, torc
         shift = theirs.logsumexp(1, keepdim=True) - mine[:, :shared].logsumexp(1, keepdim=True)
         table[genes.new] = torch.cat([theirs, mine[:, shared:] + shift], dim=1)
     new.gene_bias.weight.copy_(table)
+
+
+def _take_estimates(old: NegativeBinomialHead, new: NegativeBinomialHead, fresh, genes: SharedNames) -> None:
+    """Loadings and dispersions of known genes; new genes keep what was estimated on the new training cells."""
+    tables = {"loading.weight": 0, "state_loading.weight": 0, "log_size": 1}  # and the dimension of genes
+    theirs, mine = old.state_dict(), new.state_dict()
+    for name in tables.keys() & mine.keys():
+        values = fresh[name].clone()
+        rows = theirs[name].index_select(tables[name], torch.tensor(genes.old))
+        mine[name].copy_(values.index_copy(tables[name], torch.tensor(genes.new), rows))
+
+
+@torch.no_grad()
+def take_state_map(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer) -> None:
+    """Take the map from counts to the cell state over, so that states keep their meaning; new genes do not count.
+
+    Raises:
+        ValueError: the state of one tells the depth and that of the other does not.
+    """
+    old, new = source.model.cell_state, model.cell_state
+    if source.model.config.state_width != model.config.state_width:
+        raise ValueError(
+            f"library_size_conditioning={model.config.library_size_conditioning} contradicts init_from: the "
+            "checkpoint's cell state was made with the other; leave it out"
+        )
+    genes = SharedNames.between(source.tokenizer.genes, tokenizer.genes)
+    new.components.zero_()
+    new.components[:, genes.new] = old.components[:, genes.old]
+    new.center.zero_()
+    new.center[genes.new] = old.center[genes.old]
+    new.median_total.copy_(old.median_total)
+    new.log_total.copy_(old.log_total)
 
 
 def _refit_counts(old: DCMForDenoising, new: DCMForDenoising) -> None:

@@ -72,7 +72,7 @@ def prepare_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Run, tor
     model, optimizer = accelerator.prepare(network, optimizer)
     ema = [average.to(accelerator.device) for average in ema]
     rank, world = accelerator.process_index, accelerator.num_processes
-    train_batches = TrainBatches(cells, config, rank=rank, world=world, device=accelerator.device)
+    train_batches = TrainBatches(cells, config, rank=rank, world=world, device=accelerator.device, state=network.state)
     validation = None
     if accelerator.is_main_process:
         validation = Validation(config, tokenizer, cells, accelerator.autocast)

@@ -5,10 +5,14 @@ Knows nothing of the loop. Letters: N training cells, G genes, K largest count.
 
 import logging
 
+import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 from transformers.utils import is_flash_attn_2_available
 
 from modeling_dcm import SIZES, DCMConfig, DCMForDenoising
+from modeling_dcm.conditioning_dcm import ANY
+from modeling_dcm.count_distribution_dcm import LOWEST_MEAN
 from modeling_dcm.layers_dcm import Block
 from tokenization import DCMTokenizer
 from tokenization.labels_dcm import shortened
@@ -16,13 +20,24 @@ from training.config import TrainConfig
 from training.data.loader import Cells
 from training.data.statistics import Statistics, library_size_quantiles, read_statistics
 from training.data.streaming import open_cells as open_split
-from training.loop.fine_tune import Source, transfer
+from training.loop.estimates import likely_dispersion, principal_components, state_loadings, state_mixture
+from training.loop.fine_tune import Source, take_state_map, transfer
 from training.perturbations.table import PerturbationTable, read_table
 
 logger = logging.getLogger(__name__)
 
 # options of training that are the network's own configuration, besides those of its size
-OWN = ("backbone", "masked_keys", "num_latents", "mlp_ratio", "dropout", "gene_output_bias", "cell_summary")
+OWN = (
+    "backbone",
+    "masked_keys",
+    "num_latents",
+    "mlp_ratio",
+    "dropout",
+    "gene_output_bias",
+    "cell_summary",
+    "count_distribution",
+    "state_dim",
+)
 OWN += ("library_size_conditioning", "condition_tokens", "loss_weighting", "label_dropout")
 
 
@@ -153,6 +168,7 @@ def build_model(
     model.target_gene_ids.copy_(torch.from_numpy(tokenizer.target_gene_ids))
     if config.library_size_conditioning:
         _set_library_sizes(model, tokenizer, statistics, cells)
+    set_estimates(model, config, cells, source)
     if table is not None:
         _set_vectors(model, tokenizer, table)
     if source is not None:
@@ -223,3 +239,111 @@ def compile_blocks(model: DCMForDenoising, backend: str = "inductor") -> None:
     for block in model.modules():
         if isinstance(block, Block):
             block.compile(backend=backend, dynamic=False)
+
+
+STATISTIC_CELLS = 8192  # that components, dispersions and loadings are estimated on
+SHRINKAGE = 5.0  # cells' worth of evidence that a group of conditions has the mean state of the group above it
+STATE_BATCH = 512
+
+
+@torch.no_grad()
+def set_estimates(model: DCMForDenoising, config: TrainConfig, cells: Cells, source: Source | None = None) -> None:
+    """Start the count distribution and the cell state at what statistics of the training cells say.
+
+    Only cells in which every gene was measured are looked at, a random choice where there are many. With a ``source``
+    that has a cell state its map from counts to states is kept.
+
+    Raises:
+        ValueError: there are too few such cells.
+    """
+    if config.count_distribution != "nb" and not config.state_dim:
+        return
+    complete = np.flatnonzero(cells.measured.all(axis=1)[cells.panel])
+    if len(complete) <= config.state_dim + 1:
+        raise ValueError(
+            f"{len(complete)} training cells have every gene measured, expected more than {config.state_dim + 1}: "
+            "pass --state-dim 0 --count-distribution categorical"
+        )
+    rows = np.sort(np.random.default_rng([config.seed, 77]).permutation(complete)[:STATISTIC_CELLS])
+    counts, total = cells.csr(rows), cells.library_size.numpy()[rows].astype(np.float64)
+    state = None
+    if config.state_dim:
+        if source is not None and source.model.config.state_dim:
+            take_state_map(source, model, cells.tokenizer)
+        else:
+            _set_state_map(model, counts, total)
+        states = cell_states(model, cells)
+        _set_state_source(model, config, cells, states, complete)
+        state = states[rows].numpy()
+    if config.count_distribution == "nb":
+        types = cells.conditions.get("cell_type_ids")
+        types = torch.full((len(rows),), -1) if types is None else types[rows]
+        mean = model.totals.mean(torch.arange(counts.shape[1]).expand(len(rows), -1), types).numpy()
+        tells_depth = config.library_size_conditioning or config.state_dim
+        depth = (total + 1) / (mean.sum(axis=1) + 1) if tells_depth else np.ones(len(rows))
+        expected = np.maximum(mean * depth[:, None], LOWEST_MEAN).astype(np.float32)
+        estimates = [likely_dispersion(counts, expected)]
+        estimates += [None, None] if state is None else state_loadings(counts, expected, state)
+        model.head.set_estimates(*(None if value is None else torch.from_numpy(value) for value in estimates))
+
+
+def cell_states(model: DCMForDenoising, cells: Cells) -> torch.Tensor:
+    """States (N, E) of all cells, NaN where a gene was not measured."""
+    parts = []
+    for start in range(0, len(cells), STATE_BATCH):
+        batch = cells[list(range(start, min(start + STATE_BATCH, len(cells))))]
+        parts.append(model.state(batch["input_ids"].long(), batch["library_size"]))
+    return torch.cat(parts)
+
+
+def _set_state_map(model: DCMForDenoising, counts: csr_matrix, total: np.ndarray) -> None:
+    store, median = model.cell_state, float(np.median(total))
+    center, components = principal_components(counts, total, median, model.config.state_dim)
+    store.center.copy_(torch.from_numpy(center))
+    store.components.copy_(torch.from_numpy(components))
+    store.median_total.fill_(median)
+    logs = torch.from_numpy(np.log1p(total))
+    store.log_total.copy_(torch.stack([logs.mean(), logs.std().clamp(min=1e-6)]))
+
+
+def _set_state_source(
+    model: DCMForDenoising, config: TrainConfig, cells: Cells, state: torch.Tensor, complete: np.ndarray
+) -> None:
+    """The mean state of each group of conditions, shrunk to that of the group above it, the mixture around them for
+    each cell type, and on request the states themselves."""
+    source, rows = model.state_source, torch.from_numpy(complete)
+    log_total = torch.log1p(cells.library_size[rows].double())
+    joint = torch.cat([state[rows, : config.state_dim].double(), log_total[:, None]], dim=1)  # (n, E)
+    labels = [cells.conditions.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids")]
+    labels = [None if ids is None else ids[rows] for ids in labels]
+    keys = model.library_sizes.group_keys(len(joint), *labels)
+    mean_of = torch.zeros_like(joint)  # of each cell's group so far
+    groups: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # key, mean and members, general ones first
+    for level in sorted({0, 1, 1 + len(model.config.covariates), keys.shape[1]}):
+        masked = keys.clone()
+        masked[:, level:] = ANY
+        unique, group_of = masked.unique(dim=0, return_inverse=True)
+        weight = SHRINKAGE if level else 0.0
+        for index, key in enumerate(unique):
+            members = (group_of == index).nonzero()[:, 0]
+            mean = (joint[members].sum(dim=0) + weight * mean_of[members[0]]) / (len(members) + weight)
+            groups.append((key, mean, members))
+        for _, mean, members in groups[-len(unique) :]:
+            mean_of[members] = mean
+    groups.reverse()
+    source.keys = torch.stack([key for key, _, _ in groups])
+    source.mean = torch.stack([mean for _, mean, _ in groups]).float()
+    source.first = torch.zeros(len(groups) + 1, dtype=torch.long)
+    model.config.state_groups = len(groups)
+    residual = (joint - mean_of).numpy()
+    for row in range(model.config.num_cell_types + 1):
+        is_last = row == model.config.num_cell_types or labels[0] is None
+        fit = state_mixture(
+            residual if is_last else residual[labels[0] == row], model.config.state_mixture, config.seed
+        )
+        for table, values in zip((source.log_weight, source.location, source.scale), fit):
+            table[row] = torch.from_numpy(values)
+    if config.keep_states:
+        source.first[1:] = torch.tensor([len(members) for _, _, members in groups]).cumsum(0)
+        source.bank = torch.cat([joint[members] for _, _, members in groups]).float()
+        model.config.state_bank = len(source.bank)

@@ -48,7 +48,7 @@ class Validation:
         self.config, self.tokenizer, self.training_cells, self.autocast = config, tokenizer, training_cells, autocast
         has_cells = any((config.data / "validation").glob("*.parquet"))
         self.cells = open_cells(config, "validation", tokenizer) if has_cells else None
-        self.quiet = replace(config, label_dropout=0.0, query_genes=None)
+        self.quiet = replace(config, label_dropout=0.0, query_genes=None, state_dropout=0.0)
         self.reference: tuple[np.ndarray, np.ndarray, float, dict[str, float]] | None = None
 
     @torch.no_grad()
@@ -63,10 +63,15 @@ class Validation:
             for index in range(0, len(rows), self.config.batch_size):
                 batch = self.cells[rows[index : index + self.config.batch_size]]
                 cells = measured[index : index + self.config.batch_size].sum()
-                inputs = noised(batch, self.quiet, self.tokenizer, index, 0, 1, model.device)
+                inputs = noised(batch, self.quiet, self.tokenizer, index, 0, 1, model.device, model.state)
+                share = cells / measured.sum()
+                if "state" in inputs:  # told the state, it is no bound on the cells' likelihood
+                    told = model(**inputs, return_logits=False).loss.item()
+                    sums["validation_loss_told"] = sums.get("validation_loss_told", 0.0) + told * share
+                    inputs["state"] = None
                 output = model(**inputs, return_logits=False)
-                sums["validation_loss"] += output.loss.item() * cells / measured.sum()
-                sums["validation_elbo"] += output.elbo.item() * cells / measured.sum()
+                sums["validation_loss"] += output.loss.item() * share
+                sums["validation_elbo"] += output.elbo.item() * share
         return sums
 
     def score(self, model: DCMForDenoising, ema: list[torch.Tensor]) -> dict[str, float]:
@@ -125,6 +130,8 @@ def validation_entropy(
             batch = cells[rows[start : start + ENTROPY_BATCH]]
             batch["input_ids"] = batch["input_ids"].long()
             library_size = batch.pop("library_size").float()
+            if model.config.state_dim:
+                batch["state"] = model.state(batch["input_ids"].to(model.device), library_size.to(model.device))
             yield batch | ({"library_size": library_size} if model.config.library_size_conditioning else {})
 
     measured = measure_entropy(model, batches(), seed=seed)

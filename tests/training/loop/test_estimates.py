@@ -1,0 +1,82 @@
+"""Estimates from which the network starts: each finds the truth of simulated counts, or what a library finds."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.sparse import csr_matrix
+from scipy.stats import nbinom
+
+from training.loop.estimates import (
+    likely_dispersion,
+    moment_dispersion,
+    state_effect,
+    state_loadings,
+    state_mixture,
+)
+
+
+def negative_binomial(mean: np.ndarray, dispersion: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    r = 1 / np.broadcast_to(dispersion, mean.shape)
+    return nbinom.rvs(r, r / (r + mean), random_state=rng)
+
+
+@pytest.mark.parametrize("estimate", [moment_dispersion, lambda x, mean: likely_dispersion(csr_matrix(x), mean)])
+def test_dispersions_of_simulated_counts_are_found(estimate):
+    rng = np.random.default_rng(0)
+    truth = np.array([0.02, 0.3, 1.0, 3.0])
+    mean = rng.gamma(4, 1, (20_000, 4)) * np.array([20.0, 3.0, 1.0, 5.0]) / 4
+    found = estimate(negative_binomial(mean, truth, rng), mean)
+    np.testing.assert_allclose(found, truth, rtol=0.25)
+
+
+def test_a_few_loud_cells_move_the_likely_dispersion_less_than_that_of_moments():
+    rng = np.random.default_rng(0)
+    mean = np.full((5_000, 1), 3.0)
+    x = negative_binomial(mean, np.array([0.2]), rng)
+    x[:10] = 60
+    by_likelihood, by_moments = likely_dispersion(csr_matrix(x), mean)[0], moment_dispersion(x, mean)[0]
+    assert abs(np.log(by_likelihood / 0.2)) < 0.5 * abs(np.log(by_moments / 0.2))
+
+
+def test_loadings_and_dispersions_of_a_simulated_state_are_found_whatever_the_blocks(monkeypatch):
+    rng = np.random.default_rng(1)
+    n, G, d = 6_000, 7, 3
+    truth = np.concatenate([rng.normal(0, 0.5, (G, d)), rng.normal(0, 0.2, (G, 1))], axis=1)
+    spread = rng.uniform(0.05, 0.5, G)
+    state = rng.normal(size=(n, d))
+    expected = rng.gamma(5, 1, (n, G)).astype(np.float32)
+    x = csr_matrix(negative_binomial(expected * state_effect(truth, state), spread, rng))
+    loadings, dispersion = state_loadings(x, expected, state)
+    np.testing.assert_allclose(loadings, truth, atol=0.05)
+    np.testing.assert_allclose(dispersion, spread, rtol=0.25)
+    monkeypatch.setattr("training.loop.estimates.GENES_AT_ONCE", 3)
+    in_blocks = state_loadings(x, expected, state)
+    np.testing.assert_allclose(in_blocks[0], loadings, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(in_blocks[1], dispersion)
+
+
+def test_a_gene_that_no_cell_has_gets_finite_loadings():
+    rng = np.random.default_rng(2)
+    loadings, dispersion = state_loadings(csr_matrix((300, 2)), np.full((300, 2), 1e-3), rng.normal(size=(300, 4)))
+    assert np.isfinite(loadings).all()
+    assert np.isfinite(dispersion).all()
+
+
+def test_draws_from_a_fitted_mixture_have_the_moments_of_the_cells():
+    rng = np.random.default_rng(3)
+    cells = np.concatenate([rng.normal(-2, 1, (3_000, 2)), rng.normal(3, 0.5, (1_000, 2))])
+    log_weight, location, scale = map(torch.from_numpy, state_mixture(cells, 4, seed=0))
+    part = log_weight.exp().multinomial(20_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(20_000, 2, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    drawn = (location[part] + (scale[part] @ noise)[..., 0]).numpy()
+    np.testing.assert_allclose(drawn.mean(axis=0), cells.mean(axis=0), atol=0.1)
+    np.testing.assert_allclose(np.cov(drawn.T), np.cov(cells.T), rtol=0.1, atol=0.1)
+
+
+def test_few_cells_get_few_components():
+    log_weight, _, scale = state_mixture(np.random.default_rng(4).normal(size=(100, 3)), 8, seed=0)
+    assert np.isfinite(log_weight).sum() == 2
+    assert np.isclose(np.exp(log_weight).sum(), 1)
+    log_weight, _, scale = state_mixture(np.zeros((1, 3)), 8, seed=0)
+    assert np.exp(log_weight[0]) == 1
+    assert (scale[0] == np.eye(3)).all()
