@@ -42,6 +42,7 @@ class DCMConfig(PreTrainedConfig):
     num_perturbations: int = 0  # single perturbations, the control among them
     perturbation_dim: int | None = None  # width of the frozen vectors (ESM-2: 1280); None: a learned table
     perturbation_table_sha256: str | None = None  # of the file that the frozen vectors came from
+    perturbations_without_cells: list[int] | None = None  # ids whose frozen vector no training cell had
     covariates: dict[str, int] | None = None  # {name: number of labels}
     covariate_order: list[str] | None = None  # columns of covariate_ids; a file of JSON does not keep a mapping's order
     library_size_conditioning: bool = False

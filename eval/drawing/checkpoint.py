@@ -33,7 +33,7 @@ def check_checkpoint(checkpoint: str) -> None:
     """
     folder = Path(checkpoint)
     if folder.is_dir():
-        for path in (folder, *folder.iterdir()):
+        for path in (folder, *(folder / name for name in FILES)):
             check_readable(path)
         there = {path.name for path in folder.iterdir()}
         if "model.safetensors.index.json" in there:  # weights in several files

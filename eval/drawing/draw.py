@@ -70,7 +70,13 @@ def draw_cells(
     _refuse_what_does_not_fit(model, asked)
     _draw_chunks(model, tokenizer, asked, files, state, fresh=fresh)
     if state.is_main_process:
-        files.merge(_annotations(tokenizer, conditions, sampling))
+        annotations = _annotations(tokenizer, conditions, sampling)
+        ids, unseen = conditions.get("perturbation_ids"), model.config.perturbations_without_cells or ()
+        names = [tokenizer.perturbations[i] for i in unseen if ids is not None and (ids == i).any()]
+        if names:
+            logger.warning("no training cell had these perturbations; all that is known is their vector: %s", names)
+            annotations.uns["dcm_perturbations_without_cells"] = np.array(names, dtype=object)
+        files.merge(annotations)
         logger.info("%s: %d cells x %d genes", out, num_cells, len(tokenizer.genes))
 
 

@@ -177,7 +177,7 @@ def held_out_shards(cells_h5ad, tmp_path_factory) -> tuple[Path, str]:
 
 
 @pytest.mark.slow
-def test_from_proteins_to_cells_of_a_perturbation_held_out_of_training(esm_folder, held_out_shards, tmp_path):
+def test_from_proteins_to_cells_of_a_perturbation_held_out_of_training(esm_folder, held_out_shards, tmp_path, caplog):
     shards, held_out = held_out_shards
     names, runs = perturbation_names(shards), []
     for seed in (0, 1):
@@ -188,6 +188,8 @@ def test_from_proteins_to_cells_of_a_perturbation_held_out_of_training(esm_folde
     sample(str(runs[0]), out=tmp_path / "cells.h5ad", like=shards / "test.h5ad", steps=2)
     cells, test = anndata.read_h5ad(tmp_path / "cells.h5ad"), anndata.read_h5ad(shards / "test.h5ad")
     assert held_out in set(cells.obs["perturbation"])
+    assert cells.uns["dcm_perturbations_without_cells"].tolist() == [held_out]
+    assert f"all that is known is their vector: ['{held_out}']" in caplog.text
     assert cells.obs["perturbation"].astype(str).tolist() == test.obs["perturbation"].astype(str).tolist()
     assert cells.X.sum() > 0
     first, other = (logits_of(*load_checkpoint(run), held_out) for run in runs)

@@ -171,6 +171,9 @@ def build_model(
     set_estimates(model, config, cells, source)
     if table is not None:
         _set_vectors(model, tokenizer, table)
+        seen = set(cells.conditions["perturbation_ids"].unique().tolist())
+        known = enumerate(tokenizer.perturbations)
+        model.config.perturbations_without_cells = [i for i, name in known if name in table.vectors and i not in seen]
     if source is not None:
         transfer(source, model, tokenizer)
     _warn_of_names_never_seen(tokenizer, cells, table, source)
