@@ -97,8 +97,6 @@ class CellGenerationMixin:
             self._check_observed(observed, N, len(gene_ids))
         sizes = self._given_library_size(library_size, N, observed is not None)
         states, drawn_totals = self._states(state, N, given, sizes, seed, observed is not None)
-        if sizes is None and drawn_totals is not None:
-            sizes = drawn_totals
         options = {
             "steps": steps,
             "schedule": schedule,
@@ -116,7 +114,9 @@ class CellGenerationMixin:
             for chunk, rows in wanted:
                 generator = keyed_generator(seed, chunk, self.device)
                 conditions = select_rows(given, rows, self.device)
-                conditions["library_size"] = self._library_size(sizes, rows, conditions, gene_ids, generator)
+                conditions["library_size"] = self._library_size(
+                    sizes, drawn_totals, rows, conditions, gene_ids, generator
+                )
                 if states is not None:
                     conditions["state"] = states[rows].to(self.device)
                 x = self._start(rows, len(gene_ids), observed).to(self.device)
@@ -201,20 +201,21 @@ class CellGenerationMixin:
         if state == "bank" or (state is None and source.has_bank):
             drawn = source.draw_from_bank(keys, seed).cpu()
         else:
-            log_sizes = None if sizes is None else torch.log1p(sizes.clamp(min=0)).to(self.device)
+            is_given = sizes is not None and bool((sizes >= 0).all())
+            log_sizes = torch.log1p(sizes).to(self.device) if is_given else None
             drawn = source.draw(keys, labels[0], keyed_generator(seed, 2**40, self.device), log_sizes).cpu()
         z, log_total = drawn[:, :-1], drawn[:, -1]
         if config.library_size_conditioning:
             return z, log_total.expm1().clamp(min=1).round()
         return torch.cat([z, self.cell_state.standardized(log_total.to(self.device)).cpu()[:, None]], dim=1), None
 
-    def _library_size(self, sizes, rows: slice, conditions, gene_ids: torch.Tensor, generator) -> torch.Tensor:
+    def _library_size(self, sizes, drawn, rows: slice, conditions, gene_ids: torch.Tensor, generator) -> torch.Tensor:
         """Library sizes (B,) over genes ``gene_ids`` (L,), as given or drawn."""
         if sizes is not None:
             return sizes[rows].to(self.device)
         B = rows.stop - rows.start
         labels = [conditions.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids")]
-        size = self.library_sizes.draw(B, *labels, generator)
+        size = self.library_sizes.draw(B, *labels, generator) if drawn is None else drawn[rows].to(self.device)
         if len(gene_ids) == self.config.num_genes:
             return size
         cell_type_ids = size.new_full((B,), -1, dtype=torch.long) if labels[0] is None else labels[0]

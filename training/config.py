@@ -149,7 +149,8 @@ class TrainConfig:
         self._expect("at least 1, or none for never", lambda value: value is None or value >= 1, "score_every")
         self._expect("minutes above 0, or none for no limit", lambda value: value is None or value > 0, "max_time")
         self._expect("above 0", lambda value: value > 0, "learning_rate", "clip_norm")
-        self._expect("in [0, 1)", lambda value: 0 <= value < 1, "ema_decay", "dropout", "label_dropout")
+        shares = ("ema_decay", "dropout", "label_dropout", "state_dropout")
+        self._expect("in [0, 1)", lambda value: 0 <= value < 1, *shares)
         if not self.masked_keys and self.backbone == "latent":
             raise ValueError(
                 "masked_keys=False contradicts backbone='latent', in which nothing attends to masked genes anyway: "

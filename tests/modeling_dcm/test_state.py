@@ -123,3 +123,25 @@ def test_without_library_size_conditioning_the_state_tells_the_depth(make_model,
     counts = torch.arange(21.0)
     means = (model(x, state=state).logits.softmax(dim=-1) @ counts).mean(dim=1)
     assert means[1] > 1.5 * means[0]
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_states_are_drawn_freely_where_no_library_size_is_told(make_model, conditioned):
+    model = make_model("latent", **OPTIONS, state_groups=1, library_size_conditioning=conditioned)
+    source = model.state_source
+    source.mean.copy_(torch.tensor([[0.0, 0.0, 6.0]]))
+    source.scale.copy_(torch.eye(3))
+    sizes = torch.full((400,), -1.0)
+    states, _ = model._states("prior", 400, {}, sizes, 0, False)
+    assert abs(states[:, 0].mean()) < 0.2
+    if not conditioned:  # the last column tells the depth
+        assert states[:, 2].mean() == pytest.approx(6.0, abs=0.3)
+
+
+def test_some_genes_of_a_panel_get_their_share_of_the_library_size_that_is_drawn_with_a_state(make_model):
+    model = make_model("latent", **OPTIONS, state_groups=1, library_size_conditioning=True)
+    model.state_source.mean.copy_(torch.tensor([[0.0, 0.0, 6.0]]))
+    model.totals.gene_mean[:] = torch.arange(1.0, 8.0)
+    drawn = torch.full((4,), 280.0)
+    sizes = model._library_size(None, drawn, slice(0, 4), {}, torch.tensor([0, 5]), torch.Generator())
+    assert sizes.tolist() == [70.0] * 4
