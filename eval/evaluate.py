@@ -86,9 +86,8 @@ def main(
         baseline_draws,
         fitted_baselines,
         named_baselines,
-        split_half_note,
-        without_training_cells,
     )
+    from eval.comparison.floor import split_half_note, without_training_cells
     from eval.comparison.protocols import named_protocols
 
     protocols, chosen = named_protocols(protocol), named_baselines(baselines)
@@ -147,17 +146,16 @@ def evaluate(
     from threadpoolctl import threadpool_limits
     from tqdm import tqdm
 
-    from eval.comparison.baselines import (
-        BASELINE_DRAWS,
+    from eval.comparison.baselines import BASELINE_DRAWS, baseline_draws
+    from eval.comparison.cells import together
+    from eval.comparison.floor import (
         FLOOR,
         FLOOR_DRAWS,
-        baseline_draws,
         beside_half,
         floor_draws,
         split_half,
         without_training_cells,
     )
-    from eval.comparison.cells import together
     from eval.comparison.protocols import averaged_scores, evaluate_pair, prepare_reference
     from eval.reports.tables import summary_rows
 

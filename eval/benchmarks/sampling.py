@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from eval.benchmarks.costs import Cost
 from eval.benchmarks.naive_sampler import STEPS as NAIVE_STEPS
 from eval.benchmarks.naive_sampler import forward_rule, naive_cells, reverse_rule
-from eval.comparison.baselines import floor_draws
 from eval.comparison.cells import CellCounts
+from eval.comparison.floor import floor_draws
 from eval.comparison.protocols import PROTOCOLS, Reference, evaluate_pair, prepare_reference
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.schedule_dcm import as_curve, predicted_kl, reveal_schedule

@@ -22,10 +22,10 @@ import pandas as pd
 from scipy import sparse
 from tqdm import tqdm
 
-from eval.comparison.baselines import BASELINES, FLOOR, floor_draws, needs_control
+from eval.comparison.baselines import BASELINES, needs_control
 from eval.comparison.cells import PERTURBATION, CellCounts, Comparison, joined_labels
-from eval.comparison.protocols import Score, mean_scores
-from eval.comparison.spaces import log_cp10k
+from eval.comparison.floor import FLOOR, floor_draws
+from eval.comparison.protocols import Score, log_cp10k, mean_scores
 from eval.reports.tables import Row, summary_rows
 
 logger = logging.getLogger(__name__)

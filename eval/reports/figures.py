@@ -18,8 +18,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from scipy import sparse, stats
 
 from eval.comparison.cells import PERTURBATION, CellCounts, Comparison
-from eval.comparison.protocols import FEW_CELLS
-from eval.comparison.spaces import log_cp10k, principal_components
+from eval.comparison.protocols import FEW_CELLS, log_cp10k, principal_components
 from eval.metrics import gene_agreement as metrics
 
 INK = "#010203"

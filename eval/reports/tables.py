@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.comparison.baselines import FLOOR
+from eval.comparison.floor import FLOOR
 from eval.comparison.metric_table import METRICS
 from eval.comparison.protocols import FEW_CELLS, PROTOCOLS, Score
 

@@ -17,16 +17,15 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from eval.comparison.baselines import (
-    FLOOR,
     Sampler,
     additive,
     cells_by_labels,
     independent_marginals,
     perturbation_mean,
-    split_half,
     training_rows,
 )
 from eval.comparison.cells import PERTURBATION, CellCounts, together
+from eval.comparison.floor import FLOOR, split_half
 from eval.comparison.protocols import FEW_CELLS, PROTOCOLS, Reference, Score, evaluate_pair, prepare_reference
 from eval.reports.tables import Row, summary_rows
 
