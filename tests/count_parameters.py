@@ -10,11 +10,7 @@ import torch
 from modeling_dcm import SIZES, DCMConfig, DCMForDenoising
 
 REPLOGLE = {"num_genes": 2_000, "num_perturbations": 2_000, "perturbation_dim": 1280}
-DATA = {
-    "5m": {"num_genes": 17_002},
-    "10m": {**REPLOGLE, "num_cell_types": 1},
-    "20m": {**REPLOGLE, "num_cell_types": 4},
-}
+DATA = {"5m": {"num_genes": 17_002}, "10m": {**REPLOGLE, "num_cell_types": 1}, "20m": {**REPLOGLE, "num_cell_types": 4}}
 
 
 def count_parameters(size: str) -> int:

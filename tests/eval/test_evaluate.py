@@ -313,10 +313,7 @@ def test_a_bad_generated_file_is_refused_and_nothing_is_written(folder, tmp_path
         ({"baselines": "scvi_prior"}, r"scvi-tools: pip install 'discrete-cell-models\[baselines\]'"),
         ({"baselines": "all"}, r"scvi-tools: pip install 'discrete-cell-models\[baselines\]'"),
         ({"cell_eval": True}, r"cell-eval: pip install 'discrete-cell-models\[baselines\]'"),
-        (
-            {"protocol": "cfgen", "condition_keys": "perturbation"},
-            "compares each cell_type by itself",
-        ),
+        ({"protocol": "cfgen", "condition_keys": "perturbation"}, "compares each cell_type by itself"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(folder, tmp_path, options, message, monkeypatch):

@@ -166,11 +166,7 @@ def test_results_without_a_floor_or_without_the_model_are_errors(checkpoint, fac
         (tmp_path / "results.json").write_text(json.dumps({**measured, "rows": rows}))
         with pytest.raises(ValueError, match=message):
             render(
-                facts,
-                repo_id="org/x",
-                checkpoint=checkpoint,
-                results=tmp_path / "results.json",
-                example_output="cells",
+                facts, repo_id="org/x", checkpoint=checkpoint, results=tmp_path / "results.json", example_output="cells"
             )
 
 

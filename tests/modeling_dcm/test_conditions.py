@@ -59,12 +59,11 @@ def perturbed(*ids: int) -> torch.Tensor:
     return torch.tensor([ids, ids])
 
 
-# --- labels ----------------------------------------------------------------------------------------------------------
-
-
 def test_every_condition_changes_the_output_on_its_own(logits):
     for name, value in GIVEN.items():
         assert (logits(**{name: value}) - logits()).abs().amax(dim=(1, 2)).min() > DIFFERENT, name
+    small, large = (logits(library_size=torch.full((2,), size)) for size in (1e5, 2e5))  # unclipped
+    assert (small - large).abs().max() > DIFFERENT
 
 
 def test_control_not_given_and_padding_are_three_different_inputs(logits):
@@ -92,47 +91,29 @@ def test_not_given_is_the_same_however_it_is_said(logits):
 
 
 @torch.no_grad()
-def test_a_null_condition_is_not_touched_by_the_labels_of_others(logits):
-    model = logits.model
-    before = logits()
-    conditions = model.conditions
-    for encoder in (conditions.cell_type, conditions.perturbation.learned, *conditions.covariates.values()):
+def test_given_conditions_and_nulls_do_not_touch_each_other_and_every_null_is_its_own(logits):
+    nothing, given = logits(), logits(**GIVEN)
+    conditions = logits.model.conditions
+    encoders = [conditions.cell_type, conditions.perturbation.learned, *conditions.covariates.values()]
+    for encoder in encoders:
         encoder.weight[:-1] += 10
     for parameter in conditions.library_size.up.parameters():
         parameter += 10
-    model.target_gene_ids.copy_(torch.arange(4))
-    assert torch.equal(logits(), before)
-    assert torch.equal(logits(**NULLS), before)
-
-
-@torch.no_grad()
-def test_a_given_condition_is_not_touched_by_the_nulls(logits):
-    before = logits(**GIVEN)
-    conditions = logits.model.conditions
-    for encoder in (conditions.cell_type, conditions.perturbation.learned, *conditions.covariates.values()):
-        encoder.weight[-1] += 10
-    conditions.library_size.null.weight += 10
-    assert torch.equal(logits(**GIVEN), before)
-
-
-@torch.no_grad()
-def test_every_null_is_a_vector_of_its_own(logits):
-    conditions = logits.model.conditions
-    nulls = [conditions.cell_type, conditions.perturbation.learned, *conditions.covariates.values()]
-    for encoder in (*nulls, conditions.library_size.null):
+    logits.model.target_gene_ids.copy_(torch.arange(4))
+    assert torch.equal(logits(), nothing)
+    assert torch.equal(logits(**NULLS), nothing)
+    assert not torch.equal(logits(**GIVEN), given)
+    given = logits(**GIVEN)
+    for encoder in (*encoders, conditions.library_size.null):
         before = logits()
         encoder.weight[-1] += 1
         assert (logits() - before).abs().max() > DIFFERENT
+        assert torch.equal(logits(**GIVEN), given)
 
 
 def test_cells_of_a_batch_do_not_see_each_others_conditions(logits):
     changed = {name: torch.stack([value[0], NULLS[name][1].to(value.dtype)]) for name, value in GIVEN.items()}
     torch.testing.assert_close(logits(**changed)[0], logits(**GIVEN)[0], atol=1e-6, rtol=0)
-
-
-def test_library_size_is_unclipped(logits):
-    small, large = (logits(library_size=torch.full((2,), size)) for size in (1e5, 2e5))
-    assert (small - large).abs().max() > DIFFERENT
 
 
 @pytest.mark.parametrize(
@@ -159,9 +140,6 @@ def test_a_condition_that_the_model_does_not_have_is_refused(make_model, name):
     model = make_model(library_size_conditioning=True)
     with pytest.raises(ValueError, match=f"{name} were given, but this model knows: library_size"):
         model(torch.zeros(2, 7, dtype=torch.long), **{name: torch.zeros(2, dtype=torch.long)})
-
-
-# --- frozen vectors --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -194,15 +172,8 @@ def test_only_labels_without_a_vector_use_their_learned_one(with_table):
     assert [torch.equal(a, b) for a, b in zip(after, before)] == [False, True, True, True]
 
 
-def test_vectors_of_the_table_are_not_trained(with_table):
-    assert not any("table" in name or "has_vector" in name for name, _ in with_table.named_parameters())
-
-
-# --- target gene -----------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
-def test_target_flag_changes_the_output_only_where_a_target_is_in_the_panel(logits):
+def test_a_target_flag_changes_the_output_where_the_target_is_among_the_genes_of_the_sequence(logits):
     model = logits.model
     model.target_gene_ids.fill_(-1)
     without = logits(perturbation_ids=perturbed(2))
@@ -215,23 +186,11 @@ def test_target_flag_changes_the_output_only_where_a_target_is_in_the_panel(logi
     overridden = logits(perturbation_ids=perturbed(2), target_gene_ids=torch.tensor([[3], [3]]))
     assert torch.equal(overridden, flagged)
     assert torch.equal(logits(perturbation_ids=perturbed(2), target_gene_ids=torch.tensor([[-1], [-1]])), without)
-
-
-@torch.no_grad()
-def test_target_flag_is_seen_by_the_other_genes_when_the_target_is_observed(logits):
-    flagged = logits(target_gene_ids=torch.tensor([[1], [2]]))  # observed in its cell
-    assert (flagged - logits())[:, [0, 3, 4, 5, 6]].abs().max() > DIFFERENT
-
-
-@torch.no_grad()
-def test_a_target_outside_the_genes_of_the_sequence_has_no_influence(make_model, backbone):
-    model = make_model(backbone, conditioned=True)
+    observed = logits(target_gene_ids=torch.tensor([[1], [2]]))  # each in its cell: the other genes see the flag
+    assert (observed - logits())[:, [0, 3, 4, 5, 6]].abs().max() > DIFFERENT
     x_t, genes = torch.tensor([[1, 5, 5]]), torch.tensor([0, 2, 5])
-    flagged = model(x_t, gene_ids=genes, target_gene_ids=torch.tensor([[3]])).logits
-    assert torch.equal(flagged, model(x_t, gene_ids=genes).logits)
-
-
-# --- library sizes ---------------------------------------------------------------------------------------------------
+    outside = model(x_t, gene_ids=genes, target_gene_ids=torch.tensor([[3]])).logits
+    assert torch.equal(outside, model(x_t, gene_ids=genes).logits)
 
 
 def library_sizes(groups: list[tuple[tuple[int, ...], torch.Tensor]], **options) -> LibrarySizes:
@@ -264,6 +223,9 @@ def test_drawn_library_sizes_have_the_distribution_of_the_group():
     assert again.min() >= values.min()
     assert again.max() <= values.max()
     assert torch.equal(again, again.round())
+    assert sizes.quantiles.shape == (len(sizes.keys), LIBRARY_QUANTILES)
+    assert bool((sizes.quantiles.diff(dim=1) >= 0).all())
+    assert bool((sizes.keys[-1] == -2).all())  # the last group is everything
 
 
 def test_groups_below_fifty_cells_fall_back_to_the_cell_type_and_then_to_all():
@@ -301,19 +263,10 @@ def test_each_cell_of_a_batch_draws_from_its_own_group_of_cell_type_and_covariat
     assert each.tolist() == [10, 90, 77, 90, 77, 10]
 
 
-def test_every_group_has_ascending_quantiles_and_the_last_matches_everything():
-    sizes = library_sizes([((0, 1, -1), torch.arange(100)), ((1, 2, -1), torch.arange(60))])
-    assert sizes.quantiles.shape == (len(sizes.keys), LIBRARY_QUANTILES)
-    assert bool((sizes.quantiles.diff(dim=1) >= 0).all())
-    assert bool((sizes.keys[-1] == -2).all())
-
-
 def test_a_model_without_library_sizes_says_what_to_give():
     with pytest.raises(ValueError, match="stores no library sizes of its training cells: give library_size="):
         LibrarySizes(DCMConfig()).draw(2, None, None, None, torch.Generator())
 
-
-# --- progress and depth -----------------------------------------------------------------------------------------------
 
 NOT_GIVEN = torch.tensor([-1])
 
@@ -333,26 +286,11 @@ def test_progress_is_what_one_adds_up_by_hand(totals):
     assert progress.observed_total.tolist() == [3.0]
     assert progress.expected_observed.tolist() == [1.0 + 4.0]
     assert progress.expected_masked.tolist() == [2.0 + 8.0]
-
-
-def test_progress_follows_the_genes_and_not_their_positions(totals):
-    order = torch.tensor([4, 2, 0, 3, 1])
-    cell = torch.tensor([[3, totals.mask_token_id, 0, 7, 2]])
+    order = torch.tensor([4, 2, 0, 3, 1])  # it follows the genes, and not their positions
     mean = totals.mean(torch.arange(5)[None], NOT_GIVEN)
-    straight = totals.progress(cell, mean, NOT_GIVEN)
-    for here, there in zip(straight, totals.progress(cell[:, order], mean[:, order], NOT_GIVEN), strict=True):
+    moved = totals.progress(cell[:, order], mean[:, order], NOT_GIVEN)
+    for here, there in zip(progress, moved, strict=True):
         torch.testing.assert_close(here, there)
-
-
-def test_depth_is_zero_where_nothing_is_expected_and_tends_to_the_logarithm_of_the_ratio():
-    assert log_ratio(torch.tensor([0.0]), torch.tensor([0.0])).tolist() == [0.0]
-    twice = log_ratio(torch.tensor([2e6]), torch.tensor([1e6]))
-    assert twice.item() == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-5)
-
-
-def test_a_remainder_below_zero_counts_as_none():
-    below, none = log_ratio(torch.tensor([-5.0, 0.0]), torch.tensor(3.0))
-    assert below == none
 
 
 def progress(observed_total: list[float], library_size: list[float], expected_masked: float = 19.0):
@@ -365,6 +303,10 @@ def test_depth_is_that_of_what_is_left_of_the_library_size_or_of_what_was_observ
     known = progress(observed_total=[60.0, 0.0, 100.0], library_size=[99.0, 39.0, 100.0])
     torch.testing.assert_close(known.depth, torch.tensor([40 / 20, 40 / 20, 1 / 20]))
     torch.testing.assert_close(progress(observed_total=[4.0], library_size=[-1.0]).depth, torch.tensor([5 / 10]))
+    ratios = log_ratio(torch.tensor([0.0, 2e6, -5.0, 0.0]), torch.tensor([0.0, 1e6, 3.0, 3.0]))
+    assert ratios[0] == 0
+    assert ratios[1].item() == pytest.approx(math.log(2), abs=1e-5)
+    assert ratios[2] == ratios[3]  # a remainder below zero counts as none
 
 
 def library_size_encoder(log_mean: float = 0.0, log_std: float = 1.0) -> LibrarySizeEncoder:
@@ -403,8 +345,6 @@ def test_ids_stand_for_their_counts_and_a_bin_for_its_middle():
     binned = DCMConfig(num_genes=2, max_count=15, count_bins=[4, 8])
     assert count_values(binned).tolist() == [0, 1, 2, 3, (4 + 7) / 2, (8 + 15) / 2, 0, 0]
 
-
-# --- new perturbations -----------------------------------------------------------------------------------------------
 
 NEW = {"X": torch.tensor([1.0, -1, 0, 2, 0, 1]), "Y": torch.tensor([0.0, 3, 1, 0, 0, -2])}
 
@@ -446,7 +386,7 @@ def test_adding_perturbations_changes_nothing_that_was_known(with_table):
 
 
 @torch.no_grad()
-def test_added_perturbations_survive_saving(with_table, labels, tmp_path):
+def test_added_perturbations_survive_saving_and_can_be_sampled(with_table, labels, tmp_path):
     ids = labels.add_perturbations(NEW)
     with_table.add_perturbations(NEW, labels.target_gene_ids[ids])
     with_table.save_pretrained(tmp_path)
@@ -455,14 +395,9 @@ def test_added_perturbations_survive_saving(with_table, labels, tmp_path):
     assert tokenizer.perturbations == labels.perturbations
     x_t, pair = torch.full((2, 7), 5), tokenizer.perturbation_ids(["X+p1", "Y"])
     assert torch.equal(model(x_t, perturbation_ids=pair).logits, with_table(x_t, perturbation_ids=pair).logits)
+    conditions = tokenizer.conditions(perturbation="Y+p2", num_cells=3)
+    assert model.generate(**conditions, library_size="null", steps=2).shape == (3, 7)
     assert model.target_gene_ids[4:].tolist() == [0, -1]
-
-
-def test_added_perturbations_can_be_sampled(with_table, labels):
-    labels.add_perturbations(NEW)
-    with_table.add_perturbations(NEW)
-    cells = with_table.generate(**labels.conditions(perturbation="Y+p2", num_cells=3), library_size="null", steps=2)
-    assert cells.shape == (3, 7)
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,6 @@ def model(make_model, backbone):
     return model
 
 
-# --- generate --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "cubic"])
 @pytest.mark.parametrize("steps", [1, 3, 50])
 def test_generated_cells_hold_counts_and_never_mask_or_pad(model, schedule, steps):
@@ -142,13 +139,6 @@ def test_guidance_of_0_is_no_guidance_and_more_of_it_is_another_distribution(mod
     assert not torch.equal(model.generate(**conditions(20), steps=2, guidance_scale=3.0), plain)
 
 
-def test_low_temperature_draws_the_most_probable_counts(make_model, backbone):
-    model = make_model(backbone)
-    with torch.no_grad():
-        mode = model(torch.full((1, 7), MASK)).logits.argmax(dim=-1)
-    assert torch.equal(model.generate(9, steps=1, temperature=1e-4), mode.expand(9, -1))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -175,14 +165,8 @@ def test_bad_arguments_are_refused_with_the_value_and_what_was_expected(make_mod
     model = make_model(conditioned=True, library_size_groups=1)
     with pytest.raises(ValueError, match=message):
         model.generate(**arguments)
-
-
-def test_a_library_size_for_a_model_without_is_refused(make_model):
     with pytest.raises(ValueError, match="library_size=100 was given, but this model was trained without"):
         make_model().generate(2, library_size=100)
-
-
-# --- the sampler's denoiser ------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -244,9 +228,6 @@ def test_guided_distribution_is_the_formula_of_the_design(model, scale):
     null = model(x_t, library_size=library_size).logits[:, positions[0]].log_softmax(dim=-1)
     expected = ((1 + scale) * conditional - scale * null).log_softmax(dim=-1)
     torch.testing.assert_close(guided, expected, atol=5e-5, rtol=1e-4)
-
-
-# --- the distribution that is drawn, and its bound -------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -344,9 +325,6 @@ def test_scores_and_embeddings_do_not_depend_on_dropout(make_model, backbone):
     for score in (model.log_likelihood, model.embed):
         assert torch.equal(score(x_0), score(x_0))
     assert model.training
-
-
-# --- embed -----------------------------------------------------------------------------------------------------------
 
 
 def test_embeddings_depend_on_counts_and_conditions_and_not_on_chunks_or_padded_genes(model):

@@ -60,9 +60,6 @@ def test_each_cell_follows_the_schedule_of_its_own_masked_genes():
     assert numbers == [[s[-1] - s[step] for s in padded] for step in range(1, 6)]
 
 
-# --- order and draws -------------------------------------------------------------------------------------------------
-
-
 def test_order_has_given_genes_first_then_masked_ones_then_pad():
     x = torch.tensor([[MASK, 1, PAD, MASK, 0], [PAD, PAD, 2, MASK, PAD]])
     kinds = (x.gather(1, random_order(x, MASK, PAD, generator())) - 2).clamp(min=0)  # 0 given, 1 MASK, 2 PAD
@@ -102,14 +99,6 @@ def test_a_count_of_probability_1e_5_appears_at_its_rate_in_ten_million_draws(tw
     assert bool(((counted - expected).abs() < 5 * expected.sqrt()).all()), counted.tolist()
 
 
-def test_rare_large_counts_keep_their_probability_over_many_steps():
-    p = torch.tensor([0.989, 0.01, 0.001])
-    options = {"steps": 50, "generator": generator(), **IDS}
-    drawn = sample_counts(lambda x, q, known: p.log().expand(*q.shape, 3), masked(400, 250), **options)
-    expected = (p.double() / p.double().sum() * drawn.numel()).numpy()
-    assert stats.chisquare(drawn.flatten().bincount(minlength=3), expected).pvalue > 1e-3
-
-
 def test_the_same_generator_gives_the_same_cells_and_another_seed_others():
     first, again, other = (
         sample_counts(uniform_denoiser, masked(8, 20), steps=4, generator=generator(seed), **IDS) for seed in (0, 0, 1)
@@ -141,9 +130,6 @@ def test_denoiser_is_asked_at_masked_genes_only_and_told_every_gene_that_is_know
         return torch.zeros(*positions.shape, 3)
 
     sample_counts(denoise, x, steps=4, schedule="linear", generator=generator(), **IDS)
-
-
-# --- the joint distribution ------------------------------------------------------------------------------------------
 
 
 def perfectly_correlated(x_t, positions, known):

@@ -162,10 +162,7 @@ def test_every_baseline_answers_in_the_order_asked_for_and_repeats_itself(screen
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda s: CellCounts(s.counts, s.labels[["cell_type"]], "control"),
-            r"\(cell_type\) have no 'perturbation'",
-        ),
+        (lambda s: CellCounts(s.counts, s.labels[["cell_type"]], "control"), r"\(cell_type\) have no 'perturbation'"),
         (lambda s: CellCounts(s.counts, s.labels), "no label of control cells is known .* pass --control LABEL"),
         (lambda s: CellCounts(s.counts, s.labels, "ntc"), r"no training cell is labelled 'ntc' \(control\)"),
     ],

@@ -49,10 +49,7 @@ def test_results_are_in_the_order_of_the_jobs(tmp_path, processes):
 @pytest.mark.parametrize("processes", [1, 3])
 def test_the_error_is_that_of_the_first_job_and_the_others_are_stopped(tmp_path, processes):
     jobs = [partial(square, 0), partial(fail, 1), partial(fail, 4), report_for_ever]
-    with (
-        pytest.raises(ValueError, match=r"^job 1 is wrong$"),
-        file_workers(processes, tmp_path) as workers,
-    ):
+    with pytest.raises(ValueError, match=r"^job 1 is wrong$"), file_workers(processes, tmp_path) as workers:
         list(workers.run(jobs, **BAR))
 
 
