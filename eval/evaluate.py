@@ -156,6 +156,7 @@ def evaluate(
         split_half,
         without_training_cells,
     )
+    from eval.comparison.metric_table import COPYING
     from eval.comparison.protocols import averaged_scores, evaluate_pair, prepare_reference
     from eval.reports.tables import summary_rows
 
@@ -184,7 +185,7 @@ def evaluate(
                 compared = real.take(np.sort(np.concatenate([np.flatnonzero(is_whole), one])))
             if halved or not draw:
                 of_draw = compared if halved else real
-                references = [prepare_reference(of_draw, protocol, seed=seed) for protocol in protocols]
+                references = [prepare_reference(of_draw, p, train=comparison.train, seed=seed) for p in protocols]
             for model, number in numbers.items():
                 drawn = next(samples[model], None)
                 if drawn is None:
@@ -196,6 +197,8 @@ def evaluate(
                     drawn = beside_half(drawn, real, halved, other)
                 for reference in references:
                     found = evaluate_pair(drawn, reference, seed=seed, device=device)
+                    if model == FLOOR:  # training cells lie at no distance from themselves
+                        found = [score for score in found if score.metric != COPYING]
                     scores[reference.protocol.name][model][draw % number].append(found)
                     bar.update()
     rows: list[Row] = []

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 from scipy import sparse
 
-from eval.metrics import distances, gene_agreement
+from eval.metrics import components, distances, gene_agreement
 from eval.metrics.blocks import Matrix
 
 
@@ -15,7 +16,8 @@ class Pair:
     """Two samples to compare: ``x`` generated and ``y`` real in the space of the protocol, and their counts.
 
     ``control`` are real control cells of the same cell type and covariates, None where the comparison is not one
-    perturbation's.
+    perturbation's. ``train`` are training cells in that space and ``directions`` (G, d) their principal components;
+    None where there are none to compare with.
     """
 
     x: Matrix
@@ -26,6 +28,8 @@ class Pair:
     biased: bool
     control: Matrix | None
     device: str | None
+    train: Matrix | None = None
+    directions: np.ndarray | None = None
 
     @cached_property
     def correlation(self) -> tuple[float, float]:
@@ -51,6 +55,17 @@ def _mmd2(p: Pair) -> float:
     return distances.mmd2(p.x, p.y, bandwidths=p.bandwidths, biased=p.biased, device=p.device)
 
 
+COPYING = "nearest_training_distance_ratio"
+
+
+def _component_variance(band: str) -> Metric:
+    return Metric(
+        f"variance of components {band.replace('_', '-')}",
+        "→ 1",
+        lambda p: components.component_variance_ratio(p.x, p.y, p.directions, components.BANDS[band]),
+    )
+
+
 METRICS = {
     "mmd2": Metric("MMD²", "↓", _mmd2),
     "w2": Metric("W2", "↓", lambda p: distances.w2(p.x, p.y, device=p.device)),
@@ -65,6 +80,13 @@ METRICS = {
     ),
     "nearest_neighbour_accuracy": Metric("1-NN accuracy", "→ 0.5", lambda p: p.neighbours[0]),
     "nearest_neighbour_accuracy_real": Metric("1-NN accuracy, real cells only", "→ 0.5", lambda p: p.neighbours[1]),
+    **{f"component_variance_{band}": _component_variance(band) for band in components.BANDS},
+    COPYING: Metric(
+        "distance to the nearest training cell",
+        "→ 1",
+        lambda p: components.nearest_distance_ratio(p.x, p.y, p.train, device=p.device),
+    ),
     "pearson_delta": Metric("Pearson delta", "↑", lambda p: gene_agreement.pearson_delta(p.x, p.y, p.control)),
 }
+BESIDE_TRAINING_CELLS = (*(name for name in METRICS if name.startswith("component_")), COPYING)
 POOLED_METRICS = tuple(name for name in METRICS if name != "pearson_delta")

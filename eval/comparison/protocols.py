@@ -10,15 +10,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import linalg, sparse
+from scipy import sparse
 
 from eval.comparison.cells import PERTURBATION, CellCounts
-from eval.comparison.metric_table import METRICS, POOLED_METRICS, Pair
+from eval.comparison.metric_table import BESIDE_TRAINING_CELLS, METRICS, POOLED_METRICS, Pair
 from eval.metrics.blocks import Matrix
+from eval.metrics.components import leading_directions, principal_directions
 from eval.metrics.distances import median_bandwidth
 from training.data.variable_genes import FEWEST_GENES, GeneTotals, seurat_v3_variances, top_genes
 
 FEW_CELLS = 20
+TRAINING_CELLS = 5000  # that principal components are fitted on, and among which the nearest is sought, at most
 DISTANCES = ("mmd2", "w2", "w2_gaussian")
 TARGET_SUM = 1e4
 COMPONENTS = 30
@@ -49,8 +51,7 @@ def principal_components(values: sparse.csr_matrix, genes: np.ndarray | None = N
     dense = values[:, chosen].toarray().astype(np.float64)
     mean = dense.mean(axis=0)
     dense -= mean
-    number = max(1, min(COMPONENTS, dense.shape[0] - 1, dense.shape[1]))
-    directions = _leading_directions(dense, number)
+    directions = leading_directions(dense, COMPONENTS)
 
     def project(cells: sparse.csr_matrix) -> np.ndarray:
         return np.asarray(cells[:, chosen] @ directions) - mean @ directions
@@ -70,18 +71,6 @@ def variable_genes(counts: sparse.csr_matrix, number: int = VARIABLE_GENES) -> n
     if (totals.variance > 0).sum() < FEWEST_GENES:
         return top_genes(totals.variance, number)
     return top_genes(seurat_v3_variances(totals, [counts]), number)
-
-
-def _leading_directions(centred: np.ndarray, number: int) -> np.ndarray:
-    """(G, number) eigenvectors of the scatter matrix with the largest eigenvalues, through its smaller Gram matrix."""
-    n, width = centred.shape
-    if width <= n:
-        _, vectors = linalg.eigh(centred.T @ centred, subset_by_index=[width - number, width - 1])
-        return vectors[:, ::-1]
-    _, vectors = linalg.eigh(centred @ centred.T, subset_by_index=[n - number, n - 1])
-    directions = centred.T @ vectors[:, ::-1]
-    lengths = np.linalg.norm(directions, axis=0)
-    return directions / np.where(lengths > 0, lengths, 1.0)
 
 
 @dataclass(frozen=True)
@@ -194,12 +183,17 @@ class ReferenceGroup:
 
 @dataclass(frozen=True)
 class Reference:
-    """Real test cells made ready for one protocol: every model is compared with exactly these."""
+    """Real test cells made ready for one protocol: every model is compared with exactly these.
+
+    ``train`` are training cells in the protocol's space, and ``directions`` their principal components.
+    """
 
     real: CellCounts
     protocol: Protocol
     groups: tuple[ReferenceGroup, ...]
     projection: Projection | None = None
+    train: Matrix | None = None
+    directions: np.ndarray | None = None
 
     def space(self, counts: sparse.csr_matrix) -> Matrix:
         """Counts (n, G) in the space of the protocol."""
@@ -207,8 +201,12 @@ class Reference:
         return values if self.projection is None else self.projection(values)
 
 
-def prepare_reference(real: CellCounts, protocol: Protocol, *, seed: int = 0) -> Reference:
+def prepare_reference(
+    real: CellCounts, protocol: Protocol, *, train: CellCounts | None = None, seed: int = 0
+) -> Reference:
     """Fix the real test cells, the fitted space and the kernel widths: one pooled group and one per condition.
+
+    Without ``train`` there are no metrics beside training cells: component variance and copying.
 
     Raises:
         ValueError: fewer than two test cells, or no condition column that the protocol groups by.
@@ -240,7 +238,10 @@ def prepare_reference(real: CellCounts, protocol: Protocol, *, seed: int = 0) ->
         ReferenceGroup(grouping, condition, rows, _bandwidths(fitted, rows), real.control_rows(condition))
         for grouping, condition, rows in wanted
     ]
-    return Reference(real, protocol, tuple(groups), projection)
+    if train is None or not set(protocol.pooled_metrics) & set(BESIDE_TRAINING_CELLS):
+        return Reference(real, protocol, tuple(groups), projection)
+    beside = fitted.space(train.thinned(TRAINING_CELLS, np.random.default_rng(seed)).counts)
+    return Reference(real, protocol, tuple(groups), projection, beside, principal_directions(beside))
 
 
 def _kept_rows(real: CellCounts, protocol: Protocol, rng: np.random.Generator) -> np.ndarray:
@@ -293,6 +294,8 @@ def evaluate_pair(
         names = protocol.pooled_metrics if group.grouping == "pooled" else protocol.condition_metrics
         if group.control_rows is None:
             names = tuple(name for name in names if name != "pearson_delta")
+        if reference.train is None:
+            names = tuple(name for name in names if name not in BESIDE_TRAINING_CELLS)
         values = dict.fromkeys(names, float("nan"))
         if ours.size > 1:
             pair = Pair(
@@ -304,6 +307,8 @@ def evaluate_pair(
                 biased=protocol.biased_mmd2,
                 control=reference.space(real[group.control_rows]) if "pearson_delta" in names else None,
                 device=device,
+                train=reference.train,
+                directions=reference.directions,
             )
             values = {name: METRICS[name].compute(pair) for name in names}
         scores += [Score(group.grouping, group.condition, name, values[name], ours.size) for name in names]

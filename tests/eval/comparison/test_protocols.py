@@ -11,6 +11,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import rbf_kernel
 
 from eval.comparison.cells import CellCounts, Comparison, _warn_of_gaps
+from eval.comparison.metric_table import COPYING
 from eval.comparison.protocols import (
     PROTOCOLS,
     Protocol,
@@ -261,4 +262,16 @@ def test_pearson_delta_is_taken_against_real_control_cells_of_the_cell_type():
     without = CellCounts(real.counts, real.labels)
     assert not any(
         score.metric == "pearson_delta" for score in evaluate_pair(generated, prepare_reference(without, LOG))
+    )
+
+
+def test_component_variance_and_copying_need_training_cells():
+    real, train = cells({"a": 40, "b": 30}, seed=0), cells({"a": 60, "b": 50}, seed=1)
+    without = by_key(evaluate_pair(real, prepare_reference(real, LOG)))
+    beside = by_key(evaluate_pair(real, prepare_reference(real, LOG, train=train)))
+    added = {metric for _, _, metric in beside.keys() - without.keys()}
+    assert added == {*(f"component_variance_{b}" for b in ("1", "2_5", "6_10", "11_20", "21_40")), COPYING}
+    assert all(
+        beside["pooled", None, metric].value == pytest.approx(1) or np.isnan(beside["pooled", None, metric].value)
+        for metric in added
     )
