@@ -10,7 +10,6 @@ imported where they are needed, so that ``--help`` and a wrong option answer at 
 import json
 import logging
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -22,12 +21,10 @@ if TYPE_CHECKING:
     from tokenization import DCMTokenizer
     from training.conversion.conditions import ConditionColumns
     from training.conversion.genes import Panel
-    from training.data.workers import FileWorkers, Report
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "dcm-shards-2"
-SMALL_INPUT = 2**28  # bytes; starting processes takes longer than they save
 PACKAGES = ("anndata", "datasets", "numpy", "pyarrow", "scikit-misc", "scipy", "transformers")
 SplitName = Literal["random", "held-out-perturbations", "held-out-combinations", "few-shot", "zero-shot", "from-file"]
 Controls = Literal["proportional", "train", "test"]
@@ -57,7 +54,6 @@ def main(
     test_fraction: float = 0.2,
     validation_fraction: float = 0.1,
     split_seed: int = 0,
-    processes: int | None = None,
 ) -> Path:
     """Convert files of counts to shards.
 
@@ -90,8 +86,6 @@ def main(
             out, the share of the labels.
         validation_fraction: share of the remaining cells held out for choices during training.
         split_seed: seed of the split and of the order of the shards.
-        processes: how many work at once, on a file each; the result does not depend on it. Each holds a block of cells
-            in memory. Default as many as there are cores and files, but one for inputs that are small.
 
     Returns:
         The folder written.
@@ -101,7 +95,6 @@ def main(
         ValueError: a file, a value, a label or an option is wrong; nothing has been written then.
     """
     from training.data.files import check_replaceable, folder_written_aside, remove_leftovers, scratch_folder
-    from training.data.workers import file_workers
 
     sources = (source,) if isinstance(source, Path) else tuple(source)
     for path in sources:
@@ -111,8 +104,7 @@ def main(
         raise ValueError("--genes and --n-top-genes were both given; pass one of them")
     remove_leftovers(out)
     check_replaceable(out, mark="split.json", written=_names_written())
-    processes = _sensible_processes(sources) if processes is None else processes
-    with scratch_folder(out) as scratch, file_workers(processes, scratch) as workers:
+    with scratch_folder(out) as scratch:
         from training.conversion.conditions import read_conditions
         from training.conversion.genes import choose_panel, read_gene_list
         from training.conversion.join_files import read_cells
@@ -121,7 +113,6 @@ def main(
         cells = read_cells(
             sources,
             scratch,
-            workers,
             layer=layer,
             gene_key=gene_key,
             genes=None if genes is None else read_gene_list(genes),
@@ -149,16 +140,14 @@ def main(
             **fractions,
             seed=split_seed,
         )
-        panel = choose_panel(cells, chosen.cells["train"], n_top_genes, workers)
+        panel = choose_panel(cells, chosen.cells["train"], n_top_genes)
 
         # takes seconds, so not before labels and counts are known to be right
         from training.conversion.write import build_tables, dataset_card, write_splits
 
         tokenizer = _build_tokenizer(cells.var.index[panel.genes], conditions, panel)
         tables = build_tables(cells, conditions, panel, [path.name for path in sources])
-        written = write_splits(
-            scratch / "splits", cells, chosen.cells, panel, tables, tokenizer, seed=split_seed, workers=workers
-        )
+        written = write_splits(scratch / "splits", cells, chosen.cells, panel, tables, tokenizer, seed=split_seed)
         selection = "list" if genes is not None else "all" if n_top_genes is None else "seurat_v3"
         description = {
             "format": FORMAT,
@@ -166,7 +155,7 @@ def main(
             "seed": split_seed,
             **fractions,
             **chosen.description,
-            "sources": _describe_sources(sources, workers),
+            "sources": _describe_sources(sources),
             "layer": layer,
             "conditions": list(conditions.columns),
             "columns": conditions.sources,
@@ -185,7 +174,6 @@ def main(
                 _write_json(folder / "panels.json", tables.panels.missing)
             _write_json(folder / "split.json", description)
             (folder / "README.md").write_text(dataset_card(description), encoding="utf-8")
-    remove_leftovers(out)  # those whose processes were still ending a moment ago
     logger.info("cells: %s", ", ".join(f"{len(here):,} {name}" for name, here in chosen.cells.items()))
     _report(tokenizer, panel)
     logger.info("written: %s", out)
@@ -197,15 +185,6 @@ def _names_written() -> set[str]:
     splits = ("train", "validation", "test")
     others = {"README.md", "split.json", "panels.json", "statistics.safetensors", "tokenizer"}
     return {*others, *splits, *(f"{split}.h5ad" for split in splits)}
-
-
-def _sensible_processes(sources: Sequence[Path]) -> int:
-    from training.data.workers import available_cores
-
-    files = [file for path in sources for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()]
-    if sum(file.stat().st_size for file in files) < SMALL_INPUT:
-        return 1
-    return min(available_cores(), len(sources))
 
 
 def _build_tokenizer(genes: Sequence[str], conditions: "ConditionColumns", panel: "Panel") -> "DCMTokenizer":
@@ -229,18 +208,13 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _describe_sources(sources: Sequence[Path], workers: "FileWorkers") -> list[dict[str, str]]:
-    jobs = [partial(_sha256_reported, path) for path in sources]
-    sums = workers.run(jobs, desc="summing files", total=len(jobs), unit=" files")
-    return [{"file": path.name, "sha256": sum_} for path, sum_ in zip(sources, sums)]
+def _describe_sources(sources: Sequence[Path]) -> list[dict[str, str]]:
+    from tqdm import tqdm
 
-
-def _sha256_reported(path: Path, *, report: "Report") -> str:
     from training.data.files import sha256_of
 
-    digest = sha256_of(path)
-    report(1)
-    return digest
+    bar = tqdm(sources, desc="summing files", unit=" files", delay=1, disable=None)
+    return [{"file": path.name, "sha256": sha256_of(path)} for path in bar]
 
 
 def _report(tokenizer: "DCMTokenizer", panel: "Panel") -> None:

@@ -22,16 +22,14 @@ STARTER = """
 import os, sys
 from pathlib import Path
 from training.convert_h5ad import main
-from training.data import workers as file_workers
 from training.data import h5ad as h5ad_blocks
 from training.data import shards
 h5ad_blocks.BLOCK_CELLS, shards.SHARD_CELLS = 100, 300
-file_workers.START = "fork"  # quick
-for line in sys.stdin:
+for _ in sys.stdin:
     child = os.fork()
     if not child:
         sources = tuple(sorted(Path().glob("*.h5ad")))
-        main(sources, out=Path("out/shards"), cell_type_key="line", n_top_genes=20, processes=int(line))
+        main(sources, out=Path("out/shards"), cell_type_key="line", n_top_genes=20)
         os._exit(0)
     print(child, flush=True)
     print(os.waitpid(child, 0)[1], flush=True)
@@ -54,9 +52,9 @@ def starter(tmp_path) -> Iterator[subprocess.Popen]:
         process.kill()
 
 
-def convert(starter: subprocess.Popen, kill_after: float | None = None, processes: int = 1) -> float:
+def convert(starter: subprocess.Popen, kill_after: float | None = None) -> float:
     """Convert in a process of its own and kill that after so many seconds; returns how long it ran."""
-    starter.stdin.write(f"{processes}\n")
+    starter.stdin.write("\n")
     starter.stdin.flush()
     child = int(starter.stdout.readline())
     start = time.perf_counter()
@@ -69,39 +67,25 @@ def convert(starter: subprocess.Popen, kill_after: float | None = None, processe
     return time.perf_counter() - start
 
 
-def wait_until_nobody_writes(out: Path) -> None:
-    """The processes that a killed conversion had started end by themselves and then no longer hold their folder."""
-    deadline = time.perf_counter() + 20
-    while list(out.parent.glob(".*.part")):
-        assert time.perf_counter() < deadline, "a process outlived the conversion that started it"
-        remove_leftovers(out)
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_random_moments_nothing_looks_finished_and_a_rerun_has_identical_bytes(tmp_path, starter, processes):
+def test_killed_at_random_moments_nothing_looks_finished_and_a_rerun_has_identical_bytes(tmp_path, starter):
     cells = made_up(n=700)
     cells.X = cells.X.tocsc()
-    for i in range(processes):
-        cells[i * 100 :].copy().write_h5ad(tmp_path / f"{i}.h5ad")
+    cells.write_h5ad(tmp_path / "cells.h5ad")
     out = tmp_path / "out" / "shards"
     out.parent.mkdir()
     convert(starter)
-    expected = files_of(out)
-    seconds = convert(starter, processes=processes)
+    expected, seconds = files_of(out), convert(starter)
     assert files_of(out) == expected
     unfinished = 0
     for moment in np.random.default_rng(0).permutation(np.linspace(0.02, 0.98, 10)):
         shutil.rmtree(out, ignore_errors=True)
-        convert(starter, kill_after=moment * seconds, processes=processes)
+        convert(starter, kill_after=moment * seconds)
         unfinished += not out.exists()
         assert not out.exists() or files_of(out) == expected
-        if processes > 1:
-            wait_until_nobody_writes(out)
     assert unfinished > 3
     shutil.rmtree(out, ignore_errors=True)
-    convert(starter, processes=processes)
+    convert(starter)
     assert files_of(out) == expected
     assert [path.name for path in out.parent.iterdir()] == ["shards"]
 

@@ -7,7 +7,6 @@ Shapes: m cells of a block, N cells in all, G joint genes.
 
 import logging
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +14,8 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from tokenization.labels_dcm import read_names
-from training.conversion.join_files import FileCells, InputCells
-from training.data.variable_genes import (
-    ClippedTotals,
-    GeneTotals,
-    expected_spread,
-    standardised_variances,
-    top_genes,
-)
-from training.data.workers import FileWorkers, Report
+from training.conversion.join_files import InputCells
+from training.data.variable_genes import GeneTotals, seurat_v3_variances, top_genes
 
 logger = logging.getLogger(__name__)
 
@@ -67,14 +59,13 @@ class Panel:
     zero_genes: int
 
 
-def choose_panel(cells: InputCells, train: np.ndarray, n_top_genes: int | None, workers: FileWorkers) -> Panel:
+def choose_panel(cells: InputCells, train: np.ndarray, n_top_genes: int | None) -> Panel:
     """Validate every value, and choose the genes.
 
     Args:
         cells: of all files.
         train: positions of the training cells.
         n_top_genes: how many variable genes to keep (seurat_v3); None keeps all.
-        workers: the processes that read the files.
 
     Raises:
         ValueError: a value is no count, the training cells have no count, or there are too few genes or cells.
@@ -84,68 +75,27 @@ def choose_panel(cells: InputCells, train: np.ndarray, n_top_genes: int | None, 
         raise ValueError(f"--n-top-genes is {n_top_genes:,}; expected 1 to {num_genes:,}, the genes of the data")
     in_train = np.zeros(len(cells.obs), dtype=bool)
     in_train[train] = True
-    bar = {"total": len(cells.obs), "unit": " cells"}
-    found = FileTally(num_genes)
-    for others in workers.run(
-        [partial(tally_file, file, in_train[file.rows]) for file in cells.files], desc="checking counts", **bar
-    ):
-        found.merge(others)
-    found.cells.warn(cells.obs.index)
+    training, tally = GeneTotals(num_genes), CellTally()
+    largest = np.zeros(num_genes, dtype=np.int64)
+    for rows, counts, measured in cells.blocks("checking counts", check=True):
+        training.add(counts[in_train[rows]], measured)
+        tally.add(counts)
+        largest = np.maximum(largest, counts.max(axis=0).toarray().ravel())
+    tally.warn(cells.obs.index)
     genes = np.arange(num_genes)
     if n_top_genes is not None:
-        spread = expected_spread(found.training)
-        clipped = ClippedTotals(spread.ceiling)
-        for others in workers.run(
-            [partial(clip_file, file, in_train[file.rows], spread.ceiling) for file in cells.files],
-            desc="choosing genes",
-            **bar,
-        ):
-            clipped.merge(others)
-        genes = top_genes(standardised_variances(found.training, spread, clipped), n_top_genes)
-    in_training = found.training.largest[genes]
+        blocks = (counts[in_train[rows]] for rows, counts, _ in cells.blocks("choosing genes"))
+        genes = top_genes(seurat_v3_variances(training, blocks), n_top_genes)
+    in_training = training.largest[genes]
     if not in_training.any():
         where = " and ".join(file.counts.source for file in cells.files)
         raise ValueError(f"{where} has no count above 0 in the {len(train):,} training cells")
     return Panel(
         genes=genes,
-        largest=int(found.largest[genes].max()),
+        largest=int(largest[genes].max()),
         largest_in_training=int(in_training.max()),
         zero_genes=int((in_training == 0).sum()),
     )
-
-
-class FileTally:
-    """What one pass over counts finds: totals of the training cells; of all cells the largest counts and a tally."""
-
-    def __init__(self, num_genes: int):
-        self.training = GeneTotals(num_genes)
-        self.largest = np.zeros(num_genes, dtype=np.int64)
-        self.cells = CellTally()
-
-    def merge(self, others: "FileTally") -> None:
-        """Add the cells of the next file."""
-        self.training.merge(others.training)
-        self.largest = np.maximum(self.largest, others.largest)
-        self.cells.merge(others.cells)
-
-
-def tally_file(file: FileCells, in_train: np.ndarray, *, report: Report) -> FileTally:
-    """Validate every value of a file and tally its cells; ``in_train`` (n,) says which of them are trained on."""
-    tally = FileTally(len(file.measured))
-    for rows, counts in file.blocks(report, check=True):
-        here = in_train[rows.start - file.rows.start : rows.stop - file.rows.start]
-        tally.largest = np.maximum(tally.largest, counts.max(axis=0).toarray().ravel())
-        tally.training.add(counts[here], file.measured)
-        tally.cells.add(counts)
-    return tally
-
-
-def clip_file(file: FileCells, in_train: np.ndarray, ceiling: np.ndarray, *, report: Report) -> ClippedTotals:
-    """Totals of a file's training cells with counts clipped at ``ceiling`` (G,)."""
-    clipped = ClippedTotals(ceiling)
-    for rows, counts in file.blocks(report):
-        clipped.add(counts[in_train[rows.start - file.rows.start : rows.stop - file.rows.start]])
-    return clipped
 
 
 # --- cells without a count, and cells that are there twice -----------------------------------------------------------
@@ -162,11 +112,6 @@ class CellTally:
         """Add a block of cells (m, genes) with sorted genes and no stored zeros."""
         self._fingerprints.append(fingerprints(counts))
         self._expressed.append(np.diff(counts.indptr).astype(np.int32))
-
-    def merge(self, others: "CellTally") -> None:
-        """Add other cells behind those so far."""
-        self._fingerprints += others._fingerprints
-        self._expressed += others._expressed
 
     def warn(self, names: pd.Index) -> None:
         """Warn of cells without counts, and of cells that are there twice under two names."""

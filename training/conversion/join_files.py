@@ -9,7 +9,6 @@ Shapes: N cells in all, G joint genes, F files.
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,9 +18,9 @@ from pandas.api.types import infer_dtype
 from scipy.sparse import csr_matrix
 
 from tokenization.labels_dcm import shortened
+from training.data.command_line import ProgressReport
 from training.data.formats import open_counts
 from training.data.h5ad import CountFile, Counts
-from training.data.workers import FileWorkers, Report
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +44,6 @@ class FileCells:
     columns: np.ndarray
     measured: np.ndarray
 
-    def blocks(self, report: Report, *, check: bool = False) -> Iterator[tuple[slice, csr_matrix]]:
-        """Yield positions among all cells, and counts (m, G) as :meth:`Counts.blocks`, which explains the rest."""
-        for rows, counts in self.counts.blocks(report, check=check):
-            here = slice(rows.start + self.rows.start, rows.stop + self.rows.start)
-            yield here, with_genes(counts, self.columns, len(self.measured))
-
 
 @dataclass(frozen=True)
 class InputCells:
@@ -71,6 +64,19 @@ class InputCells:
         """(F, G) whether a file has a gene."""
         return np.stack([file.measured for file in self.files])
 
+    def blocks(self, task: str, *, check: bool = False) -> Iterator[tuple[slice, csr_matrix, np.ndarray]]:
+        """Yield positions among all cells, their counts (m, G), and which genes their file has (G,).
+
+        Args:
+            task: what the progress bar says.
+            check: as of :meth:`Counts.blocks`.
+        """
+        with ProgressReport(len(self.obs), task=task, unit="cells") as report:
+            for file in self.files:
+                for rows, counts in file.counts.blocks(report.update, check=check):
+                    here = slice(rows.start + file.rows.start, rows.stop + file.rows.start)
+                    yield here, with_genes(counts, file.columns, len(file.measured)), file.measured
+
 
 def with_genes(counts: csr_matrix, columns: np.ndarray, num_genes: int) -> csr_matrix:
     """Counts with column j moved to ``columns[j]`` and added up there, or dropped where that is -1."""
@@ -87,7 +93,6 @@ def with_genes(counts: csr_matrix, columns: np.ndarray, num_genes: int) -> csr_m
 def read_cells(
     sources: Sequence[Path],
     scratch: Path,
-    workers: FileWorkers,
     *,
     layer: str | None = None,
     gene_key: str | None = None,
@@ -100,7 +105,6 @@ def read_cells(
     Args:
         sources: files or folders that :func:`training.data.formats.open_counts` opens.
         scratch: folder for temporary files; removed by the caller.
-        workers: the processes that open the files.
         layer: of h5ad files, the matrix with the counts.
         gene_key: column of ``var`` that names the genes; default its index.
         genes: the genes to take, in this order; default those of the files in the order of the first.
@@ -115,8 +119,10 @@ def read_cells(
     for path in sources:
         if resolved.count(path.resolve()) > 1:
             raise ValueError(f"{str(path)!r} is given twice; give each file once")
-    jobs = [partial(open_counts, path, scratch / f"sorted{i}", layer) for i, path in enumerate(sources)]
-    files = list(workers.run(jobs, desc="opening files", total=len(jobs), unit=" files"))
+    with ProgressReport(len(sources), task="opening files", unit="files") as report:
+        files = [
+            open_counts(path, scratch / f"sorted{i}", layer, report=report.update) for i, path in enumerate(sources)
+        ]
     names = [_gene_names(file, gene_key, duplicate_genes) for file in files]
     _check_kinds(files, names)
     joint = pd.Index(_join_genes(files, names, genes, join))

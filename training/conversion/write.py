@@ -1,13 +1,11 @@
 """Write every split as a folder of Parquet shards in a random order, and as one h5ad in the order of the files.
 
-Two passes: several processes sort the input files into temporary files, and then make each h5ad, each shard and the
-statistics from these. What is written does not depend on how many processes there are.
+Two passes: the input files are sorted into temporary files; from these come each h5ad, each shard and the statistics.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import anndata
@@ -16,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from scipy.sparse import csr_matrix, vstack
+from scipy.sparse import vstack
 
 from tokenization import DCMTokenizer
 from tokenization.conditions_dcm import PERTURBATION
@@ -24,17 +22,15 @@ from tokenization.count_checks_dcm import library_size
 from training.conversion.conditions import ConditionColumns
 from training.conversion.genes import Panel
 from training.conversion.join_files import InputCells
-from training.conversion.shuffle import ShuffledSplit, StoredCells, in_order, of_shard, runs_of_files, sort_cells
+from training.conversion.shuffle import StoredCells, sort_cells
 from training.data import shards
+from training.data.command_line import ProgressReport
 from training.data.h5ad import write_h5ad_in_blocks
 from training.data.loader import condition_ids
 from training.data.shards import LIBRARY_SIZE, PANEL, SPLITS, Panels, find_panels, shard_features
 from training.data.statistics import STATISTICS, compute_statistics, vocabulary_of, write_statistics
-from training.data.workers import FileWorkers, Job, Report
 
 logger = logging.getLogger(__name__)
-
-RUNS_PER_PROCESS = 4  # so that one that is done early finds more to do
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,6 @@ def write_splits(
     tokenizer: DCMTokenizer,
     *,
     seed: int,
-    workers: FileWorkers,
 ) -> list[Path]:
     """Write ``SPLIT/*.parquet`` and ``SPLIT.h5ad`` for every split that has cells, and the statistics of ``train``.
 
@@ -116,7 +111,6 @@ def write_splits(
         tables: everything but the counts.
         tokenizer: the vocabularies that the statistics are about.
         seed: of the random order of the shards.
-        workers: the processes that read and write.
 
     Returns:
         The folders and files written.
@@ -125,101 +119,44 @@ def write_splits(
         if not len(splits[name]):
             logger.info("no cells for %s: it is not written", name)
     splits = {name: here for name, here in splits.items() if len(here)}
-    sorted_ = folder / "sorted"
     places = {  # in the random order
         name: np.random.default_rng([seed, SPLITS.index(name)]).permutation(len(here)) for name, here in splits.items()
     }
-    shuffled = [ShuffledSplit(name, here, places[name] // shards.SHARD_CELLS) for name, here in splits.items()]
-    for split in shuffled:
-        (sorted_ / split.name).mkdir(parents=True)
-    runs = runs_of_files(cells.files, RUNS_PER_PROCESS * workers.processes)
-    jobs: list[Job] = []
-    for run, files in enumerate(runs):
-        here = [split.within(slice(files[0].rows.start, files[-1].rows.stop)) for split in shuffled]
-        jobs.append(partial(sort_cells, sorted_, run, files, panel.genes, here, tables.types))
-    for _ in workers.run(jobs, desc="sorting cells", total=len(cells.obs), unit=" cells"):
-        pass
-    stored = partial(StoredCells, num_genes=len(panel.genes), types=tables.types)
-    long, short = [], []  # the h5ads first, as each takes longest
-    for name, here in splits.items():
-        sources = [stored(in_order(sorted_ / name, run)) for run in range(len(runs))]
-        texts = {"obs": tables.obs.iloc[here], "var": tables.var, "uns": tables.uns}
-        long.append(partial(write_h5ad, folder / f"{name}.h5ad", sources, texts))
-        if name == "train":
-            known = {
-                "conditions": {name: ids.numpy() for name, ids in condition_ids(tokenizer, texts["obs"]).items()},
-                "max_count": panel.largest_in_training,
-                "num_cell_types": len(tokenizer.cell_types),
-                **tables.measured(here),
-            }
-            vocabulary = vocabulary_of(tokenizer)
-            long.append(partial(make_statistics, folder / STATISTICS, sources, known, vocabulary))
-        (folder / name).mkdir()
-        at_place = np.argsort(places[name])
-        for shard, start in enumerate(range(0, len(here), shards.SHARD_CELLS)):
-            rows = at_place[start : start + shards.SHARD_CELLS]
-            codes = {column: values[here[rows]] for column, values in tables.codes.items()}
-            sources = [stored(of_shard(sorted_ / name, shard, run)) for run in range(len(runs))]
-            order = np.argsort(np.argsort(rows))
-            short.append(
-                partial(
-                    write_shard,
-                    folder / name / f"{shard:05d}.parquet",
-                    sources,
-                    order,
-                    codes,
-                    tables.features.arrow_schema,
+    shard_of = {name: place // shards.SHARD_CELLS for name, place in places.items()}
+    (folder / "sorted").mkdir(parents=True)
+    whole, parts = sort_cells(cells, panel.genes, splits, shard_of, folder / "sorted", tables.types)
+    with ProgressReport(sum(map(len, splits.values())), task="writing cells", unit="cells") as report:
+        for name, here in splits.items():
+            obs = tables.obs.iloc[here]
+            blocks = ({"X": counts} for counts in whole[name].blocks())
+            annotations = anndata.AnnData(obs=obs, var=tables.var, uns=tables.uns)
+            write_h5ad_in_blocks(folder / f"{name}.h5ad", annotations, blocks, {"X": np.int32})
+            if name == "train":
+                statistics = compute_statistics(
+                    whole[name].blocks(),
+                    {condition: ids.numpy() for condition, ids in condition_ids(tokenizer, obs).items()},
+                    max_count=panel.largest_in_training,
+                    num_cell_types=len(tokenizer.cell_types),
+                    **tables.measured(here),
                 )
-            )
-    total = 2 * sum(map(len, splits.values())) + len(splits["train"])
-    for _ in workers.run(long + short, desc="writing cells", total=total, unit=" cells"):
-        pass
+                write_statistics(folder / STATISTICS, statistics, vocabulary_of(tokenizer))
+            (folder / name).mkdir()
+            at_place = np.argsort(places[name])
+            for shard, stored in enumerate(parts[name]):
+                rows = at_place[shard * shards.SHARD_CELLS :][: shards.SHARD_CELLS]
+                codes = {column: values[here[rows]] for column, values in tables.codes.items()}
+                order = np.argsort(np.argsort(rows))
+                path = folder / name / f"{shard:05d}.parquet"
+                write_shard(path, stored, order, codes, tables.features.arrow_schema)
+                report.update(len(rows))
     return [*(folder / name for split in splits for name in (split, f"{split}.h5ad")), folder / STATISTICS]
 
 
-def write_h5ad(path: Path, sources: Sequence[StoredCells], tables: Mapping[str, object], *, report: Report) -> None:
-    """Write one split's h5ad from its temporary files, block by block."""
-
-    def blocks() -> Iterator[dict[str, csr_matrix]]:
-        for source in sources:
-            for counts in source.blocks():
-                yield {"X": counts}
-                report(counts.shape[0])
-
-    write_h5ad_in_blocks(path, anndata.AnnData(**tables), blocks(), {"X": np.int32})
-
-
-def make_statistics(
-    path: Path,
-    sources: Sequence[StoredCells],
-    known: Mapping[str, object],
-    vocabulary: Mapping[str, object],
-    *,
-    report: Report,
-) -> None:
-    """Write the statistics of the training cells from their temporary files; ``known`` is what else is known of them,
-    see :func:`compute_statistics`."""
-
-    def blocks() -> Iterator[csr_matrix]:
-        for source in sources:
-            for counts in source.blocks():
-                yield counts
-                report(counts.shape[0])
-
-    write_statistics(path, compute_statistics(blocks(), **known), vocabulary)
-
-
 def write_shard(
-    path: Path,
-    sources: Sequence[StoredCells],
-    order: np.ndarray,
-    codes: Mapping[str, np.ndarray],
-    schema: pa.Schema,
-    *,
-    report: Report,
+    path: Path, stored: StoredCells, order: np.ndarray, codes: Mapping[str, np.ndarray], schema: pa.Schema
 ) -> None:
-    """Write one Parquet file from its temporary files: row i is their cell ``order[i]``, labels ``codes[..][i]``."""
-    counts = vstack([source.read() for source in sources], format="csr")[order]
+    """Write one Parquet file: row i is the stored cell ``order[i]``, with the labels ``codes[..][i]``."""
+    counts = vstack([*stored.blocks()], format="csr")[order]
     offsets = pa.array(counts.indptr.astype(np.int32))
     values = {"genes": counts.indices, "expressions": counts.data}
     lists = {
@@ -235,7 +172,6 @@ def write_shard(
         use_dictionary=["expressions.list.element", *codes],
         column_encoding={"genes.list.element": "DELTA_BINARY_PACKED"},
     )
-    report(len(order))
 
 
 def dataset_card(description: Mapping[str, object]) -> str:

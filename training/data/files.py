@@ -1,7 +1,7 @@
 """Write files and folders so that a crash leaves the last good state, and remove what a killed run left.
 
-What is written stands beside its place as ``.NAME.DIGITS.part`` until it is whole. Every process that writes to such a
-folder shares a lock on it, which the system takes back when the process ends in whatever way; folders that nobody holds
+What is written stands beside its place as ``.NAME.DIGITS.part`` until it is whole. The process that writes to such a
+folder holds a lock on it, which the system takes back when the process ends in whatever way; folders that nobody holds
 are leftovers.
 """
 
@@ -127,7 +127,7 @@ def _flush(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-# --- folders that several processes write to --------------------------------------------------------------------------
+# --- folders that a process holds while it writes ---------------------------------------------------------------------
 
 
 @contextmanager
@@ -195,15 +195,6 @@ def _existing_parent(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
-def hold(folder: Path) -> int:
-    """Share the lock of a folder until this process ends or closes the descriptor that is returned.
-
-    Raises:
-        BlockingIOError: somebody is removing the folder.
-    """
-    return _lock(folder, fcntl.LOCK_SH)
-
-
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
     folder.mkdir()
@@ -213,18 +204,9 @@ def _held(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(folder: Path, how: int) -> Iterator[None]:
-    descriptor = _lock(folder, how)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(folder: Path, how: int) -> int:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, how | fcntl.LOCK_NB)
-    except OSError:
+        yield
+    finally:
         os.close(descriptor)
-        raise
-    return descriptor

@@ -24,6 +24,7 @@ from training.data.h5ad import (
     CountFile,
     Counts,
     DenseRows,
+    Report,
     StoredRows,
     damage_named,
     open_h5ad,
@@ -32,7 +33,6 @@ from training.data.h5ad import (
     refuse_zarr,
     sorted_by_cell,
 )
-from training.data.workers import Report
 
 RAW = "raw"
 GENE_EXPRESSION = "Gene Expression"

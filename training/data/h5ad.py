@@ -11,7 +11,7 @@ import contextlib
 import logging
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,6 @@ from tokenization.count_checks_dcm import CountCheck
 from tokenization.labels_dcm import shortened
 from training.data.files import check_readable
 from training.data.shards import read_panels
-from training.data.workers import Report
 
 with contextlib.suppress(ImportError):
     import hdf5plugin  # noqa: F401 (HDF5 then knows zstd, lz4 and other filters)
@@ -41,6 +40,7 @@ STORED_CHUNK = 2**16  # stored values that are compressed together
 LARGEST_COUNT = 2**31 - 1
 ZARR = (".zgroup", ".zattrs", "zarr.json")
 UNKNOWN_ENCODING = anndata._io.specs.registry.IORegistryError
+Report = Callable[[float], object]  # is told of progress
 # what HDF5, AnnData, gzip and text that ends too early raise
 DAMAGE = (OSError, KeyError, IndexError, EOFError, RuntimeError, zlib.error, anndata._io.utils.AnnDataReadError)
 
@@ -213,7 +213,7 @@ def storable(values: np.ndarray) -> np.ndarray:
 
 
 class DenseRows:
-    """A dense matrix (n, F) in an HDF5 file, which is opened for each block: processes can be sent it."""
+    """A dense matrix (n, F) in an HDF5 file, which is opened for each block."""
 
     def __init__(self, path: Path, name: str):
         self.path, self.name = path, name
@@ -231,7 +231,7 @@ class DenseRows:
 
 
 class StoredRows:
-    """A CSR matrix (n, F) in an HDF5 file, which is opened for each block: processes can be sent it.
+    """A CSR matrix (n, F) in an HDF5 file, which is opened for each block.
 
     Args:
         path: the file.
@@ -357,7 +357,7 @@ def checked_indices(indices: np.ndarray, size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Counts:
-    """The counts of one file (n, F); small, so that another process can be given them to read.
+    """The counts of one file (n, F), still on disk.
 
     Attributes:
         path: the file or folder.

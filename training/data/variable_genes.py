@@ -8,7 +8,6 @@ Shapes: m cells of a block, n cells in all, G genes.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -40,14 +39,6 @@ class GeneTotals:
         self.squares += np.bincount(counts.indices, weights=values**2, minlength=len(self.sums))
         self.largest = np.maximum(self.largest, counts.max(axis=0).toarray().ravel())
 
-    def merge(self, others: "GeneTotals") -> None:
-        """Add other cells."""
-        self.num_cells += others.num_cells
-        self.measured += others.measured
-        self.sums += others.sums
-        self.squares += others.squares
-        self.largest = np.maximum(self.largest, others.largest)
-
     @property
     def n(self) -> np.ndarray:
         """(G,) cells that measured each gene, at least 2: a gene measured in fewer has variance 0."""
@@ -60,20 +51,33 @@ class GeneTotals:
         return np.where(self.measured >= 2, variance, 0.0)
 
 
-@dataclass(frozen=True)
-class ExpectedSpread:
-    """What genes of the same mean spread by."""
+def seurat_v3_variances(totals: GeneTotals, blocks: Iterable[csr_matrix]) -> np.ndarray:
+    """Variance of each gene's standardised and clipped counts, (G,) float64.
 
-    deviation: np.ndarray  # (G,) standard deviation fitted on the mean
-    ceiling: np.ndarray  # (G,) the count sqrt(n) such deviations above the mean; larger ones are clipped to it
-
-
-def expected_spread(totals: GeneTotals) -> ExpectedSpread:
-    """Fit log10 variance on log10 mean by loess of degree 2.
+    log10 variance is fitted on log10 mean by loess; counts are standardised with the fitted deviation and clipped at
+    sqrt(n), where n is each gene's own number of cells that measured it. ``totals`` and ``blocks`` (m, G) are of the
+    same cells.
 
     Raises:
         ValueError: fewer than two cells, or too few variable genes for the fit.
     """
+    n = totals.n
+    mean, deviation = totals.sums / n, _expected_deviation(totals)
+    ceiling = deviation * np.sqrt(n) + mean  # larger counts are clipped to it
+    sums, squares, clipped = np.zeros((3, len(mean)))  # of the counts below, (G,); how many are above
+    for counts in blocks:
+        above = counts.data > ceiling[counts.indices]
+        below = np.where(above, 0, counts.data).astype(np.float64)
+        for total, weights in ((sums, below), (squares, below**2), (clipped, above)):
+            total += np.bincount(counts.indices, weights=weights, minlength=len(mean))
+    sums += clipped * ceiling
+    squares += clipped * ceiling**2
+    variances = (n * mean**2 + squares - 2 * sums * mean) / ((n - 1) * deviation**2)
+    return np.where(totals.measured >= 2, variances, 0.0)
+
+
+def _expected_deviation(totals: GeneTotals) -> np.ndarray:
+    """Standard deviation (G,) of genes of the same mean: log10 variance fitted on log10 mean by loess of degree 2."""
     if totals.num_cells < 2:
         raise ValueError(f"seurat_v3 needs at least 2 cells, got {totals.num_cells}")
     mean, variance = totals.sums / totals.n, totals.variance
@@ -90,64 +94,7 @@ def expected_spread(totals: GeneTotals) -> ExpectedSpread:
     except ValueError as error:
         raise ValueError(f"{problem} ({error}); give more cells or genes, or keep every gene") from error
     fitted[varies] = model.outputs.fitted_values
-    deviation = np.sqrt(10**fitted)
-    return ExpectedSpread(deviation=deviation, ceiling=deviation * np.sqrt(totals.n) + mean)
-
-
-class ClippedTotals:
-    """Sums of counts that are clipped at a ceiling for each gene (G,)."""
-
-    def __init__(self, ceiling: np.ndarray):
-        self.ceiling = ceiling
-        self._sums, self._squares, self._clipped = np.zeros((3, len(ceiling)))  # of those below; how many are above
-
-    def add(self, counts: csr_matrix) -> None:
-        """Add a block of cells (m, G)."""
-        above = counts.data > self.ceiling[counts.indices]
-        below = np.where(above, 0, counts.data).astype(np.float64)
-        for total, weights in ((self._sums, below), (self._squares, below**2), (self._clipped, above)):
-            total += np.bincount(counts.indices, weights=weights, minlength=len(total))
-
-    def merge(self, others: "ClippedTotals") -> None:
-        """Add other cells."""
-        self._sums += others._sums
-        self._squares += others._squares
-        self._clipped += others._clipped
-
-    @property
-    def sums(self) -> np.ndarray:
-        """(G,) sums of the clipped counts."""
-        return self._sums + self._clipped * self.ceiling
-
-    @property
-    def squares(self) -> np.ndarray:
-        """(G,) sums of their squares."""
-        return self._squares + self._clipped * self.ceiling**2
-
-
-def standardised_variances(totals: GeneTotals, spread: ExpectedSpread, clipped: ClippedTotals) -> np.ndarray:
-    """Variance of each gene's standardised and clipped counts, (G,) float64; three sums over the same cells."""
-    n = totals.n
-    mean = totals.sums / n
-    variances = (n * mean**2 + clipped.squares - 2 * clipped.sums * mean) / ((n - 1) * spread.deviation**2)
-    return np.where(totals.measured >= 2, variances, 0.0)
-
-
-def seurat_v3_variances(totals: GeneTotals, blocks: Iterable[csr_matrix]) -> np.ndarray:
-    """Variance of each gene's standardised and clipped counts, (G,) float64.
-
-    log10 variance is fitted on log10 mean by loess; counts are standardised with the fitted deviation and clipped at
-    sqrt(n), where n is each gene's own number of cells that measured it. ``totals`` and ``blocks`` (m, G) are of the
-    same cells.
-
-    Raises:
-        ValueError: fewer than two cells, or too few variable genes for the fit.
-    """
-    spread = expected_spread(totals)
-    clipped = ClippedTotals(spread.ceiling)
-    for block in blocks:
-        clipped.add(block)
-    return standardised_variances(totals, spread, clipped)
+    return np.sqrt(10**fitted)
 
 
 def top_genes(variances: np.ndarray, num_genes: int) -> np.ndarray:

@@ -15,7 +15,6 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectCon
 
 from tokenization.labels_dcm import shortened, unknown_label_error
 from training.config import TrainConfig
-from training.data.workers import available_cores
 
 WHOLE_COPIES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 # the others wait while the first process validates, scores and saves; their libraries give up after 10 minutes
@@ -64,6 +63,11 @@ def threads_per_process(hosts: list[str], host: str) -> int:
     take turns, and since those of OpenMP wait for each other without giving way, steps can take many times longer.
     """
     return max(1, available_cores() // hosts.count(host))
+
+
+def available_cores() -> int:
+    """Cores of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def tracker_names(wanted: str) -> list[str]:

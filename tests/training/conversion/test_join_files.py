@@ -9,7 +9,6 @@ import pytest
 import scipy.sparse
 
 from training.conversion.join_files import InputCells, read_cells
-from training.data.workers import file_workers
 
 
 def write(folder: Path, name: str, genes: list[str], *, n: int = 4, var=None, obs=None, cells=None) -> Path:
@@ -24,11 +23,10 @@ def write(folder: Path, name: str, genes: list[str], *, n: int = 4, var=None, ob
 
 
 def joined(paths, scratch: Path, **options) -> tuple[InputCells, pd.DataFrame]:
-    with file_workers(1, scratch) as workers:
-        cells = read_cells(paths, scratch, workers, **options)
-    blocks = [block for file in cells.files for block in file.blocks(lambda cells: None)]
-    assert [rows.start for rows, _ in blocks[1:]] == [rows.stop for rows, _ in blocks[:-1]]
-    counts = scipy.sparse.vstack([counts for _, counts in blocks]).toarray()
+    cells = read_cells(paths, scratch, **options)
+    blocks = list(cells.blocks("reading"))
+    assert [rows.start for rows, _, _ in blocks[1:]] == [rows.stop for rows, _, _ in blocks[:-1]]
+    counts = scipy.sparse.vstack([counts for _, counts, _ in blocks]).toarray()
     return cells, pd.DataFrame(counts, index=cells.obs.index, columns=cells.var.index)
 
 

@@ -1,6 +1,5 @@
 """Every kind of input file gives the same cells, in blocks of any size, and damage is one line that names the file."""
 
-import copy
 import gzip
 from pathlib import Path
 
@@ -68,7 +67,7 @@ def opened(path: Path, scratch: Path, layer: str | None = None) -> CountFile:
 
 
 def read(path: Path, scratch: Path, layer: str | None = None) -> scipy.sparse.csr_matrix:
-    file = copy.deepcopy(opened(path, scratch, layer))  # by the protocol by which other processes are given it
+    file = opened(path, scratch, layer)
     return scipy.sparse.vstack([counts for _, counts in file.counts.blocks(lambda cells: None)]).tocsr()
 
 

@@ -6,7 +6,7 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from training.conversion.genes import read_gene_list
-from training.data.variable_genes import ClippedTotals, GeneTotals, seurat_v3_variances, top_genes
+from training.data.variable_genes import GeneTotals, seurat_v3_variances, top_genes
 
 
 @pytest.fixture
@@ -41,24 +41,6 @@ def test_equals_scanpy(counts):
 def test_blocks_and_their_order_do_not_change_a_bit(counts):
     assert np.array_equal(variances(counts, 700), variances(counts, 3))
     assert np.array_equal(variances(counts, 700), variances(counts[::-1], 11))
-
-
-def test_cells_may_be_added_up_in_parts(counts):
-    ceiling = np.full(400, 3.5)
-    whole, parts = (GeneTotals(400), ClippedTotals(ceiling)), (GeneTotals(400), ClippedTotals(ceiling))
-    for total in whole:
-        total.add(counts)
-    for cells in (counts[:123], counts[123:]):
-        for total, part in zip(parts, (GeneTotals(400), ClippedTotals(ceiling))):
-            part.add(cells)
-            total.merge(part)
-    for one, other in zip(whole, parts):
-        assert np.array_equal(one.sums, other.sums)
-        assert np.array_equal(one.squares, other.squares)
-    assert np.array_equal(whole[0].largest, parts[0].largest)
-    clipped = np.minimum(counts.toarray(), 3.5)
-    np.testing.assert_allclose(whole[1].sums, clipped.sum(axis=0))
-    np.testing.assert_allclose(whole[1].squares, (clipped**2).sum(axis=0))
 
 
 def test_constant_genes_come_last(counts):
