@@ -35,6 +35,7 @@ from .state_dcm import CellState, StateSource
 
 # isort: split
 # Named for transformers 5.4, which takes from a local folder only the files that this one names itself.
+from .guidance_dcm import denoiser  # noqa: F401
 from .sampling_dcm import sample_counts  # noqa: F401
 from .schedule_dcm import reveal_schedule  # noqa: F401
 

@@ -19,7 +19,7 @@ from eval import sample
 from eval.drawing.checkpoint import load_checkpoint
 from eval.sample import Schedule, main
 from modeling_dcm import DCMForDenoising
-from modeling_dcm.generation_dcm import GUIDED
+from modeling_dcm.guidance_dcm import GUIDED
 from modeling_dcm.schedule_dcm import SCHEDULES
 from tests.tiny_training import assert_same_file, two_steps
 from tokenization import DCMTokenizer

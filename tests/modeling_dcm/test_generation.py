@@ -12,7 +12,7 @@ import torch
 
 from modeling_dcm import generation_dcm
 from modeling_dcm.diffusion_dcm import keyed_generator
-from modeling_dcm.generation_dcm import denoiser
+from modeling_dcm.guidance_dcm import denoiser
 from tests.modeling_dcm.any_order import any_order, any_order_p_value
 
 MASK, PAD = 5, 6  # of the tiny models
