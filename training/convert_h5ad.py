@@ -94,6 +94,7 @@ def main(
         FileNotFoundError: there is no such file.
         ValueError: a file, a value, a label or an option is wrong; nothing has been written then.
     """
+    from training.conversion.splits import SplitOptions
     from training.data.files import check_replaceable, folder_written_aside, remove_leftovers, scratch_folder
 
     sources = (source,) if isinstance(source, Path) else tuple(source)
@@ -102,6 +103,17 @@ def main(
             raise FileNotFoundError(f"no file {str(path)!r}; expected an h5ad file")
     if genes is not None and n_top_genes is not None:
         raise ValueError("--genes and --n-top-genes were both given; pass one of them")
+    options = SplitOptions(
+        split=split,
+        held_out=held_out,
+        held_out_cell_type=held_out_cell_type,
+        controls=controls,
+        split_file=split_file,
+        split_key=split_key,
+        test_fraction=test_fraction,
+        validation_fraction=validation_fraction,
+        seed=split_seed,
+    )
     remove_leftovers(out)
     check_replaceable(out, mark="split.json", written=_names_written())
     with scratch_folder(out) as scratch:
@@ -127,19 +139,7 @@ def main(
             control=control,
             separator=separator or None,
         )
-        fractions = {"test_fraction": test_fraction, "validation_fraction": validation_fraction}
-        chosen = split_cells(
-            split,
-            cells.obs,
-            conditions,
-            held_out=held_out,
-            cell_type=held_out_cell_type,
-            controls=controls,
-            split_file=split_file,
-            split_key=split_key,
-            **fractions,
-            seed=split_seed,
-        )
+        chosen = split_cells(cells.obs, conditions, options)
         panel = choose_panel(cells, chosen.cells["train"], n_top_genes)
 
         # takes seconds, so not before labels and counts are known to be right
@@ -153,7 +153,8 @@ def main(
             "format": FORMAT,
             "split": split,
             "seed": split_seed,
-            **fractions,
+            "test_fraction": test_fraction,
+            "validation_fraction": validation_fraction,
             **chosen.description,
             "sources": _describe_sources(sources),
             "layer": layer,

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 
 from eval.drawing.checkpoint import check_checkpoint
 from tokenization import DCMTokenizer
-from training.conversion.splits import split_from_names
+from training.conversion.conditions import ConditionColumns
+from training.conversion.splits import SplitOptions, split_cells
 from training.convert_h5ad import main as convert
 from training.data.files import written_aside
 from training.data.formats import opened_counts, read_counts
@@ -88,9 +89,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(x, tmp_path):
     assert not (folder / "panels.json").exists()  # each of them was measured
     assert json.loads((folder / "split.json").read_text())["held_out"] == ["G1"]
     assert perturbation_names(tmp_path / "held_out.txt") == ["G1"]
-    split = split_from_names(
-        tmp_path / "split.json", cells.obs_names, np.zeros(N, dtype=int), validation_fraction=0.0, seed=0
-    )
+    options = SplitOptions(split="from-file", split_file=tmp_path / "split.json")
+    split = split_cells(cells.obs, ConditionColumns({}, {}, control=None, separator=None), options)
     assert len(split.cells["test"]) == 20
     for name in ("genes.txt", "conditions.json"):  # of a tokenizer, after an editor has saved them
         path = folder / "tokenizer" / name

@@ -102,10 +102,15 @@ def read_conditions(
     return ConditionColumns(columns=columns, sources=sources, control=control, separator=separator)
 
 
-def _read_column(obs: pd.DataFrame, key: str) -> pd.Categorical:
+def existing_column(obs: pd.DataFrame, key: str) -> pd.Series:
+    """The column of ``obs``; raises ValueError, with the columns that exist, if there is none."""
     if key not in obs:
         raise ValueError(f"no column {key!r} in obs; columns there: {', '.join(map(str, obs.columns)) or 'none'}")
-    labels, codes = factorize(obs[key])
+    return obs[key]
+
+
+def _read_column(obs: pd.DataFrame, key: str) -> pd.Categorical:
+    labels, codes = factorize(existing_column(obs, key))
     stripped = [label.strip() for label in labels]
     missing = int((codes < 0).sum()) + sum(int((codes == i).sum()) for i, label in enumerate(stripped) if not label)
     if missing:

@@ -7,13 +7,21 @@ import pandas as pd
 import pytest
 
 from training.conversion.conditions import ConditionColumns, read_conditions
-from training.conversion.splits import condition_split, random_split, split_from_column, split_from_names
+from training.conversion.splits import Split, SplitOptions, split_cells
+
+
+def divide(strata: np.ndarray, **options) -> dict[str, np.ndarray]:
+    """A random split of cells whose only condition is their stratum."""
+    donors = pd.Categorical(strata.astype(str))
+    conditions = ConditionColumns({"donor": donors}, {"donor": "donor"}, control=None, separator=None)
+    return split_cells(pd.DataFrame(index=range(len(strata))), conditions, SplitOptions(**options)).cells
+
 
 # --- random -----------------------------------------------------------------------------------------------------------
 
 
 def test_parts_are_disjoint_and_whole():
-    parts = random_split(np.arange(1000) % 7, test_fraction=0.2, validation_fraction=0.1, seed=0)
+    parts = divide(np.arange(1000) % 7, test_fraction=0.2, validation_fraction=0.1, seed=0)
     assert np.array_equal(np.sort(np.concatenate(list(parts.values()))), np.arange(1000))
     assert {name: len(cells) for name, cells in parts.items()} == {"train": 720, "validation": 80, "test": 200}
 
@@ -21,7 +29,7 @@ def test_parts_are_disjoint_and_whole():
 def test_every_condition_gives_its_share_up_to_one_cell():
     sizes = np.array([3, 10, 11, 57, 400])
     strata = np.random.default_rng(0).permutation(np.repeat(np.arange(5), sizes))
-    parts = random_split(strata, test_fraction=0.25, validation_fraction=0.1, seed=3)
+    parts = divide(strata, test_fraction=0.25, validation_fraction=0.1, seed=3)
     tested = np.bincount(strata[parts["test"]], minlength=5)
     validated = np.bincount(strata[parts["validation"]], minlength=5)
     assert (np.abs(tested - sizes * 0.25) < 1).all()
@@ -31,16 +39,14 @@ def test_every_condition_gives_its_share_up_to_one_cell():
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_small_conditions_keep_a_training_cell_and_the_total_is_right(size):
     strata = np.repeat(np.arange(200), size)
-    parts = random_split(strata, test_fraction=0.3, validation_fraction=0.3, seed=0)
+    parts = divide(strata, test_fraction=0.3, validation_fraction=0.3, seed=0)
     assert len(np.unique(strata[parts["train"]])) == 200
     assert len(parts["test"]) == (0 if size == 1 else round(0.3 * size * 200))
 
 
 def test_the_seed_decides():
     strata = np.arange(300) % 4
-    one, same, other = (
-        random_split(strata, test_fraction=0.2, validation_fraction=0.1, seed=seed) for seed in (1, 1, 2)
-    )
+    one, same, other = (divide(strata, test_fraction=0.2, validation_fraction=0.1, seed=seed) for seed in (1, 1, 2))
     assert all(np.array_equal(one[name], same[name]) for name in one)
     assert not np.array_equal(one["test"], other["test"])
 
@@ -49,14 +55,14 @@ def test_cells_of_a_condition_are_equally_likely_to_be_tested():
     strata = np.zeros(10, dtype=int)
     times = np.zeros(10)
     for seed in range(2000):
-        times[random_split(strata, test_fraction=0.2, validation_fraction=0.0, seed=seed)["test"]] += 1
+        times[divide(strata, test_fraction=0.2, validation_fraction=0.0, seed=seed)["test"]] += 1
     assert np.abs(times / 2000 - 0.2).max() < 0.04
 
 
 @pytest.mark.parametrize(("test", "validation"), [(1.0, 0.1), (-0.1, 0.1), (0.2, 1.5)])
 def test_fractions_outside_zero_to_one_are_refused(test, validation):
     with pytest.raises(ValueError, match=r"fraction is .*; expected at least 0 and below 1"):
-        random_split(np.zeros(5, dtype=int), test_fraction=test, validation_fraction=validation, seed=0)
+        divide(np.zeros(5, dtype=int), test_fraction=test, validation_fraction=validation, seed=0)
 
 
 # --- conditions held out ----------------------------------------------------------------------------------------------
@@ -71,14 +77,10 @@ def obs() -> pd.DataFrame:
     return pd.DataFrame({"line": rng.choice(["k562", "hepg2"], N), "guide": rng.choice(LABELS, N)})
 
 
-@pytest.fixture
-def conditions(obs) -> ConditionColumns:
-    return of(obs)
-
-
-def of(obs: pd.DataFrame, cell_type_key="line", perturbation_key="guide") -> ConditionColumns:
+def hold_out(obs: pd.DataFrame, split: str, cell_type_key="line", perturbation_key="guide", **options) -> Split:
     keys = {"cell_type_key": cell_type_key, "perturbation_key": perturbation_key, "covariate_keys": []}
-    return read_conditions(obs, **keys, control=None, separator="+")
+    conditions = read_conditions(obs, **keys, control=None, separator="+")
+    return split_cells(obs, conditions, SplitOptions(split=split, **options))
 
 
 def labels_of(obs: pd.DataFrame, parts, name: str) -> set[str]:
@@ -89,25 +91,25 @@ def share_of_controls(obs: pd.DataFrame, cells: np.ndarray) -> float:
     return (obs["guide"].iloc[cells] == "control").sum() / (obs["guide"] == "control").sum()
 
 
-def test_a_held_out_perturbation_is_in_no_training_cell_nor_in_a_combination(obs, conditions):
-    split = condition_split("held-out-perturbations", conditions, N, held_out=["a", "e"])
+def test_a_held_out_perturbation_is_in_no_training_cell_nor_in_a_combination(obs):
+    split = hold_out(obs, "held-out-perturbations", held_out="a,e")
     assert labels_of(obs, split.cells, "test") == {"a", "a+b", "a+c", "e+f"}
     assert labels_of(obs, split.cells, "train") == labels_of(obs, split.cells, "validation") == {"b", "c", "d"}
     assert split.description == {"held_out": ["a", "e"], "held_out_cell_type": None, "controls": "proportional"}
 
 
-def test_held_out_combinations_have_members_that_were_seen_alone(obs, conditions):
-    split = condition_split("held-out-combinations", conditions, N, test_fraction=0.5)
+def test_held_out_combinations_have_members_that_were_seen_alone(obs):
+    split = hold_out(obs, "held-out-combinations", test_fraction=0.5)
     assert labels_of(obs, split.cells, "test") == set(split.description["held_out"]) < {"a+b", "a+c"}
     assert {"a", "b", "c", "e+f"} < labels_of(obs, split.cells, "train")
-    named = condition_split("held-out-combinations", conditions, N, held_out=["c+a"])
+    named = hold_out(obs, "held-out-combinations", held_out="c+a")
     assert labels_of(obs, named.cells, "test") == {"a+c"}
     with pytest.raises(ValueError, match=r"'e\+f' cannot be a held-out combination: e, f never stands alone"):
-        condition_split("held-out-combinations", conditions, N, held_out=["e+f"])
+        hold_out(obs, "held-out-combinations", held_out="e+f")
 
 
-def test_few_shot_tests_on_some_perturbations_of_one_cell_type(obs, conditions):
-    split = condition_split("few-shot", conditions, N, cell_type="hepg2", test_fraction=0.3)
+def test_few_shot_tests_on_some_perturbations_of_one_cell_type(obs):
+    split = hold_out(obs, "few-shot", held_out_cell_type="hepg2", test_fraction=0.3)
     test = obs.iloc[split.cells["test"]]
     assert set(test["line"]) == {"hepg2"}
     assert len(split.description["held_out"]) == 2
@@ -123,8 +125,8 @@ def test_few_shot_tests_on_some_perturbations_of_one_cell_type(obs, conditions):
 
 
 @pytest.mark.parametrize(("controls", "tested"), [(None, "test"), ("train", "train"), ("test", "test")])
-def test_zero_shot_tests_on_a_whole_cell_type_and_controls_as_told(obs, conditions, controls, tested):
-    parts = condition_split("zero-shot", conditions, N, cell_type="hepg2", controls=controls).cells
+def test_zero_shot_tests_on_a_whole_cell_type_and_controls_as_told(obs, controls, tested):
+    parts = hold_out(obs, "zero-shot", held_out_cell_type="hepg2", controls=controls).cells
     of_hepg2 = obs["line"] == "hepg2"
     perturbed = np.flatnonzero(of_hepg2 & (obs["guide"] != "control"))
     control = np.flatnonzero(of_hepg2 & (obs["guide"] == "control"))
@@ -135,13 +137,13 @@ def test_zero_shot_tests_on_a_whole_cell_type_and_controls_as_told(obs, conditio
 
 
 def test_zero_shot_needs_no_perturbations(obs):
-    parts = condition_split("zero-shot", of(obs, perturbation_key=None), N, cell_type="hepg2").cells
+    parts = hold_out(obs, "zero-shot", perturbation_key=None, held_out_cell_type="hepg2").cells
     assert np.array_equal(parts["test"], np.flatnonzero(obs["line"] == "hepg2"))
 
 
 @pytest.mark.parametrize(("controls", "share"), [("train", 0.0), ("test", 1.0), ("proportional", None)])
-def test_controls_have_the_fate_that_was_asked_for(obs, conditions, controls, share):
-    split = condition_split("held-out-perturbations", conditions, N, held_out=["a"], controls=controls)
+def test_controls_have_the_fate_that_was_asked_for(obs, controls, share):
+    split = hold_out(obs, "held-out-perturbations", held_out="a", controls=controls)
     if share is None:
         perturbed = obs["guide"] != "control"
         share = obs.loc[perturbed, "guide"].str.contains("a").mean()
@@ -153,10 +155,9 @@ def test_controls_have_the_fate_that_was_asked_for(obs, conditions, controls, sh
     ("name", "cell_type"),
     [("held-out-perturbations", None), ("held-out-combinations", None), ("few-shot", "k562"), ("zero-shot", "k562")],
 )
-def test_every_split_is_disjoint_whole_and_repeatable(conditions, name, cell_type):
+def test_every_split_is_disjoint_whole_and_repeatable(obs, name, cell_type):
     one, same, other = (
-        condition_split(name, conditions, N, cell_type=cell_type, test_fraction=0.4, seed=seed).cells
-        for seed in (1, 1, 7)
+        hold_out(obs, name, held_out_cell_type=cell_type, test_fraction=0.4, seed=seed).cells for seed in (1, 1, 7)
     )
     assert np.array_equal(np.sort(np.concatenate(list(one.values()))), np.arange(N))
     assert all(np.array_equal(one[part], same[part]) for part in one)
@@ -169,39 +170,46 @@ def test_every_split_is_disjoint_whole_and_repeatable(conditions, name, cell_typ
     ("name", "options", "message"),
     [
         ("few-shot", {}, "--split few-shot needs --held-out-cell-type; pass the cell type"),
-        ("held-out-perturbations", {"cell_type": "k562"}, "has no use for --held-out-cell-type 'k562'"),
-        ("zero-shot", {"cell_type": "k563"}, "unknown cell type 'k563'; near matches: 'k562'"),
-        ("zero-shot", {"cell_type": "k562", "held_out": ["a"]}, "leave --held-out away"),
-        ("held-out-perturbations", {"held_out": ["x"]}, "unknown perturbation to hold out 'x'; known labels: 'a', 'b'"),
-        ("held-out-perturbations", {"held_out": list("abcdef")}, None),
-        ("held-out-combinations", {"held_out": ["a"]}, "'a' cannot be a held-out combination: it is no combination"),
-        ("few-shot", {"cell_type": "k562", "test_fraction": 1.0}, "test fraction is 1.0"),
+        ("held-out-perturbations", {"held_out_cell_type": "k562"}, "--held-out-cell-type was given, but --split held-"),
+        ("zero-shot", {"held_out_cell_type": "k563"}, "unknown cell type 'k563'; near matches: 'k562'"),
+        ("zero-shot", {"held_out_cell_type": "k562", "held_out": "a"}, "--held-out was given, but --split zero-shot"),
+        ("held-out-perturbations", {"held_out": "x"}, "unknown perturbation to hold out 'x'; known labels: 'a', 'b'"),
+        ("held-out-perturbations", {"held_out": "a,b,c,d,e,f"}, None),
+        ("held-out-combinations", {"held_out": "a"}, "'a' cannot be a held-out combination: it is no combination"),
+        ("few-shot", {"held_out_cell_type": "k562", "test_fraction": 1.0}, "test fraction is 1.0"),
     ],
 )
-def test_what_cannot_be_held_out_is_refused(conditions, name, options, message):
+def test_what_cannot_be_held_out_is_refused(obs, name, options, message):
     if message is None:  # nothing but controls is left to train on, which is allowed
-        assert len(condition_split(name, conditions, N, controls="train", **options).cells["train"])
+        assert len(hold_out(obs, name, controls="train", **options).cells["train"])
         with pytest.raises(ValueError, match="leaves no training cell; hold out fewer labels"):
-            condition_split(name, conditions, N, controls="test", **options)
+            hold_out(obs, name, controls="test", **options)
         return
     with pytest.raises(ValueError, match=message):
-        condition_split(name, conditions, N, **options)
+        hold_out(obs, name, **options)
 
 
 def test_splits_need_the_conditions_that_they_divide(obs):
     with pytest.raises(ValueError, match="few-shot needs perturbations; pass --perturbation-key"):
-        condition_split("few-shot", of(obs, perturbation_key=None), N, cell_type="k562")
+        hold_out(obs, "few-shot", perturbation_key=None, held_out_cell_type="k562")
     with pytest.raises(ValueError, match="few-shot needs cell types; pass --cell-type-key"):
-        condition_split("few-shot", of(obs, cell_type_key=None), N, cell_type="k562")
+        hold_out(obs, "few-shot", cell_type_key=None, held_out_cell_type="k562")
     singles = obs[~obs["guide"].str.contains("[+]")]
     with pytest.raises(ValueError, match="needs at least 2 labels that can be held out; found: none"):
-        condition_split("held-out-combinations", of(singles), len(singles))
+        hold_out(singles, "held-out-combinations")
 
 
 # --- from a file ------------------------------------------------------------------------------------------------------
 
 NAMES = pd.Index([f"cell{i}" for i in range(100)])
-SMALL = {"strata": np.arange(100) % 4, "validation_fraction": 0.1, "seed": 0}
+
+
+def from_file(path=None, column=None) -> dict[str, np.ndarray]:
+    obs = pd.DataFrame({"line": [f"line{i % 4}" for i in range(100)]}, index=NAMES)
+    if column is not None:
+        obs["part"] = column
+    key = "part" if column else None
+    return hold_out(obs, "from-file", perturbation_key=None, split_file=path, split_key=key).cells
 
 
 def write_split(path, **lists):
@@ -216,17 +224,17 @@ def test_names_in_json_are_the_split(tmp_path):
         name: NAMES[part].tolist() for name, part in zip(("test", "validation", "train"), (test, validation, train))
     }
     for content in (lists, {"split": "random", "cells": lists}):
-        parts = split_from_names(write_split(tmp_path / "split.json", **content), NAMES, **SMALL).cells
+        parts = from_file(write_split(tmp_path / "split.json", **content))
         assert [parts[name].tolist() for name in lists] == [sorted(part.tolist()) for part in (test, validation, train)]
 
 
 def test_validation_cells_come_out_of_the_training_cells_where_none_are_named(tmp_path):
     path = write_split(tmp_path / "split.json", test=NAMES[:20].tolist(), train=NAMES[20:].tolist())
-    parts = split_from_names(path, NAMES, **SMALL).cells
+    parts = from_file(path)
     assert parts["test"].tolist() == list(range(20))
     assert len(parts["validation"]) == 8
-    column = pd.Series(["test"] * 20 + ["train"] * 80, name="part", dtype="category")
-    assert all(np.array_equal(split_from_column(column, **SMALL).cells[name], parts[name]) for name in parts)
+    of_column = from_file(column=["test"] * 20 + ["train"] * 80)
+    assert all(np.array_equal(of_column[name], parts[name]) for name in parts)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +253,7 @@ def test_validation_cells_come_out_of_the_training_cells_where_none_are_named(tm
 )
 def test_wrong_lists_are_refused(tmp_path, lists, message):
     with pytest.raises(ValueError, match=message):
-        split_from_names(write_split(tmp_path / "split.json", **lists), NAMES, **SMALL)
+        from_file(write_split(tmp_path / "split.json", **lists))
 
 
 def test_a_column_with_other_labels_or_none_is_refused():
@@ -253,14 +261,13 @@ def test_a_column_with_other_labels_or_none_is_refused():
         ("val", "column 'part' has the split 'val'; expected"),
         (None, "no split for 1 of 100 cells"),
     ):
-        column = pd.Series(["train"] * 99 + [value], name="part")
         with pytest.raises(ValueError, match=message):
-            split_from_column(column, **SMALL)
+            from_file(column=["train"] * 99 + [value])
 
 
 def test_no_file_and_no_json_are_said_so(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*absent.json' \(--split-file\)"):
-        split_from_names(tmp_path / "absent.json", NAMES, **SMALL)
+        from_file(tmp_path / "absent.json")
     (tmp_path / "split.json").write_text("train:")
     with pytest.raises(ValueError, match="is not JSON"):
-        split_from_names(tmp_path / "split.json", NAMES, **SMALL)
+        from_file(tmp_path / "split.json")
