@@ -9,19 +9,18 @@ figures in one file). Reads test cells only to score.
 """
 
 import logging
-import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from training.data.command_line import command_of, run, version_of
+from training.data.command_line import command_of, run, versions_of
 from training.data.files import written_aside
 
 if TYPE_CHECKING:  # these import seconds of packages: only after the options are known to be right
     from eval.comparison.baselines import Sampler
-    from eval.comparison.cells import CellCounts, Comparison
+    from eval.comparison.cells import Comparison
     from eval.comparison.protocols import Protocol
     from eval.reports.tables import Row
 
@@ -81,36 +80,31 @@ def main(
     """
     command = command_of("dcm-evaluate", main, locals())
     _check_paths(generated, (real, train), out)
-    from eval.comparison.baselines import (
-        FROM_SCVI,
-        baseline_draws,
-        fitted_baselines,
-        named_baselines,
-    )
-    from eval.comparison.floor import split_half_note, without_training_cells
+    from eval.comparison.baselines import FROM_SCVI, baseline_draws, check_installed, fitted_baselines, named_baselines
+    from eval.comparison.floor import split_half_note
     from eval.comparison.protocols import named_protocols
 
     protocols, chosen = named_protocols(protocol), named_baselines(baselines)
-    from eval.comparison.cell_eval import RESERVED_NAMES, cell_eval_rows, check_installed
+    from eval.comparison.cell_eval import RESERVED_NAMES, cell_eval_rows
     from eval.comparison.cells import drawn_files, read_comparison
 
-    names = _names(name, len(generated), RESERVED_NAMES)
+    named = _named(generated, name, RESERVED_NAMES)
     if cell_eval:
-        check_installed()
-    files, names = drawn_files(generated, names, real=real, out=out, seeds=sampling_seeds)
+        check_installed("cell_eval", "cell-eval", "--cell-eval")
+    files = drawn_files(named, real=real, out=out, seeds=sampling_seeds)
     options = {"condition_keys": condition_keys, "layer": layer, "control": control, "genes": genes}
-    comparison = read_comparison(files, real, train, names=names, reserved_names=RESERVED_NAMES, **options)
+    comparison = read_comparison(files, real, train, reserved_names=RESERVED_NAMES, **options)
     packages = (*PACKAGES, *["scvi-tools"] * bool(set(chosen) & set(FROM_SCVI)), *["cell-eval"] * cell_eval)
     header = {
         "dataset": dataset or real.resolve().parent.name,
         "split": real.stem,
         "checkpoint": comparison.checkpoint,
-        "versions": {"python": platform.python_version()} | {package: version_of(package) for package in packages},
+        "versions": versions_of(packages),
         "command": command,
-    } | ({"genes": comparison.genes_note()} if comparison.genes_left_out else {})
-    halved = without_training_cells(comparison.train, comparison.real)
-    if halved:
-        header["floor"] = split_half_note(halved, comparison.real)
+    }
+    notes = {"genes": comparison.genes_note(), "floor": split_half_note(comparison.train, comparison.real)}
+    header |= {what: note for what, note in notes.items() if note is not None}
+    if "floor" in header:
         logger.warning("floor: %s", header["floor"])
     samplers = fitted_baselines(comparison.train, chosen, required=baselines not in ("default", "all"))
     rows = evaluate(comparison, protocols, samplers, seed=seed, device=device)
@@ -133,94 +127,30 @@ def evaluate(
 ) -> list["Row"]:
     """Rows of every protocol: the floor first, then every generator, then the baselines.
 
-    Test cells of conditions without training cells are halved at random: one half is what everything is compared with,
-    the other is the floor. In every draw of the floor each model is compared with the same half, its samples in turn;
-    the score of a sample is the mean over its draws.
-
-    Raises:
-        ValueError: fewer than two test cells, or a protocol that groups by a column that is none of the conditions.
+    Raises as :func:`eval.comparison.scoring.score_models`.
     """
-    import itertools
-
-    import numpy as np
-    from threadpoolctl import threadpool_limits
-    from tqdm import tqdm
-
-    from eval.comparison.baselines import BASELINE_DRAWS, baseline_draws
-    from eval.comparison.cells import together
-    from eval.comparison.floor import (
-        FLOOR,
-        FLOOR_DRAWS,
-        beside_half,
-        floor_draws,
-        split_half,
-        without_training_cells,
-    )
-    from eval.comparison.metric_table import COPYING
-    from eval.comparison.protocols import averaged_scores, evaluate_pair, prepare_reference
+    from eval.comparison.scoring import score_models
     from eval.reports.tables import summary_rows
 
-    real = comparison.real
-    sources: dict[str, Iterable[CellCounts]] = {
-        FLOOR: floor_draws(comparison.train, real, seed=seed),
-        **comparison.generated,
-        **{name: baseline_draws(sample, real, seed=seed) for name, sample in samplers.items()},
-    }
-    halved = without_training_cells(comparison.train, real)
-    is_whole = ~np.isin(np.arange(len(real)), np.concatenate([[], *(real.rows_by_condition[name] for name in halved)]))
-    numbers = {FLOOR: FLOOR_DRAWS} | {model: len(files) for model, files in comparison.generated.items()}
-    numbers |= dict.fromkeys(samplers, BASELINE_DRAWS)
-    samples = {m: itertools.cycle(found) if halved and m != FLOOR else iter(found) for m, found in sources.items()}
-    scores = {p.name: {model: [[] for _ in range(number)] for model, number in numbers.items()} for p in protocols}
-    draws = max(numbers.values())
-    repeats = FLOOR_DRAWS + draws * (len(numbers) - 1) if halved else sum(numbers.values())
-    # most matrices are small (one condition): a second BLAS thread makes it slower, on a busy machine fivefold
-    with (
-        threadpool_limits(limits=1, user_api="blas"),
-        tqdm(total=repeats * len(protocols), desc="scoring", unit="comparison", disable=None) as bar,
-    ):
-        for draw in range(draws):
-            if halved:
-                one, other = split_half(real, halved, np.random.default_rng([seed, draw]))
-                compared = real.take(np.sort(np.concatenate([np.flatnonzero(is_whole), one])))
-            if halved or not draw:
-                of_draw = compared if halved else real
-                references = [prepare_reference(of_draw, p, train=comparison.train, seed=seed) for p in protocols]
-            for model, number in numbers.items():
-                drawn = next(samples[model], None)
-                if drawn is None:
-                    continue
-                bar.set_postfix_str(model)
-                if halved and model == FLOOR:
-                    drawn = together([drawn, real.take(other)])
-                elif halved:
-                    drawn = beside_half(drawn, real, halved, other)
-                for reference in references:
-                    found = evaluate_pair(drawn, reference, seed=seed, device=device)
-                    if model == FLOOR:  # training cells lie at no distance from themselves
-                        found = [score for score in found if score.metric != COPYING]
-                    scores[reference.protocol.name][model][draw % number].append(found)
-                    bar.update()
     rows: list[Row] = []
-    for reference in references:
+    for reference, scores in score_models(comparison, protocols, samplers, seed=seed, device=device):
         test_cells = {group.condition: group.n for group in reference.groups if group.condition is not None}
-        for model, found in scores[reference.protocol.name].items():
-            repeats = [averaged_scores(of_sample) for of_sample in found]
-            rows += summary_rows(model, reference.protocol.name, repeats, test_cells=test_cells)
+        for model, samples in scores.items():
+            rows += summary_rows(model, reference.protocol.name, samples, test_cells=test_cells)
     return rows
 
 
-def _names(name: str | None, number: int, reserved_names: Sequence[str]) -> list[str | None]:
-    """One name for each generated file or checkpoint."""
+def _named(generated: Sequence[Path], name: str | None, reserved_names: Sequence[str]) -> dict[Path, str | None]:
+    """Each generated file or checkpoint with its name, as far as ``name`` tells it."""
     if name is None:
-        return [None] * number
-    names = [part.strip() for part in name.split(",")]
+        return dict.fromkeys(generated)
+    names, number = [part.strip() for part in name.split(",")], len(generated)
     if len(names) not in (1, number) or not all(names):
         raise ValueError(f"--name {name!r} holds {len(names)} names: expected one, or one for each of {number} files")
     taken = [part for part in names if part in reserved_names]
     if taken:
         raise ValueError(f"--name {taken[0]!r} is the name of a row of every table; expected another name")
-    return names if len(names) == number else names * number
+    return dict(zip(generated, names if len(names) == number else names * number))
 
 
 def _check_paths(generated: Sequence[Path], real: Sequence[Path], out: Path) -> None:
@@ -243,19 +173,14 @@ def _check_paths(generated: Sequence[Path], real: Sequence[Path], out: Path) -> 
 
 
 def _log_summary(rows: Sequence["Row"]) -> None:
-    """One table for each named protocol: all cells pooled, or the mean over conditions where it pools none."""
-    from eval.comparison.protocols import PROTOCOLS
-    from eval.reports.tables import biased_floor_notes, not_beside_floor, summary_table
+    """One table for each protocol: all cells pooled, or the mean over conditions where it pools none."""
+    from eval.reports.tables import sections, summary_table
 
-    for protocol in dict.fromkeys(row["protocol"] for row in rows if row["protocol"] in PROTOCOLS):
-        for grouping, what in (("pooled", "all cells pooled"), ("per_condition", "mean over conditions")):
-            shown = [row for row in rows if (row["protocol"], row["grouping"]) == (protocol, grouping)]
-            if shown:
-                table = summary_table(shown, not_beside_floor([row for row in rows if row["protocol"] == protocol]))
-                logger.info("\nprotocol %s, %s (mean ± sd):\n%s", protocol, what, table)
-                break
-    for note in biased_floor_notes(rows):
-        logger.warning("%s", note)
+    for section in sections(rows):
+        for caption, shown, unlike in section.tables[:1]:
+            logger.info("\nprotocol %s. %s:\n%s", section.protocol, caption, summary_table(shown, unlike))
+        for note in section.notes:
+            logger.warning("%s", note)
 
 
 def _write(

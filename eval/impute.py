@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -94,8 +93,8 @@ def main(
     unknown = [name for name in names or () if name not in known]
     if unknown:
         raise unknown_label_error("gene to mask", unknown, tokenizer.genes)
-    masks = Masks(np.isin(tokenizer.genes, names or []), mask_fraction or 0.0, seed)
-    is_masking = bool(mask_fraction) or bool((masks.genes & measured.panels).any())
+    hidden_genes = np.isin(tokenizer.genes, names or [])
+    is_masking = bool(mask_fraction) or bool((hidden_genes & measured.panels).any())
     if measured.panels.all() and not is_masking:
         raise ValueError(
             f"nothing to fill: {str(cells)!r} has all {len(tokenizer.genes):,} genes of the model; "
@@ -103,14 +102,14 @@ def main(
         )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     options = {"steps": steps, "schedule": schedule, "draws": draws, "seed": seed, "batch_size": batch_size}
+    options["mask_fraction"] = mask_fraction or 0.0
     entries = MaskedEntries(len(tokenizer.genes), seed) if is_masking else None
     with (
         written_aside(out) as aside,
         ProgressReport(len(measured) * draws, task="imputing", unit="completions") as report,
     ):
-        chunks = impute(model, measured, masks, **options, masked=entries, report=report)
-        described = {"checkpoint": Path(checkpoint).name, **options, "mask_fraction": mask_fraction or 0.0}
-        _write(aside, cells, measured, chunks, described, entries)
+        chunks = _completed(model, measured, hidden_genes, options, entries, report)
+        _write(aside, cells, measured, chunks, {"checkpoint": Path(checkpoint).name, **options}, entries)
     lacking = int((~measured.always_measured).sum())
     line = "%s: %d cells, %d genes that were not measured (in every cell), %d draws; %.3g completions/s"
     logger.info(line, out, len(measured), lacking, draws, report.rate)
@@ -119,50 +118,36 @@ def main(
     return out
 
 
-@dataclass(frozen=True)
-class Masks:
-    """Which measured entries are hidden from the model.
+def hidden_entries(
+    measured: np.ndarray, hidden_genes: np.ndarray, fraction: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Measured entries (B, G) of a chunk that are hidden from the model.
 
-    Attributes:
-        genes: (G,) genes that are hidden in all cells.
-        fraction: of each cell's other measured genes, rounded to a number of genes, at least one; 0: none.
-        seed: keyed with the chunk.
+    They are those of ``hidden_genes`` (G,), and of each cell's other measured genes a fraction, at least one gene; 0:
+    none.
     """
-
-    genes: np.ndarray
-    fraction: float
-    seed: int
-
-    def draw(self, chunk: int, measured: np.ndarray) -> np.ndarray:
-        """Hidden entries (B, G) of a chunk, among those that were measured."""
-        hidden, open_ = measured & self.genes, measured & ~self.genes
-        some = np.flatnonzero(open_.any(axis=0))
-        if self.fraction and len(some):
-            keys = np.random.default_rng([self.seed, chunk]).random((len(measured), len(some)))
-            keys[~open_[:, some]] = 1.0  # above all others
-            rank = keys.argsort(axis=1).argsort(axis=1)
-            number = np.maximum(1, np.round(self.fraction * open_.sum(axis=1)))[:, None]
-            hidden[:, some] |= (rank < number) & open_[:, some]
-        return hidden
+    hidden, open_ = measured & hidden_genes, measured & ~hidden_genes
+    some = np.flatnonzero(open_.any(axis=0))
+    if fraction and len(some):
+        keys = rng.random((len(measured), len(some)))
+        keys[~open_[:, some]] = 1.0  # above all others
+        rank = keys.argsort(axis=1).argsort(axis=1)
+        number = np.maximum(1, np.round(fraction * open_.sum(axis=1)))[:, None]
+        hidden[:, some] |= (rank < number) & open_[:, some]
+    return hidden
 
 
-def impute(
+def _completed(
     model: DCMForDenoising,
     cells: MeasuredCells,
-    masks: Masks,
-    *,
-    steps: int | str,
-    schedule: str,
-    draws: int,
-    seed: int,
-    batch_size: int,
+    hidden_genes: np.ndarray,
+    options: dict[str, object],
     masked: MaskedEntries | None,
     report: ProgressReport,
 ) -> Iterator[dict[str, sparse.csr_matrix]]:
     """Yield the output's matrices (B, G) of each chunk by their names in the file; ``masked`` is told what was hidden.
 
-    Raises:
-        ValueError: options that the model's :meth:`generate` refuses.
+    ``options`` are those of the command; the model's :meth:`generate` may refuse them (ValueError).
     """
     import torch
     from scipy import sparse
@@ -170,10 +155,11 @@ def impute(
     from eval.drawing.measured import chunk_seed
     from modeling_dcm.generation_dcm import row_chunks
 
+    draws, seed, batch_size = (options[name] for name in ("draws", "seed", "batch_size"))
     for chunk, rows in row_chunks(len(cells), batch_size):
         counts = cells.counts[rows].toarray()
         measured = cells.measured(rows)
-        hidden = masks.draw(chunk, measured)
+        hidden = hidden_entries(measured, hidden_genes, options["mask_fraction"], np.random.default_rng([seed, chunk]))
         fill = hidden | ~measured
         observed = torch.from_numpy(np.where(fill, -1, cells.count_ids(counts)))
         drawn = np.empty((draws, int(fill.sum())), dtype=np.int32)  # (D, M)
@@ -181,8 +167,8 @@ def impute(
             ids = model.generate(
                 observed=observed,
                 **cells.conditions_of(rows),
-                steps=steps,
-                schedule=schedule,
+                steps=options["steps"],
+                schedule=options["schedule"],
                 seed=chunk_seed(seed, chunk, draw),
                 batch_size=batch_size,
             )
@@ -227,11 +213,7 @@ def _write(
 
     tokenizer = cells.tokenizer
     var = pd.DataFrame({"measured": cells.always_measured}, index=tokenizer.genes)
-    uns: dict[str, object] = {"dcm_conditions": np.array(cells.conditions, dtype=object)}
-    if "perturbation" in cells.conditions:
-        uns["dcm_separator"] = tokenizer.separator or ""
-        if tokenizer.control is not None:
-            uns["dcm_control"] = tokenizer.control
+    _, uns = tokenizer.condition_labels(cells.condition_ids, len(cells))
     kept: dict[str, dict] = {}
     if source.is_file():
         with damage_named(source), h5py.File(source, "r") as file:

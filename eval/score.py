@@ -77,39 +77,30 @@ def main(
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     options = {"num_samples": num_samples, "seed": seed, "batch_size": batch_size}
     with ProgressReport(len(measured), task="scoring", unit="cells") as report:
-        scores = score(model, measured, **options, give_library_size=given == "conditioned", embed=embed, report=report)
+        scores = _scores(model, measured, options, report, tell_size=given == "conditioned", embed=embed)
     num_genes = measured.panels.sum(axis=1)[measured.panel]  # (N,)
     numbers = np.unique(num_genes).tolist()
-    described = {
-        "checkpoint": Path(checkpoint).name,
-        **options,
-        "library_size": given,
-        "num_genes": numbers[0] if len(numbers) == 1 else np.array(numbers),
-    }
-    _write(cells, out, scores, described | {"conditions": measured.conditions}, num_genes)
+    described = {"checkpoint": Path(checkpoint).name, **options, "library_size": given}
+    described["num_genes"] = numbers[0] if len(numbers) == 1 else np.array(numbers)
+    described["conditions"] = np.array(measured.conditions, dtype=object)
+    _write(cells, out, scores, described, num_genes)
     logger.info(
         "%s: %d cells, ELBO %.2f nats per cell (%.4f per gene, %s genes), library size %s; %.3g cells/s",
-        out,
-        len(measured),
-        scores["elbo"].mean(),
-        (scores["elbo"] / num_genes).mean(),
+        *(out, len(measured), scores["elbo"].mean(), (scores["elbo"] / num_genes).mean()),
         " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1])))),
-        "given" if given == "conditioned" else "not given",
-        report.rate,
+        *("given" if given == "conditioned" else "not given", report.rate),
     )
     return out
 
 
-def score(
+def _scores(
     model: DCMForDenoising,
     cells: MeasuredCells,
-    *,
-    num_samples: int,
-    seed: int,
-    batch_size: int,
-    give_library_size: bool,
-    embed: bool,
+    options: dict[str, int],
     report: ProgressReport,
+    *,
+    tell_size: bool,
+    embed: bool,
 ) -> dict[str, np.ndarray]:
     """``elbo`` (N,) and ``error`` (N,) in nats per cell, and with ``embed`` the embeddings ``X_dcm`` (N, D) float32.
 
@@ -122,21 +113,16 @@ def score(
     from modeling_dcm.generation_dcm import row_chunks
 
     chunks: list[dict[str, torch.Tensor]] = []
-    for chunk, rows in row_chunks(len(cells), batch_size):
+    for chunk, rows in row_chunks(len(cells), options["batch_size"]):
         input_ids, conditions = cells.input_ids(rows), cells.conditions_of(rows)
-        if give_library_size:
+        if tell_size:
             conditions["library_size"] = cells.library_size(rows)
-        elbo, error = model.log_likelihood(
-            input_ids,
-            num_samples=num_samples,
-            seed=chunk_seed(seed, chunk),
-            batch_size=batch_size,
-            return_error=True,
-            **conditions,
-        )
+        of_chunk = options | {"seed": chunk_seed(options["seed"], chunk)}
+        elbo, error = model.log_likelihood(input_ids, **of_chunk, return_error=True, **conditions)
         chunks.append({"elbo": elbo, "error": error})
         if embed:
-            chunks[-1]["X_dcm"] = model.embed(input_ids, batch_size=batch_size, **conditions).float()
+            embedded = model.embed(input_ids, batch_size=options["batch_size"], **conditions)
+            chunks[-1]["X_dcm"] = embedded.float()
         report.update(len(input_ids))
     return {name: torch.cat([found[name] for found in chunks]).numpy() for name in chunks[0]}
 
@@ -169,7 +155,6 @@ def _write(
 ) -> None:
     """Copy the file and add columns, embeddings and options to the copy; ``num_genes`` (N,) were measured."""
     import h5py
-    import numpy as np
     from anndata.io import write_elem
 
     ending = GIVEN_LIBRARY_SIZE if options["library_size"] == "conditioned" else ""
@@ -178,7 +163,7 @@ def _write(
         "dcm_elbo_per_gene": scores["elbo"] / num_genes,
         "dcm_elbo_error": scores["error"],
     }
-    entries = {("uns", f"dcm_score{ending}"): options | {"conditions": np.array(options["conditions"], dtype=object)}}
+    entries = {("uns", f"dcm_score{ending}"): options}
     if "X_dcm" in scores:
         entries["obsm", "X_dcm"] = scores["X_dcm"]
     with written_aside(out) as aside:

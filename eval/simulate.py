@@ -60,7 +60,18 @@ def simulate(
     Raises:
         ValueError: a number out of range, or fewer cells than conditions.
     """
-    _check_sizes(num_cells, num_genes, num_cell_types, num_perturbations, num_pairs, vector_dim)
+    num_possible = num_perturbations * (num_perturbations - 1) // 2
+    conditions = num_cell_types * (1 + num_perturbations + num_pairs)
+    for name, value, holds, expected in (
+        ("num_genes", num_genes, num_genes >= 2, "2 or more"),
+        ("num_cell_types", num_cell_types, num_cell_types >= 1, "1 or more"),
+        ("vector_dim", vector_dim, vector_dim >= 1, "1 or more"),
+        ("num_perturbations", num_perturbations, 0 <= num_perturbations <= num_genes, f"0 to num_genes={num_genes}"),
+        ("num_pairs", num_pairs, 0 <= num_pairs <= num_possible, f"0 to {num_possible}, pairs of perturbations"),
+        ("num_cells", num_cells, num_cells >= conditions, f"one or more for each of the {conditions} conditions"),
+    ):
+        if not holds:
+            raise ValueError(f"{name}={value}: expected {expected}")
     rng = np.random.default_rng(seed)
     genes = np.array([f"GENE{index:0{max(4, len(str(num_genes - 1)))}d}" for index in range(num_genes)])
     loadings = _programme_loadings(num_genes, rng)
@@ -123,10 +134,9 @@ def main(
         vector_dim: length of a perturbation's vector.
         seed: the same seed gives the same cells.
     """
+    options = {name: value for name, value in locals().items() if name != "out"}
     check_writable(out)
-    sizes = {"num_cells": num_cells, "num_genes": num_genes, "num_cell_types": num_cell_types}
-    sizes |= {"num_perturbations": num_perturbations, "num_pairs": num_pairs, "vector_dim": vector_dim}
-    adata, vectors = simulate(**sizes, seed=seed)
+    adata, vectors = simulate(**options)
     with written_aside(out) as aside:
         adata.write_h5ad(aside, compression="gzip")
     zeros = 100 * (1 - adata.X.nnz / (num_cells * num_genes))
@@ -136,30 +146,6 @@ def main(
         with written_aside(table) as aside:
             save_file(vectors, aside)
         logger.info("%s: %d vectors of length %d", table, len(vectors), vector_dim)
-
-
-def _check_sizes(
-    num_cells: int, num_genes: int, num_cell_types: int, num_perturbations: int, num_pairs: int, vector_dim: int
-) -> None:
-    """Refuse sizes that no simulation can have."""
-    smallest = {
-        "num_genes": (num_genes, 2),
-        "num_cell_types": (num_cell_types, 1),
-        "vector_dim": (vector_dim, 1),
-        "num_perturbations": (num_perturbations, 0),
-        "num_pairs": (num_pairs, 0),
-    }
-    for name, (value, least) in smallest.items():
-        if value < least:
-            raise ValueError(f"{name}={value}: expected {least} or more")
-    if num_perturbations > num_genes:
-        raise ValueError(f"num_perturbations={num_perturbations}: expected at most num_genes={num_genes}, one per gene")
-    possible = num_perturbations * (num_perturbations - 1) // 2
-    if num_pairs > possible:
-        raise ValueError(f"num_pairs={num_pairs}: {num_perturbations} perturbations make {possible} pairs at most")
-    conditions = num_cell_types * (1 + num_perturbations + num_pairs)
-    if num_cells < conditions:
-        raise ValueError(f"num_cells={num_cells}: expected one or more for each of the {conditions} conditions")
 
 
 def _programme_loadings(num_genes: int, rng: np.random.Generator) -> np.ndarray:

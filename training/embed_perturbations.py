@@ -81,7 +81,7 @@ def main(
         raise FileNotFoundError(f"no file {source!r}; --from expects proteins, coexpression, or a file with vectors")
     names = perturbation_names(perturbations)
     logger.info("perturbations: %d", len(names))
-    seen = _seen_in_training(perturbations)
+    seen = seen_in_training(perturbations)
     about: dict[str, object] = {"from": source}
     if source == "proteins":
         found = _proteins_of(names, proteins)
@@ -172,7 +172,7 @@ def _by_name(names: list[str], vectors: Mapping[str, "torch.Tensor"]) -> dict[st
     return {name: vectors[given[i]] for name, i in zip(names, find_genes(names, given)[0]) if i >= 0}
 
 
-def _seen_in_training(source: Path) -> set[str] | None:
+def seen_in_training(source: Path) -> set[str] | None:
     """Names that some training cell of a folder of shards has; None for what is no such folder."""
     files = sorted(source.glob("train/*.parquet"))
     if not files:

@@ -10,16 +10,14 @@ The entropy curve comes from validation cells only; test cells are read to score
 import json
 import logging
 import math
-import platform
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from tokenization.labels_dcm import shortened
-from training.data.command_line import user_errors, version_of
+from training.data.command_line import user_errors, versions_of
 from training.data.files import written_aside
 
 if TYPE_CHECKING:
@@ -115,19 +113,19 @@ def sampling(
     from eval.benchmarks import sampling as measured
     from eval.benchmarks.costs import device_name
     from eval.drawing.checkpoint import load_checkpoint
+    from eval.reports.tables import markdown_table
 
     model, tokenizer = load_checkpoint(checkpoint)
-    columns = [] if unconditional else _condition_columns(tokenizer)
+    columns = [] if unconditional else tokenizer.known_conditions()
     real_cells = _real_cells(real, tokenizer, columns)
     train_cells = None if train is None else _real_cells(train, tokenizer, columns)
     wanted = min(len(real_cells), measured.PROTOCOL.max_cells if num_cells is None else num_cells)
     if wanted < len(real_cells):
         logger.info("%d of the %d cells of %s, a random choice", wanted, len(real_cells), real)
-        rows = np.random.default_rng(0).choice(len(real_cells), wanted, replace=False)
-        real_cells = real_cells.take(np.sort(rows))
+        real_cells = real_cells.thinned(wanted, np.random.default_rng(0))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device, getattr(torch, dtype)).eval()
-    conditions = _condition_ids(real_cells, tokenizer)
+    conditions = tokenizer.condition_ids(real_cells.labels)
     sampled = measured.Sampled(model, tokenizer, conditions, real_cells, seeds, batch_size)
     rows = measured.benchmark_sampling(sampled, train=train_cells, num_naive=naive_cells)
     name = Path(checkpoint).resolve().name if Path(checkpoint).exists() else checkpoint
@@ -136,14 +134,8 @@ def sampling(
     how = f"{seeds} seeds, chunks of {batch_size}, {model.config.backbone}, {dtype}, {device_name(device)}"
     picture = measured.figure(rows, title=f"Sampling from {what} ({seeds} seeds)")
     content = {"what": what, "how": how, "rows": [row.as_json() for row in rows]}
-    _write(
-        out / "sampling",
-        what,
-        [how, aligned(measured.table(rows)), *measured.notes(rows)],
-        result,
-        content,
-        picture,
-    )
+    text = [how, markdown_table(measured.table(rows), numbers=True), *measured.notes(rows)]
+    _write(out / "sampling", what, text, result, content, picture)
     return result
 
 
@@ -168,6 +160,7 @@ def training(
     _check_folder(out)
     from eval.benchmarks import training as measured
     from eval.benchmarks.costs import device_name
+    from eval.reports.tables import markdown_table
 
     accelerator = measured.start_accelerator()
     on_gpu = accelerator.device.type == "cuda"
@@ -177,7 +170,7 @@ def training(
     result = measured.summarise_steps(rows)
     where = f"{device_name(accelerator.device)}, {'bf16' if on_gpu else 'float32'}"
     content = {"device": where, "left_out": left_out, "rows": [row.as_json() for row in rows]}
-    table = aligned(measured.steps_table(rows, accelerator.device))
+    table = markdown_table(measured.steps_table(rows, accelerator.device), numbers=True)
     text = [table, *(f"Left out: {reason}." for reason in left_out)]
     _write(out / "training", f"Training steps on {where}", text, result, content)
     return result
@@ -192,14 +185,6 @@ def store_curve(checkpoint: Path, curve: dict[str, list[float]]) -> None:
         aside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table that is aligned as plain text too: the first column left, numbers right."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    texts = [[line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))] for line in lines]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [texts[0], rule, *texts[1:]])
-
-
 def last_line(result: dict[str, float]) -> str:
     """The result in one line for machines."""
     return " ".join(f"{name}={value:.4g}" for name, value in result.items())
@@ -210,9 +195,8 @@ def _write(
 ) -> None:
     """Write path.json, path.md and path.png; the text goes to stdout too."""
     found = {name: value if math.isfinite(value) else None for name, value in result.items()}
-    versions = {"python": platform.python_version()} | {name: version_of(name) for name in PACKAGES}
     with written_aside(path.with_suffix(".json")) as aside:
-        whole = {**content, **found, "versions": versions}
+        whole = {**content, **found, "versions": versions_of(PACKAGES)}
         aside.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     with written_aside(path.with_suffix(".md")) as aside:
         aside.write_text("\n\n".join([f"# {title}", *text, f"`{last_line(result)}`"]) + "\n", encoding="utf-8")
@@ -250,33 +234,14 @@ def _check_panel(data: Path, tokenizer: "DCMTokenizer") -> None:
         )
 
 
-def _condition_columns(tokenizer: "DCMTokenizer") -> list[str]:
-    """Columns of obs that hold the model's conditions."""
-    own = {"cell_type": tokenizer.cell_types, "perturbation": tokenizer.perturbations}
-    return [*(name for name, labels in own.items() if labels), *tokenizer.covariates]
-
-
 def _real_cells(path: Path, tokenizer: "DCMTokenizer", columns: list[str]) -> "CellCounts":
     """Real cells over the checkpoint's panel, with the labels of its conditions."""
     from eval.comparison.cells import from_anndata
     from training.data.formats import read_counts
 
-    adata = read_counts(path)
-    missing = [column for column in columns if column not in adata.obs]
-    if missing:
-        raise ValueError(
-            f"{str(path)!r} has no obs column {missing}, a condition of the checkpoint; its columns: "
-            f"{shortened(adata.obs.columns, 20)}; rename one, or draw without conditions with --unconditional"
-        )
-    return from_anndata(adata, name=str(path), conditions=columns, genes=tokenizer.genes)
-
-
-def _condition_ids(cells: "CellCounts", tokenizer: "DCMTokenizer") -> dict[str, object]:
-    """Conditions of the cells as ids (N, ..)."""
-    labels = {name: cells.labels[name].tolist() for name in cells.labels}
-    fixed = {name: labels.pop(name) for name in ("cell_type", "perturbation") if name in labels}
-    ids = tokenizer.conditions(num_cells=len(cells), covariates=labels or None, **fixed)
-    return {name: value for name, value in ids.items() if name != "num_cells"}
+    way_out = "rename one, or draw without conditions with --unconditional"
+    names = {"conditions": columns, "genes": tokenizer.genes}
+    return from_anndata(read_counts(path), name=str(path), **names, way_out=way_out)
 
 
 def _expect_at_least(least: int, **options: int | None) -> None:

@@ -10,22 +10,16 @@ from itertools import pairwise
 import torch
 
 from modeling_dcm import DCMForDenoising
-from modeling_dcm.diffusion_dcm import keyed_generator, reveal_probability, sigma
+from modeling_dcm.diffusion_dcm import keyed_generator, sigma
 from modeling_dcm.generation_dcm import dropout_off, row_chunks, select_rows
 
 STEPS = 100
 CELLS_AT_ONCE = 16  # logits of every gene and count of more cells would not fit in memory
 
+# (t, s, eps) -> probability that a gene masked at time t is revealed at s. The right one is `reveal_probability`, the
+# Euler step of Eq. 3 too: rates sigma(t) s_v from MASK to counts v, with the concrete scores of Eq. 5, sum to
+# sigma(t) alpha / (1 - alpha) = 1 / t, and (t - s) / t is the same number.
 RevealRule = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
-
-
-def reverse_rule(t: torch.Tensor, s: torch.Tensor, eps: float) -> torch.Tensor:
-    """``(m_t - m_s) / m_t``: what the reverse process gives between t and s. Right, but at a naive cost.
-
-    It is the Euler step of Eq. 3 too: rates ``sigma(t) s_v`` from MASK to counts v, with the concrete scores of Eq. 5,
-    sum to ``sigma(t) alpha / (1 - alpha) = 1 / t``, and ``(t - s) / t`` is the same number.
-    """
-    return reveal_probability(t, s, eps)
 
 
 def forward_rule(t: torch.Tensor, s: torch.Tensor, eps: float) -> torch.Tensor:
@@ -49,8 +43,8 @@ def naive_loop(
 ) -> torch.Tensor:
     """Draw count ids (B, G) by the plain loop over time: ``steps`` equal ones from t = 1 to 0.
 
-    ``rule`` is the probability that a gene masked at time t is revealed at time s; ``conditions`` (B, ..) are arguments
-    of the forward. The loop ends early once nothing is masked: what is revealed never changes.
+    ``conditions`` (B, ..) are arguments of the forward. The loop ends early once nothing is masked: what is revealed
+    never changes.
     """
     config = model.config
     mask = config.mask_token_id

@@ -11,17 +11,17 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from eval.benchmarks.costs import Cost
 from eval.benchmarks.naive_sampler import STEPS as NAIVE_STEPS
-from eval.benchmarks.naive_sampler import forward_rule, naive_cells, reverse_rule
+from eval.benchmarks.naive_sampler import forward_rule, naive_cells
 from eval.comparison.cells import CellCounts
 from eval.comparison.floor import floor_draws
 from eval.comparison.protocols import PROTOCOLS, Reference, evaluate_pair, prepare_reference
 from modeling_dcm import DCMForDenoising
+from modeling_dcm.diffusion_dcm import reveal_probability
 from modeling_dcm.schedule_dcm import as_curve, predicted_kl, reveal_schedule
 from tokenization import DCMTokenizer
 
@@ -168,7 +168,7 @@ def _naive(sampled: Sampled, num_cells: int) -> Row:
         for number, cost in costs.items():
             torch.set_num_threads(number)
             with cost:
-                naive_cells(model, given, 1, rule=reverse_rule, seed=cell)
+                naive_cells(model, given, 1, rule=reveal_probability, seed=cell)
     torch.set_num_threads(threads)
     best = min(costs.values(), key=lambda cost: cost.median)
     return Row(NAIVE, None, NAIVE_STEPS, 1 / best.median, best.most_mib)
@@ -232,7 +232,6 @@ def notes(rows: Sequence[Row]) -> list[str]:
 def figure(rows: Sequence[Row], *, title: str) -> Figure:
     """MMD^2 and correlation slope against network calls: a point to a setting, the floor as a band."""
     canvas = Figure(figsize=(15, 7), dpi=100, layout="constrained")
-    FigureCanvasAgg(canvas)
     canvas.suptitle(title, fontsize=14)
     for axes, metric in zip(canvas.subplots(1, 2), PANELS):
         _panel(axes, rows, metric)

@@ -8,7 +8,7 @@ Letters: B cells, G genes.
 import math
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from eval.benchmarks.costs import Cost, interleaved, product_rate
+from eval.benchmarks.costs import interleaved, product_rate
 from modeling_dcm import SIZES, DCMConfig, DCMForDenoising
 from training.config import TrainConfig
 from training.loop.batches import noised
@@ -36,34 +36,30 @@ MEAN_COUNT = 1.5  # of a gene in a cell: deep data
 OPTIONS = TrainConfig(data=Path("."), out=Path("."), trackers="none", conditions="none")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Case:
-    """One network on one batch."""
+    """One network on one batch, and what its steps cost, once they are measured."""
 
     size: str
     backbone: str
     variant: str
     genes: int  # G
     cells: int  # B
+    parameters: int = 0
+    flops: float = 0.0  # of a step
+    seconds: list[float] = field(default_factory=list)  # of each step
+    memory_mib: float | None = None
 
     @property
     def name(self) -> str:
         return f"{self.size}, {self.backbone}, {self.variant}"
 
-
-@dataclass
-class Row:
-    """What a step of a case costs."""
-
-    case: Case
-    parameters: int
-    flops: float
-    cost: Cost | None = None
+    @property
+    def cells_per_second(self) -> float:
+        return self.cells / statistics.median(self.seconds)
 
     def as_json(self) -> dict[str, object]:
-        numbers = {"parameters": self.parameters, "flops": self.flops, "seconds": self.cost.seconds}
-        numbers |= {"memory_mib": self.cost.most_mib, "cells_per_second": self.case.cells / self.cost.median}
-        return {**asdict(self.case), **numbers}
+        return {**asdict(self), "cells_per_second": self.cells_per_second}
 
 
 class Training:
@@ -116,7 +112,7 @@ def start_accelerator() -> Accelerator:
 
 def measure_steps(
     sizes: tuple[str, ...], genes: tuple[int, ...], *, rounds: int, accelerator: Accelerator
-) -> tuple[list[Row], list[str]]:
+) -> tuple[list[Case], list[str]]:
     """Rows of both backbones, ours and plain, which take turns at each size and number of genes; what was left out."""
     device = accelerator.device
     rows, left_out = [], []
@@ -131,20 +127,18 @@ def measure_steps(
             except torch.OutOfMemoryError as error:
                 left_out.append(f"{case.name} at {number:,} genes: {str(error).splitlines()[0]}")
                 continue
-            found[case.name] = Row(case, training.network.num_parameters(), training.flops())
-            works[case.name] = training.step
+            case.parameters, case.flops = training.network.num_parameters(), training.flops()
+            found[case.name], works[case.name] = case, training.step
         for name, cost in interleaved(works, device, rounds=rounds).items():
-            found[name].cost = cost
+            found[name].seconds, found[name].memory_mib = cost.seconds, cost.most_mib
         rows += found.values()
         accelerator.free_memory()
     return rows, left_out
 
 
-def summarise_steps(rows: list[Row]) -> dict[str, float]:
+def summarise_steps(rows: list[Case]) -> dict[str, float]:
     """The numbers of the last line, at the last size and genes: medians of ratios of turns; nan without them."""
-    last = {
-        (row.case.backbone, row.case.variant): row.cost.seconds for row in rows if row.case.genes == rows[-1].case.genes
-    }
+    last = {(row.backbone, row.variant): row.seconds for row in rows if row.genes == rows[-1].genes}
 
     def ratio(above: tuple[str, str], below: tuple[str, str]) -> float:
         pairs = zip(last.get(above, ()), last.get(below, ()))
@@ -156,14 +150,14 @@ def summarise_steps(rows: list[Row]) -> dict[str, float]:
     }
 
 
-def steps_table(rows: list[Row], device: torch.device) -> list[tuple[str, ...]]:
+def steps_table(rows: list[Case], device: torch.device) -> list[tuple[str, ...]]:
     """Lines of the table, the header first."""
     peak = peak_flops(device) or product_rate(device)
     lines = [("network", "genes", "cells", "parameters", "cells/s", "s/step", "MiB", "FLOP use")]
     for row in rows:
-        case, cost = row.case, row.cost
-        memory = "" if cost.most_mib is None else f"{cost.most_mib:,.0f}"
-        numbers = (f"{case.genes:,}", f"{case.cells:,}", f"{row.parameters / 1e6:.1f} M")
-        numbers += (f"{case.cells / cost.median:,.3g}", f"{cost.median:.3g}", memory)
-        lines.append((case.name, *numbers, f"{row.flops / cost.median / peak:.1%}"))
+        memory = "" if row.memory_mib is None else f"{row.memory_mib:,.0f}"
+        seconds = statistics.median(row.seconds)
+        numbers = (f"{row.genes:,}", f"{row.cells:,}", f"{row.parameters / 1e6:.1f} M")
+        numbers += (f"{row.cells_per_second:,.3g}", f"{seconds:.3g}", memory, f"{row.flops / seconds / peak:.1%}")
+        lines.append((row.name, *numbers))
     return lines

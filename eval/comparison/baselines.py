@@ -7,6 +7,7 @@ and gene-gene structure to be compared.
 """
 
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,6 +16,7 @@ import pandas as pd
 from scipy import sparse
 
 from eval.comparison.cells import PERTURBATION, SEPARATOR, CellCounts
+from tokenization.count_checks_dcm import library_size
 
 logger = logging.getLogger(__name__)
 
@@ -132,10 +134,14 @@ def named_baselines(names: str) -> list[str]:
             known = f"default, all, none, or some of {', '.join(BASELINES)}"
             raise ValueError(f"--baselines {names!r}: expected {known}, with commas between")
     if set(wanted) & set(FROM_SCVI):
-        from eval.comparison import scvi
-
-        scvi.check_installed()
+        check_installed("scvi", "scvi-tools", "a baseline of scVI")
     return wanted
+
+
+def check_installed(module: str, package: str, what: str) -> None:
+    """Refuse to start ``what`` where its package is not there."""
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"{what} needs the package {package}: pip install 'discrete-cell-models[baselines]'")
 
 
 def fitted_baselines(train: CellCounts, names: Sequence[str], *, required: bool) -> dict[str, Sampler]:
@@ -256,8 +262,7 @@ def _moved(
     """
     keep = np.minimum(np.divide(target, mean, out=np.ones_like(mean), where=mean > 0), 1.0)
     more = np.maximum(target - mean, 0.0)
-    sizes = np.asarray(cells.sum(axis=1), dtype=np.float64).ravel()
-    sizes = sizes / mean.sum() if mean.any() else np.ones_like(sizes)
+    sizes = library_size(cells) / mean.sum() if mean.any() else np.ones(cells.shape[0])
     blocks = []
     for start in range(0, cells.shape[0], CELLS_AT_ONCE):
         rows = slice(start, start + CELLS_AT_ONCE)

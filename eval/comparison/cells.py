@@ -5,7 +5,7 @@ the real test cells and several seeds.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from eval.drawing.measured import labelled
 from tokenization.labels_dcm import shortened
 from training.data.formats import read_counts
 from training.data.shards import read_panels
@@ -121,35 +122,33 @@ def is_checkpoint(path: Path) -> bool:
     return path.is_dir() or (path.suffix not in (".h5ad", ".h5") and not path.exists() and len(path.parts) == 2)
 
 
-def drawn_files(
-    generated: Sequence[Path], names: Sequence[str | None], *, real: Path, out: Path, seeds: int
-) -> tuple[list[Path], list[str | None]]:
+def drawn_files(generated: Mapping[Path, str | None], *, real: Path, out: Path, seeds: int) -> dict[Path, str | None]:
     """Replace every checkpoint by the files drawn from it, one for each seed, in ``out/samples``.
 
     Returns:
         The h5ad files and a name for each: the one given, for a checkpoint else the last part of its path.
     """
-    drawn: list[tuple[Path, str | None]] = []
-    for given, name in zip(generated, names):
+    drawn: dict[Path, str | None] = {}
+    for given, name in generated.items():
         if not is_checkpoint(given):
-            drawn.append((given, name))
+            drawn[given] = name
             continue
         from eval.sample import main as sample  # only here: drawing needs the network's packages
 
         short = given.resolve().name
         for seed in range(seeds):
             logger.info("drawing the test cells' conditions from %s, seed %d", given, seed)
-            path = sample(str(given), out=out / "samples" / f"{short}_{seed}.h5ad", like=real, seed=seed)
-            drawn.append((path, name or short))
-    return [path for path, _ in drawn], [name for _, name in drawn]
+            drawn[sample(str(given), out=out / "samples" / f"{short}_{seed}.h5ad", like=real, seed=seed)] = (
+                name or short
+            )
+    return drawn
 
 
 def read_comparison(
-    generated: Sequence[Path],
+    generated: Mapping[Path, str | None],
     real: Path,
     train: Path,
     *,
-    names: Sequence[str | None],
     reserved_names: Sequence[str],
     condition_keys: str | None = None,
     layer: str | None = None,
@@ -158,7 +157,7 @@ def read_comparison(
 ) -> Comparison:
     """Read all files, with the genes of the real one and one set of condition columns.
 
-    Files with one name are the seeds of one generator; a name that is None is what the file says in
+    Generated files with one name are the seeds of one generator; a name that is None is what the file says in
     ``uns["generator"]``, and ``reserved_names`` are refused. The other arguments are options of ``dcm-evaluate``.
 
     Raises:
@@ -166,24 +165,12 @@ def read_comparison(
         ValueError: a file that is not counts of the same genes with the same condition columns.
     """
     real_file = read_counts(real)
-    files = [read_counts(path, layer) for path in generated]
+    files = {path: read_counts(path, layer) for path in generated}
     train_file = read_counts(train)
-    others = {str(path): file.var_names for path, file in zip((*generated, train), (*files, train_file))}
-    kept, left_out = _common_genes(real_file.var_names, others, genes, real=str(real))
-    named = {str(path): file for path, file in zip((real, *generated, train), (real_file, *files, train_file))}
-    unmeasured = set().union(*(_not_measured(file, name) for name, file in named.items()))
-    if unmeasured:
-        left_out = tuple(gene for gene in map(str, real_file.var_names) if gene in unmeasured or gene in left_out)
-        kept = [gene for gene in kept if gene not in unmeasured]
-        if not kept:
-            raise ValueError(
-                "no gene was measured in all cells of all files (uns['dcm_panels']): compare the cells of one panel at "
-                "a time, those with one value of obs['panel']"
-            )
-        what = "compared on the %d of %d genes that were measured in all cells of all files"
-        logger.warning(what, len(kept), real_file.n_vars)
-    control = str(real_file.uns["dcm_control"]) if control is None and "dcm_control" in real_file.uns else control
-    conditions = _condition_columns(condition_keys, real_file, files)
+    kept, panels_differ = _common_genes({real: real_file, **files, train: train_file}, genes, real=real)
+    if control is None and "dcm_control" in real_file.uns:
+        control = str(real_file.uns["dcm_control"])
+    conditions = _condition_columns(condition_keys, [real_file, *files.values()])
     separator = str(real_file.uns.get("dcm_separator", train_file.uns.get("dcm_separator", CellCounts.separator)))
     options = {"conditions": conditions, "genes": kept, "control": control, "separator": separator}
     real_cells = from_anndata(real_file, name=str(real), **options)
@@ -191,19 +178,23 @@ def read_comparison(
         known = ", ".join(sorted(set(real_cells.labels[PERTURBATION]))[:5])
         logger.warning("no test cell is labelled %r (control); perturbations there: %s, ...", control, known)
     by_model: dict[str, list[CellCounts]] = {}
-    for path, file, name in zip(generated, files, names):
+    for path, file in files.items():
         cells = from_anndata(file, name=str(path), **options)
         if not set(cells.rows_by_condition) & set(real_cells.rows_by_condition):
             raise ValueError(
                 f"{str(path)!r} has none of the conditions of {str(real)!r} (columns {', '.join(conditions)}); it has "
                 f"{next(iter(cells.rows_by_condition))!r}, the other {next(iter(real_cells.rows_by_condition))!r}, ..."
             )
-        by_model.setdefault(name or _generator(file, path, reserved_names), []).append(cells)
-    found = [file.uns.get("dcm_sampling", {}).get("checkpoint") for file in files]
-    checkpoints = list(dict.fromkeys(str(checkpoint) for checkpoint in found if checkpoint is not None))
-    train_cells = from_anndata(train_file, name=str(train), **options)
+        by_model.setdefault(generated[path] or _generator(file, path, reserved_names), []).append(cells)
+    found = [file.uns.get("dcm_sampling", {}).get("checkpoint") for file in files.values()]
     comparison = Comparison(
-        real_cells, train_cells, by_model, kept, ", ".join(checkpoints) or None, left_out, bool(unmeasured)
+        real=real_cells,
+        train=from_anndata(train_file, name=str(train), **options),
+        generated=by_model,
+        genes=kept,
+        checkpoint=", ".join(dict.fromkeys(str(name) for name in found if name is not None)) or None,
+        genes_left_out=tuple(real_file.var_names[~real_file.var_names.isin(kept)]),
+        panels_differ=panels_differ,
     )
     _warn_of_gaps(comparison)
     return comparison
@@ -217,25 +208,17 @@ def from_anndata(
     genes: Sequence[str],
     control: str | None = None,
     separator: str = CellCounts.separator,
+    way_out: str = "choose columns that every file has with --condition-keys A,B (or --condition-keys none)",
 ) -> CellCounts:
     """Take the counts that :func:`read_counts` read and the condition columns of ``obs``; genes are matched by name.
 
-    Genes that are not among ``genes`` are dropped, which is logged. ``name`` is what messages call the file.
+    Genes that are not among ``genes`` are dropped, which is logged. ``name`` is what messages call the file, and
+    ``way_out`` what they advise where it lacks a column.
 
     Raises:
         ValueError: duplicate or missing genes, a missing column or label.
     """
-    absent = [column for column in conditions if column not in adata.obs]
-    if absent:
-        raise ValueError(
-            f"{name!r} has no column {', '.join(map(repr, absent))} in obs; it has {shortened(adata.obs.columns, 20)}; "
-            "choose columns that every file has with --condition-keys A,B (or --condition-keys none)"
-        )
-    labels = adata.obs[list(conditions)].reset_index(drop=True)
-    for column in conditions:
-        unlabelled = int(labels[column].isna().sum())
-        if unlabelled:
-            raise ValueError(f"{name!r}: {unlabelled:,} cells have no label in obs[{column!r}]; label or remove them")
+    labels = labelled(adata.obs, conditions, file=name, way_out=way_out).reset_index(drop=True)
     _check_unique_genes(adata.var_names, name)
     positions = adata.var_names.get_indexer(pd.Index(genes))
     missing = [gene for gene, position in zip(genes, positions) if position < 0]
@@ -249,48 +232,55 @@ def from_anndata(
     return CellCounts(adata.X[:, positions].tocsr(), labels.astype(str), control, separator)
 
 
-def _condition_columns(asked: str | None, real: "anndata.AnnData", others: Sequence["anndata.AnnData"]) -> list[str]:
-    """Columns that make up a condition: ``asked`` (A,B or none), else what the real file says, else the usual.
+def _condition_columns(asked: str | None, files: Sequence["anndata.AnnData"]) -> list[str]:
+    """Columns that make up a condition: ``asked`` (A,B or none), else what the first file says, else the usual.
 
     A file written by ``dcm-convert`` or ``dcm-sample`` lists them in ``uns["dcm_conditions"]``; for any other,
     ``cell_type`` and ``perturbation`` are taken where every file has them.
     """
     if asked is not None:
         names = [name.strip() for name in asked.split(",") if name.strip()]
-        return [] if names in ([], ["none"]) else names
-    if "dcm_conditions" in real.uns:
-        return [str(name) for name in np.asarray(real.uns["dcm_conditions"]).ravel()]
-    return [name for name in DEFAULT_CONDITIONS if all(name in file.obs for file in (real, *others))]
+        return [] if names == ["none"] else names
+    if "dcm_conditions" in files[0].uns:
+        return [str(name) for name in np.asarray(files[0].uns["dcm_conditions"]).ravel()]
+    return [name for name in DEFAULT_CONDITIONS if all(name in file.obs for file in files)]
 
 
 def _common_genes(
-    of_real: pd.Index, others: dict[str, pd.Index], genes: Literal["all", "shared"], *, real: str
-) -> tuple[list[str], tuple[str, ...]]:
-    """The genes to compare, in the order of the real cells, and those left out because another file lacks them."""
-    for name, found in others.items():
-        _check_unique_genes(found, name)
-    absent = {name: of_real[~of_real.isin(found)] for name, found in others.items()}
-    short = next((name for name, lacking in absent.items() if len(lacking)), None)
-    if short is None:
-        return list(map(str, of_real)), ()
-    kept = of_real[np.logical_and.reduce([of_real.isin(found) for found in others.values()])]
-    what = f"{short!r} lacks {len(absent[short]):,} of the {len(of_real):,} genes of the real cells"
-    what += f" ({shortened(absent[short])})"
-    if not len(kept):
-        raise ValueError(
-            f"{what}; no gene of {real!r} is in every file: name genes alike in all of them (those of {short!r} are "
-            f"{shortened(others[short], 3)})"
-        )
-    if genes == "all":
-        raise ValueError(f"{what}; add them, or compare on the {len(kept):,} others with --genes shared")
-    logger.warning("%s: compared on the %d genes that all files share", what, len(kept))
-    return list(map(str, kept)), tuple(map(str, of_real[~of_real.isin(kept)]))
-
-
-def _not_measured(file: "anndata.AnnData", name: str) -> set[str]:
-    """Genes that were not measured in some cell of a file."""
-    _, measured = read_panels(file.obs, file.uns.get("dcm_panels"), file.n_vars, file=name)
-    return set(map(str, file.var_names[~measured.all(axis=0)]))
+    files: Mapping[Path, "anndata.AnnData"], genes: Literal["all", "shared"], *, real: Path
+) -> tuple[list[str], bool]:
+    """The genes to compare, in the order of the real cells, and whether some were not measured in all cells."""
+    of_real = files[real].var_names
+    for path, file in files.items():
+        _check_unique_genes(file.var_names, str(path))
+    lacking = {path: of_real[~of_real.isin(file.var_names)] for path, file in files.items()}
+    kept = of_real[~of_real.isin(np.concatenate(list(lacking.values())))]
+    short = next((path for path, absent in lacking.items() if len(absent)), None)
+    if short is not None:
+        what = f"{str(short)!r} lacks {len(lacking[short]):,} of the {len(of_real):,} genes of the real cells"
+        what += f" ({shortened(lacking[short])})"
+        if not len(kept):
+            raise ValueError(
+                f"{what}; no gene of {str(real)!r} is in every file: name genes alike in all of them (those of "
+                f"{str(short)!r} are {shortened(files[short].var_names, 3)})"
+            )
+        if genes == "all":
+            raise ValueError(f"{what}; add them, or compare on the {len(kept):,} others with --genes shared")
+        logger.warning("%s: compared on the %d genes that all files share", what, len(kept))
+    unmeasured: set[str] = set()
+    for path, file in files.items():
+        _, measured = read_panels(file.obs, file.uns.get("dcm_panels"), file.n_vars, file=str(path))
+        unmeasured.update(file.var_names[~measured.all(axis=0)])
+    if unmeasured:
+        kept = kept[~kept.isin(list(unmeasured))]
+        if not len(kept):
+            raise ValueError(
+                "no gene was measured in all cells of all files (uns['dcm_panels']): compare the cells of one panel at "
+                "a time, those with one value of obs['panel']"
+            )
+        what = "compared on the %d of %d genes that were measured in all cells of all files"
+        logger.warning(what, len(kept), len(of_real))
+    return list(map(str, kept)), bool(unmeasured)
 
 
 def _check_unique_genes(names: pd.Index, file: str) -> None:
@@ -318,7 +308,7 @@ def _warn_of_gaps(comparison: Comparison) -> None:
     for model, files in comparison.generated.items():
         for position, file in enumerate(files, start=1):
             found = file.rows_by_condition
-            lacking = {name: rows.size - (found[name].size if name in found else 0) for name, rows in wanted.items()}
+            lacking = {name: rows.size - found.get(name, rows[:0]).size for name, rows in wanted.items()}
             short = {name: number for name, number in lacking.items() if number > 0}
             unmatched = [name for name in found if name not in wanted]
             if short:

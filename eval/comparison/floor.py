@@ -47,8 +47,11 @@ def without_training_cells(train: CellCounts, real: CellCounts) -> list[str]:
     return [condition for condition in real.rows_by_condition if condition not in train.rows_by_condition]
 
 
-def split_half_note(halved: Sequence[str], real: CellCounts) -> str:
-    """Which floor these conditions have, for whoever reads the numbers."""
+def split_half_note(train: CellCounts, real: CellCounts) -> str | None:
+    """Which conditions have the other floor, for whoever reads the numbers; None if there are none."""
+    halved = without_training_cells(train, real)
+    if not halved:
+        return None
     return (
         f"in {len(halved):,} of {len(real.rows_by_condition):,} conditions no training cell is there to be the floor: "
         "one half of their real test cells is compared with the other, and so is every model, with as many cells "

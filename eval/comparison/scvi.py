@@ -7,7 +7,6 @@ Reference: Lopez et al., Nature Methods 15 (2018), 1053-1058.
 
 import contextlib
 import functools
-import importlib.util
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -20,16 +19,10 @@ from scipy import sparse
 
 from eval.comparison.baselines import Sampler, cells_by_labels, training_rows
 from eval.comparison.cells import CellCounts
+from tokenization.count_checks_dcm import library_size
 
 CELLS_AT_ONCE = 512
 SEED = 0
-MISSING = "scVI baselines need the package scvi-tools: pip install 'discrete-cell-models[baselines]'"
-
-
-def check_installed() -> None:
-    """Refuse to start where scvi-tools is not there."""
-    if importlib.util.find_spec("scvi") is None:
-        raise ValueError(MISSING)
 
 
 def fit(train: CellCounts, *, from_prior: bool) -> Sampler:
@@ -38,8 +31,8 @@ def fit(train: CellCounts, *, from_prior: bool) -> Sampler:
     ``z`` is drawn from the prior, or from that training cell's posterior.
     """
     model, covariates, mean, variance = _trained(train)
-    sizes = np.asarray(train.counts.sum(axis=1), dtype=np.float32).ravel()
-    log_sizes = torch.from_numpy(np.log(np.maximum(sizes, 1.0)))[:, None]
+    sizes = np.maximum(library_size(train.counts), 1).astype(np.float32)
+    log_sizes = torch.from_numpy(np.log(sizes))[:, None]
 
     def sample(conditions: pd.DataFrame, rng: np.random.Generator) -> sparse.csr_matrix:
         donors = np.empty(len(conditions), dtype=np.int64)
@@ -73,7 +66,6 @@ def _trained(train: CellCounts) -> tuple[Any, torch.Tensor | None, np.ndarray, n
     Returns:
         The model; (n, columns) codes of their conditions; (n, dimensions) means and variances of q(z | x).
     """
-    check_installed()
     import scvi
 
     columns = list(train.labels)

@@ -111,14 +111,9 @@ def read_measured_cells(path: Path, tokenizer: DCMTokenizer, layer: str | None =
             counts = sparse.vstack(list(file.counts.panel_blocks(columns, report.update)), format="csr")
     over = counts.data > tokenizer.max_count
     if over.any():
-        logger.warning(
-            "%s: %d counts are above the model's largest, %d (up to %d): it sees %d there",
-            path.name,
-            over.sum(),
-            tokenizer.max_count,
-            counts.data.max(),
-            tokenizer.max_count,
-        )
+        what = "%s: %d counts are above the model's largest, %d (up to %d): it sees %d there"
+        most = tokenizer.max_count
+        logger.warning(what, path.name, over.sum(), most, counts.data.max(), most)
     return MeasuredCells(file.obs, counts.astype(np.int32), panel, panels, names, ids, tokenizer)
 
 
@@ -135,17 +130,12 @@ def library_sizes_of(path: Path, genes: list[str], layer: str | None = None) -> 
     """
     with opened_counts(path, layer) as file:
         columns = panel_columns(file, genes)
-        absent = [gene for gene, column in zip(genes, columns) if column < 0]
-        if absent:
+        lacking = [gene for gene, of_panels in zip(genes, file.measured(columns)[1].T) if not of_panels.all()]
+        if lacking:
             raise ValueError(
-                f"{str(path)!r} lacks {len(absent):,} of the panel's {len(genes):,} genes ({shortened(absent)}): "
-                "library sizes need all of them; leave out --like-library-size to draw them from the training cells"
-            )
-        partly = int((~file.measured(columns)[1].all(axis=0)).sum())
-        if partly:
-            raise ValueError(
-                f"{str(path)!r}: {partly:,} of the panel's {len(genes):,} genes were not measured in all cells: "
-                "library sizes need all of them; leave out --like-library-size to draw them from the training cells"
+                f"{str(path)!r} lacks {len(lacking):,} of the panel's {len(genes):,} genes ({shortened(lacking)}), at "
+                "least in some cells: library sizes need all of them; leave out --like-library-size to draw them from "
+                "the training cells"
             )
         with ProgressReport(len(file.obs), task="summing library sizes", unit="cells") as report:
             sizes = [library_size(counts) for counts in file.counts.panel_blocks(columns, report.update)]
@@ -178,17 +168,21 @@ def conditions_like(
     given = {CELL_TYPE: cell_type, PERTURBATION: perturbation, **(covariates or {})}
     given = {name: label for name, label in given.items() if label is not None}
     needed = [name for name in labels.known_conditions() if name not in given]
-    missing = [name for name in needed if name not in obs]
-    if missing:
-        raise ValueError(f"{str(path)!r} has no obs column {missing}; its columns: {', '.join(obs.columns) or 'none'}")
-    for name in needed:
-        unlabelled = int(obs[name].isna().sum())
+    columns = labelled(obs, needed, file=str(path), way_out="or give all cells one label by its option")
+    return {"num_cells": len(obs), **labels.condition_ids(columns.assign(**given))}
+
+
+def labelled(obs: pd.DataFrame, columns: Sequence[str], *, file: str, way_out: str) -> pd.DataFrame:
+    """Columns of ``obs`` that must be there and have a label for every cell; ``way_out`` ends the message if not."""
+    absent = [column for column in columns if column not in obs]
+    if absent:
+        known = shortened(obs.columns, 20) or "none"
+        raise ValueError(f"{file!r} has no obs column {', '.join(map(repr, absent))}; it has {known}; {way_out}")
+    for column in columns:
+        unlabelled = int(obs[column].isna().sum())
         if unlabelled:
-            raise ValueError(
-                f"{str(path)!r}: {unlabelled:,} cells have no label in obs[{name!r}]; label or remove them"
-            )
-    columns = {name: obs[name] for name in needed} | {name: [label] * len(obs) for name, label in given.items()}
-    return {"num_cells": len(obs), **labels.condition_ids(columns)}
+            raise ValueError(f"{file!r}: {unlabelled:,} cells have no label in obs[{column!r}]; label or remove them")
+    return obs[list(columns)]
 
 
 def chunk_seed(seed: int, *key: int) -> int:

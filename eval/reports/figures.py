@@ -12,14 +12,15 @@ from collections.abc import Iterator, Sequence
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from scipy import sparse, stats
+from scipy.spatial.distance import squareform
 
 from eval.comparison.cells import PERTURBATION, CellCounts, Comparison
 from eval.comparison.protocols import FEW_CELLS, log_cp10k, principal_components
 from eval.metrics import gene_agreement as metrics
+from tokenization.count_checks_dcm import library_size
 
 INK = "#010203"
 INK_PARTS = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
@@ -37,11 +38,7 @@ DENSITY_SHARES = (0.9, 0.6, 0.3)  # of the cells inside each contour
 GENES_DRAWN = 10
 PERTURBATIONS_DRAWN = 6
 CORRELATED_GENES = 100
-
-
-def thinned(cells: CellCounts, rng: np.random.Generator) -> CellCounts:
-    """Return at most 2,000 random cells."""
-    return cells.take(np.sort(rng.choice(len(cells), min(len(cells), CELLS_DRAWN), replace=False)))
+PAIRS = f"pairs of {CORRELATED_GENES} variable genes", "correlation"  # title and axes of their panel
 
 
 def overview_figures(
@@ -49,9 +46,9 @@ def overview_figures(
 ) -> Iterator[tuple[str, Figure]]:
     """Yield one overview per generator, of its first file: ``figure.png``, and ``figure_NAME.png`` from the second."""
     rng = np.random.default_rng(seed)
-    real, drawn = thinned(cells.real, rng).counts, thinned(baseline, rng).counts
+    real, drawn = (side.thinned(CELLS_DRAWN, rng).counts for side in (cells.real, baseline))
     for position, (model, files) in enumerate(cells.generated.items()):
-        counts = {"real": real, model: thinned(files[0], rng).counts, baseline_name: drawn}
+        counts = {"real": real, model: files[0].thinned(CELLS_DRAWN, rng).counts, baseline_name: drawn}
         name = f"figure_{re.sub(r'[^A-Za-z0-9._-]+', '_', model)}.png" if position else "figure.png"
         yield name, overview_figure(counts, dataset=dataset)
 
@@ -65,9 +62,9 @@ def overview_figure(counts: dict[str, sparse.csr_matrix], *, dataset: str) -> Fi
     axes[0, 0].legend(loc="best", markerscale=3)
     axes[0, 0].set(title="principal components of the real cells", xlabel=labels[0], ylabel=labels[1])
     _gene_panels([*axes[0, 1:], *axes[1, :2]], counts)
-    _pairs(axes[1, 2], _correlations(counts))
-    real, generated = (cells.shape[0] for cells in list(counts.values())[:2])
-    sizes = f"{real:,} real, {generated:,} generated cells, {next(iter(counts.values())).shape[1]:,} genes"
+    _against_real(axes[1, 2], _correlations(counts), *PAIRS)
+    (real, genes), (generated, _), _ = (cells.shape for cells in counts.values())
+    sizes = f"{real:,} real, {generated:,} generated cells, {genes:,} genes"
     figure.suptitle(f"{list(counts)[1]} on {dataset}: {sizes}", fontsize=15)
     return figure
 
@@ -119,14 +116,14 @@ def correlation_figure(counts: dict[str, sparse.csr_matrix]) -> Figure:
     triangles = _correlations(counts)
     figure, panels = _figure(1, len(counts) + 1, (3.5 * (len(counts) + 1), 3.9))
     truth = next(iter(triangles.values()))
-    order = _similar_together(_square(truth))
+    order = np.argsort(np.linalg.eigh(_square(truth))[1][:, -1])  # along the first eigenvector, so that blocks show
     limit = max(0.1, float(np.quantile(np.abs(truth), 0.99))) if truth.size else 1.0
     for axes, (name, triangle) in zip(panels, triangles.items()):
         matrix = _square(triangle)[np.ix_(order, order)]
         image = axes.imshow(matrix, vmin=-limit, vmax=limit, cmap="RdBu_r", interpolation="nearest")
         axes.set(title=name, xticks=[], yticks=[])
     figure.colorbar(image, ax=panels[: len(counts)], location="bottom", shrink=0.4, aspect=30, label="correlation")
-    _pairs(panels[-1], triangles)
+    _against_real(panels[-1], triangles, *PAIRS)
     return figure
 
 
@@ -140,15 +137,15 @@ def differential_figure(real: CellCounts, generated: CellCounts, genes: Sequence
     changes = _changes(real, generated)
     if not changes:
         return None
-    strongest = sorted(changes, key=lambda condition: -np.sort(np.abs(changes[condition][0]))[-GENES_DRAWN:].sum())
+    strongest = sorted(changes.items(), key=lambda item: -np.sort(np.abs(item[1][0]))[-GENES_DRAWN:].sum())
     drawn = strongest[:PERTURBATIONS_DRAWN]
     columns = min(3, len(drawn))
     lines = -(-len(drawn) // columns)
-    figure, panels = _figure(lines, columns, (4.4 * columns, 3.6 * lines), squeeze=False)
-    for axes in panels.ravel()[len(drawn) :]:
+    figure, panels = _figure(lines, columns, (4.4 * columns, 3.6 * lines))
+    panels = np.ravel(panels)
+    for axes in panels[len(drawn) :]:
         axes.set_visible(False)
-    for axes, condition in zip(panels.ravel(), drawn):
-        truth, ours = changes[condition]
+    for axes, (condition, (truth, ours)) in zip(panels, drawn):
         top = np.argsort(-np.abs(truth), kind="stable")[:GENES_DRAWN][::-1]
         height = np.arange(top.size)
         axes.hlines(height, truth[top], ours[top], color=BASELINE, lw=1.2)
@@ -157,14 +154,14 @@ def differential_figure(real: CellCounts, generated: CellCounts, genes: Sequence
         axes.axvline(0, c=INK, lw=0.8)
         axes.set_yticks(height, [genes[gene] for gene in top])
         axes.set(title=condition, xlabel="change from control, mean log1p(CP10k)")
-    panels.ravel()[0].legend(loc="best")
+    panels[0].legend(loc="best")
     return figure
 
 
-def _figure(lines: int, columns: int, size: tuple[float, float], *, squeeze: bool = True) -> tuple[Figure, Axes]:
+def _figure(lines: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+    """Return a figure and its axes (lines x columns, or one line's)."""
     figure = Figure(figsize=size, layout="constrained", dpi=110)
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(lines, columns, squeeze=squeeze)
+    return figure, figure.subplots(lines, columns)
 
 
 def _components(counts: dict[str, sparse.csr_matrix]) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -181,11 +178,11 @@ def _components(counts: dict[str, sparse.csr_matrix]) -> tuple[dict[str, np.ndar
 
 def _points(axes: Axes, points: dict[str, np.ndarray], colours: Sequence[str]) -> None:
     """Draw cells as points: the first two kinds in mixed order, a baseline behind them."""
-    kinds = list(points.values())
-    for found, colour in list(zip(kinds, colours))[2:]:
-        axes.scatter(*found[:, :2].T, s=5, c=colour, alpha=0.25, linewidths=0, rasterized=True)
-    mixed = np.concatenate(kinds[:2])[:, :2]
-    colour = np.repeat(list(colours)[: len(kinds[:2])], [len(found) for found in kinds[:2]])
+    kinds = [found[:, :2] for found in points.values()]
+    for found, colour in zip(kinds[2:], colours[2:]):
+        axes.scatter(*found.T, s=5, c=colour, alpha=0.25, linewidths=0, rasterized=True)
+    mixed = np.concatenate(kinds[:2])
+    colour = np.repeat(colours[: len(kinds[:2])], [len(found) for found in kinds[:2]])
     order = np.random.default_rng(0).permutation(len(mixed))
     axes.scatter(*mixed[order].T, s=6, c=colour[order], alpha=0.5, linewidths=0, rasterized=True)
     for name, colour in zip(points, colours):
@@ -205,8 +202,8 @@ def _contours(axes: Axes, points: np.ndarray, colour: str, low: np.ndarray, high
 
 def _gene_panels(panels: Sequence[Axes], counts: dict[str, sparse.csr_matrix]) -> None:
     """Fill four panels: library sizes, and mean, variance and zeros of each gene against the real cells'."""
-    moments = {name: metrics.mean_and_variance(cells.astype(np.float64).log1p()) for name, cells in counts.items()}
-    means, variances = ({name: pair[i] for name, pair in moments.items()} for i in (0, 1))
+    moments = [metrics.mean_and_variance(cells.astype(np.float64).log1p()) for cells in counts.values()]
+    means, variances = (dict(zip(counts, of_genes)) for of_genes in zip(*moments))
     zeros = {name: metrics.zero_fractions(cells) for name, cells in counts.items()}
     _library_sizes(panels[0], counts)
     _against_real(panels[1], means, "mean of each gene", "mean log1p count", log=True)
@@ -216,7 +213,7 @@ def _gene_panels(panels: Sequence[Axes], counts: dict[str, sparse.csr_matrix]) -
 
 def _library_sizes(axes: Axes, counts: dict[str, sparse.csr_matrix]) -> None:
     """Draw histograms of the cells' totals on a logarithmic axis."""
-    sizes = {name: np.asarray(cells.sum(axis=1)).ravel() + 1 for name, cells in counts.items()}
+    sizes = {name: library_size(cells) + 1 for name, cells in counts.items()}
     joined = np.concatenate(list(sizes.values()))
     bins = np.geomspace(joined.min(), joined.max() + 1, 40)
     for name, colour in reversed(list(zip(sizes, COLOURS))):
@@ -271,21 +268,10 @@ def _correlations(counts: dict[str, sparse.csr_matrix]) -> dict[str, np.ndarray]
     return {name: metrics.correlation_triangles(cells, real, CORRELATED_GENES)[0] for name, cells in values.items()}
 
 
-def _pairs(axes: Axes, triangles: dict[str, np.ndarray]) -> None:
-    _against_real(axes, triangles, f"pairs of {CORRELATED_GENES} variable genes", "correlation")
-
-
 def _square(triangle: np.ndarray) -> np.ndarray:
     """Build the symmetric matrix with ones on the diagonal from its upper triangle."""
-    number = round((1 + (1 + 8 * triangle.size) ** 0.5) / 2)
-    matrix = np.zeros((number, number))
-    matrix[np.triu_indices(number, k=1)] = triangle
-    return matrix + matrix.T + np.eye(number)
-
-
-def _similar_together(matrix: np.ndarray) -> np.ndarray:
-    """Order the genes along the first eigenvector, so that blocks show."""
-    return np.argsort(np.linalg.eigh(matrix)[1][:, -1])
+    matrix = squareform(triangle)
+    return matrix + np.eye(len(matrix))
 
 
 def _changes(real: CellCounts, generated: CellCounts) -> dict[str, tuple[np.ndarray, np.ndarray]]:

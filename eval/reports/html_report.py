@@ -75,7 +75,8 @@ def html_report(
     parts += _condition_section(rows)
     for model, files in cells.generated.items():
         parts.append(f"<h2>Pictures of {html.escape(model)}</h2>")
-        parts += _pictures(model, files[0], cells, baseline, baseline_name, umap=umap, seed=seed)
+        shown = {"real": cells.real, model: files[0], baseline_name: baseline}
+        parts += _pictures(shown, cells.genes, umap=umap, seed=seed)
     body = _distinct_ids("\n".join(parts))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -120,19 +121,12 @@ def _score_table(rows: Sequence[Row], caption: str, unlike: Unlike) -> str:
     """Return a table of scores: models down, metrics across; nothing that is ``unlike`` the floor is shaded."""
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     found = {(row["model"], row["metric"]): row for row in rows}
-    head = [
-        f"{html.escape(label)} <small>{html.escape(better)}</small>" for label, better in map(metric_label, metrics)
-    ]
-    lines = [
-        (
-            f"{html.escape(model)} <small>{sample_sizes(rows, model)}</small>",
-            [
-                _number(found.get((model, metric)), None if (model, metric) in unlike else found.get((FLOOR, metric)))
-                for metric in metrics
-            ],
-        )
-        for model in dict.fromkeys(row["model"] for row in rows)
-    ]
+    head = [f"{html.escape(name)} <small>{html.escape(better)}</small>" for name, better in map(metric_label, metrics)]
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        floors = [None if (model, metric) in unlike else found.get((FLOOR, metric)) for metric in metrics]
+        numbers = [_number(found.get((model, metric)), floor) for metric, floor in zip(metrics, floors)]
+        lines.append((f"{html.escape(model)} <small>{sample_sizes(rows, model)}</small>", numbers))
     return _table(f"{caption}, mean ± standard deviation over seeds or draws", ["model", *head], lines)
 
 
@@ -158,11 +152,10 @@ def _published_section(dataset: str) -> list[str]:
 
 def _condition_section(rows: Sequence[Row]) -> list[str]:
     """Return a heat map of the conditions, the worst first: how far each model is above the floor."""
-    protocol, excess = next(
-        ((protocol, found) for protocol in MAP_PROTOCOLS if (found := _excess(rows, protocol))), (None, {})
-    )
-    if not excess:
+    found = {protocol: excess for protocol in MAP_PROTOCOLS if (excess := _excess(rows, protocol))}
+    if not found:
         return []
+    protocol, excess = next(iter(found.items()))
     models = list(dict.fromkeys(model for found in excess.values() for model in found))
     worst_first = sorted(excess, key=lambda condition: -max(excess[condition].values()))
     lines = [
@@ -174,17 +167,14 @@ def _condition_section(rows: Sequence[Row]) -> list[str]:
         "floor it lies above the floor. 2 or less is at the floor; a stronger colour is farther from real cells. "
         f"The conditions that are worst for any model stand first; {CONDITIONS_LISTED} are listed at most."
     )
-    return [
-        "<h2>Conditions</h2>",
-        _note(sentence),
-        _table("Worst conditions", ["condition", *map(html.escape, models)], lines),
-    ]
+    table = _table("Worst conditions", ["condition", *map(html.escape, models)], lines)
+    return ["<h2>Conditions</h2>", _note(sentence), table]
 
 
 def _excess(rows: Sequence[Row], protocol: str) -> dict[str, dict[str, float]]:
     """Compute condition -> model -> (mean - floor's mean) / floor's standard deviation."""
-    ours = [r for r in rows if (r["protocol"], r["metric"], r["grouping"]) == (protocol, MAP_METRIC, "condition")]
-    ours = [row for row in ours if row["mean"] is not None]
+    place = (protocol, MAP_METRIC, "condition")
+    ours = [r for r in rows if (r["protocol"], r["metric"], r["grouping"]) == place and r["mean"] is not None]
     floors = {row["condition"]: row for row in ours if row["model"] == FLOOR and row["std"]}
     excess: dict[str, dict[str, float]] = {}
     for row in ours:
@@ -202,54 +192,44 @@ def _heat(value: float | None) -> str:
     return f'<td style="background: color-mix(in srgb, var(--heat) {share:.0%}, transparent)">{value:z.1f}</td>'
 
 
-def _pictures(
-    model: str,
-    generated: CellCounts,
-    cells: Comparison,
-    baseline: CellCounts,
-    baseline_name: str,
-    *,
-    umap: bool,
-    seed: int,
-) -> list[str]:
-    """Return all figures of one generator."""
+def _pictures(shown: dict[str, CellCounts], genes: Sequence[str], *, umap: bool, seed: int) -> list[str]:
+    """Return all figures of one generator; ``shown`` are real cells, its own, and a baseline's, by their names."""
     rng = np.random.default_rng(seed)
-    chosen = [figures.thinned(side, rng).counts for side in (cells.real, generated, baseline)]
-    counts = dict(zip(("real", model, baseline_name), chosen))
-    embedding, method = figures.embedding_figure(*chosen[:2], umap=umap)
+    counts = {name: side.thinned(figures.CELLS_DRAWN, rng).counts for name, side in shown.items()}
+    (_, model, baseline_name), (real, generated, _) = shown, shown.values()
+    embedding, method = figures.embedding_figure(counts["real"], counts[model], umap=umap)
     of_pca = "The first two principal components of log1p(CP10k), fitted on the real cells"
     of_umap = "UMAP of 30 principal components of log1p(CP10k), both sides together"
-    parts = [
-        _picture(
+    pictures = [
+        (
             embedding,
             f"{of_umap if method == 'UMAP' else of_pca}. Points are cells; lines hold the densest 30, 60 and 90 % of "
             "them.",
             f"{method} of real and of {model} cells with density contours",
         ),
-        _picture(
+        (
             figures.genes_figure(counts),
             "Left: how many counts a cell has (library size). Right: one point for each gene; on the line it is as in "
             f"the real cells. {baseline_name}: each gene drawn by itself from the training cells of the condition.",
             "Library sizes, and means, variances and zeros of genes, of real and generated cells",
         ),
-        _picture(
+        (
             figures.correlation_figure(counts),
             f"Gene-gene correlation of log1p counts over the {figures.CORRELATED_GENES} most variable genes of the "
             "real cells, in the same order in every matrix. Right: a point for each pair of genes; on the line the "
             "correlation is the real one, nearer to 0 than the line it is too weak.",
             "Correlation matrices of real and generated cells",
         ),
-    ]
-    changes = figures.differential_figure(cells.real, generated, cells.genes)
-    if changes is not None:
-        caption = (
+        (
+            figures.differential_figure(real, generated, genes),
             "The ten genes that the strongest perturbations move most in real cells (blue), and how far they move in "
             "generated ones (orange): the shorter the line between, the better. Both are measured from the real "
             "control cells of the same cell type. Genes are chosen where the real change is large, noise included, so "
-            "a perfect generator falls somewhat short of it, too."
-        )
-        parts.append(_picture(changes, caption, "Top differential genes, real against generated"))
-    return parts
+            "a perfect generator falls somewhat short of it, too.",
+            "Top differential genes, real against generated",
+        ),
+    ]
+    return [_picture(*picture) for picture in pictures if picture[0] is not None]
 
 
 def _picture(figure: Figure, caption: str, label: str) -> str:

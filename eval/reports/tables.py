@@ -83,8 +83,7 @@ def results_csv(header: dict[str, object], rows: Iterable[Row]) -> str:
     columns = ("dataset", "split", *ROW_KEYS)
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        writer.writerow({"dataset": header["dataset"], "split": header["split"], **row})
+    writer.writerows({"dataset": header["dataset"], "split": header["split"], **row} for row in rows)
     return text.getvalue()
 
 
@@ -94,36 +93,28 @@ def biased_floor_notes(rows: Sequence[Row]) -> list[str]:
     A biased MMD² of two samples of one distribution is about ``(1/n + 1/m)`` times a constant near the number of
     kernels, not 0.
     """
-    ruled: dict[tuple[object, ...], list[Row]] = defaultdict(list)
-    floors = {_place(row): row for row in rows if row["model"] == FLOOR and row["mean"] is not None}
-    for row in rows:
-        if row["metric"] != "mmd2" or row["condition"] is not None or row["model"] == FLOOR or row["mean"] is None:
-            continue
-        biased = row["protocol"] in PROTOCOLS and PROTOCOLS[row["protocol"]].biased_mmd2
-        floor = floors.get(_place(row))
-        if biased and floor and floor["mean"] >= FLOOR_DOMINATES * row["mean"]:
-            ruled[_place(row)].append(row)
+    biased = {name for name, protocol in PROTOCOLS.items() if protocol.biased_mmd2}
+    of_all = [row for row in rows if row["condition"] is None and row["mean"] is not None]
+    found = [row for row in of_all if row["metric"] == "mmd2" and row["protocol"] in biased]
     notes = []
-    for place, found in ruled.items():
-        floor = floors[place]
-        models = ", ".join(f"{row['model']} ({row['mean']:.3g})" for row in found)
-        notes.append(
-            f"{floor['protocol']}, {floor['grouping']}: the floor ({floor['mean']:.3g}, n = {floor['n']:,}) is most of "
-            f"the biased MMD² of {models}: read the difference to it, or compare more cells"
-        )
+    for floor in (row for row in found if row["model"] == FLOOR):
+        place = (floor["protocol"], floor["grouping"])
+        beside = [row for row in found if row is not floor and (row["protocol"], row["grouping"]) == place]
+        ruled = [row for row in beside if floor["mean"] >= FLOOR_DOMINATES * row["mean"]]
+        models = ", ".join(f"{row['model']} ({row['mean']:.3g})" for row in ruled)
+        if ruled:
+            notes.append(
+                f"{', '.join(place)}: the floor ({floor['mean']:.3g}, n = {floor['n']:,}) is most of the biased MMD² "
+                f"of {models}: read the difference to it, or compare more cells"
+            )
     return notes
-
-
-def _place(row: Row) -> tuple[object, ...]:
-    """What must be equal for two models' rows to be compared."""
-    return tuple(row[key] for key in ("protocol", "grouping", "condition", "metric"))
 
 
 @dataclass(frozen=True)
 class Section:
     """What a report says of one protocol: its recipe, tables, and warnings.
 
-    Of a table: the words above it, its rows, and what of it is not beside the floor (:func:`not_beside_floor`).
+    Of a table: the words above it, its rows, and the models and metrics that are not beside the floor.
     """
 
     protocol: str
@@ -137,16 +128,10 @@ def sections(rows: Sequence[Row]) -> list[Section]:
     found = []
     for protocol in dict.fromkeys(row["protocol"] for row in rows):
         ours = [row for row in rows if row["protocol"] == protocol]
-        captions = {"pooled": "All cells pooled", "per_condition": _averaged_over(ours)}
-        unlike = {"pooled": set(), "per_condition": not_beside_floor(ours)}
-        tables = [
-            (text, [row for row in ours if row["grouping"] == grouping], unlike[grouping])
-            for grouping, text in captions.items()
-        ]
-        known = PROTOCOLS.get(protocol)
-        description = CELL_EVAL_DESCRIPTION if known is None else known.description
-        notes = biased_floor_notes(ours)
-        found.append(Section(protocol, description, [table for table in tables if table[1]], notes))
+        pooled, means = ([row for row in ours if row["grouping"] == name] for name in ("pooled", "per_condition"))
+        tables = [("All cells pooled", pooled, frozenset()), (_averaged_over(ours), means, _not_beside_floor(ours))]
+        description = PROTOCOLS[protocol].description if protocol in PROTOCOLS else CELL_EVAL_DESCRIPTION
+        found.append(Section(protocol, description, [table for table in tables if table[1]], biased_floor_notes(ours)))
     return found
 
 
@@ -171,16 +156,29 @@ def results_markdown(header: dict[str, object], rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _in_mean(rows: Sequence[Row]) -> list[Row]:
+    """Rows of one protocol's conditions that have enough cells for its mean over conditions."""
+    known = PROTOCOLS.get(rows[0]["protocol"])
+    any_size = known is None or known.fewest_cells == 1
+    found = [row for row in rows if row["grouping"] == "condition"]
+    return [row for row in found if any_size or not row["condition"].endswith(FEW_MARK)]
+
+
 def _averaged_over(rows: Sequence[Row]) -> str:
     """Say over which conditions a protocol's mean is taken."""
-    protocol = PROTOCOLS.get(rows[0]["protocol"])
-    fewest = 1 if protocol is None else protocol.fewest_cells
-    counted = {row["condition"] for row in rows if row["grouping"] == "condition"}
-    if fewest > 1:
-        counted = {condition for condition in counted if not str(condition).endswith(FEW_MARK)}
-    what = "conditions" if protocol is None or protocol.group_by is None else f"values of {protocol.group_by}"
-    enough = f" with {fewest} or more test cells" if fewest > 1 else ""
-    return f"Mean over the {len(counted)} {what}{enough} (n is their median)"
+    known = PROTOCOLS.get(rows[0]["protocol"])
+    number = len({row["condition"] for row in _in_mean(rows)})
+    what = "conditions" if known is None or known.group_by is None else f"values of {known.group_by}"
+    enough = f" with {known.fewest_cells} or more test cells" if known is not None and known.fewest_cells > 1 else ""
+    return f"Mean over the {number} {what}{enough} (n is their median)"
+
+
+def _not_beside_floor(rows: Sequence[Row]) -> Unlike:
+    """Models and metrics of one protocol averaged over other conditions, or numbers of cells, than the floor."""
+    sizes: dict[tuple[object, object], dict[object, object]] = defaultdict(dict)
+    for row in _in_mean(rows):
+        sizes[row["model"], row["metric"]][row["condition"]] = (row["n"], row["mean"] is None)
+    return {(model, metric) for (model, metric), found in sizes.items() if found != sizes.get((FLOOR, metric))}
 
 
 def metric_label(metric: str) -> tuple[str, str]:
@@ -198,16 +196,6 @@ def sample_sizes(rows: Sequence[Row], model: str) -> str:
     return f"n = {ours[0]['n']:,}, {repeats} {word}{'' if repeats == 1 else 's'}"
 
 
-def not_beside_floor(rows: Sequence[Row]) -> Unlike:
-    """Of one protocol, models and metrics averaged over other conditions, or numbers of cells, than the floor."""
-    sizes: dict[tuple[object, object], dict[object, object]] = defaultdict(dict)
-    for row in rows:
-        fewest = PROTOCOLS[row["protocol"]].fewest_cells if row["protocol"] in PROTOCOLS else 1
-        if row["grouping"] == "condition" and (fewest == 1 or not str(row["condition"]).endswith(FEW_MARK)):
-            sizes[row["model"], row["metric"]][row["condition"]] = (row["n"], row["mean"] is None)
-    return {(model, metric) for (model, metric), found in sizes.items() if found != sizes.get((FLOOR, metric))}
-
-
 def summary_table(rows: Sequence[Row], unlike: Unlike = frozenset()) -> str:
     """Return a Markdown table, metrics down and models across; bold at the floor, unless ``unlike``."""
     models = list(dict.fromkeys(row["model"] for row in rows))
@@ -220,20 +208,24 @@ def summary_table(rows: Sequence[Row], unlike: Unlike = frozenset()) -> str:
     return markdown_table(lines)
 
 
-def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table, padded so that it reads well as plain text; the first line is its head."""
+def markdown_table(lines: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
+    """Return a Markdown table, padded so that it reads well as plain text; the first line is its head.
+
+    With ``numbers`` all columns but the first are aligned right.
+    """
     widths = [max(map(len, column)) for column in zip(*lines)]
-    padded = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]
-    return "\n".join([padded[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *padded[1:]])
+    sides = "<" + (">" if numbers else "<") * (len(widths) - 1)
+    padded = [[f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths)] for line in lines]
+    rule = "|".join("-" * (width + 1) + ("-" if side == "<" else ":") for side, width in zip(sides, widths))
+    head, *body = (f"| {' | '.join(line)} |" for line in padded)
+    return "\n".join([head, f"|{rule}|", *body])
 
 
 def at_floor(row: Row, floor: Row | None) -> bool:
     """Return whether a model's mean, of as many cells, is within two standard deviations of the floor's."""
     if floor is None or row["model"] == FLOOR or None in (row["mean"], floor["mean"], floor["std"]):
         return False
-    if row["n"] != floor["n"]:
-        return False
-    return abs(row["mean"] - floor["mean"]) <= 2 * floor["std"]
+    return row["n"] == floor["n"] and abs(row["mean"] - floor["mean"]) <= 2 * floor["std"]
 
 
 def _number(row: Row | None, floor: Row | None) -> str:

@@ -1,22 +1,22 @@
 """Write the tables and the dot plot of a study of held-out perturbations.
 
 ``study`` is the head of zero_shot.json: dataset, kind of split, vectors (None where only learned ones are there),
-held_out labels of each split, trained models (the first is compared with all others), sampling_seeds, draws (halvings
-of the real cells), versions and command. ``rows`` are those of results.json, each with its split.
+held_out labels of each split, trained models (the first is compared with all others), sampling_seeds, versions and
+command. ``rows`` are those of results.json, each with its split.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from eval.reports.tables import FLOOR, Row, markdown_table
+from eval.comparison.floor import FLOOR, FLOOR_DRAWS
+from eval.reports.tables import Row, markdown_table
 
 Study = Mapping[str, object]
-Values = dict[str, dict[tuple[int, str], float]]  # model -> (split, perturbation) -> value
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def study_markdown(study: Study, rows: Sequence[Row]) -> str:
         f"Command: `{study['command']}`",
         f"Held out ({len(study['held_out'])} splits; in each, every model is trained anew, with the split's number as "
         f"its seed): {splits}.{from_where}",
-        f"Protocol `log`, each condition by itself. The real cells of a condition were halved {study['draws']} times: "
+        f"Protocol `log`, each condition by itself. The real cells of a condition were halved {FLOOR_DRAWS} times: "
         f"one half is what everything is compared with, the other is the floor. {study['sampling_seeds']} samples of "
         f"each trained model take turns. Cells on each side of a comparison: {min(sizes)} to {max(sizes)}, median "
         f"{np.median(sizes):.0f}. Control cells in Pearson delta are all real ones; as both shifts share their noise, "
@@ -72,8 +72,7 @@ def study_markdown(study: Study, rows: Sequence[Row]) -> str:
     for name, metric in METRICS.items():
         values = _values(rows, name)
         lines = [["split", "held out", *values]]
-        for split, label in values[FLOOR]:
-            lines.append([str(split), label, *(metric.text(found[split, label]) for found in values.values())])
+        lines += [[str(split), label, *map(metric.text, found)] for (split, label), found in values.iterrows()]
         parts.append(f"{metric.label} of each:\n\n{markdown_table(lines)}")
     models = dict.fromkeys(row["model"] for row in rows)
     parts.append("\n".join(f"- **{model}**: {MEANING[model]}" for model in models))
@@ -84,17 +83,15 @@ def study_tables(study: Study, rows: Sequence[Row]) -> str:
     """Write means over the held-out perturbations, and the first model's paired differences from all others."""
     values = {name: _values(rows, name) for name in METRICS}
     models, first = list(values["w2"]), study["models"][0]
-    number, different = len(values["w2"][FLOOR]), len({label for _, label in values["w2"][FLOOR]})
+    number, different = len(values["w2"]), len(values["w2"].index.unique("condition"))
     repeated = "" if different == number else f" ({different} different ones, some in several splits)"
     head = [f"{metric.label} {'↓' if metric.less_is_better else '↑'}" for metric in METRICS.values()]
-    means = [["model", *head]]
+    means, differences = [["model", *head]], [[f"{first} minus", *head]]
     for model in models:
-        found = {name: np.mean(list(values[name][model].values())) for name in METRICS}
-        means.append([model, *(METRICS[name].text(mean) for name, mean in found.items())])
-    differences = [[f"{first} minus", *head]]
-    for model in models:
+        means.append([model, *(metric.text(values[name][model].mean()) for name, metric in METRICS.items())])
         if model not in (FLOOR, first):
-            differences.append([model, *(_difference(values[name], first, model, METRICS[name]) for name in METRICS)])
+            pairs = [(values[name][first] - values[name][model], metric) for name, metric in METRICS.items()]
+            differences.append([model, *(_difference(*pair) for pair in pairs)])
     how = (
         f"*{first}* minus the other model, mean ± standard error over the {number} labels, and in how many of them "
         f"*{first}* is better. **Bold**: beyond {MARKED} standard errors."
@@ -106,7 +103,6 @@ def study_tables(study: Study, rows: Sequence[Row]) -> str:
 def dot_plot(study: Study, rows: Sequence[Row]) -> Figure:
     """Draw the distance from the floor: a panel to each metric, a line to each model, a dot to each perturbation."""
     figure = Figure(figsize=(15, 5.6), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
     number, splits = sum(map(len, study["held_out"])), len(study["held_out"])
     what = f"{number} labels in {splits} split{'' if splits == 1 else 's'}"
     title = f"{study['dataset']}, {study['kind']}: {what} (dots), their mean and its standard error (diamonds)"
@@ -116,49 +112,36 @@ def dot_plot(study: Study, rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _panel(axes: Axes, values: Values, metric: Metric) -> None:
-    floor = values[FLOOR]
+def _panel(axes: Axes, values: pd.DataFrame, metric: Metric) -> None:
     models = [model for model in values if model != FLOOR]
     for position, model in enumerate(models):
         colour = COLOURS.get(model, BASELINE_COLOUR)
-        excess = metric.factor * np.array([value - floor[key] for key, value in values[model].items()])
+        excess = metric.factor * (values[model] - values[FLOOR])
         height = position + np.linspace(-0.22, 0.22, len(excess)) if len(excess) > 1 else [position]
         axes.scatter(excess, height, s=26, color=colour, alpha=0.55, linewidths=0)
-        error = _standard_error(excess) or 0.0
-        axes.errorbar(
-            excess.mean(), position, xerr=error, fmt="D", ms=8, color=colour, mec="black", capsize=4, zorder=3
-        )
+        diamond = {"fmt": "D", "ms": 8, "color": colour, "mec": "black", "capsize": 4, "zorder": 3}
+        axes.errorbar(excess.mean(), position, xerr=np.nan_to_num(excess.sem()), **diamond)
     axes.axvline(0, color="black", lw=1.2)
-    average = np.mean(list(floor.values()))
     place, side = (4, "left") if metric.less_is_better else (-4, "right")
     at = {"xytext": (place, -4), "xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-    axes.annotate(f"floor ({metric.text(average)} in the mean)", (0, 1), ha=side, va="top", fontsize=9, **at)
+    axes.annotate(
+        f"floor ({metric.text(values[FLOOR].mean())} in the mean)", (0, 1), ha=side, va="top", fontsize=9, **at
+    )
     axes.set_yticks(range(len(models)), models)
     axes.set_ylim(len(models) - 0.5, -0.9)
     axes.set(title=f"{metric.label}: {side} is better", xlabel="value minus its floor")
     axes.grid(axis="x", alpha=0.25)
 
 
-def _values(rows: Sequence[Row], metric: str) -> Values:
-    """Return the values of each held-out perturbation, by model."""
-    values: Values = {}
-    for row in rows:
-        if row["grouping"] == "condition" and row["metric"] == metric and row["mean"] is not None:
-            values.setdefault(row["model"], {})[row["split"], row["condition"]] = row["mean"]
-    return values
+def _values(rows: Sequence[Row], metric: str) -> pd.DataFrame:
+    """Return the values of each held-out perturbation (split, condition), a column to each model."""
+    found = pd.DataFrame(rows).query("grouping == 'condition' and metric == @metric").dropna(subset="mean")
+    return found.pivot(index=["split", "condition"], columns="model", values="mean")[found["model"].unique()]
 
 
-def _difference(values: Values, first: str, other: str, metric: Metric) -> str:
-    """Write the first model minus another, paired by perturbation."""
-    differences = np.array([values[first][key] - values[other][key] for key in values[first]])
-    better = int((differences < 0 if metric.less_is_better else differences > 0).sum())
-    error = _standard_error(differences)
-    text = metric.text(differences.mean(), sign="+")
-    if error is not None:
-        text += f" ± {metric.text(error)}"
-        text = f"**{text}**" if abs(differences.mean()) > MARKED * error else text
-    return f"{text}; {better} of {len(differences)}"
-
-
-def _standard_error(values: np.ndarray) -> float | None:
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+def _difference(differences: pd.Series, metric: Metric) -> str:
+    """Write the mean of the first model's differences from another, and how often it is better."""
+    better = (differences < 0 if metric.less_is_better else differences > 0).sum()
+    mean, error, number = differences.mean(), differences.sem(), len(differences)
+    text = metric.text(mean, sign="+") + (f" ± {metric.text(error)}" if number > 1 else "")
+    return f"{f'**{text}**' if abs(mean) > MARKED * error else text}; {better} of {number}"

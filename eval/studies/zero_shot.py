@@ -9,12 +9,11 @@ on after an interruption.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-import platform
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -23,10 +22,10 @@ import tyro
 from eval.sample import main as sample
 from training.config import parse, read_config
 from training.convert_h5ad import main as convert
-from training.data.command_line import command_of, run, version_of
+from training.data.command_line import command_of, run, versions_of
 from training.data.files import sha256_of, written_aside
 from training.embed_perturbations import main as embed
-from training.embed_perturbations import perturbation_names
+from training.embed_perturbations import perturbation_names, seen_in_training
 from training.train import main as train
 
 if TYPE_CHECKING:
@@ -36,22 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Split = Literal["held-out-perturbations", "held-out-combinations", "from-file"]
 VECTORS, SHUFFLED, LEARNED = "vectors", "shuffled", "learned"
 PACKAGES = ("discrete-cell-models", "anndata", "numpy", "POT", "scipy", "torch")
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is the same for every split of a study."""
-
-    source: Path
-    conversion: dict[str, object]
-    vectors: str | None
-    learned: bool
-    training: list[str]
-    sampling_seeds: int
-    draws: int
 
 
 def main(
@@ -62,9 +47,8 @@ def main(
     control: str | None = None,
     cell_type_key: str | None = None,
     covariate_keys: str = "",
-    split: Split = "held-out-perturbations",
+    split: Literal["held-out-perturbations", "held-out-combinations"] = "held-out-perturbations",
     held_out: tuple[str, ...] = (),
-    split_files: tuple[Path, ...] = (),
     num_splits: int = 3,
     test_fraction: float = 0.2,
     vectors: str | None = None,
@@ -72,7 +56,6 @@ def main(
     config: Path | None = None,
     max_steps: int | None = None,
     sampling_seeds: int = 3,
-    draws: int = 10,
     dataset: str | None = None,
 ) -> Path:
     """Hold perturbations out, train with each kind of vectors, and score the held-out cells.
@@ -91,8 +74,7 @@ def main(
         split: what is held out, as in dcm-convert.
         held_out: labels of each split, separated by commas, as in --held-out A,B C,D for two splits; default a random
             share --test-fraction of the labels in each of --num-splits splits.
-        split_files: for from-file: the JSON file of each split.
-        num_splits: number of random splits, unless --held-out or --split-files names them.
+        num_splits: number of random splits, unless --held-out names them.
         test_fraction: share of the labels in a random split.
         vectors: where vectors come from: coexpression, or a file with vectors by name; default none, and only the
             learned vectors are looked at.
@@ -100,7 +82,6 @@ def main(
         config: YAML file with options of training.
         max_steps: steps of each training; default what --config says.
         sampling_seeds: how often each model draws the test cells' conditions.
-        draws: how often the real cells are halved, into those to compare with and the floor.
         dataset: the data set's name; default that of the file.
 
     Raises:
@@ -109,42 +90,48 @@ def main(
             vector.
     """
     command = command_of("python -m eval.studies.zero_shot", main, locals())
-    absent = [path for path in (source, *split_files, *([config] if config else [])) if not path.is_file()]
+    absent = [path for path in (source, *([config] if config else [])) if not path.is_file()]
     if absent:
-        raise FileNotFoundError(f"no file {str(absent[0])!r}; expected an h5ad file, and those that options name")
-    splits = _split_options(split, held_out, split_files, num_splits, test_fraction)
-    for name, value in {"sampling-seeds": sampling_seeds, "draws": draws}.items():
+        raise FileNotFoundError(f"no file {str(absent[0])!r}; expected an h5ad file, and the one that --config names")
+    for name, value in {"num-splits": num_splits, "sampling-seeds": sampling_seeds}.items():
         if value < 1:
             raise ValueError(f"--{name} {value}: expected at least 1")
     if vectors is None and not learned:
         raise ValueError("--no-learned without --vectors leaves no model to train; pass --vectors")
     conversion = {"perturbation_key": perturbation_key, "control": control, "cell_type_key": cell_type_key}
     conversion |= {"covariate_keys": covariate_keys, "split": split}
-    training = ["--config", str(config)] if config else []
-    training += [] if max_steps is None else ["--max-steps", str(max_steps)]
+    chosen = [{"held_out": labels} for labels in held_out] or [{"test_fraction": test_fraction}] * num_splits
+    splits = [{**of_split, "split_seed": seed} for seed, of_split in enumerate(chosen)]
     facts = {
         "source_sha256": sha256_of(source),
         "conversion": conversion,
-        "splits": [{name: str(value) for name, value in one.items()} for one in splits],
-        "split_files_sha256": [sha256_of(path) for path in split_files],
+        "splits": splits,
         "vectors": [vectors, sha256_of(Path(vectors)) if vectors and Path(vectors).is_file() else None],
         "learned": learned,
         "training": [read_config(config) if config else None, max_steps],
-        "scores": [sampling_seeds, draws],
+        "sampling_seeds": sampling_seeds,
     }
     _check_same_study(out, facts)
-    plan = _Plan(source, conversion, vectors, learned, training, sampling_seeds, draws)
+    training = ["--config", str(config)] if config else []
+    training += [] if max_steps is None else ["--max-steps", str(max_steps)]
     rows: list[Row] = []
     held: list[list[str]] = []
+    # every stage writes its result aside and renames it: what is there is whole, and not done again
     for number, of_split in enumerate(splits):
         logger.info("split %d of %d", number + 1, len(splits))
-        models, found = _one_split(plan, out / f"split_{number}", of_split, seed=number)
+        folder = out / f"split_{number}"
+        shards = folder / "shards"
+        if not shards.exists():
+            convert(source, out=shards, **conversion, **of_split)
+        tables = _tables(folder / "tables", shards, vectors, learned=learned, seed=number)
+        for model, table in tables.items():
+            _train(folder / model, shards, table, [*training, "--seed", str(number)])
+        found = _scores(folder, list(tables), sampling_seeds)
         rows += [{"split": number, **row} for row in found]
         held.append(sorted({row["condition"] for row in found if row["condition"] is not None}))
-    header = {"dataset": dataset or source.stem, "kind": split, "vectors": vectors, "held_out": held, "models": models}
-    header |= {"sampling_seeds": sampling_seeds, "draws": draws}
-    header["versions"] = {"python": platform.python_version()} | {name: version_of(name) for name in PACKAGES}
-    _write(out, header | {"command": command}, rows)
+    header = {"dataset": dataset or source.stem, "kind": split, "vectors": vectors, "held_out": held}
+    header |= {"models": list(tables), "sampling_seeds": sampling_seeds, "command": command}
+    _write(out, header | {"versions": versions_of(PACKAGES)}, rows)
     return out / "zero_shot.json"
 
 
@@ -186,22 +173,6 @@ def completed(
     return table | dict(zip(own, learned)) | {name: learned.mean(dim=0) for name in unseen}
 
 
-def _split_options(
-    split: str, held_out: tuple[str, ...], files: tuple[Path, ...], num_splits: int, test_fraction: float
-) -> list[dict[str, object]]:
-    """Return what dcm-convert is told of each split."""
-    if (split == "from-file") != bool(files) or (files and held_out):
-        needs = "--split from-file needs --split-files, and no other split takes them"
-        raise ValueError(f"{needs}; --held-out excludes both")
-    if num_splits < 1:
-        raise ValueError(f"--num-splits {num_splits}: expected at least 1")
-    if files:
-        return [{"split_file": path, "split_seed": seed} for seed, path in enumerate(files)]
-    if held_out:
-        return [{"held_out": labels, "split_seed": seed} for seed, labels in enumerate(held_out)]
-    return [{"test_fraction": test_fraction, "split_seed": seed} for seed in range(num_splits)]
-
-
 def _check_same_study(out: Path, facts: dict[str, object]) -> None:
     """Note what decides the numbers in ``out``, or refuse to go on with a study of other options."""
     path = out / "study.json"
@@ -219,41 +190,12 @@ def _check_same_study(out: Path, facts: dict[str, object]) -> None:
         aside.write_text(text + "\n", encoding="utf-8")
 
 
-def _one_split(plan: _Plan, folder: Path, of_split: dict[str, object], *, seed: int) -> tuple[list[str], list[Row]]:
-    """Return the trained models and the rows of one split; every stage is left out whose result is there.
-
-    Each stage writes its result aside and renames it, so what is there is whole.
-    """
-    from eval.comparison.cells import read_comparison
-    from eval.studies.scores import BASELINES, FLOOR, score_held_out
-
-    shards, path = folder / "shards", folder / "scores.json"
-    if not shards.exists():
-        convert(plan.source, out=shards, **plan.conversion, **of_split)
-    tables = _tables(folder / "tables", shards, plan.vectors, learned=plan.learned, seed=seed)
-    samples = {}
-    for model, table in tables.items():
-        _train(folder / model, shards, table, [*plan.training, "--seed", str(seed)])
-        for number in range(plan.sampling_seeds):
-            drawn = folder / "samples" / f"{model}_{number}.h5ad"
-            if not drawn.exists():
-                sample(str(folder / model), out=drawn, like=shards / "test.h5ad", seed=number)
-            samples[drawn] = model
-    if not path.exists():
-        named = {"names": list(samples.values()), "reserved_names": (FLOOR, *(fit.__name__ for fit in BASELINES))}
-        cells = read_comparison(list(samples), shards / "test.h5ad", shards / "train.h5ad", **named)
-        rows = score_held_out(cells.train, cells.real, cells.generated, draws=plan.draws)
-        with written_aside(path) as aside:
-            aside.write_text(json.dumps(rows, indent=1, allow_nan=False), encoding="utf-8")
-    return list(tables), json.loads(path.read_text(encoding="utf-8"))
-
-
 def _tables(folder: Path, shards: Path, vectors: str | None, *, learned: bool, seed: int) -> dict[str, Path | None]:
     """Return each model's table of vectors; None where every name is seen in training and learns its own."""
     from training.perturbations.table import read_vectors, write_table
 
     names = set(perturbation_names(shards))
-    trained = names & _trained_perturbations(shards)
+    trained = names & seen_in_training(shards)
     given: dict[str, dict[str, torch.Tensor]] = {}
     if vectors is not None:
         raw = folder / "source.safetensors"
@@ -271,20 +213,6 @@ def _tables(folder: Path, shards: Path, vectors: str | None, *, learned: bool, s
     return tables
 
 
-def _trained_perturbations(shards: Path) -> set[str]:
-    """Return the perturbations of training cells; the tokenizer of the shards knows held-out ones, too."""
-    import anndata
-
-    from tokenization import DCMTokenizer
-    from training.data.h5ad import open_h5ad
-
-    tokenizer = DCMTokenizer.from_pretrained(shards / "tokenizer")
-    with open_h5ad(shards / "train.h5ad") as file:
-        labels = anndata.io.read_elem(file["obs"])["perturbation"].dropna().unique()
-    ids = tokenizer.perturbation_ids(labels)
-    return {tokenizer.perturbations[id_] for id_ in ids[ids >= 0].unique().tolist()}
-
-
 def _train(checkpoint: Path, shards: Path, table: Path | None, options: list[str]) -> None:
     """Train one model, or go on with it; ``model.safetensors`` is the last thing that training writes."""
     if (checkpoint / "model.safetensors").exists():
@@ -292,6 +220,27 @@ def _train(checkpoint: Path, shards: Path, table: Path | None, options: list[str
     logger.info("training %s", checkpoint)
     embeddings = [] if table is None else ["--perturbation-embeddings", str(table)]
     train(parse([*options, "--data", str(shards), "--out", str(checkpoint), "--resume", *embeddings]))
+
+
+def _scores(folder: Path, models: list[str], sampling_seeds: int) -> list[Row]:
+    """Draw the test cells' conditions from every model of a split, and score what was drawn."""
+    from eval.comparison.cells import read_comparison
+    from eval.comparison.floor import FLOOR
+    from eval.studies.scores import BASELINES, score_held_out
+
+    path, real, train_cells = folder / "scores.json", folder / "shards" / "test.h5ad", folder / "shards" / "train.h5ad"
+    samples: dict[Path, str] = {}
+    for model, seed in itertools.product(models, range(sampling_seeds)):
+        drawn = folder / "samples" / f"{model}_{seed}.h5ad"
+        if not drawn.exists():
+            sample(str(folder / model), out=drawn, like=real, seed=seed)
+        samples[drawn] = model
+    if not path.exists():
+        reserved = (FLOOR, *(fit.__name__ for fit in BASELINES))
+        rows = score_held_out(read_comparison(samples, real, train_cells, reserved_names=reserved))
+        with written_aside(path) as aside:
+            aside.write_text(json.dumps(rows, indent=1, allow_nan=False), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write(out: Path, study: dict[str, object], rows: list[Row]) -> None:

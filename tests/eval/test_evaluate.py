@@ -183,9 +183,9 @@ def test_the_separator_of_combinations_is_that_of_the_files(folder, tmp_path):
         adata = anndata.read_h5ad(folder / f"{name}.h5ad")
         adata.uns["dcm_separator"] = "_"
         adata.write_h5ad(tmp_path / f"{name}.h5ad")
-    options = {"names": ["x"], "reserved_names": ()}
+    generated = {folder / "generated_0.h5ad": "x"}
     for there, separator in ((folder, "+"), (tmp_path, "_")):
-        found = read_comparison([folder / "generated_0.h5ad"], there / "test.h5ad", there / "train.h5ad", **options)
+        found = read_comparison(generated, there / "test.h5ad", there / "train.h5ad", reserved_names=())
         assert found.train.separator == found.real.take(np.arange(3)).separator == separator
 
 
@@ -287,7 +287,7 @@ def test_all_four_protocols_in_one_run(folder, tmp_path):
         (lambda a: a[:, 3:].copy(), r"lacks 3 of the 30 genes of the real cells \(GENE0000, GENE0001, GENE0002\)"),
         (lambda a: setattr(a, "var_names", ["GENE0000"] * 2 + list(a.var_names[2:])), "1 duplicate gene names"),
         (lambda a: setattr(a, "var_names", [f"ENSG{i}" for i in range(30)]), "no gene of .* are ENSG0, ENSG1, ENSG2"),
-        (lambda a: a.obs.pop("perturbation"), r"has no column 'perturbation' in obs; it has cell_type;"),
+        (lambda a: a.obs.pop("perturbation"), r"has no obs column 'perturbation'; it has cell_type;"),
         (lambda a: a.uns.pop("generator"), r"does not say what generated it .* pass --name NAME"),
         (lambda a: a.uns.update(generator="floor"), "a row of every table; pass --name"),
         (lambda a: a[:0].copy(), "has 0 cells and 30 genes"),
@@ -308,7 +308,7 @@ def test_a_bad_generated_file_is_refused_and_nothing_is_written(folder, tmp_path
         ({"protocol": "paper,cosine"}, "--protocol 'paper,cosine': expected one or more of paper, log"),
         ({"name": "additive"}, "--name 'additive' is the name of a row of every table"),
         ({"name": "a,b,c"}, "--name 'a,b,c' holds 3 names: expected one, or one for each of 2 files"),
-        ({"condition_keys": "donor"}, "has no column 'donor' in obs; it has cell_type, perturbation"),
+        ({"condition_keys": "donor"}, "has no obs column 'donor'; it has cell_type, perturbation"),
         ({"baselines": "mean"}, "--baselines 'mean': expected default, all, none, or some of independent_marginals"),
         ({"baselines": "scvi_prior"}, r"scvi-tools: pip install 'discrete-cell-models\[baselines\]'"),
         ({"baselines": "all"}, r"scvi-tools: pip install 'discrete-cell-models\[baselines\]'"),
@@ -394,7 +394,7 @@ class StandInEvaluator:
 
 
 def test_cell_eval_is_given_each_cell_type_with_its_mean_baseline_and_ceiling(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(cell_eval, "check_installed", lambda: None)
+    monkeypatch.setattr("eval.comparison.baselines.check_installed", lambda *_: None)
     monkeypatch.setitem(sys.modules, "cell_eval", SimpleNamespace(MetricsEvaluator=StandInEvaluator))
     options = {"cell_eval": True, "protocol": "paper", "baselines": "additive"}
     found = run_main(folder, tmp_path / "out", "generated_0.h5ad", **options)
@@ -428,9 +428,8 @@ def test_cell_eval_itself_scores_real_cells_above_its_mean_baseline(folder, tmp_
 
 def test_cell_eval_means_of_training_perturbations_are_those_of_the_package(folder):
     baseline = pytest.importorskip("cell_eval._baseline", reason="the extra 'baselines' is not installed")
-    cells = read_comparison(
-        [folder / "generated_0.h5ad"], folder / "test.h5ad", folder / "train.h5ad", names=[None], reserved_names=()
-    )
+    generated = {folder / "generated_0.h5ad": None}
+    cells = read_comparison(generated, folder / "test.h5ad", folder / "train.h5ad", reserved_names=())
     means = cell_eval._mean_cells(cells.train, cells.real)
     for cell_type in ("type0", "type1"):
         chosen = (cells.train.labels["cell_type"] == cell_type).to_numpy()

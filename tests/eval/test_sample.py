@@ -129,7 +129,7 @@ def test_a_label_beside_like_makes_counterfactuals_and_need_not_be_in_the_file(c
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda obs: obs[["cell_type"]], r"has no obs column \['perturbation'\]; its columns: cell_type"),
+        (lambda obs: obs[["cell_type"]], r"has no obs column 'perturbation'; it has cell_type"),
         (
             lambda obs: obs.assign(cell_type=obs["cell_type"].astype(object).where(np.arange(len(obs)) > 1, None)),
             r"2 cells have no label in obs\['cell_type'\]; label or remove them",

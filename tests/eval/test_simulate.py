@@ -106,8 +106,8 @@ def test_without_perturbations_there_is_neither_column_nor_table(tmp_path):
     ("sizes", "message"),
     [
         ({"num_genes": 1}, "num_genes=1: expected 2 or more"),
-        ({"num_perturbations": 300}, "num_perturbations=300: expected at most num_genes=200"),
-        ({"num_perturbations": 2, "num_pairs": 3}, "num_pairs=3: 2 perturbations make 1 pairs at most"),
+        ({"num_perturbations": 300}, "num_perturbations=300: expected 0 to num_genes=200"),
+        ({"num_perturbations": 2, "num_pairs": 3}, "num_pairs=3: expected 0 to 1, pairs of perturbations"),
         ({"num_cells": 35}, "num_cells=35: expected one or more for each of the 36 conditions"),
     ],
 )

@@ -10,10 +10,11 @@ import importlib.metadata
 import inspect
 import logging
 import os
+import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 
@@ -73,6 +74,11 @@ def version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str | None]:
+    """Return the versions of Python and of packages, for whoever reads the numbers that they made."""
+    return {"python": platform.python_version()} | {package: version_of(package) for package in packages}
 
 
 def command_of(program: str, main: Callable[..., object], arguments: dict[str, object]) -> str:

@@ -17,13 +17,14 @@ from PIL import Image
 
 from eval.benchmarks import command as benchmark
 from eval.benchmarks import sampling as sampling_benchmark
-from eval.benchmarks.command import aligned, entropy, last_line, sampling, training
+from eval.benchmarks.command import entropy, last_line, sampling, training
 from eval.benchmarks.costs import interleaved, product_rate
-from eval.benchmarks.naive_sampler import forward_rule, naive_cells, naive_loop, reverse_rule
+from eval.benchmarks.naive_sampler import forward_rule, naive_cells, naive_loop
 from eval.benchmarks.sampling import AUTO, LINEAR_100, NAIVE, SETTINGS, Row, figure, summary, table
 from eval.benchmarks.training import OURS, PLAIN, Case, Training, start_accelerator
+from eval.reports.tables import markdown_table
 from modeling_dcm import DCMForDenoising
-from modeling_dcm.diffusion_dcm import alpha, sigma
+from modeling_dcm.diffusion_dcm import alpha, reveal_probability, sigma
 from modeling_dcm.schedule_dcm import reveal_schedule
 from tests.tiny_training import two_steps
 
@@ -119,19 +120,19 @@ class Copycat:
 def test_the_right_rule_is_the_euler_step_of_the_reverse_process():
     t, s = torch.tensor(0.7), torch.tensor(0.65)
     ratio = alpha(t, EPS) / (1 - alpha(t, EPS))
-    assert reverse_rule(t, s, EPS) == pytest.approx(float(sigma(t, EPS) * ratio * (t - s)), rel=1e-5)
+    assert reveal_probability(t, s, EPS) == pytest.approx(float(sigma(t, EPS) * ratio * (t - s)), rel=1e-5)
 
 
 def test_the_released_rule_reveals_everything_in_the_first_of_its_steps():
     one = torch.tensor(1.0)
     assert forward_rule(one, one - 0.01, EPS) == 1
     assert forward_rule(one, one - 1e-4, EPS) == pytest.approx(0.0999, rel=1e-2)
-    assert reverse_rule(one, one - 0.01, EPS) == pytest.approx(0.01, rel=1e-3)
+    assert reveal_probability(one, one - 0.01, EPS) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_the_right_rule_keeps_what_genes_share_and_the_released_one_loses_it():
     model = Copycat()
-    right = naive_loop(model, {}, 400, rule=reverse_rule, generator=generator())
+    right = naive_loop(model, {}, 400, rule=reveal_probability, generator=generator())
     assert model.calls == 100
     released = naive_loop(model, {}, 400, rule=forward_rule, generator=generator())
     assert model.calls == 101  # nothing is left to reveal after the first call
@@ -140,7 +141,7 @@ def test_the_right_rule_keeps_what_genes_share_and_the_released_one_loses_it():
     assert right.float().mean() == pytest.approx(0.5, abs=0.1)
 
 
-@pytest.mark.parametrize("rule", [reverse_rule, forward_rule])
+@pytest.mark.parametrize("rule", [reveal_probability, forward_rule])
 def test_the_naive_loop_draws_counts_for_the_conditions_of_every_cell(make_model, backbone, rule):
     model = make_model(backbone, conditioned=True, library_size_groups=1)
     conditions = {"cell_type_ids": torch.arange(18) % 3}
@@ -205,7 +206,7 @@ def test_conditions_of_the_real_cells_are_used_unless_told_otherwise(trained, sh
     monkeypatch.setattr(sampling_benchmark, "benchmark_sampling", note)
     run_sampling(trained, shards, tmp_path / "a", capsys)
     run_sampling(trained, shards, tmp_path / "b", capsys, unconditional=True)
-    assert given == [dict.fromkeys(("cell_type_ids", "perturbation_ids"), known) for known in (True, False)]
+    assert given == [{"cell_type_ids": True, "perturbation_ids": True}, {}]
 
 
 def test_sampling_in_bfloat16_says_so(checkpoint, shards, tmp_path, capsys):
@@ -219,7 +220,7 @@ def test_a_real_file_without_a_condition_of_the_model_lists_its_columns_and_the_
     real = anndata.read_h5ad(shards / "test.h5ad")
     real.obs = real.obs[["cell_type"]]
     real.write_h5ad(tmp_path / "real.h5ad")
-    with pytest.raises(ValueError, match=r"no obs column \['perturbation'\].*its columns: cell_type;.*--unconditional"):
+    with pytest.raises(ValueError, match=r"no obs column 'perturbation'; it has cell_type;.*--unconditional"):
         sampling(str(trained), real=tmp_path / "real.h5ad", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -268,7 +269,7 @@ def test_the_table_is_aligned_and_leaves_out_columns_that_nothing_fills():
         Row("cubic 8", "cubic", 8, cells_per_second=123.4, scores={"mmd2": [0.1, 0.2]}),
         Row(NAIVE, network_calls=100, cells_per_second=1.0),
     ]
-    lines = aligned(table(rows)).splitlines()
+    lines = markdown_table(table(rows), numbers=True).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert "0.15000 ± 0.07071" in lines[2]
     assert "123.4" in lines[2].split("|")[4]

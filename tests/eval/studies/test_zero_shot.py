@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from scipy import sparse
 
-from eval.comparison.cells import CellCounts
+from eval.comparison.cells import CellCounts, Comparison
 from eval.simulate import main as simulate
-from eval.studies.scores import control_cells, marginals_of_all, score_held_out
+from eval.studies.scores import BASELINES, control_cells, marginals_of_all, score_held_out
 from eval.studies.tables import dot_plot, study_markdown, study_tables
 from eval.studies.zero_shot import completed, shuffled
 from eval.studies.zero_shot import main as zero_shot
@@ -35,12 +35,16 @@ def cells_of(perturbations: list[str], *, seed: int, num: int = CELLS) -> CellCo
     return CellCounts(sparse.csr_matrix(rng.poisson(rate)), labels, "control")
 
 
+def comparison(train: CellCounts, test: CellCounts, generated: dict[str, list[CellCounts]]) -> Comparison:
+    return Comparison(test, train, generated, [f"gene{number}" for number in range(GENES)], None)
+
+
 @pytest.fixture(scope="module")
 def scored() -> dict[tuple[str, str, str | None], dict]:
     """Rows by model, metric and condition; "truth" is drawn from the law of the held-out cells."""
     train, test = cells_of(["control", "a", "b"], seed=0), cells_of(["control", "a", "unseen"], seed=1)
     generated = {"truth": [cells_of(["unseen"], seed=seed) for seed in (2, 3)]}
-    rows = score_held_out(train, test, generated, draws=4)
+    rows = score_held_out(comparison(train, test, generated))
     return {(row["model"], row["metric"], row["condition"]): row for row in rows}
 
 
@@ -50,7 +54,8 @@ def scored() -> dict[tuple[str, str, str | None], dict]:
 def test_only_perturbations_without_training_cells_are_scored_on_half_of_their_cells(scored):
     assert {condition for _, _, condition in scored} == {"unseen", None}
     assert {row["n"] for row in scored.values()} == {CELLS // 2}
-    assert {row["seeds"] for row in scored.values()} == {4}
+    seeds = {model: row["seeds"] for (model, _, _), row in scored.items()}
+    assert seeds == {"floor": 10, "truth": 2} | dict.fromkeys((fit.__name__ for fit in BASELINES), 3)
 
 
 def test_cells_of_the_true_law_are_at_the_floor_and_baselines_are_not(scored):
@@ -88,9 +93,9 @@ def test_the_control_baseline_draws_real_control_cells_of_the_same_batch_in_the_
 def test_nothing_held_out_and_too_few_cells_are_errors():
     train = cells_of(["control", "a"], seed=0)
     with pytest.raises(ValueError, match="every perturbation of the test cells has training cells"):
-        score_held_out(train, cells_of(["control", "a"], seed=1), {}, draws=1)
+        score_held_out(comparison(train, cells_of(["control", "a"], seed=1), {}))
     with pytest.raises(ValueError, match="has 40 test cells or more"):
-        score_held_out(train, cells_of(["control", "unseen"], seed=1, num=39), {}, draws=1)
+        score_held_out(comparison(train, cells_of(["control", "unseen"], seed=1, num=39), {}))
 
 
 # --- tables of vectors -----------------------------------------------------------------------------------------------
@@ -128,7 +133,7 @@ def test_without_vectors_a_name_never_seen_has_the_mean_of_the_learned_ones():
 @pytest.fixture
 def study() -> dict:
     held_out = {"dataset": "cells", "kind": "held-out-perturbations", "held_out": [["a", "b"], ["c"]]}
-    drawn = {"vectors": "coexpression", "models": ["vectors", "shuffled"], "sampling_seeds": 3, "draws": 10}
+    drawn = {"vectors": "coexpression", "models": ["vectors", "shuffled"], "sampling_seeds": 3}
     return held_out | drawn | {"versions": {}, "command": "python -m eval.studies.zero_shot cells.h5ad"}
 
 
@@ -182,7 +187,7 @@ def simulated(folder: Path, **sizes: int) -> dict:
     (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     options = {"out": folder / "study", "perturbation_key": "perturbation", "config": folder / "tiny.yaml"}
     options |= {"vectors": str(folder / "cells.perturbations.safetensors"), "num_splits": 1, "sampling_seeds": 1}
-    return {"source": folder / "cells.h5ad", "draws": 2, **options}
+    return {"source": folder / "cells.h5ad", **options}
 
 
 def means_of(study: Path) -> dict[tuple[str, str], float]:
@@ -216,8 +221,8 @@ def test_a_study_writes_its_files_and_goes_on_where_it_stopped(tmp_path, monkeyp
     zero_shot(**options)
     assert written.read_bytes() == before
     assert capsys.readouterr().out == printed
-    with pytest.raises(ValueError, match="holds a study that differs in scores"):
-        zero_shot(**{**options, "draws": 3})
+    with pytest.raises(ValueError, match="holds a study that differs in sampling_seeds"):
+        zero_shot(**{**options, "sampling_seeds": 3})
     with pytest.raises(ValueError, match="holds a study that differs in learned"):
         zero_shot(**{**options, "learned": not options.get("learned", True)})
 
@@ -233,10 +238,9 @@ def test_vectors_that_determine_the_effect_beat_shuffled_ones(tmp_path):
 def test_contradicting_options_are_refused(tmp_path):
     options = simulated(tmp_path, num_cells=60, num_perturbations=2)
     for wrong, message in (
-        ({"split": "from-file"}, "--split from-file needs --split-files"),
         ({"vectors": None, "learned": False}, "leaves no model to train"),
         ({"num_splits": 0}, "--num-splits 0: expected at least 1"),
-        ({"draws": 0}, "--draws 0: expected at least 1"),
+        ({"sampling_seeds": 0}, "--sampling-seeds 0: expected at least 1"),
         ({"out": tmp_path}, "exists and holds no study"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,0 +1,78 @@
+"""Score the floor, every generator and every baseline of a comparison by several protocols."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+from eval.comparison.baselines import BASELINE_DRAWS, Sampler, baseline_draws
+from eval.comparison.cells import CellCounts, Comparison, together
+from eval.comparison.floor import FLOOR, FLOOR_DRAWS, beside_half, floor_draws, split_half, without_training_cells
+from eval.comparison.metric_table import COPYING
+from eval.comparison.protocols import Protocol, Reference, Score, averaged_scores, evaluate_pair, prepare_reference
+
+Scores = dict[str, list[list[Score]]]  # by model, of each of its samples
+
+
+def score_models(
+    comparison: Comparison,
+    protocols: Sequence[Protocol],
+    samplers: dict[str, Sampler],
+    *,
+    seed: int = 0,
+    device: str | None = None,
+) -> list[tuple[Reference, Scores]]:
+    """Return for each protocol what was compared with, and the scores: of the floor, generators, then baselines.
+
+    Test cells of conditions without training cells are halved at random: one half is what everything is compared with,
+    the other is the floor. In every draw of the floor each model is compared with the same half, its samples in turn;
+    the score of a sample is the mean over its draws, the reference that of the last draw.
+
+    Raises:
+        ValueError: fewer than two test cells, or a protocol that groups by a column that is none of the conditions.
+    """
+    real = comparison.real
+    sources: dict[str, Iterable[CellCounts]] = {
+        FLOOR: floor_draws(comparison.train, real, seed=seed),
+        **comparison.generated,
+        **{name: baseline_draws(sample, real, seed=seed) for name, sample in samplers.items()},
+    }
+    numbers = {FLOOR: FLOOR_DRAWS} | {model: len(files) for model, files in comparison.generated.items()}
+    numbers |= dict.fromkeys(samplers, BASELINE_DRAWS)
+    halved = without_training_cells(comparison.train, real)
+    is_whole = ~np.isin(np.arange(len(real)), np.concatenate([[], *(real.rows_by_condition[name] for name in halved)]))
+    samples = {m: itertools.cycle(found) if halved and m != FLOOR else iter(found) for m, found in sources.items()}
+    scores = [{model: [[] for _ in range(number)] for model, number in numbers.items()} for _ in protocols]
+    draws = max(numbers.values())
+    comparisons = FLOOR_DRAWS + draws * (len(numbers) - 1) if halved else sum(numbers.values())
+    # most matrices are small (one condition): a second BLAS thread makes it slower, on a busy machine fivefold
+    with (
+        threadpool_limits(limits=1, user_api="blas"),
+        tqdm(total=comparisons * len(protocols), desc="scoring", unit="comparison", disable=None) as bar,
+    ):
+        for draw in range(draws):
+            if halved:
+                one, other = split_half(real, halved, np.random.default_rng([seed, draw]))
+                compared = real.take(np.sort(np.concatenate([np.flatnonzero(is_whole), one])))
+            if halved or not draw:
+                of_draw = compared if halved else real
+                references = [prepare_reference(of_draw, p, train=comparison.train, seed=seed) for p in protocols]
+            for model, number in numbers.items():
+                drawn = next(samples[model], None)
+                if drawn is None:
+                    continue
+                bar.set_postfix_str(model)
+                if halved and model == FLOOR:
+                    drawn = together([drawn, real.take(other)])
+                elif halved:
+                    drawn = beside_half(drawn, real, halved, other)
+                for reference, found in zip(references, scores):
+                    pair = evaluate_pair(drawn, reference, seed=seed, device=device)
+                    if model == FLOOR:  # training cells lie at no distance from themselves
+                        pair = [score for score in pair if score.metric != COPYING]
+                    found[model][draw % number].append(pair)
+                    bar.update()
+    means = [{model: [averaged_scores(s) for s in repeats] for model, repeats in found.items()} for found in scores]
+    return list(zip(references, means))
