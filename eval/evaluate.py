@@ -10,13 +10,14 @@ figures in one file). Reads test cells only to score.
 
 import logging
 from collections.abc import Sequence
+from itertools import filterfalse
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from training.data.command_line import command_of, run, versions_of
-from training.data.files import written_aside
+from training.data.files import check_folder, written_aside
 
 if TYPE_CHECKING:  # these import seconds of packages: only after the options are known to be right
     from eval.comparison.baselines import Sampler
@@ -162,14 +163,11 @@ def _check_paths(generated: Sequence[Path], real: Sequence[Path], out: Path) -> 
     repeated = [path for path in generated if list(generated).count(path) > 1]
     if repeated:
         raise ValueError(f"{str(repeated[0])!r} is given more than once: each file counts as one sampling seed")
-    absent = [path for path in generated if not path.exists() and not is_checkpoint(path)]
-    if absent:
-        raise FileNotFoundError(f"no file {str(absent[0])!r}; expected an h5ad file or a checkpoint")
-    absent = [path for path in real if not path.is_file()]
-    if absent:
-        raise FileNotFoundError(f"no file {str(absent[0])!r}; expected an h5ad file of real cells")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {str(out)!r} is a file; expected the name of a folder to write to")
+    expected = dict.fromkeys(filterfalse(is_checkpoint, generated), "an h5ad file or a checkpoint")
+    for path, what in (expected | dict.fromkeys(real, "an h5ad file of real cells")).items():
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {str(path)!r}; expected {what}")
+    check_folder(out)
 
 
 def _log_summary(rows: Sequence["Row"]) -> None:

@@ -18,7 +18,7 @@ import tyro
 
 from tokenization.labels_dcm import shortened
 from training.data.command_line import user_errors, versions_of
-from training.data.files import written_aside
+from training.data.files import check_folder, written_aside
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -106,7 +106,7 @@ def sampling(
     """
     _expect_at_least(2, num_cells=num_cells)
     _expect_at_least(1, seeds=seeds, naive_cells=naive_cells)
-    _check_folder(out)
+    check_folder(out)
     import numpy as np
     import torch
 
@@ -157,7 +157,7 @@ def training(
         rounds: How often the compared steps take turns.
     """
     _expect_at_least(1, genes=min(genes or (1,)), rounds=rounds)
-    _check_folder(out)
+    check_folder(out)
     from eval.benchmarks import training as measured
     from eval.benchmarks.costs import device_name
     from eval.reports.tables import markdown_table
@@ -248,11 +248,6 @@ def _expect_at_least(least: int, **options: int | None) -> None:
     for name, value in options.items():
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
-
-
-def _check_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {str(out)!r} is a file; expected the name of a folder to write to")
 
 
 def cli() -> None:

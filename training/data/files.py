@@ -48,6 +48,12 @@ def check_writable(out: Path) -> None:
         raise PermissionError(f"--out {str(out)!r} cannot be written: {str(nearest)!r} is no folder to write into")
 
 
+def check_folder(out: Path) -> None:
+    """Raise ValueError unless ``out`` is a folder or may become one."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {str(out)!r} is a file; expected a folder")
+
+
 def followed(path: str | Path) -> Path:
     """What a symbolic link points to, which is what gets written; any other path as it is."""
     path = Path(path)
@@ -162,8 +168,7 @@ def check_replaceable(out: Path, *, mark: str, written: Collection[str]) -> None
     """
     if not out.exists():
         return
-    if not out.is_dir():
-        raise ValueError(f"--out {str(out)!r} is a file; expected a folder")
+    check_folder(out)
     names = {path.name for path in out.iterdir()}
     if names and mark not in names:
         raise ValueError(f"--out {str(out)!r} exists and holds no conversion; remove it or name another folder")
