@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -92,24 +93,33 @@ class Sampled:
             min(num_cells, len(self.real)), **given, **how, seed=seed, batch_size=self.batch_size
         )
 
-    def scores(self, ids: torch.Tensor, reference: Reference, seed: int) -> dict[str, float]:
-        """The metrics of drawn cells."""
-        return _scores(CellCounts(self.tokenizer.decode(ids, seed=seed).X, self.real.labels), reference)
+    @cached_property
+    def reference(self) -> Reference:
+        return prepare_reference(self.real, PROTOCOL)
+
+    def decoded(self, ids: torch.Tensor, seed: int) -> CellCounts:
+        return CellCounts(self.tokenizer.decode(ids, seed=seed).X, self.real.labels)
+
+    def scores(self, draws: Iterable[CellCounts]) -> dict[str, list[float]]:
+        """Each metric of every draw."""
+        found = [{score.metric: score.value for score in evaluate_pair(drawn, self.reference)} for drawn in draws]
+        return {metric: [values[metric] for values in found] for metric in METRICS}
+
+    def predicted_kl(self, revealed: Sequence[int]) -> float | None:
+        """What a schedule loses, if the model has an entropy curve."""
+        curve = as_curve(self.model.config.entropy_curve)
+        return None if curve is None else predicted_kl(revealed, curve)
 
 
 def benchmark_sampling(sampled: Sampled, *, train: CellCounts | None = None, num_naive: int = 8) -> list[Row]:
     """Rows of every setting that the model can do, of the naive loop (timed on ``num_naive`` cells), of the released
     reveal rule (scored), and of the floor if there are training cells."""
     has_curve = sampled.model.config.entropy_curve is not None
-    reference = prepare_reference(sampled.real, PROTOCOL)
     settings = [name for name, how in SETTINGS.items() if has_curve or not {"auto", "optimal"} & set(how)]
-    jobs: dict[str, Callable[[], Row]] = {
-        name: lambda name=name: _measured(sampled, name, reference) for name in settings
-    }
-    jobs |= {RELEASED: lambda: _released(sampled, reference), NAIVE: lambda: _naive(sampled, num_naive)}
+    jobs: dict[str, Callable[[], Row]] = {name: partial(_measured, sampled, name) for name in settings}
+    jobs |= {RELEASED: partial(_released, sampled), NAIVE: partial(_naive, sampled, num_naive)}
     if train is not None:
-        draws = floor_draws(train, sampled.real)
-        jobs[FLOOR] = lambda: Row(FLOOR, scores=_by_metric(_scores(drawn, reference) for drawn in draws))
+        jobs[FLOOR] = lambda: Row(FLOOR, scores=sampled.scores(floor_draws(train, sampled.real)))
     rows = []
     with tqdm(jobs, desc="sampling benchmark", unit="setting", delay=1, disable=None) as bar:
         for name in bar:
@@ -133,30 +143,27 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
     }
 
 
-def _measured(sampled: Sampled, setting: str, reference: Reference) -> Row:
+def _measured(sampled: Sampled, setting: str) -> Row:
     """Draw with one setting under every seed."""
     model, n, (steps, schedule) = sampled.model, len(sampled.real), SETTINGS[setting]
-    curve = as_curve(model.config.entropy_curve)
-    revealed = reveal_schedule(model.config.num_genes, steps, schedule, curve)
+    revealed = reveal_schedule(model.config.num_genes, steps, schedule, as_curve(model.config.entropy_curve))
     sampled.generate(setting, seed=0, num_cells=8)  # first uses of a shape cost more
-    cost, scores = Cost(model.device), []
+    cost, draws = Cost(model.device), []
     for seed in range(sampled.seeds):
         with cost:
             ids = sampled.generate(setting, seed=seed, num_cells=n)
-        scores.append(sampled.scores(ids, reference, seed))
-    row = Row(setting, schedule, len(revealed) - 1, n / cost.median, cost.most_mib, scores=_by_metric(scores))
-    row.predicted_kl = None if curve is None else predicted_kl(revealed, curve)
-    return row
+        draws.append(sampled.decoded(ids, seed))
+    speed = (len(revealed) - 1, n / cost.median, cost.most_mib)
+    return Row(setting, schedule, *speed, sampled.predicted_kl(revealed), sampled.scores(draws))
 
 
-def _released(sampled: Sampled, reference: Reference) -> Row:
+def _released(sampled: Sampled) -> Row:
     """Cells as the released code's reveal rule draws them: scored, not timed."""
     model, n = sampled.model, len(sampled.real)
-    draws = (naive_cells(model, sampled.conditions, n, rule=forward_rule, seed=seed) for seed in range(sampled.seeds))
-    scores = [sampled.scores(ids, reference, seed) for seed, ids in enumerate(draws)]
-    curve = as_curve(model.config.entropy_curve)
-    kl = None if curve is None else predicted_kl([0, model.config.num_genes], curve)
-    return Row(RELEASED, None, NAIVE_STEPS, predicted_kl=kl, scores=_by_metric(scores))
+    ids = (naive_cells(model, sampled.conditions, n, rule=forward_rule, seed=seed) for seed in range(sampled.seeds))
+    scores = sampled.scores(sampled.decoded(drawn, seed) for seed, drawn in enumerate(ids))
+    kl = sampled.predicted_kl([0, model.config.num_genes])
+    return Row(RELEASED, None, NAIVE_STEPS, predicted_kl=kl, scores=scores)
 
 
 def _naive(sampled: Sampled, num_cells: int) -> Row:
@@ -172,15 +179,6 @@ def _naive(sampled: Sampled, num_cells: int) -> Row:
     torch.set_num_threads(threads)
     best = min(costs.values(), key=lambda cost: cost.median)
     return Row(NAIVE, None, NAIVE_STEPS, 1 / best.median, best.most_mib)
-
-
-def _scores(drawn: CellCounts, reference: Reference) -> dict[str, float]:
-    return {score.metric: score.value for score in evaluate_pair(drawn, reference) if score.grouping == "pooled"}
-
-
-def _by_metric(scores: Iterable[dict[str, float]]) -> dict[str, list[float]]:
-    scores = list(scores)
-    return {metric: [score[metric] for score in scores] for metric in METRICS}
 
 
 def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
