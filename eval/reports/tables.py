@@ -145,10 +145,8 @@ def results_markdown(header: dict[str, object], rows: Sequence[Row]) -> str:
         "standard deviations, where cells and conditions are as many; a distance further below it is no better, it "
         "means cells too much alike. n: cells on each side.",
     ]
-    if header.get("genes"):
-        parts.append(f"Compared on {header['genes']}.")
-    if header.get("floor"):
-        parts.append(f"*floor*: {header['floor']}.")
+    notes = {"genes": "Compared on", "floor": "*floor*:"}
+    parts += [f"{word} {header[name]}." for name, word in notes.items() if header.get(name)]
     for section in sections(rows):
         parts.append(f"## Protocol `{section.protocol}`\n\nSpace and metrics: {section.description}.")
         parts += [f"{caption}:\n\n{summary_table(ours, unlike)}" for caption, ours, unlike in section.tables]
