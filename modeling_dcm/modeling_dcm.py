@@ -386,4 +386,6 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         encoder.learned.weight.copy_(torch.cat([weight[:-1], weight.new_zeros(n, weight.shape[1]), weight[-1:]]))
         encoder.learned.train(old.training).requires_grad_(weight.requires_grad)
         config.num_perturbations = known + n
-        return torch.arange(known, known + n)
+        ids = torch.arange(known, known + n)
+        config.perturbations_without_cells = [*(config.perturbations_without_cells or ()), *ids.tolist()]
+        return ids

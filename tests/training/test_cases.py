@@ -20,13 +20,16 @@ import scipy.sparse
 import torch
 from safetensors.torch import save_file
 
+from eval.comparison.cells import read_comparison
 from eval.drawing.checkpoint import check_checkpoint
+from eval.drawing.measured import library_sizes_of, read_measured_cells
+from tests.tiny_esm import write_tiny_esm
 from tokenization import DCMTokenizer
 from training.conversion.conditions import ConditionColumns
 from training.conversion.splits import SplitOptions, split_cells
 from training.convert_h5ad import main as convert
 from training.data.files import written_aside
-from training.data.formats import opened_counts, read_counts
+from training.data.formats import read_counts
 from training.data.h5ad import open_h5ad
 from training.embed_perturbations import main as embed
 from training.embed_perturbations import perturbation_names
@@ -181,10 +184,11 @@ def of_anndata_0_6(path: Path) -> Path:
         file["obs"] = np.array(list(table), dtype=columns)
         file["var"] = np.array([(gene,) for gene in GENES], dtype=[("index", "S8")])
         file["uns/cell_type_categories"] = np.array(["type0", "type1"], dtype=object)
-        group = file.create_group("X")
-        for name in ("data", "indices", "indptr"):
-            group[name] = getattr(cells.X, name)
-        group.attrs["h5sparse_format"], group.attrs["h5sparse_shape"] = "csr", cells.shape
+        file["raw.var"] = file["var"]
+        for group, matrix in ((file.create_group("X"), cells.X), (file.create_group("raw.X"), 2 * cells.X)):
+            for name in ("data", "indices", "indptr"):
+                group[name] = getattr(matrix, name)
+            group.attrs["h5sparse_format"], group.attrs["h5sparse_shape"] = "csr", cells.shape
     return old
 
 
@@ -195,6 +199,9 @@ def test_tables_of_anndata_0_6_are_read_with_their_categories(x):
     assert old.obs["perturbation"].tolist() == cells.obs["perturbation"].tolist()
     assert old.obs_names.tolist() == cells.obs_names.tolist()
     assert old.var_names.tolist() == GENES
+    raw = read_counts(of_anndata_0_6(x), "raw")
+    assert (raw.X != 2 * cells.X).nnz == 0
+    assert raw.var_names.tolist() == GENES
 
 
 def without_encoding(path: Path) -> None:
@@ -209,12 +216,12 @@ def column_twice(path: Path) -> None:
 
 
 def unknown_filter(path: Path) -> None:
-    """A dataset whose chunks need zstd."""
+    """A dataset whose chunks need a filter that nobody has."""
     with h5py.File(path, "r+") as file:
         del file["X/data"]
         created = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         created.set_chunk((100,))
-        created.set_filter(32015, h5py.h5z.FLAG_OPTIONAL, (3,))
+        created.set_filter(300, h5py.h5z.FLAG_OPTIONAL, (3,))
         space = h5py.h5s.create_simple((len(file["X/indices"]),))
         dataset = h5py.h5d.create(file["X"].id, b"data", h5py.h5t.NATIVE_FLOAT, space, created)
         dataset.write_direct_chunk((0,), b"no plain chunk")
@@ -340,16 +347,26 @@ def test_cells_without_x_list_their_layers():
         tokenizer(cells)
 
 
-def test_raw_is_a_layer_with_its_own_genes(tmp_path):
-    cells = sound()
+def test_raw_is_a_layer_with_its_own_genes_for_every_command(tmp_path):
+    cells, file = sound(), tmp_path / "x.h5ad"
     cells.raw = cells
     few = cells[:, 5:10].copy()
     few.X = few.X.multiply(0.5).tocsr()
-    few.write_h5ad(tmp_path / "x.h5ad")
-    with opened_counts(tmp_path / "x.h5ad", "raw") as file:
-        assert file.var.index.tolist() == GENES
+    few.uns["generator"] = "a model"
+    few.write_h5ad(file)
+    counts = cells.X.toarray()
     tokenizer = DCMTokenizer.from_labels(genes=GENES, max_count=20)
-    assert (tokenizer(few, layer="raw")["input_ids"] == tokenizer(cells)["input_ids"]).all()
+    assert (tokenizer(few, layer="raw")["input_ids"].numpy() == counts).all()
+    measured = read_measured_cells(file, tokenizer, "raw")  # dcm-score and dcm-impute
+    assert (measured.counts.toarray() == counts).all()
+    assert measured.panels.all()
+    assert library_sizes_of(file, GENES, "raw").tolist() == counts.sum(axis=1).tolist()  # dcm-sample
+    shards = convert(file, out=tmp_path / "s", layer="raw")
+    parts = [anndata.read_h5ad(shards / f"{name}.h5ad").to_df() for name in ("train", "validation", "test")]
+    assert pd.concat(parts).loc[cells.obs_names, GENES].to_numpy().tolist() == counts.tolist()
+    options = {"names": [None], "reserved_names": (), "layer": "raw"}
+    compared = read_comparison([file], shards / "test.h5ad", shards / "train.h5ad", **options)
+    assert (compared.generated["a model"][0].counts.toarray() == counts).all()
 
 
 def test_a_symbolic_link_is_followed(x, tmp_path):
@@ -391,6 +408,18 @@ def test_a_language_model_that_cannot_be_downloaded_is_one_line(monkeypatch):
     monkeypatch.setattr(protein_language_model, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(OSError, match="the Hub cannot be reached: give a local folder"):
         protein_language_model.ProteinEncoder.load("somebody/esm2_that_is_nowhere")
+
+
+def test_a_language_model_that_was_downloaded_before_is_loaded_without_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(protein_language_model, "ENDPOINT", "http://127.0.0.1:9")
+    folder = tmp_path / "models--somebody--tiny"
+    write_tiny_esm(folder / "snapshots" / "1")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("1")
+    here = protein_language_model.ProteinEncoder.load(str(folder / "snapshots" / "1"))
+    for module in ("huggingface_hub.constants.HF_HUB_CACHE", "transformers.utils.hub.constants.HF_HUB_CACHE"):
+        monkeypatch.setattr(module, str(tmp_path))
+    assert protein_language_model.ProteinEncoder.load("somebody/tiny").fingerprint() == here.fingerprint()
 
 
 def test_no_vector_is_promised_to_a_name_that_no_training_cell_has(x, tmp_path, caplog):

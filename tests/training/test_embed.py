@@ -237,7 +237,9 @@ def test_a_learned_vector_is_one_of_its_own_and_survives_saving_and_new_perturba
     model, tokenizer = load_checkpoint(tmp_path / "saved")
     torch.testing.assert_close(logits_of(model, tokenizer, missing), learned, atol=1e-5, rtol=0)
     sample(str(tmp_path / "saved"), out=tmp_path / "cells.h5ad", num_cells=5, perturbation=f"{missing}+NEW", steps=2)
-    assert anndata.read_h5ad(tmp_path / "cells.h5ad").shape == (5, 15)
+    cells = anndata.read_h5ad(tmp_path / "cells.h5ad")
+    assert cells.shape == (5, 15)
+    assert cells.uns["dcm_perturbations_without_cells"].tolist() == ["NEW"]
     with pytest.raises(ValueError, match="unknown perturbation 'NOWHERE'"):  # it has neither a vector nor a cell
         tokenizer.conditions(perturbation="NOWHERE")
 

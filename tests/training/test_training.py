@@ -11,10 +11,13 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import anndata
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from eval.metrics.distances import median_bandwidth, mmd2
 from modeling_dcm import DCMForDenoising
 from tests.tiny_training import shards_of_two_panels, tiny_training
 from tokenization import DCMTokenizer
@@ -113,6 +116,22 @@ def test_the_validation_loss_is_the_sum_over_all_batches_by_all_measured_genes(c
         n = int((inputs["labels"] != tokenizer.pad_token_id).sum())
         total, measured = total + model.eval()(**inputs).loss.item() * n, measured + n
     assert losses["validation_loss"] == pytest.approx(total / measured)
+
+
+def test_the_score_of_the_true_cells_is_perfect_where_genes_were_not_measured(
+    config, cells_h5ad, tmp_path, monkeypatch
+):
+    config = replace(config, data=shards_of_two_panels(cells_h5ad, tmp_path))
+    model, tokenizer, cells = built(config)
+    names = anndata.read_h5ad(config.data / "validation.h5ad").obs_names
+    true = anndata.read_h5ad(cells_h5ad)[names].copy()  # with the counts that the validation cells lack
+    monkeypatch.setattr(model, "generate", lambda number, **_: tokenizer(true)["input_ids"][:number])
+    score = Validation(config, tokenizer, cells).score(model, [parameter.detach() for parameter in model.parameters()])
+    on_measured = np.log1p(true.X[:, :4].toarray())
+    assert score["score_mmd2"] == pytest.approx(
+        mmd2(on_measured, on_measured, bandwidths=[median_bandwidth(on_measured)])
+    )
+    assert score["score_correlation"] == score["score_correlation_slope"] == pytest.approx(1)
 
 
 # --- noise -----------------------------------------------------------------------------------------------------------

@@ -152,6 +152,13 @@ def _gene_names(file: CountFile, gene_key: str | None, duplicate_genes: str) -> 
     if versioned:
         logger.info("%s: %s Ensembl ids are written without their version", file.path.name, f"{versioned:,}")
     names = names.to_numpy(dtype=object)
+    measured = file.measured(np.arange(len(names)))[1]
+    if (measured != measured[0]).any():
+        raise ValueError(
+            f"{str(file.path)!r} has cells of several panels (uns['dcm_panels']): convert the files that it was made "
+            "of, or write the cells of each obs['panel'] to a file and give them all"
+        )
+    names = np.where(measured[0], names, "")
     if file.are_genes is not None and not file.are_genes.all():
         logger.info("%s: %d features that are no genes are left out", file.path.name, (~file.are_genes).sum())
         names = np.where(file.are_genes, names, "")
@@ -169,7 +176,7 @@ def _gene_names(file: CountFile, gene_key: str | None, duplicate_genes: str) -> 
 
 def _check_kinds(files: list[CountFile], names: list[np.ndarray]) -> None:
     """Raise if some files name their genes by Ensembl id and others do not."""
-    are_ensembl = [bool(pd.Series(name).str.fullmatch(ENSEMBL).mean() > 0.5) for name in names]
+    are_ensembl = [bool(pd.Series(name[name != ""]).str.fullmatch(ENSEMBL).mean() > 0.5) for name in names]
     if len(set(are_ensembl)) > 1:
         one, other = are_ensembl.index(True), are_ensembl.index(False)
         raise ValueError(

@@ -116,15 +116,16 @@ def _checked(file: CountFile) -> CountFile:
 def _open_h5ad(path: Path, scratch: Path, layer: str | None, report: Report) -> CountFile:
     with open_h5ad(path) as file:
         layers = sorted(file.get("layers", ()))
-        known = layers + [RAW] * (RAW not in layers and "X" in file.get(RAW, ()))
+        raw_group = f"{RAW}/" if f"{RAW}/X" in file else f"{RAW}."  # anndata 0.6 wrote raw.X and raw.var
+        known = layers + [RAW] * (RAW not in layers and f"{raw_group}X" in file)
         if layer is not None and layer not in known:
             raise ValueError(f"{str(path)!r} has no layer {layer!r}; layers there: {', '.join(known) or 'none'}")
         if layer is None and "X" not in file:
             raise ValueError(f"{str(path)!r} has no X; pass --layer with one of: {', '.join(known)}")
         raw = layer == RAW and RAW not in layers
-        name = "raw/X" if raw else "X" if layer is None else f"layers/{layer}"
+        name = f"{raw_group}X" if raw else "X" if layer is None else f"layers/{layer}"
         with damage_named(path):
-            obs, var = read_table(file, "obs"), read_table(file, f"{RAW}/var" if raw else "var")
+            obs, var = read_table(file, "obs"), read_table(file, f"{raw_group}var" if raw else "var")
             panels = read_elem(file["uns/dcm_panels"]) if not raw and "uns/dcm_panels" in file else None
             matrix = _matrix(path, file, name, scratch, report)
     source = "X" if layer is None else "raw.X" if raw else f"layer {layer!r}"

@@ -171,11 +171,10 @@ def build_model(
     set_estimates(model, config, cells, source)
     if table is not None:
         _set_vectors(model, tokenizer, table)
-        seen = set(cells.conditions["perturbation_ids"].unique().tolist())
-        known = enumerate(tokenizer.perturbations)
-        model.config.perturbations_without_cells = [i for i, name in known if name in table.vectors and i not in seen]
     if source is not None:
         transfer(source, model, tokenizer)
+    if model_config.perturbation_dim:
+        model_config.perturbations_without_cells = _vectors_without_cells(model, tokenizer, cells, source)
     _warn_of_names_never_seen(tokenizer, cells, table, source)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -221,6 +220,18 @@ def _set_vectors(model: DCMForDenoising, tokenizer: DCMTokenizer, table: Perturb
         if name in table.vectors:
             encoder.table[index] = table.vectors[name]
             encoder.has_vector[index] = True
+
+
+def _vectors_without_cells(
+    model: DCMForDenoising, tokenizer: DCMTokenizer, cells: Cells, source: Source | None
+) -> list[int]:
+    """Ids of perturbations whose frozen vector no training cell had, now or in the source."""
+    seen = {tokenizer.perturbations[i] for i in cells.conditions["perturbation_ids"].unique().tolist() if i >= 0}
+    if source is not None:
+        unseen = source.model.config.perturbations_without_cells or ()
+        seen |= {name for i, name in enumerate(source.tokenizer.perturbations) if i not in unseen}
+    has_vector = model.conditions.perturbation.has_vector.tolist()
+    return [i for i, name in enumerate(tokenizer.perturbations) if has_vector[i] and name not in seen]
 
 
 def _set_library_sizes(model: DCMForDenoising, tokenizer: DCMTokenizer, statistics: Statistics, cells: Cells) -> None:

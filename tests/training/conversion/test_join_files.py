@@ -57,6 +57,19 @@ def test_a_list_of_genes_is_taken_in_its_order(tmp_path):
     assert not counts[["x", "y"]].to_numpy().any()
 
 
+def test_what_a_file_says_was_not_measured_is_no_gene_of_it(tmp_path):
+    path, other = write(tmp_path, "a", ["g1", "g2", "g3"]), write(tmp_path, "b", ["g1", "g2", "g3"])
+    cells = anndata.read_h5ad(path)
+    cells.obs["panel"], cells.uns["dcm_panels"] = "few", {"few": [True, False, True], "all": [True] * 3}
+    cells.write_h5ad(path)
+    assert list(joined([path, other], tmp_path)[1]) == ["g1", "g3"]
+    assert joined([path, other], tmp_path, join="union")[0].measured.tolist() == [[True, True, False], [True] * 3]
+    cells.obs["panel"] = ["few", "all"] * 2
+    cells.write_h5ad(path)
+    with pytest.raises(ValueError, match=r"a.h5ad' has cells of several panels .*convert the files that it was made"):
+        joined([path], tmp_path)
+
+
 def test_genes_of_another_kind_of_name_are_refused(tmp_path):
     ensembl = [f"ENSG{i:011d}" for i in range(3)]
     one, other = write(tmp_path, "a", ensembl, var={"symbol": list("xyz")}), write(tmp_path, "b", list("xyz"))

@@ -219,6 +219,10 @@ def test_new_perturbations_without_a_frozen_vector_are_named(trained_with_a_tabl
     said = "1 new perturbations have no frozen vector and learn one (a table from dcm-embed"
     assert [message.endswith(left_out) for message in caplog.messages if message.startswith(said)] == [True]
     assert not model.conditions.perturbation.has_vector[tokenizer.perturbations.index(left_out)]
+    assert model.config.perturbations_without_cells == []  # the source knows ELSEWHERE from its cells
+    source.model.config.perturbations_without_cells = [position]
+    model = build_model(shaped_like(config, source), tokenizer, Cells(shards, "train", tokenizer), source)
+    assert model.config.perturbations_without_cells == [tokenizer.perturbations.index("ELSEWHERE")]
 
 
 def test_what_is_no_checkpoint_or_shares_no_gene_is_refused(tmp_path):
