@@ -12,7 +12,11 @@ import torch
 from eval.simulate import main as simulate
 from modeling_dcm import DCMConfig, DCMForDenoising
 from modeling_dcm.diffusion_dcm import keyed_generator
+from tests.tiny_checkpoint import write_tiny_checkpoint
+from tests.tiny_esm import write_tiny_esm
+from tests.tiny_training import two_steps
 from training.convert_h5ad import main as convert
+from training.data import shards as shard_files
 
 torch.set_num_threads(1)
 
@@ -81,6 +85,36 @@ def shards(cells_h5ad, tmp_path_factory) -> Path:
     convert(cells_h5ad, out=folder / "shards", cell_type_key="cell_type", perturbation_key="perturbation")
     yield folder / "shards"
     patch.undo()
+
+
+@pytest.fixture(scope="session")
+def trained(shards, tmp_path_factory) -> Path:
+    """A checkpoint with cell types, perturbations and library sizes after two steps of training."""
+    return two_steps(shards, tmp_path_factory.mktemp("trained") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(make_model, tmp_path_factory) -> Path:
+    """Random weights with every condition, as training writes a checkpoint."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", make_model("latent", conditioned=True))
+
+
+@pytest.fixture(scope="session")
+def block_shards(tmp_path_factory) -> Path:
+    """600 cells, most of them for training: 3 files of 5 or fewer blocks of 32 cells."""
+    folder = tmp_path_factory.mktemp("blocks")
+    simulate(folder / "cells.h5ad", num_cells=600, num_genes=15, num_perturbations=3, num_pairs=1, vector_dim=4)
+    keys = {"cell_type_key": "cell_type", "perturbation_key": "perturbation"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        patch.setattr(shard_files, "ROW_GROUP_CELLS", 32)
+        patch.setattr(shard_files, "SHARD_CELLS", 160)
+        return convert(folder / "cells.h5ad", out=folder / "shards", **keys)
+
+
+@pytest.fixture(scope="session")
+def esm_folder(tmp_path_factory) -> Path:
+    return write_tiny_esm(tmp_path_factory.mktemp("esm"))
 
 
 @pytest.fixture(scope="session")

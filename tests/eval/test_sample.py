@@ -1,10 +1,7 @@
 """Properties of the sampling stage: what is written, and how it ends when something is wrong."""
 
 import inspect
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import get_args
 
@@ -21,14 +18,8 @@ from eval.sample import Schedule, main
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.guidance_dcm import GUIDED
 from modeling_dcm.schedule_dcm import SCHEDULES
-from tests.tiny_training import assert_same_file, two_steps
+from tests.tiny_training import assert_same_file
 from tokenization import DCMTokenizer
-
-
-@pytest.fixture(scope="module")
-def checkpoint(shards, tmp_path_factory) -> Path:
-    """A model with cell types, perturbations and library sizes after two steps of training."""
-    return two_steps(shards, tmp_path_factory.mktemp("sampled") / "checkpoint")
 
 
 @pytest.fixture
@@ -45,40 +36,13 @@ def calls(monkeypatch) -> list[dict]:
     return found
 
 
-def test_cells_are_integer_counts_with_the_panels_genes_and_the_conditions_asked_for(checkpoint, tmp_path):
-    tokenizer = DCMTokenizer.from_pretrained(checkpoint)
-    pair = "+".join(name for name in tokenizer.perturbations if name != "control")
-    pair = "+".join(pair.split("+")[:2])
-    main(
-        str(checkpoint),
-        out=tmp_path / "cells.h5ad",
-        num_cells=12,
-        cell_type="type1",
-        perturbation=pair,
-        steps=3,
-        seed=4,
-    )
-    cells = anndata.read_h5ad(tmp_path / "cells.h5ad")
-    assert cells.shape == (12, 15)
-    assert list(cells.var_names) == tokenizer.genes
-    assert np.issubdtype(cells.X.dtype, np.integer)
-    assert cells.X.min() >= 0
-    assert cells.X.max() <= tokenizer.max_count
-    assert set(cells.obs["cell_type"]) == {"type1"}
-    assert {frozenset(label.split("+")) for label in cells.obs["perturbation"]} == {frozenset(pair.split("+"))}
-    assert cells.uns["generator"] == "dcm"
-    assert list(cells.uns["dcm_conditions"]) == ["cell_type", "perturbation"]
-    assert cells.uns["dcm_control"] == "control"
-    assert cells.uns["dcm_sampling"]["seed"] == 4
-
-
-def test_drawn_and_written_in_chunks_the_file_holds_what_one_call_of_generate_draws(checkpoint, tmp_path, calls):
+def test_drawn_and_written_in_chunks_the_file_holds_what_one_call_of_generate_draws(trained, tmp_path, calls):
     out = tmp_path / "cells.h5ad"
-    name = next(name for name in DCMTokenizer.from_pretrained(checkpoint).perturbations if name != "control")
+    name = next(name for name in DCMTokenizer.from_pretrained(trained).perturbations if name != "control")
     options = {"steps": 3, "schedule": "cubic", "temperature": 1.0, "seed": 5, "batch_size": 8, "guidance_scale": 0.0}
-    main(str(checkpoint), out=out, num_cells=23, cell_type="type1", perturbation=name, **options)
+    main(str(trained), out=out, num_cells=23, cell_type="type1", perturbation=name, **options)
     assert [call["chunks"] for call in calls] == [[0], [1], [2]]
-    model, tokenizer = load_checkpoint(str(checkpoint))
+    model, tokenizer = load_checkpoint(str(trained))
     conditions = tokenizer.conditions(num_cells=23, cell_type="type1", perturbation=name)
     expected = tokenizer.decode(model.generate(**conditions, **options), conditions=conditions)
     expected.uns["generator"] = "dcm"
@@ -89,24 +53,22 @@ def test_drawn_and_written_in_chunks_the_file_holds_what_one_call_of_generate_dr
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-# --- cells like those of a file --------------------------------------------------------------------------------------
-
-
-def test_like_draws_one_cell_for_each_cell_of_the_file_with_its_conditions(checkpoint, shards, tmp_path):
-    main(str(checkpoint), out=tmp_path / "like.h5ad", like=shards / "test.h5ad", steps=2)
-    drawn, real = (anndata.read_h5ad(file) for file in (tmp_path / "like.h5ad", shards / "test.h5ad"))
+def test_like_draws_one_cell_for_each_cell_of_the_file_with_its_labels_and_library_size_if_asked(
+    trained, shards, tmp_path, calls
+):
+    real = anndata.read_h5ad(shards / "test.h5ad")
+    real.X = real.X * 7  # labels alone are looked at
+    real.write_h5ad(tmp_path / "louder.h5ad")
+    for like in (shards / "test.h5ad", tmp_path / "louder.h5ad"):
+        main(str(trained), out=tmp_path / f"like_{like.name}", like=like, steps=2)
+    assert_same_file(tmp_path / "like_test.h5ad", tmp_path / "like_louder.h5ad")
+    main(str(trained), out=tmp_path / "cells.h5ad", like=like, like_library_size=True, steps=2)
+    totals = np.asarray(real.X.sum(axis=1)).ravel()
+    assert torch.equal(calls[-1]["library_size"], torch.from_numpy(totals.astype(np.float32)))
+    drawn = anndata.read_h5ad(tmp_path / "like_test.h5ad")
     assert len(drawn) == len(real)
     for condition in ("cell_type", "perturbation"):
         assert drawn.obs[condition].astype(str).tolist() == real.obs[condition].astype(str).tolist()
-
-
-def test_like_looks_at_labels_only(checkpoint, shards, tmp_path):
-    real = anndata.read_h5ad(shards / "test.h5ad")
-    real.X = real.X * 7
-    real.write_h5ad(tmp_path / "louder.h5ad")
-    for name, like in (("a", shards / "test.h5ad"), ("b", tmp_path / "louder.h5ad")):
-        main(str(checkpoint), out=tmp_path / f"{name}.h5ad", like=like, steps=2)
-    assert_same_file(tmp_path / "a.h5ad", tmp_path / "b.h5ad")
 
 
 def relabelled(shards: Path, folder: Path, change) -> Path:
@@ -117,10 +79,10 @@ def relabelled(shards: Path, folder: Path, change) -> Path:
     return folder / "real.h5ad"
 
 
-def test_a_label_beside_like_makes_counterfactuals_and_need_not_be_in_the_file(checkpoint, shards, tmp_path):
-    name = next(name for name in DCMTokenizer.from_pretrained(checkpoint).perturbations if name != "control")
+def test_a_label_beside_like_makes_counterfactuals_and_need_not_be_in_the_file(trained, shards, tmp_path):
+    name = next(name for name in DCMTokenizer.from_pretrained(trained).perturbations if name != "control")
     like = relabelled(shards, tmp_path, lambda obs: obs[["cell_type"]])
-    main(str(checkpoint), out=tmp_path / "cells.h5ad", like=like, perturbation=name, steps=2)
+    main(str(trained), out=tmp_path / "cells.h5ad", like=like, perturbation=name, steps=2)
     drawn, real = (anndata.read_h5ad(file) for file in (tmp_path / "cells.h5ad", like))
     assert set(drawn.obs["perturbation"]) == {name}
     assert drawn.obs["cell_type"].astype(str).tolist() == real.obs["cell_type"].astype(str).tolist()
@@ -136,20 +98,10 @@ def test_a_label_beside_like_makes_counterfactuals_and_need_not_be_in_the_file(c
         ),
     ],
 )
-def test_a_cell_without_label_is_not_taken_for_one_of_any_condition(checkpoint, shards, tmp_path, change, message):
+def test_a_cell_without_label_is_not_taken_for_one_of_any_condition(trained, shards, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        main(str(checkpoint), out=tmp_path / "cells.h5ad", like=relabelled(shards, tmp_path, change))
+        main(str(trained), out=tmp_path / "cells.h5ad", like=relabelled(shards, tmp_path, change))
     assert not (tmp_path / "cells.h5ad").exists()
-
-
-def test_cells_can_have_the_library_sizes_of_the_cells_that_they_are_like(checkpoint, shards, tmp_path, calls):
-    like = shards / "test.h5ad"
-    main(str(checkpoint), out=tmp_path / "cells.h5ad", like=like, like_library_size=True, steps=2)
-    totals = np.asarray(anndata.read_h5ad(like).X.sum(axis=1)).ravel()
-    assert torch.equal(calls[-1]["library_size"], torch.from_numpy(totals.astype(np.float32)))
-
-
-# --- options ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -191,9 +143,9 @@ def test_a_missing_file_to_be_like_and_an_output_that_cannot_be_written_are_refu
 
 
 @pytest.fixture
-def without_curve(checkpoint, tmp_path) -> Path:
+def without_curve(trained, tmp_path) -> Path:
     """The checkpoint without entropy curve."""
-    model, tokenizer = load_checkpoint(str(checkpoint))
+    model, tokenizer = load_checkpoint(str(trained))
     model.config.entropy_curve = None
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "without_curve")
@@ -221,11 +173,11 @@ def test_steps_schedule_guidance_and_dtype_reach_the_sampler_and_are_recorded(wi
     assert sampling["dtype"] == "bfloat16"
 
 
-def test_a_held_out_label_without_vectors_is_an_error_that_says_why_and_lists_near_matches(checkpoint, tmp_path):
-    known = next(name for name in DCMTokenizer.from_pretrained(checkpoint).perturbations if name != "control")
+def test_a_held_out_label_without_vectors_is_an_error_that_says_why_and_lists_near_matches(trained, tmp_path):
+    known = next(name for name in DCMTokenizer.from_pretrained(trained).perturbations if name != "control")
     reason = "learned a vector for each training perturbation: others need --perturbation-embeddings"
     with pytest.raises(ValueError, match=f"unknown perturbation '{known[:-1]}'; near matches: .*{known}.*{reason}"):
-        main(str(checkpoint), out=tmp_path / "cells.h5ad", perturbation=known[:-1])
+        main(str(trained), out=tmp_path / "cells.h5ad", perturbation=known[:-1])
     assert not (tmp_path / "cells.h5ad").exists()
 
 
@@ -237,53 +189,26 @@ def test_a_held_out_label_without_vectors_is_an_error_that_says_why_and_lists_ne
         ("config.json", r"the configuration \(config.json\)"),
     ],
 )
-def test_an_incomplete_checkpoint_says_what_is_missing(checkpoint, tmp_path, missing, message):
+def test_an_incomplete_checkpoint_says_what_is_missing(trained, tmp_path, missing, message):
     copy = tmp_path / "checkpoint"
-    shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns("checkpoints"))
+    shutil.copytree(trained, copy, ignore=shutil.ignore_patterns("checkpoints"))
     (copy / missing).unlink()
     with pytest.raises(FileNotFoundError, match=message):
         main(str(copy), out=tmp_path / "cells.h5ad")
 
 
-def test_weights_that_lack_a_tensor_are_refused_and_not_drawn_at_random(checkpoint, tmp_path):
-    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+def test_a_folder_that_is_not_there_or_lacks_a_tensor_is_neither_looked_up_on_the_hub_nor_drawn_at_random(
+    trained, tmp_path
+):
+    for name in (str(tmp_path / "nothing"), "./nothing", "nothing/"):
+        with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
+            load_checkpoint(name)
+    folder = shutil.copytree(trained, tmp_path / "copy")
     weights = load_file(folder / "model.safetensors")
     kept = {name: value for name, value in weights.items() if name not in ("totals.gene_mean", "head.bias.weight")}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lack 2 tensors of this network \(head.bias.weight, totals.gene_mean\)"):
         load_checkpoint(str(folder))
-
-
-def test_a_folder_that_is_not_there_is_not_looked_up_on_the_hub(tmp_path):
-    for name in (str(tmp_path / "nothing"), "./nothing", "nothing/"):
-        with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
-            load_checkpoint(name)
-
-
-def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=cwd, check=False
-    )
-
-
-def test_a_users_mistake_on_the_command_line_is_one_line_exit_code_2_and_no_file(checkpoint, tmp_path):
-    out = tmp_path / "new" / "cells.h5ad"
-    done = python("-m", "eval.sample", str(checkpoint), "--out", str(out), "--cell-type", "type7", cwd=tmp_path)
-    assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert lines[-1].startswith("error: ")
-    assert "type7" in lines[-1]
-    assert "type1" in lines[-1]  # a near match
-    assert "Traceback" not in done.stderr
-    assert not out.parent.exists()
-
-
-@pytest.mark.parametrize("command", ["sample", "impute", "score"])
-def test_help_and_mistakes_do_not_wait_for_the_networks_packages(command, tmp_path):
-    heavy = "{'torch', 'transformers', 'anndata', 'accelerate'}"
-    done = python("-c", f"import sys, eval.{command}; print({heavy} & set(sys.modules))", cwd=tmp_path)
-    assert done.stdout.strip() == "set()", done.stderr
 
 
 def test_defaults_and_choices_are_those_of_generate():

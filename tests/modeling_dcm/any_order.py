@@ -7,6 +7,10 @@ import torch
 from scipy import stats
 
 
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def any_order(table: dict[tuple[int, ...], np.ndarray]) -> np.ndarray:
     """Probabilities (3, 3, 3) of cells drawn in uniformly random order, by a denoiser's probabilities (3, 3) of each
     gene's counts in every state."""

@@ -74,11 +74,8 @@ def test_control_not_given_and_padding_are_three_different_inputs(logits):
     assert torch.equal(padded, other)  # padding beside a perturbation adds nothing
     both = logits(perturbation_ids=perturbed(2, CONTROL))
     assert (both - padded).abs().max() > DIFFERENT  # nor is padding the control
-
-
-def test_the_order_of_a_combination_does_not_matter(logits):
     first, second = logits(perturbation_ids=perturbed(1, 3, -1)), logits(perturbation_ids=perturbed(-1, 3, 1))
-    torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
+    torch.testing.assert_close(first, second, atol=1e-6, rtol=0)  # the order of a combination does not matter
 
 
 def test_not_given_is_the_same_however_it_is_said(logits):
@@ -261,9 +258,6 @@ def test_each_cell_of_a_batch_draws_from_its_own_group_of_cell_type_and_covariat
     cell_types, donors = torch.tensor([0, 0, 1, 0, 1, 0]), torch.tensor([[0], [1], [0], [1], [0], [0]])
     each = sizes.draw(6, cell_types, torch.ones(6, 1, dtype=torch.long), donors, torch.Generator())
     assert each.tolist() == [10, 90, 77, 90, 77, 10]
-
-
-def test_a_model_without_library_sizes_says_what_to_give():
     with pytest.raises(ValueError, match="stores no library sizes of its training cells: give library_size="):
         LibrarySizes(DCMConfig()).draw(2, None, None, None, torch.Generator())
 
@@ -286,6 +280,10 @@ def test_progress_is_what_one_adds_up_by_hand(totals):
     assert progress.observed_total.tolist() == [3.0]
     assert progress.expected_observed.tolist() == [1.0 + 4.0]
     assert progress.expected_masked.tolist() == [2.0 + 8.0]
+    binned = DCMConfig(
+        num_genes=2, max_count=15, count_bins=[4, 8]
+    )  # a bin stands for its middle, MASK and PAD for none
+    assert count_values(binned).tolist() == [0, 1, 2, 3, (4 + 7) / 2, (8 + 15) / 2, 0, 0]
     order = torch.tensor([4, 2, 0, 3, 1])  # it follows the genes, and not their positions
     mean = totals.mean(torch.arange(5)[None], NOT_GIVEN)
     moved = totals.progress(cell[:, order], mean[:, order], NOT_GIVEN)
@@ -338,12 +336,6 @@ def test_the_network_is_told_what_is_left_of_the_library_size():
     told = encoder(torch.tensor(size), progress(observed, size))
     torch.testing.assert_close(told[0], told[1])
     assert (told[0] - told[2]).abs().max() > 0.01
-
-
-def test_ids_stand_for_their_counts_and_a_bin_for_its_middle():
-    assert count_values(DCMConfig(num_genes=2, max_count=3)).tolist() == [0, 1, 2, 3, 0, 0]
-    binned = DCMConfig(num_genes=2, max_count=15, count_bins=[4, 8])
-    assert count_values(binned).tolist() == [0, 1, 2, 3, (4 + 7) / 2, (8 + 15) / 2, 0, 0]
 
 
 NEW = {"X": torch.tensor([1.0, -1, 0, 2, 0, 1]), "Y": torch.tensor([0.0, 3, 1, 0, 0, -2])}
@@ -411,13 +403,12 @@ def test_added_perturbations_survive_saving_and_can_be_sampled(with_table, label
         ({}, None, "0 vectors"),
     ],
 )
-def test_vectors_that_do_not_fit_are_not_added(with_table, table, targets, message):
+def test_vectors_that_do_not_fit_or_for_a_model_without_any_are_not_added(
+    with_table, make_model, table, targets, message
+):
     with pytest.raises(ValueError, match=message):
         with_table.add_perturbations(table, targets)
     assert with_table.config.num_perturbations == len(with_table.target_gene_ids) == 4
-
-
-def test_a_model_without_frozen_vectors_cannot_be_given_any(make_model):
     for options in ({}, {"conditioned": True}):
         with pytest.raises(ValueError, match="has no frozen vectors of perturbations: train it with a perturbation"):
             make_model(**options).add_perturbations(NEW)

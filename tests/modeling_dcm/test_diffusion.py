@@ -26,6 +26,7 @@ from modeling_dcm.diffusion_dcm import (
     sigma_bar,
     stratified_uniform,
 )
+from tests.modeling_dcm.any_order import generator
 
 EPS = 1e-3
 MASK, PAD = 5, 6
@@ -36,21 +37,12 @@ def float64(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def test_survival_is_one_minus_mask_probability_and_exp_of_minus_total_noise():
-    assert mask_probability(float64(0.0, 1.0), EPS).tolist() == [0, 1 - EPS]
-    t = torch.linspace(0, 1, 101, dtype=torch.float64)
-    torch.testing.assert_close(alpha(t, EPS), 1 - mask_probability(t, EPS))
-    torch.testing.assert_close(alpha(t, EPS), torch.exp(-sigma_bar(t, EPS)))
-
-
 def test_noise_rate_is_the_derivative_of_total_noise_and_the_papers_print_is_its_mirror_image():
     t = torch.linspace(0, 1, 101, dtype=torch.float64).requires_grad_()
     (derivative,) = torch.autograd.grad(sigma_bar(t, EPS).sum(), t)
     torch.testing.assert_close(sigma(t.detach(), EPS), derivative)
+    torch.testing.assert_close(alpha(t, EPS), 1 - mask_probability(t, EPS))
+    assert mask_probability(float64(0.0, 1.0), EPS).tolist() == [0, 1 - EPS]
     printed = (1 - EPS) / (EPS + (1 - EPS) * t.detach())
     torch.testing.assert_close(sigma(1 - t.detach(), EPS), printed)
 

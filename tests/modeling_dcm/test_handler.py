@@ -5,36 +5,29 @@ import json
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
 from modeling_dcm import DCMForDenoising
-from tests.tiny_checkpoint import GENES, write_tiny_checkpoint
+from tests.tiny_checkpoint import GENES
 from tokenization import DCMTokenizer
 
 
 @pytest.fixture(scope="module")
-def checkpoint(make_model, tmp_path_factory) -> Path:
-    model = make_model("latent", conditioned=True)
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("handler") / "checkpoint", model)
-
-
-@pytest.fixture(scope="module")
-def handler_module(checkpoint):
+def handler_module(tiny_checkpoint):
     """``handler.py`` of the checkpoint, imported from there by its path as an endpoint does."""
-    spec = importlib.util.spec_from_file_location("handler", checkpoint / "handler.py")
+    spec = importlib.util.spec_from_file_location("handler", tiny_checkpoint / "handler.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
-def endpoint(handler_module, checkpoint) -> Callable[[object], tuple[int, dict]]:
+def endpoint(handler_module, tiny_checkpoint) -> Callable[[object], tuple[int, dict]]:
     """What the Hub's inference toolkit does: JSON in, status and JSON out, errors to status 400."""
-    handler = handler_module.EndpointHandler(str(checkpoint))
+    handler = handler_module.EndpointHandler(str(tiny_checkpoint))
 
     def post(body: object) -> tuple[int, dict]:
         content = body if isinstance(body, bytes) else json.dumps(body)
@@ -51,24 +44,19 @@ def dense(result: dict) -> np.ndarray:
     return csr_matrix((result["counts"], result["indices"], result["indptr"]), shape=result["shape"]).toarray()
 
 
-def test_the_answer_is_the_models_cells_in_sparse_form(endpoint, checkpoint):
+def test_the_answer_is_the_models_cells_in_sparse_form(endpoint, tiny_checkpoint):
     asked = {"cell_type": "k562", "perturbation": "KLF1+TGFBR2", "num_cells": 10}
     status, answer = endpoint({"inputs": asked, "parameters": {"seed": 4, "steps": 3}})
-    tokenizer, model = DCMTokenizer.from_pretrained(checkpoint), DCMForDenoising.from_pretrained(checkpoint)
+    tokenizer, model = DCMTokenizer.from_pretrained(tiny_checkpoint), DCMForDenoising.from_pretrained(tiny_checkpoint)
     ours = model.generate(**tokenizer.conditions(**asked), seed=4, steps=3)
     assert status == 200
     assert answer["genes"] == GENES
     assert np.array_equal(dense(answer["results"][0]), ours.numpy())
     assert answer["results"][0]["conditions"] == {"cell_type": "k562", "perturbation": "KLF1+TGFBR2"}
-
-
-def test_a_list_has_one_result_per_request_and_observed_genes_are_kept(endpoint):
     status, answer = endpoint({"inputs": [{"observed": {"HBB": 2}, "num_cells": 3}, {"observed": {"FOS": 0}}]})
-    assert status == 200
-    first, second = map(dense, answer["results"])
-    assert first.shape == (3, len(GENES))
+    first, second = map(dense, answer["results"])  # one result per request
     assert set(first[:, GENES.index("HBB")]) == {2}
-    assert second[0, GENES.index("FOS")] == 0
+    assert (len(first), second[0, GENES.index("FOS")]) == (3, 0)
 
 
 def test_requests_at_the_same_time_get_the_cells_that_they_would_get_alone(endpoint):
@@ -106,10 +94,8 @@ HOSTILE = {
     "negative cells": ({"inputs": {"num_cells": -3}}, "num_cells=-3, expected a whole number"),
     "label of an object": ({"inputs": {"perturbation": {"$gt": ""}}}, "expected a label"),
     "long label": ({"inputs": {"cell_type": "x" * 10**6}}, "a text has 1,000,000 characters"),
-    "long field": ({"inputs": {"x" * 10**5: 1}}, "a text has 100,000 characters"),
     "deep": ({"inputs": {"covariates": {"a": [[[[1]]]]}}}, "nested too deeply"),
     "very deep": (b'{"inputs": ' + b"[" * 900 + b"]" * 900 + b"}", "nested too deeply"),
-    "path": ({"inputs": {"cell_type": "../../etc/passwd"}}, "unknown cell_type"),
 }
 
 
@@ -126,8 +112,10 @@ def test_hostile_input_is_refused_in_one_short_line_that_says_why(endpoint, name
     assert endpoint({"inputs": {}})[0] == 200  # and it goes on serving
 
 
-def test_a_failure_inside_is_logged_and_says_nothing_to_a_stranger(handler_module, checkpoint, caplog, monkeypatch):
-    handler = handler_module.EndpointHandler(str(checkpoint))
+def test_a_failure_inside_is_logged_and_says_nothing_to_a_stranger(
+    handler_module, tiny_checkpoint, caplog, monkeypatch
+):
+    handler = handler_module.EndpointHandler(str(tiny_checkpoint))
 
     def fail(*args, **kwargs):
         raise KeyError("secret path")

@@ -31,13 +31,6 @@ def test_schedule_follows_its_formula_where_steps_are_few(schedule):
     np.testing.assert_allclose(revealed, expected, atol=1)
 
 
-def test_bad_schedules_say_what_was_expected():
-    with pytest.raises(ValueError, match="schedule='quadratic', expected one of cosine, cubic, linear, optimal"):
-        reveal_schedule(5, 5, "quadratic")
-    with pytest.raises(ValueError, match="steps=0, expected at least 1"):
-        reveal_schedule(5, 0)
-
-
 @pytest.fixture
 def set_early_weight(monkeypatch):
     def set_to(weight: float) -> None:
@@ -116,9 +109,14 @@ def test_auto_takes_the_fewest_steps_within_the_tolerance(schedule, monkeypatch)
     assert predicted_kl(reveal_schedule(300, steps - 1, schedule, curve), curve) > 1.2345
 
 
-def test_without_a_curve_the_way_out_is_named():
+def test_without_a_curve_the_way_out_is_named_and_bad_schedules_say_what_was_expected():
     for steps, schedule, asked in [(5, "optimal", "schedule='optimal'"), ("auto", "cubic", "steps='auto'")]:
         with pytest.raises(ValueError, match=f"{asked} needs the model's entropy curve.*dcm-benchmark entropy"):
             reveal_schedule(5, steps, schedule)
-    with pytest.raises(ValueError, match="steps='all', expected at least 1, or 'auto'"):
-        reveal_schedule(5, "all")
+    for steps, schedule, message in [
+        ("all", "cubic", "steps='all', expected at least 1, or 'auto'"),
+        (0, "cubic", "steps=0, expected at least 1"),
+        (5, "quadratic", "schedule='quadratic', expected one of cosine, cubic, linear, optimal"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            reveal_schedule(5, steps, schedule)

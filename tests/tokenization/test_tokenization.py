@@ -1,7 +1,6 @@
 """Properties of DCMTokenizer: ids never collide, names decide, nothing is guessed, everything is saved."""
 
 import logging
-import subprocess
 import sys
 
 import anndata
@@ -46,14 +45,10 @@ def test_counts_mask_and_pad_have_ids_of_their_own(tokenizer):
     assert sorted(tokenizer.get_vocab().values()) == list(range(12))
 
 
-def test_bins_replace_the_last_ids():
+def test_bins_replace_the_last_ids_and_decoding_draws_every_count_of_a_bin_and_only_those():
     tokenizer = DCMTokenizer.from_labels(genes=GENES, max_count=15, count_bins=[4, 8])
     assert tokenizer.count_ids(np.array([0, 3, 4, 7, 8, 15])).tolist() == [0, 3, 4, 4, 5, 5]
     assert (tokenizer.num_count_ids, tokenizer.mask_token_id, tokenizer.pad_token_id) == (6, 6, 7)
-
-
-def test_decoding_bins_draws_every_count_of_a_bin_and_only_those():
-    tokenizer = DCMTokenizer.from_labels(genes=GENES, max_count=15, count_bins=[4, 8])
     ids = np.tile([0, 3, 4, 5], (500, 1))
     counts = tokenizer.decode(ids).X.toarray()
     assert set(counts[:, 2]) == {4, 5, 6, 7}
@@ -69,31 +64,23 @@ def test_bins_that_contradict_the_counts_are_refused(bins):
         DCMTokenizer.from_labels(genes=GENES, max_count=15, count_bins=bins)
 
 
-def test_csr_csc_dense_backed_and_anndata_give_the_same_ids(tokenizer, cells, tmp_path):
+def test_csr_csc_dense_backed_anndata_and_tables_give_the_same_ids(tokenizer, cells, tmp_path):
     cells.write_h5ad(tmp_path / "cells.h5ad")
     expected = tokenizer(cells.X.toarray().astype(int))["input_ids"]
     assert expected.tolist() == [[0, 1, 2, 9], [4, 0, 0, 0], [9, 9, 0, 1]]
-    for same in (cells, cells.X, cells.X.tocsc(), cells.X.toarray(), anndata.read_h5ad(tmp_path / "cells.h5ad", "r")):
+    backed, table = anndata.read_h5ad(tmp_path / "cells.h5ad", "r"), cells.to_df().iloc[:, ::-1]
+    for same in (cells, cells.X, cells.X.tocsc(), cells.X.toarray(), backed, table):
         assert torch.equal(tokenizer(same)["input_ids"], expected)
 
 
-def test_library_size_is_the_total_of_the_measured_panel_before_clipping(tokenizer, cells):
-    assert tokenizer(cells)["library_size"].tolist() == [33, 4, 19]
-    assert tokenizer(cells[:, ["MALAT1", "KLF1"]])["library_size"].tolist() == [30, 4, 10]
-
-
-def test_genes_are_matched_by_name_in_any_order(tokenizer, cells):
+def test_genes_are_matched_by_name_and_those_not_measured_are_pad_and_others_dropped(tokenizer, cells, caplog):
     shuffled = cells[:, ["MALAT1", "KLF1", "TGFBR2", "ACTB"]]
     assert torch.equal(tokenizer(shuffled)["input_ids"], tokenizer(cells)["input_ids"])
-
-
-def test_a_gene_that_was_not_measured_is_pad_and_a_measured_zero_is_zero(tokenizer, cells):
-    ids = tokenizer(cells[:, ["MALAT1", "KLF1"]])["input_ids"]
-    assert (ids[:, [1, 2]] == tokenizer.pad_token_id).all()
-    assert ids[0, 0] == 0
-
-
-def test_genes_outside_the_panel_are_dropped_with_a_count(tokenizer, caplog):
+    assert tokenizer(cells)["library_size"].tolist() == [33, 4, 19]  # before clipping
+    few = tokenizer(cells[:, ["MALAT1", "KLF1"]])
+    assert few["library_size"].tolist() == [30, 4, 10]
+    assert (few["input_ids"][:, [1, 2]] == tokenizer.pad_token_id).all()
+    assert few["input_ids"][0, 0] == 0  # a measured zero
     ids = tokenizer(np.array([[7, 5, 6]]), genes=["other", "ACTB", "another"])["input_ids"]
     assert ids[0].tolist() == [11, 5, 11, 11]
     assert "2 genes are not in the panel and were dropped" in caplog.text
@@ -122,10 +109,7 @@ def test_conditions_of_an_anndata_come_from_its_canonical_columns(tokenizer, cel
     ("values", "message"),
     [
         (np.log1p(np.arange(8.0)).reshape(2, 4), r"7 of 8 values .* not integers \(largest 2.079\).*log-normalised"),
-        (np.array([[0.5, 1000.0, 2, 3]]), "looks normalised"),
         (np.array([[-2, 1, 0, -1]]), r"2 of 4 values \(50.00%\) are negative \(smallest -2, largest 1\)"),
-        (np.array([[-2.5, 1, 0, 1]]), "looks scaled"),
-        (np.array([[np.nan, np.inf, 0, 1]]), "2 of 4 values .* NaN or infinite"),
         (np.array([["1", "2", "3", "4"]]), "expected counts, got values of type"),
         (np.zeros((2, 3), dtype=int), "3 columns of counts but 4 gene names"),
     ],
@@ -166,12 +150,9 @@ def test_ensembl_ids_are_matched_whatever_their_version(panel_versions, versions
     assert batch["input_ids"].tolist() == [[1, 2, 3]]
     assert batch["library_size"].tolist() == [6]
     assert tokenizer.target_gene_ids.tolist() == [1]
-
-
-def test_other_names_with_a_dot_are_not_versions():
-    tokenizer = DCMTokenizer.from_labels(genes=["RP11-34P13.7", "HLA.A", "ENSG00000000001"], max_count=9)
-    ids = tokenizer(np.array([[1, 2, 3]]), genes=["RP11-34P13.8", "HLA", "ENSG00000000001.1"])["input_ids"]
-    assert ids.tolist() == [[11, 11, 3]]
+    tokenizer = DCMTokenizer.from_labels(genes=["RP11-34P13.7", "HLA.A", IDS[0]], max_count=9)
+    ids = tokenizer(np.array([[1, 2, 3]]), genes=["RP11-34P13.8", "HLA", IDS[0] + ".1"])["input_ids"]
+    assert ids.tolist() == [[11, 11, 3]]  # other names with a dot have no versions
 
 
 @pytest.mark.parametrize(
@@ -184,41 +165,36 @@ def test_other_names_with_a_dot_are_not_versions():
 )
 def test_an_ensembl_id_in_several_versions_is_refused(panel, names, listed):
     tokenizer = DCMTokenizer.from_labels(genes=panel, max_count=9)
+    both = DCMTokenizer.from_labels(genes=[IDS[0] + ".1", IDS[0] + ".2"], max_count=9)  # which tells them apart
+    assert both(np.array([[3, 4]]), genes=[IDS[0] + ".2", IDS[0] + ".1"])["input_ids"].tolist() == [[4, 3]]
     message = rf"1 Ensembl ids of the panel or the cells stand in several versions \({listed}\); keep one of each"
     with pytest.raises(ValueError, match=message):
         tokenizer(np.ones((1, len(names)), dtype=int), genes=names)
 
 
-def test_versions_that_the_panel_tells_apart_are_matched_by_name():
-    tokenizer = DCMTokenizer.from_labels(genes=["ENSG00000000001.1", "ENSG00000000001.2"], max_count=9)
-    ids = tokenizer(np.array([[3, 4]]), genes=["ENSG00000000001.2", "ENSG00000000001.1"])["input_ids"]
-    assert ids.tolist() == [[4, 3]]
-    assert tokenizer(np.array([[3]]), genes=["ENSG00000000001.2"])["input_ids"].tolist() == [[11, 3]]
-
-
-def test_one_label_is_broadcast_and_many_are_per_cell(tokenizer):
+def test_one_label_is_broadcast_many_are_per_cell_and_what_is_not_given_is_minus_one(tokenizer):
     conditions = tokenizer.conditions(cell_type="hepg2", perturbation=["HSP90B1", None], covariates={"dose": "high"})
     assert conditions["num_cells"] == 2
     assert conditions["cell_type_ids"].tolist() == [0, 0]
     assert conditions["perturbation_ids"].tolist() == [[0], [-1]]
     assert conditions["covariate_ids"].tolist() == [[-1, 0], [-1, 0]]
     assert all(ids.dtype == torch.int64 for name, ids in conditions.items() if name != "num_cells")
-
-
-def test_not_given_is_minus_one_and_control_is_a_label(tokenizer):
     nothing = tokenizer.conditions(num_cells=3)
     assert all((ids == -1).all() for name, ids in nothing.items() if name != "num_cells")
     assert tokenizer.conditions(perturbation="control")["perturbation_ids"].tolist() == [[3]]
+    numbers = DCMTokenizer.from_labels(genes=GENES, max_count=1, cell_types=pd.Series([2, 1]), covariates={"d": [5]})
+    assert numbers.conditions(cell_type=[1, 2], covariates={"d": 5})["cell_type_ids"].tolist() == [0, 1]
+    plain = DCMTokenizer.from_labels(genes=GENES, max_count=9)
+    assert plain.conditions(num_cells=4) == {"num_cells": 4}
+    with pytest.raises(ValueError, match="no labels of cell_type; it knows: no condition"):
+        plain.conditions(cell_type="k562")
 
 
 def test_combinations_are_sets_of_names_and_control_adds_nothing(tokenizer):
     ids = tokenizer.perturbation_ids(["KLF1+TGFBR2", "TGFBR2+KLF1", "KLF1+control", "control+KLF1", "KLF1", "control"])
     assert ids.tolist() == [[1, 2], [1, 2], [1, -1], [1, -1], [1, -1], [3, -1]]
-
-
-def test_labels_that_are_numbers_are_found_by_their_text():
-    tokenizer = DCMTokenizer.from_labels(genes=GENES, max_count=1, cell_types=pd.Series([2, 1]), covariates={"d": [5]})
-    assert tokenizer.conditions(cell_type=[1, 2], covariates={"d": 5})["cell_type_ids"].tolist() == [0, 1]
+    assert tokenizer.perturbations == ["HSP90B1", "KLF1", "TGFBR2", "control"]
+    assert tokenizer.target_gene_ids.tolist() == [-1, 0, 2, -1]
 
 
 @pytest.mark.parametrize(
@@ -239,19 +215,7 @@ def test_labels_that_are_unknown_or_contradict_are_refused_with_near_matches(tok
         tokenizer.conditions(**asked)
 
 
-def test_a_tokenizer_without_labels_knows_no_condition():
-    plain = DCMTokenizer.from_labels(genes=GENES, max_count=9)
-    assert plain.conditions(num_cells=4) == {"num_cells": 4}
-    with pytest.raises(ValueError, match="no labels of cell_type; it knows: no condition"):
-        plain.conditions(cell_type="k562")
-
-
-def test_target_genes_are_found_by_name(tokenizer):
-    assert tokenizer.perturbations == ["HSP90B1", "KLF1", "TGFBR2", "control"]
-    assert tokenizer.target_gene_ids.tolist() == [-1, 0, 2, -1]
-
-
-def test_decoding_inverts_tokenizing(tokenizer, cells):
+def test_decoding_inverts_tokenizing_also_through_a_file(tokenizer, cells, tmp_path):
     cells.X.data = np.minimum(cells.X.data, 9)
     batch = tokenizer(cells)
     decoded = tokenizer.decode(batch["input_ids"], batch)
@@ -263,14 +227,11 @@ def test_decoding_inverts_tokenizing(tokenizer, cells):
     assert list(decoded.uns["dcm_conditions"]) == ["cell_type", "perturbation", "dose"]
     assert decoded.uns["dcm_control"] == "control"
     assert decoded.uns["dcm_separator"] == "+"
-
-
-def test_decoded_cells_survive_a_file(tokenizer, tmp_path):
-    conditions = tokenizer.conditions(perturbation=["KLF1+control", None], cell_type=["k562", "k562"])
-    tokenizer.decode(np.zeros((2, 4), dtype=int), conditions).write_h5ad(tmp_path / "cells.h5ad")
+    decoded = tokenizer.decode(batch["input_ids"], batch | {"perturbation_ids": torch.tensor([[1], [-1], [3]])})
+    decoded.write_h5ad(tmp_path / "cells.h5ad")
     read = anndata.read_h5ad(tmp_path / "cells.h5ad")
-    assert read.obs["perturbation"].isna().tolist() == [False, True]
-    assert torch.equal(tokenizer(read)["perturbation_ids"], conditions["perturbation_ids"])
+    assert read.obs["perturbation"].isna().tolist() == [False, True, False]
+    assert tokenizer(read)["perturbation_ids"].tolist() == [[1], [-1], [3]]
 
 
 @pytest.mark.parametrize(
@@ -286,14 +247,13 @@ def test_decoded_cells_survive_a_file(tokenizer, tmp_path):
 def test_ids_that_are_no_counts_cannot_be_decoded(tokenizer, ids, message):
     with pytest.raises(ValueError, match=message):
         tokenizer.decode(np.array(ids))
-
-
-def test_conditions_of_other_cells_cannot_be_decoded(tokenizer):
     with pytest.raises(ValueError, match="cell_type_ids has 3 rows but there are 2 cells"):
         tokenizer.decode(np.zeros((2, 4), dtype=int), tokenizer.conditions(cell_type="k562", num_cells=3))
 
 
 def test_saving_and_loading_keeps_everything(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"no genes\.txt in .*; expected a folder that DCMTokenizer\.save_pretrained"):
+        DCMTokenizer.from_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path / "one")
     loaded = DCMTokenizer.from_pretrained(tmp_path / "one")
     for name in ("genes", "max_count", "count_bins", *VOCABULARIES):
@@ -304,11 +264,6 @@ def test_saving_and_loading_keeps_everything(tokenizer, tmp_path):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
     assert (tmp_path / "one" / "genes.txt").read_text().splitlines() == GENES
     assert "KLF1" not in (tmp_path / "one" / "tokenizer_config.json").read_text()
-
-
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no genes\.txt in .*; expected a folder that DCMTokenizer\.save_pretrained"):
-        DCMTokenizer.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -353,18 +308,3 @@ def test_tokenizing_many_cells_has_no_loop_over_cells(tokenizer, caplog):
     finally:
         sys.setprofile(None)
     assert calls < n / 10
-
-
-@pytest.mark.parametrize(
-    ("statement", "absent"),
-    [
-        ("import modeling_dcm, tokenization", {"transformers", "torch", "anndata"}),
-        ("from modeling_dcm.schedule_dcm import SCHEDULES", {"transformers", "torch"}),
-        ("from tokenization.tokenization_dcm import DCMTokenizer", {"torch", "anndata", "scipy"}),
-        ("from modeling_dcm import DCMForDenoising; from tokenization import DCMTokenizer", {"anndata"}),
-    ],
-)
-def test_what_takes_seconds_to_import_is_imported_when_it_is_needed(statement, absent):
-    script = f"import sys; {statement}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert not absent & set(done.stdout.split())

@@ -10,11 +10,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.training.test_convert_h5ad import files_of, made_up
-from training.convert_h5ad import main
 from training.data.files import folder_written_aside, remove_leftovers, scratch_folder
 
 # Imports once, then forks a process for each conversion that it is told to start, and says how that ended.
@@ -68,8 +66,8 @@ def convert(starter: subprocess.Popen, kill_after: float | None = None) -> float
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_nothing_looks_finished_and_a_rerun_has_identical_bytes(tmp_path, starter):
-    cells = made_up(n=700)
+def test_killed_at_any_moment_nothing_looks_finished_and_a_rerun_has_identical_bytes(tmp_path, starter):
+    cells = made_up(n=400)
     cells.X = cells.X.tocsc()
     cells.write_h5ad(tmp_path / "cells.h5ad")
     out = tmp_path / "out" / "shards"
@@ -78,41 +76,19 @@ def test_killed_at_random_moments_nothing_looks_finished_and_a_rerun_has_identic
     expected, seconds = files_of(out), convert(starter)
     assert files_of(out) == expected
     unfinished = 0
-    for moment in np.random.default_rng(0).permutation(np.linspace(0.02, 0.98, 10)):
+    for moment in (0.05, 0.35, 0.65, 0.95):
         shutil.rmtree(out, ignore_errors=True)
         convert(starter, kill_after=moment * seconds)
         unfinished += not out.exists()
         assert not out.exists() or files_of(out) == expected
-    assert unfinished > 3
-    shutil.rmtree(out, ignore_errors=True)
+    assert unfinished > 1
     convert(starter)
     assert files_of(out) == expected
-    assert [path.name for path in out.parent.iterdir()] == ["shards"]
-
-
-@pytest.mark.slow
-def test_killed_while_replacing_the_earlier_conversion_stays_whole(tmp_path, starter):
-    made_up(n=700).write_h5ad(tmp_path / "cells.h5ad")
-    out = tmp_path / "out" / "shards"
-    convert(starter)
-    expected, seconds = files_of(out), convert(starter)
-    for moment in (0.3, 0.6, 0.9):
+    for moment in (0.4, 0.8):  # the earlier conversion stays until it is replaced
         convert(starter, kill_after=moment * seconds)
         assert files_of(out) == expected
-
-
-def test_killed_between_the_two_renames_the_earlier_conversion_is_put_back(tmp_path):
-    made_up(n=100).write_h5ad(tmp_path / "cells.h5ad")
-    out = main(tmp_path / "cells.h5ad", out=tmp_path / "shards")
-    expected = files_of(out)
-    out.rename(tmp_path / ".shards.0123abcd.old")
-    remove_leftovers(out)
-    assert files_of(out) == expected
-    shutil.copytree(out, tmp_path / ".shards.4567abcd.old")
-    main(tmp_path / "cells.h5ad", out=out, split_seed=1)
-    assert files_of(out).keys() == expected.keys()
-    assert files_of(out) != expected
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cells.h5ad", "shards"]
+    convert(starter)
+    assert [path.name for path in out.parent.iterdir()] == ["shards"]
 
 
 def test_leftovers_are_removed_but_not_the_folders_of_living_processes(tmp_path):
@@ -128,14 +104,3 @@ def test_leftovers_are_removed_but_not_the_folders_of_living_processes(tmp_path)
         assert not left.exists()
         assert other.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.0123abcd.part", "shards"]
-
-
-def test_a_folder_that_fails_is_removed_and_the_earlier_one_stays(tmp_path):
-    out = tmp_path / "new" / "shards"
-    with folder_written_aside(out) as folder:
-        (folder / "a").touch()
-    with pytest.raises(RuntimeError), folder_written_aside(out) as folder:
-        (folder / "b").touch()
-        raise RuntimeError
-    assert [path.name for path in out.parent.iterdir()] == ["shards"]
-    assert [path.name for path in out.iterdir()] == ["a"]

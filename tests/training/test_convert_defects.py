@@ -62,11 +62,35 @@ def changed(change: Callable[[anndata.AnnData], anndata.AnnData | None], name: s
     return make
 
 
-def values(*, to: float) -> Callable[[anndata.AnnData], None]:
-    def change(cells: anndata.AnnData) -> None:
-        cells.X.data[[3, -1]] = to
+TWO = np.s_[[0, -1], [3, -1]]  # counts
 
-    return change
+
+def counts(place: object, to: float) -> Callable[[Path], Path]:
+    """Makes a file some of whose counts are another number."""
+
+    def change(cells: anndata.AnnData) -> None:
+        values = cells.X.toarray()
+        values[place] = to
+        cells.X = scipy.sparse.csr_matrix(values)
+
+    return changed(change)
+
+
+def labels(*new: str | None) -> Callable[[Path], Path]:
+    """Makes a file whose first cells have other labels."""
+
+    def change(cells: anndata.AnnData) -> None:
+        cells.obs["line"] = pd.Categorical([*new, *cells.obs["line"][len(new) :]])
+
+    return changed(change)
+
+
+def content(data: bytes) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        (folder / "cells.h5ad").write_bytes(data)
+        return folder / "cells.h5ad"
+
+    return make
 
 
 def log_normalised(cells: anndata.AnnData) -> None:
@@ -93,26 +117,6 @@ def names(axis: str, *new: str) -> Callable[[anndata.AnnData], None]:
         setattr(cells, f"{axis}_names", [*new, *getattr(cells, f"{axis}_names")[len(new) :]])
 
     return change
-
-
-def missing_labels(cells: anndata.AnnData) -> None:
-    cells.obs["line"] = pd.Categorical([None, None, *cells.obs["line"][2:]])
-
-
-def padded_label(cells: anndata.AnnData) -> None:
-    cells.obs["line"] = ["k562 ", *cells.obs["line"][1:]]
-
-
-def empty_cells(cells: anndata.AnnData) -> None:
-    keep = np.ones((N, 1))
-    keep[:2] = 0
-    cells.X = scipy.sparse.csr_matrix(cells.X.multiply(keep))
-
-
-def zero_genes(cells: anndata.AnnData) -> None:
-    keep = np.ones((1, GENES))
-    keep[:, :2] = 0
-    cells.X = scipy.sparse.csr_matrix(cells.X.multiply(keep))
 
 
 def copied_cell(cells: anndata.AnnData) -> None:
@@ -155,16 +159,6 @@ def wrong_indices(folder: Path) -> Path:
     return path
 
 
-def empty_file(folder: Path) -> Path:
-    (folder / "cells.h5ad").touch()
-    return folder / "cells.h5ad"
-
-
-def not_hdf5(folder: Path) -> Path:
-    (folder / "cells.h5ad").write_text("<html>404 Not Found</html>")
-    return folder / "cells.h5ad"
-
-
 def text_for_counts(folder: Path) -> Path:
     path = changed(None)(folder)
     with h5py.File(path, "r+") as file:
@@ -194,20 +188,16 @@ def mtx_cut_short(folder: Path) -> Path:
     return path
 
 
-def label_as_text(cells: anndata.AnnData) -> None:
-    cells.obs["line"] = ["nan", *cells.obs["line"][1:]]
-
-
 KEY = (("cell_type_key", "line"),)
 DEFECTS = [
-    Defect("NaN or infinite values", changed(values(to=np.nan))),
-    Defect("negative values", changed(values(to=-3))),
-    Defect("values that are not integers", changed(values(to=1000.5))),
+    Defect("NaN or infinite values", counts(TWO, np.nan)),
+    Defect("negative values", counts(TWO, -3)),
+    Defect("values that are not integers", counts(TWO, 1000.5)),
     Defect("log-normalised values", changed(log_normalised)),
     Defect("log-normalised values, counts in a layer", changed(log_normalised_with_counts)),
     Defect("log-normalised values, counts in `raw`", changed(log_normalised_with_raw)),
     Defect("scaled values", changed(scaled)),
-    Defect("values too large for a count", changed(values(to=2.0**40))),
+    Defect("values too large for a count", counts(TWO, 2.0**40)),
     Defect("text in the place of counts", text_for_counts),
     Defect("a gene name twice", changed(names("var", "TP53", "TP53"))),
     Defect("a gene without a name", changed(names("var", ""))),
@@ -216,19 +206,19 @@ DEFECTS = [
     Defect("a cell name twice", changed(names("obs", "AAAC-1", "AAAC-1"))),
     Defect("a cell twice under two names", changed(copied_cell), refused=False, says="exactly the counts"),
     Defect("the same file twice", lambda folder: (changed(None)(folder),) * 2),
-    Defect("cells without a label", changed(missing_labels), options=KEY),
-    Defect("a missing label as text", changed(label_as_text), refused=False, options=KEY, says="is that a missing"),
-    Defect("a label with white space around it", changed(padded_label), options=KEY),
+    Defect("cells without a label", labels(None, None), options=KEY),
+    Defect("a missing label as text", labels("nan"), refused=False, options=KEY, says="is that a missing"),
+    Defect("a label with white space around it", labels("k562 "), options=KEY),
     Defect("no such column of labels", changed(None), options=(("cell_type_key", "cell_line"),)),
-    Defect("cells without a count", changed(empty_cells), refused=False, says="no count at all"),
-    Defect("genes that are all zero", changed(zero_genes), refused=False, says="all zero in training"),
-    Defect("no counts at all", changed(lambda cells: setattr(cells, "X", scipy.sparse.csr_matrix(cells.shape)))),
+    Defect("cells without a count", counts(np.s_[:2], 0), refused=False, says="no count at all"),
+    Defect("genes that are all zero", counts(np.s_[:, :2], 0), refused=False, says="all zero in training"),
+    Defect("no counts at all", counts(np.s_[:], 0)),
     Defect("no cells", changed(lambda cells: cells[:0].copy())),
     Defect("a file cut short", cut_short),
     Defect("damaged bytes", flipped_bytes),
     Defect("indices beyond the last gene", wrong_indices),
-    Defect("an empty file", empty_file),
-    Defect("no HDF5 file", not_hdf5),
+    Defect("an empty file", content(b"")),
+    Defect("no HDF5 file", content(b"<html>404 Not Found</html>")),
     Defect("another kind of HDF5 file", loom),
     Defect("a 10x matrix cut short", mtx_cut_short),
     Defect("a 10x matrix without its folder", lambda folder: mtx_cut_short(folder) / "matrix.mtx.gz"),

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import anndata
@@ -15,10 +13,7 @@ import pytest
 import scipy.sparse
 
 from tokenization import DCMTokenizer
-from training.conversion import write
 from training.convert_h5ad import main
-from training.data import h5ad as h5ad_blocks
-from training.data import shards
 
 KEYS = {"cell_type_key": "line", "perturbation_key": "guide", "covariate_keys": "donor"}
 
@@ -62,9 +57,6 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-# --- what is written --------------------------------------------------------------------------------------------------
-
-
 def test_every_cell_comes_out_once_in_its_part_with_its_counts_and_labels(cells, tmp_path):
     out = convert(cells, tmp_path, **KEYS)
     parts = {name: anndata.read_h5ad(out / f"{name}.h5ad") for name in ("train", "validation", "test")}
@@ -85,7 +77,7 @@ def test_every_cell_comes_out_once_in_its_part_with_its_counts_and_labels(cells,
     assert [len(split["cells"][name]) for name in ("train", "validation", "test")] == [216, 24, 60]
 
 
-def test_shards_are_a_datasets_folder_with_class_labels(cells, tmp_path):
+def test_shards_are_a_datasets_folder_with_class_labels_of_the_cells_in_another_order(cells, tmp_path):
     out = convert(cells, tmp_path, **KEYS)
     loaded = datasets.load_dataset(str(out))
     assert list(loaded) == ["train", "validation", "test"]
@@ -94,13 +86,8 @@ def test_shards_are_a_datasets_folder_with_class_labels(cells, tmp_path):
     stream = datasets.load_dataset(str(out), split="test", streaming=True)
     assert len(list(stream)) == 60
     assert stream.features == loaded["test"].features
-
-
-def test_shards_hold_the_cells_of_the_h5ad_in_another_order(cells, tmp_path):
-    out = convert(cells, tmp_path, **KEYS)
-    for name in ("train", "validation", "test"):
+    for name, rows in loaded.items():
         part = anndata.read_h5ad(out / f"{name}.h5ad")
-        rows = datasets.load_dataset(str(out), split=name)
         dense = np.zeros(part.shape, dtype=int)
         for i, row in enumerate(rows):
             assert row["genes"] == sorted(row["genes"])
@@ -112,21 +99,7 @@ def test_shards_hold_the_cells_of_the_h5ad_in_another_order(cells, tmp_path):
         assert sorted(here) == sorted(there)
 
 
-def test_blocks_and_buckets_do_not_change_the_cells(cells, tmp_path, monkeypatch):
-    whole = convert(cells, tmp_path, **KEYS)
-    expected = datasets.load_dataset(str(whole), split="train").to_pandas()
-    monkeypatch.setattr(h5ad_blocks, "BLOCK_CELLS", 7)
-    monkeypatch.setattr(shards, "SHARD_CELLS", 50)
-    (tmp_path / "small").mkdir()
-    small = convert(cells, tmp_path / "small", **KEYS)
-    assert len(list((small / "train").iterdir())) == 5
-    pd.testing.assert_frame_equal(datasets.load_dataset(str(small), split="train").to_pandas(), expected)
-    for name in ("train", "test"):
-        one, two = (anndata.read_h5ad(out / f"{name}.h5ad") for out in (whole, small))
-        assert (one.X != two.X).nnz == 0
-
-
-def test_parquet_is_zstd_with_delta_packed_genes_in_narrow_integers(cells, tmp_path):
+def test_parquet_is_zstd_with_delta_packed_genes_in_the_narrowest_integers(cells, tmp_path):
     file = pq.ParquetFile(next((convert(cells, tmp_path) / "train").iterdir()))
     genes, expressions = (file.metadata.row_group(0).column(i) for i in (0, 1))
     assert (genes.path_in_schema, genes.compression) == ("genes.list.element", "ZSTD")
@@ -134,47 +107,17 @@ def test_parquet_is_zstd_with_delta_packed_genes_in_narrow_integers(cells, tmp_p
     assert "DELTA_BINARY_PACKED" not in expressions.encodings
     assert expressions.compression == "ZSTD"
     assert [str(file.schema_arrow.field(i).type.value_type) for i in (0, 1)] == ["uint16", "uint16"]
-
-
-def test_counts_beyond_16_bits_widen_the_column(cells, tmp_path):
     cells.X.data[0] = 70_000
-    out = convert(cells, tmp_path)
-    features = datasets.load_dataset(str(out), split="train").features
+    features = datasets.load_dataset(str(convert(cells, tmp_path)), split="train").features
     assert features["expressions"].feature.dtype == "uint32"
-    assert max(anndata.read_h5ad(out / f"{name}.h5ad").X.max() for name in ("train", "validation", "test")) == 70_000
+    parts = (anndata.read_h5ad(tmp_path / "shards" / f"{name}.h5ad") for name in ("train", "validation", "test"))
+    assert max(part.X.max() for part in parts) == 70_000
 
 
-def test_csr_csc_dense_and_layers_give_the_same_shards(cells, tmp_path):
-    expected = None
-    counts = cells.X.copy()
-    for kind in ("csr", "csc", "dense", "layer"):
-        cells.X = {"csc": counts.tocsc(), "dense": counts.toarray()}.get(kind, counts)
-        if kind == "layer":
-            cells.layers["counts"] = counts
-            cells.X = np.log1p(counts.toarray())
-        (tmp_path / kind).mkdir()
-        out = convert(cells, tmp_path / kind, layer="counts" if kind == "layer" else None, **KEYS)
-        parquet = {name: data for name, data in files_of(out).items() if name.endswith((".parquet", "genes.txt"))}
-        expected = expected or parquet
-        assert parquet == expected
-
-
-def test_a_rerun_gives_identical_bytes_and_another_seed_another_split(cells, tmp_path):
-    first = files_of(convert(cells, tmp_path, **KEYS))
-    again = files_of(main(tmp_path / "cells.h5ad", out=tmp_path / "again", **KEYS))
-    assert again == first
-    other = files_of(main(tmp_path / "cells.h5ad", out=tmp_path / "other", split_seed=1, **KEYS))
-    assert other["train/00000.parquet"] != first["train/00000.parquet"]
-
-
-def test_without_keys_the_data_are_unconditional(cells, tmp_path):
-    out = convert(cells, tmp_path)
+def test_a_part_without_cells_is_not_written_and_without_keys_the_data_are_unconditional(cells, tmp_path):
+    out = convert(cells, tmp_path, test_fraction=0.0)
     assert DCMTokenizer.from_pretrained(out / "tokenizer").conditions(num_cells=2) == {"num_cells": 2}
     assert list(anndata.read_h5ad(out / "train.h5ad").uns["dcm_conditions"]) == []
-
-
-def test_a_part_without_cells_is_not_written(cells, tmp_path):
-    out = convert(cells, tmp_path, test_fraction=0.0)
     assert not (out / "test").exists()
     assert not (out / "test.h5ad").exists()
     assert list(datasets.load_dataset(str(out))) == ["train", "validation"]
@@ -189,45 +132,14 @@ def test_a_column_in_the_place_of_a_canonical_one_is_kept(cells, tmp_path):
     assert set(again.obs["original_original_cell_type"]) == {"k562", "rpe1"}
 
 
-# --- what may decide --------------------------------------------------------------------------------------------------
-
-
-def test_only_training_cells_choose_genes_and_the_largest_count(cells, tmp_path):
-    first = json.loads((convert(cells, tmp_path, n_top_genes=10) / "split.json").read_text())
-    held_out = cells.obs_names.isin(first["cells"]["test"] + first["cells"]["validation"])
-    counts = cells.X.toarray()
-    counts[held_out] = counts[held_out][:, ::-1] * 50
-    cells.X = scipy.sparse.csr_matrix(counts)
-    second = json.loads((convert(cells, tmp_path, n_top_genes=10) / "split.json").read_text())
-    assert second["cells"] == first["cells"]
-    assert second["genes"] == first["genes"]
-    assert second["max_count"] == first["max_count"]
-
-
-def test_variable_genes_are_scanpys_on_the_training_cells_in_the_order_of_the_file(cells, tmp_path):
-    scanpy = pytest.importorskip("scanpy")
-    split = json.loads((convert(cells, tmp_path, n_top_genes=10) / "split.json").read_text())
-    train = cells[split["cells"]["train"]].copy()
-    scanpy.pp.highly_variable_genes(train, flavor="seurat_v3", n_top_genes=10)
-    assert split["genes"]["panel"] == train.var_names[train.var["highly_variable"]].tolist()
-
-
-def test_a_panel_keeps_the_counts_of_its_genes(cells, tmp_path):
+def test_a_panel_keeps_the_counts_of_its_genes_and_has_their_largest(cells, tmp_path):
     out = convert(cells, tmp_path, n_top_genes=10)
     train = anndata.read_h5ad(out / "train.h5ad")
     assert (train.X != cells[train.obs_names, train.var_names].X).nnz == 0
     rows = datasets.load_dataset(str(out), split="train")
     assert all(row["genes"] == sorted(row["genes"]) for row in rows)
     assert sum(sum(row["expressions"]) for row in rows) == train.X.sum()
-
-
-def test_max_count_is_the_largest_training_count_of_the_panel(cells, tmp_path):
-    out = convert(cells, tmp_path)
-    largest = int(anndata.read_h5ad(out / "train.h5ad").X.max())
-    assert DCMTokenizer.from_pretrained(out / "tokenizer").max_count == largest
-
-
-# --- labels -----------------------------------------------------------------------------------------------------------
+    assert DCMTokenizer.from_pretrained(out / "tokenizer").max_count == train.X.max()
 
 
 def test_the_control_is_found_named_or_absent(cells, tmp_path, caplog):
@@ -257,7 +169,6 @@ def test_the_control_is_found_named_or_absent(cells, tmp_path, caplog):
         ({"covariate_keys": "cell_type"}, "'cell_type' is named twice or has a reserved name"),
         ({"layer": "counts"}, "has no layer 'counts'; layers there: none"),
         ({"n_top_genes": 31}, "--n-top-genes is 31; expected 1 to 30"),
-        ({"n_top_genes": 0}, "--n-top-genes is 0"),
         ({"test_fraction": 1.0}, "test fraction is 1.0"),
     ],
 )
@@ -270,9 +181,6 @@ def test_wrong_options_are_refused_and_leave_nothing(cells, tmp_path, options, m
 def log_normalise(cells: anndata.AnnData) -> anndata.AnnData:
     cells.X.data = np.log1p(cells.X.data)
     return cells
-
-
-# --- the output folder ------------------------------------------------------------------------------------------------
 
 
 def test_an_earlier_conversion_is_replaced_and_nothing_else(cells, tmp_path):
@@ -290,26 +198,108 @@ def test_an_earlier_conversion_is_replaced_and_nothing_else(cells, tmp_path):
         main(tmp_path / "cells.h5ad", out=tmp_path / "other" / "thesis.txt")
 
 
-def test_a_failure_while_writing_leaves_the_earlier_conversion(cells, tmp_path, monkeypatch):
-    before = files_of(convert(cells, tmp_path))
-
-    def fail(*_, **__):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(write.pq, "write_table", fail)
-    with pytest.raises(OSError, match="No space left"):
-        convert(cells, tmp_path, split_seed=1)
-    assert files_of(tmp_path / "shards") == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cells.h5ad", "shards"]
+@pytest.fixture
+def one(tmp_path) -> Path:
+    made_up().write_h5ad(tmp_path / "one.h5ad")
+    return tmp_path / "one.h5ad"
 
 
-def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(cells, tmp_path):
-    log_normalise(cells).write_h5ad(tmp_path / "cells.h5ad")
-    command = [sys.executable, "-m", "training.convert_h5ad", "cells.h5ad", "--out", "out/shards"]
-    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_HOME": str(tmp_path / "hf")}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: X of cells.h5ad: ")
-    assert result.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+@pytest.fixture
+def two(one) -> tuple[Path, Path]:
+    """The first file, and one of 100 other cells that lacks five of its genes and has two more, in another order."""
+    cells = made_up(n=100, num_genes=27)[:, ::-1].copy()
+    cells.var_names = [f"g{i + 5}" for i in range(27)][::-1]
+    path = one.with_name("two.h5ad")
+    cells.write_h5ad(path)
+    return one, path
+
+
+def split_of(out: Path) -> dict:
+    return json.loads((out / "split.json").read_text())
+
+
+def labels(out: Path, part: str, column: str = "perturbation") -> set[str]:
+    return set(anndata.read_h5ad(out / f"{part}.h5ad").obs[column])
+
+
+def test_a_union_says_which_genes_were_measured_in_each_cell(two, tmp_path):
+    out = main(two, out=tmp_path / "shards", join="union", **KEYS | {"cell_type_key": "source_file"})
+    assert DCMTokenizer.from_pretrained(out / "tokenizer").cell_types == ["one", "two"]  # the file can be a condition
+    panels = json.loads((out / "panels.json").read_text())
+    assert panels == {
+        "panel0": {"files": ["one.h5ad"], "missing_genes": ["g31", "g30"]},
+        "panel1": {"files": ["two.h5ad"], "missing_genes": [f"g{i}" for i in range(5)]},
+    }
+    train = anndata.read_h5ad(out / "train.h5ad")
+    of_file = {"one": "panel0", "two": "panel1"}
+    assert train.obs["panel"].tolist() == [of_file[name] for name in train.obs["source_file"]]
+    genes = train.var_names
+    for name, panel in panels.items():
+        assert set(genes[~train.uns["dcm_panels"][name]]) == set(panel["missing_genes"])
+    assert "panel" not in list(train.uns["dcm_conditions"])
+    loaded = datasets.load_dataset(str(out))
+    assert loaded["train"].features["panel"].names == ["panel0", "panel1"]
+    for row in loaded["train"]:
+        missing = panels[loaded["train"].features["panel"].int2str(row["panel"])]["missing_genes"]
+        assert not set(genes[row["genes"]]) & set(missing)
+    stream = datasets.load_dataset(str(out), split="test", streaming=True)
+    assert stream.features == loaded["test"].features
+    assert {row["panel"] for row in stream} == {0, 1}
+
+
+@pytest.mark.parametrize("join", ["intersection", "union"])
+def test_variable_genes_of_several_files_come_from_training_cells(two, tmp_path, join):
+    options = {"join": join, "n_top_genes": 22}
+    first = split_of(main(two, out=tmp_path / "first", **options))
+    whole = [split_of(main(two, out=tmp_path / f"{seed}", split_seed=seed, join=join)) for seed in (0, 1)]
+    assert whole[0]["genes"] == whole[1]["genes"]  # in an order that does not depend on the split
+    cells = anndata.read_h5ad(two[0])
+    held_out = ("one:" + cells.obs_names).isin(first["cells"]["test"] + first["cells"]["validation"])
+    counts = cells.X.toarray()
+    counts[held_out] = counts[held_out][:, ::-1] * 50
+    cells.X = counts
+    cells.write_h5ad(two[0])
+    second = split_of(main(two, out=tmp_path / "second", **options))
+    for key in ("cells", "genes", "max_count"):
+        assert second[key] == first[key]
+
+
+def test_a_held_out_perturbation_is_known_but_never_trained_on(one, tmp_path):
+    out = main(one, out=tmp_path / "shards", split="held-out-perturbations", held_out="g2", **KEYS)
+    assert labels(out, "train") == {"control", "g1"}
+    assert labels(out, "test") == {"control", "g2", "g2+g3"}
+    assert DCMTokenizer.from_pretrained(out / "tokenizer").perturbations == ["control", "g1", "g2", "g3"]
+    split = split_of(out)
+    assert (split["split"], split["held_out"], split["controls"]) == ("held-out-perturbations", ["g2"], "proportional")
+    options = {"split": "few-shot", "held_out": "@absent.txt", "held_out_cell_type": "rpe1"}
+    with pytest.raises(FileNotFoundError, match=r"no file 'absent.txt' \(--held-out @FILE\)"):
+        main(one, out=tmp_path / "other", **options, **KEYS)
+
+
+def test_published_train_and_test_files_are_the_split(one, tmp_path):
+    cells = anndata.read_h5ad(one)
+    cells[:200].write_h5ad(tmp_path / "train.h5ad")
+    cells[200:].write_h5ad(tmp_path / "test.h5ad")
+    files = (tmp_path / "train.h5ad", tmp_path / "test.h5ad")
+    out = main(files, out=tmp_path / "shards", split="from-file", split_key="source_file")
+    assert sorted(split_of(out)["cells"]["test"]) == sorted(cells.obs_names[200:])
+    assert len(split_of(out)["cells"]["validation"]) == 20
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"held_out": "g1"}, "--held-out was given, but --split random has no use for it"),
+        ({"controls": "train"}, "--controls was given, but --split random"),
+        ({"split": "few-shot", "split_key": "donor"}, "--split-key was given, but --split few-shot"),
+        ({"split": "from-file"}, "needs either --split-file or --split-key"),
+        ({"split": "from-file", "split_key": "parts"}, "no column 'parts' in obs; columns there: line"),
+        ({"genes": Path("genes.txt"), "n_top_genes": 3}, "--genes and --n-top-genes were both given"),
+        ({"genes": Path("absent.txt")}, "no file 'absent.txt'"),
+        ({"gene_key": "symbol"}, "has no var column 'symbol'"),
+    ],
+)
+def test_options_that_contradict_are_refused_and_leave_nothing(one, tmp_path, options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        main(one, out=tmp_path / "shards", **options, **KEYS)
+    assert [path.name for path in tmp_path.iterdir()] == ["one.h5ad"]

@@ -3,29 +3,25 @@
 from pathlib import Path
 
 import anndata
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sklearn.decomposition import PCA
 
 from eval.sample import main as sample
 from modeling_dcm import DCMForDenoising
-from tests.tiny_esm import D, proteins_of, write_fasta, write_tiny_esm
+from tests.tiny_esm import D, proteins_of, write_fasta
 from tests.tiny_training import tiny_training
 from tokenization import DCMTokenizer
 from training.convert_h5ad import main as convert
+from training.data.loader import Cells
 from training.embed_perturbations import main, perturbation_names
 from training.loop.start import build_tokenizer
-from training.perturbations.proteins import read_fasta
+from training.perturbations.coexpression import coexpression_vectors
 from training.perturbations.table import read_table, write_table
 from training.train import main as train
-
-KINASES = Path(__file__).resolve().parents[3] / "shared" / "data" / "human_kinases.fasta"
-
-
-@pytest.fixture(scope="module")
-def esm_folder(tmp_path_factory) -> Path:
-    return write_tiny_esm(tmp_path_factory.mktemp("esm"))
 
 
 @pytest.fixture
@@ -63,6 +59,9 @@ def test_a_name_without_a_protein_is_an_error_or_marked_and_never_zeros(esm_fold
     out = tmp_path / "table.safetensors"
     with pytest.raises(ValueError, match=rf"1 of 3 perturbations have no protein in .*: {names[1]}; --allow-missing"):
         main(shards, out, proteins=fasta, model=str(esm_folder))
+    other = write_fasta(tmp_path / "other.fasta", {"P1": "MKV"})
+    with pytest.raises(ValueError, match=r"3 of 3 perturbations have no protein .*are the names of the same kind"):
+        main(shards, out, proteins=other, model=str(esm_folder), allow_missing=True)
     assert not out.exists()
     main(shards, out, proteins=fasta, model=str(esm_folder), allow_missing=True)
     assert f"get a learned vector in training: {names[1]}" in caplog.text
@@ -73,12 +72,6 @@ def test_a_name_without_a_protein_is_an_error_or_marked_and_never_zeros(esm_fold
     said = f"no vector for 1 of 4 training perturbations: {names[1]}; dcm-embed --allow-m"
     with pytest.raises(ValueError, match=said):
         train(tiny_training(shards, tmp_path / "checkpoint", perturbation_embeddings=out))
-
-
-def test_proteins_of_other_names_are_an_error_even_when_names_may_be_missing(esm_folder, shards, tmp_path):
-    fasta = write_fasta(tmp_path / "other.fasta", {"P1": "MKV"})
-    with pytest.raises(ValueError, match=r"3 of 3 perturbations have no protein .*are the names of the same kind"):
-        main(shards, tmp_path / "table.safetensors", proteins=fasta, model=str(esm_folder), allow_missing=True)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -106,15 +99,9 @@ def test_files_that_would_run_code_or_hold_vectors_that_cannot_be_used_are_refus
     shards, perturbation_table, tmp_path
 ):
     vectors, path, out = load_file(perturbation_table), tmp_path / "vectors.safetensors", tmp_path / "table.safetensors"
-    name = next(iter(vectors))
-    for wrong, message in (
-        (torch.zeros(4), f"vectors that are not finite, or all zero: {name}"),
-        (torch.full((4,), torch.nan), f"vectors that are not finite, or all zero: {name}"),
-        (torch.ones(5), r"the table holds vectors of lengths \[4, 5\]"),
-    ):
-        save_file({**vectors, name: wrong}, path)
-        with pytest.raises(ValueError, match=message):
-            main(shards, out, str(path))
+    save_file({**vectors, next(iter(vectors)): torch.ones(5)}, path)
+    with pytest.raises(ValueError, match=r"the table holds vectors of lengths \[4, 5\]"):
+        main(shards, out, str(path))
     torch.save(torch.ones(3), tmp_path / "tensor.pt")
     with pytest.raises(ValueError, match="holds Tensor; expected a dictionary of names and tensors"):
         main(shards, out, str(tmp_path / "tensor.pt"))
@@ -151,7 +138,29 @@ def test_coexpression_is_deterministic_and_needs_the_gene_in_the_panel(shards, t
         main(tmp_path / "names.txt", tmp_path / "c.safetensors", "coexpression")
 
 
-# --- from a table to cells ---
+def test_coexpression_is_the_loadings_of_a_principal_component_analysis_of_the_training_controls(shards):
+    train = anndata.read_h5ad(shards / "train.h5ad")
+    controls = train[train.obs["perturbation"] == "control"]
+    counts = controls.X.toarray().astype(float)
+    logs = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4)
+    for cell_type in controls.obs["cell_type"].unique():
+        of_type = (controls.obs["cell_type"] == cell_type).to_numpy()
+        logs[of_type] -= logs[of_type].mean(axis=0)
+    oracle = PCA(5, svd_solver="full").fit(logs)
+    expected = oracle.components_.T * np.sqrt(oracle.explained_variance_)
+    expected *= np.sign(expected[np.abs(expected).argmax(axis=0), range(5)])
+    expressed = counts.any(axis=0)
+    expected = expected[expressed] / np.sqrt((expected[expressed] ** 2).mean())
+    vectors = coexpression_vectors(Cells(shards, "train"), 5)
+    assert list(vectors) == list(train.var_names[expressed])
+    assert np.allclose(list(vectors.values()), expected, atol=1e-4)
+
+
+def test_coexpression_of_held_out_cells_and_too_many_components_are_refused(shards):
+    with pytest.raises(ValueError, match="coexpression of the test split; expected train: other cells are held out"):
+        coexpression_vectors(Cells(shards, "test"), 5)
+    with pytest.raises(ValueError, match="components is 15; expected 1 to 14"):
+        coexpression_vectors(Cells(shards, "train"), 15)
 
 
 def load_checkpoint(folder: Path) -> tuple[DCMForDenoising, DCMTokenizer]:
@@ -209,23 +218,13 @@ def without_protein(esm_folder, shards, tmp_path_factory) -> tuple[Path, str]:
     return train(tiny_training(shards, folder / "run", **options)), missing
 
 
-def test_only_perturbations_without_a_protein_learn_a_vector(without_protein):
+def test_a_learned_vector_is_one_of_its_own_and_survives_saving_and_new_perturbations(without_protein, tmp_path):
     folder, missing = without_protein
     model, tokenizer = load_checkpoint(folder)
     encoder = model.conditions.perturbation
     with_vector = {name for name, has in zip(tokenizer.perturbations, encoder.has_vector) if has}
     assert "UNSEEN" in with_vector
     assert with_vector == set(tokenizer.perturbations) - {"control", missing}
-    ids = torch.arange(len(tokenizer.perturbations))[:, None]
-    inputs = torch.full((len(ids), 15), tokenizer.mask_token_id)
-    model(inputs, perturbation_ids=ids, labels=torch.zeros_like(inputs)).loss.backward()
-    learns = encoder.learned.weight.grad.any(dim=1)[:-1]
-    assert {name for name, does in zip(tokenizer.perturbations, learns) if does} == {"control", missing}
-
-
-def test_a_learned_vector_is_one_of_its_own_and_survives_saving_and_new_perturbations(without_protein, tmp_path):
-    folder, missing = without_protein
-    model, tokenizer = load_checkpoint(folder)
     learned = logits_of(model, tokenizer, missing)
     for other in ("control", None, "UNSEEN"):
         assert (learned - logits_of(model, tokenizer, other)).abs().max() > 1e-4
@@ -252,19 +251,3 @@ def test_a_perturbation_with_neither_vector_nor_training_cell_is_not_known(held_
     assert set(build_tokenizer(config).perturbations) == {"control", first, *others}
     said = f"1 perturbations have neither a vector nor a training cell, and the model will not know them: {held_out}"
     assert said in caplog.text
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not KINASES.exists(), reason=f"no {KINASES.name} in the shared data")
-def test_every_protein_of_a_real_file_gets_its_vector(esm_folder, tmp_path):
-    proteins = read_fasta(KINASES)
-    assert len(proteins) == 524
-    assert max(len(protein.sequence) for protein in proteins) > 2 * 1022
-    names = sorted({name for protein in proteins for name in protein.symbols})
-    assert len(names) > 500
-    (tmp_path / "names.txt").write_text("\n".join(names))
-    out = main(tmp_path / "names.txt", tmp_path / "table.safetensors", proteins=KINASES, model=str(esm_folder))
-    table = load_file(out)
-    assert list(table) == names
-    vectors = torch.stack(list(table.values()))
-    assert len(vectors.unique(dim=0)) == len({protein.sequence for protein in proteins})

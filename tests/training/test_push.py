@@ -1,17 +1,22 @@
-"""Properties of ``dcm-push``: what is sent, what never is, and how it ends when the Hub says no."""
+"""Properties of ``dcm-push``: what is sent, what never is, how it ends when the Hub says no, and how it comes back."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from model_cards.render_card import read_facts
+from modeling_dcm import DCMForDenoising
+from tests.fresh_python import fresh_python
 from tests.hub_server import LoopbackHub
 from tests.tiny_checkpoint import write_tiny_checkpoint
+from tokenization import DCMTokenizer
 from training.push_to_hub import answer_of, main, stage
 
 ROOT = Path(__file__).parents[2]
@@ -76,12 +81,9 @@ def test_an_incomplete_checkpoint_says_what_it_lacks(missing, checkpoint, tmp_pa
 
 
 @pytest.mark.parametrize("repo_id", ["name", "org/name/more", "org/na me"])
-def test_a_repository_that_cannot_be_is_refused_first(repo_id, tmp_path):
+def test_a_repository_that_cannot_be_or_has_no_facts_is_refused_first(repo_id, tmp_path):
     with pytest.raises(ValueError, match=r"expected org/name|Repo id"):
         main(tmp_path / "nothing", repo_id)
-
-
-def test_without_facts_for_the_card_nothing_is_done(tmp_path):
     with pytest.raises(FileNotFoundError, match="no facts for the model card of org/unheard-of"):
         main(tmp_path, "org/unheard-of")
 
@@ -185,3 +187,60 @@ def test_a_rerun_commits_nothing_and_a_change_removes_what_an_earlier_push_left(
     assert "refused the token for org/refused (401)" in said[8]
     assert "no token of the Hub" in said[9]
     assert "org/refused" not in hub.repositories
+
+
+TINY = "hidden_size: 16\nnum_hidden_layers: 1\nnum_latents: 4\nmax_steps: 3\nbatch_size: 8\nvalidation_cells: 8\n"
+
+# All that is put in place of the README's words: a small network, and what is installed here instead of a download.
+INSTEAD = {
+    "training/configs/demo.yaml": "tiny.yaml",
+    "elsewhere/bin/pip install torch transformers": f"{sys.executable} -m tests.fresh_python elsewhere",
+}
+
+
+def console_scripts(folder: Path) -> Path:
+    """The commands that pyproject.toml promises, as installing the package writes them."""
+    folder.mkdir()
+    for name, target in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"].items():
+        module, function = target.split(":")
+        (folder / name).write_text(f"#!{sys.executable}\nfrom {module} import {function}\n\n{function}()\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_readmes_story_of_the_hub_holds_word_for_word(hub, shards, tmp_path):
+    section = (ROOT / "README.md").read_text().split("\n## The Hub\n")[1].split("\n## ")[0]
+    here, elsewhere, python = re.findall(r"^```(?:python)?\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "shards").symlink_to(shards)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    online = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
+    own = {"HF_HOME": str(tmp_path / "own"), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
+    path = {"PATH": f"{console_scripts(tmp_path / 'bin')}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def shell(command: str) -> None:
+        for word, ours in INSTEAD.items():
+            command = command.replace(word, ours)
+        environment = os.environ | online | own | path
+        ran = ["bash", "-e", "-c", command]
+        done = subprocess.run(ran, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        assert TOKEN not in done.stdout + done.stderr
+
+    train, *others = here.splitlines()
+    shell(train)
+    asked = json.loads(re.search(r"pipe\((\{.*\})", python)[1])
+    tokenizer = DCMTokenizer.from_pretrained(tmp_path / "my-model")
+    model = DCMForDenoising.from_pretrained(tmp_path / "my-model")
+    ours = model.generate(**tokenizer.conditions(**asked), seed=0).tolist()
+    for command in others:
+        shell(command)
+    assert not (tmp_path / "my-model").exists()
+
+    shell(elsewhere)
+    stranger, home = tmp_path / "elsewhere" / "bin" / "python", tmp_path / "stranger"
+    show = "import json\nprint(json.dumps(drawn['counts'].tolist()))\n"
+    done = fresh_python(stranger, python + show, home=home, **online)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == ours

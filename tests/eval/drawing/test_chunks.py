@@ -41,15 +41,11 @@ def test_merged_chunks_are_the_matrix_in_order_and_leave_nothing_behind(files, d
     assert list(files.out.parent.iterdir()) == [files.out]
 
 
-def test_a_chunk_is_taken_once(files):
-    assert files.take(1)
-    assert not files.take(1)
-    assert files.take(0)
-
-
 def test_what_was_taken_but_not_written_is_to_be_drawn_again(files):
-    for chunk in (0, 1):
-        files.take(chunk)
+    other = ChunkFiles(files.out, {"seed": 1}, num_cells=9, batch_size=3)
+    assert other.prepare() == ([0, 1, 2], 0)  # another request meets no resistance where nothing was drawn
+    assert files.prepare() == ([0, 1, 2], 0)
+    assert [files.take(chunk) for chunk in (0, 1, 1)] == [True, True, False]  # a chunk is taken once
     files.write(0, sparse.csr_matrix((3, 4), dtype=np.int32))
     assert files.prepare() == ([1, 2], 0)
     assert files.take(1)
@@ -62,11 +58,6 @@ def test_an_output_is_not_written_while_a_chunk_is_missing(files):
         files.merge(annotations(7, 4))
     assert not files.out.exists()
     assert files.prepare() == ([1], 0)
-
-
-def test_another_request_meets_no_resistance_where_nothing_was_drawn(files):
-    other = ChunkFiles(files.out, {"seed": 1}, num_cells=9, batch_size=3)
-    assert other.prepare() == ([0, 1, 2], 0)
 
 
 def test_a_request_that_cannot_be_read_is_another_request(files):

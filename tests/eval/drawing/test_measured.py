@@ -40,11 +40,3 @@ def test_library_sizes_are_the_totals_over_the_panel_whatever_the_storage(write,
 def test_a_missing_gene_would_make_the_total_too_small_and_is_refused(write):
     with pytest.raises(ValueError, match=r"lacks 2 of the panel's 4 genes \(d, e\)"):
         library_sizes_of(write(COUNTS), ["a", "d", "b", "e"])
-
-
-def test_values_that_are_no_counts_are_refused_with_the_way_out(write):
-    path = write(sparse.csr_matrix(COUNTS), layer="counts")
-    with pytest.raises(ValueError, match="looks log-normalised: pass --layer counts"):
-        library_sizes_of(path, GENES)
-    with pytest.raises(ValueError, match="has no layer 'raw'; layers there: counts"):
-        library_sizes_of(path, GENES, "raw")

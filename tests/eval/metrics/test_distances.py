@@ -1,7 +1,6 @@
 """Distances between samples of cells against independent implementations, closed forms and brute force."""
 
 import tracemalloc
-from itertools import permutations
 
 import numpy as np
 import ot
@@ -54,9 +53,6 @@ def test_mmd2_default_bandwidth_is_the_median_rule_on_y(counts):
     x, y = counts
     assert median_bandwidth(y) == pytest.approx(np.sqrt(np.median(pdist(y, "sqeuclidean")) / 2), rel=1e-12)
     assert mmd2(x, y) == mmd2(x, y, bandwidths=[median_bandwidth(y)])
-
-
-def test_median_bandwidth_where_cells_repeat():
     mostly_equal = np.zeros((10, 3))
     mostly_equal[0] = 2.0
     assert median_bandwidth(mostly_equal) == pytest.approx(np.sqrt(9 * 12 / 45 / 2))
@@ -73,12 +69,6 @@ def test_for_equal_distributions_unbiased_mmd2_is_zero_on_average_and_the_biased
     squared = ((rng.normal(size=(4000, 3)) - rng.normal(size=(4000, 3))) ** 2).sum(axis=1)
     mean_kernels = sum(np.exp(-squared / (2 * sigma**2)).mean() for sigma in sigmas)
     assert biased == pytest.approx((1 / n + 1 / m) * (len(sigmas) - mean_kernels), rel=0.03)
-
-
-def test_w2_equals_the_best_of_all_permutations(rng):
-    x, y = rng.normal(size=(5, 3)), rng.normal(size=(5, 3))
-    best = min(((x - y[list(order)]) ** 2).sum(axis=1).mean() for order in permutations(range(5)))
-    assert w2(x, y) == pytest.approx(np.sqrt(best), rel=1e-9)
 
 
 @pytest.mark.parametrize("size", [17, 23])
@@ -103,21 +93,12 @@ def gaussian_w2_by_square_roots(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.sqrt(shift + np.trace(s_x + s_y - 2 * cross)))
 
 
-def test_gaussian_w2_equals_matrix_square_roots(rng):
+def test_gaussian_w2_equals_matrix_square_roots_for_few_and_for_many_cells_and_genes(rng, monkeypatch):
+    """The faster way through the squared matrix; where cells repeat it is left, and a sample is at 0 from itself."""
     x, y = rng.normal(size=(40, 5)) @ rng.normal(size=(5, 5)), 1 + rng.normal(size=(30, 5))
     assert w2_gaussian(x, y) == pytest.approx(gaussian_w2_by_square_roots(x, y), rel=1e-9)
-
-
-def test_gaussian_w2_is_the_same_on_the_wide_and_on_the_tall_side(rng):
-    """Genes that are all zero change nothing, but make the matrices wider than they are tall."""
-    x, y = rng.poisson(2, (12, 5)), rng.poisson(3, (9, 5))
-    wide_x, wide_y = (np.pad(z, ((0, 0), (0, 20))) for z in (x, y))
+    wide_x, wide_y = (np.pad(z, ((0, 0), (0, 90))) for z in (x, y))  # by genes that are all zero
     assert w2_gaussian(wide_x, wide_y) == pytest.approx(w2_gaussian(x, y), rel=1e-9)
-    assert w2_gaussian(wide_x[:4], wide_y) == pytest.approx(w2_gaussian(x[:4], y), rel=1e-9)
-
-
-def test_gaussian_w2_of_many_cells_equals_that_of_the_singular_values(rng, monkeypatch):
-    """The faster way through the squared matrix; where cells repeat it is left, and a sample is at 0 from itself."""
     x, y = (rng.poisson(np.exp(rng.normal(size=90)), (60, 90)) for _ in range(2))
     expected = gaussian_w2_by_square_roots(x, y)
     monkeypatch.setattr(distances, "SQUARED_FROM", 1)
@@ -125,15 +106,6 @@ def test_gaussian_w2_of_many_cells_equals_that_of_the_singular_values(rng, monke
     assert w2_gaussian(repeated, repeated) == pytest.approx(0, abs=1e-5)
     monkeypatch.setattr(distances.linalg, "svdvals", None)
     assert w2_gaussian(x, y) == pytest.approx(expected, rel=1e-6)
-
-
-def test_gaussian_w2_of_commuting_covariances_is_the_distance_of_their_roots(rng):
-    """Uncorrelated genes of two scales: W2^2 is the squared distance of means and of standard deviations."""
-    base = rng.normal(size=(50, 4))
-    base = linalg.qr(base - base.mean(axis=0), mode="economic")[0] * np.sqrt(49)  # exact unit covariance
-    scale_x, scale_y, shift = np.array([1, 2, 3, 4.0]), np.array([2, 2, 1, 5.0]), np.array([0, 1, 0, -1.0])
-    expected = np.sqrt((shift**2).sum() + ((scale_x - scale_y) ** 2).sum())
-    assert w2_gaussian(base * scale_x + shift, base * scale_y) == pytest.approx(expected, rel=1e-9)
 
 
 def test_nearest_neighbour_accuracy_equals_scikit_learn(rng):

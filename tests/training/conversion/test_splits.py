@@ -17,19 +17,14 @@ def divide(strata: np.ndarray, **options) -> dict[str, np.ndarray]:
     return split_cells(pd.DataFrame(index=range(len(strata))), conditions, SplitOptions(**options)).cells
 
 
-# --- random -----------------------------------------------------------------------------------------------------------
-
-
-def test_parts_are_disjoint_and_whole():
-    parts = divide(np.arange(1000) % 7, test_fraction=0.2, validation_fraction=0.1, seed=0)
-    assert np.array_equal(np.sort(np.concatenate(list(parts.values()))), np.arange(1000))
-    assert {name: len(cells) for name, cells in parts.items()} == {"train": 720, "validation": 80, "test": 200}
-
-
-def test_every_condition_gives_its_share_up_to_one_cell():
+def test_random_parts_are_disjoint_whole_and_repeatable_and_every_condition_gives_its_share_up_to_one_cell():
     sizes = np.array([3, 10, 11, 57, 400])
     strata = np.random.default_rng(0).permutation(np.repeat(np.arange(5), sizes))
-    parts = divide(strata, test_fraction=0.25, validation_fraction=0.1, seed=3)
+    fractions = {"test_fraction": 0.25, "validation_fraction": 0.1}
+    parts, same, other = (divide(strata, **fractions, seed=seed) for seed in (3, 3, 4))
+    assert np.array_equal(np.sort(np.concatenate(list(parts.values()))), np.arange(len(strata)))
+    assert all(np.array_equal(parts[name], same[name]) for name in parts)
+    assert not np.array_equal(parts["test"], other["test"])
     tested = np.bincount(strata[parts["test"]], minlength=5)
     validated = np.bincount(strata[parts["validation"]], minlength=5)
     assert (np.abs(tested - sizes * 0.25) < 1).all()
@@ -42,13 +37,6 @@ def test_small_conditions_keep_a_training_cell_and_the_total_is_right(size):
     parts = divide(strata, test_fraction=0.3, validation_fraction=0.3, seed=0)
     assert len(np.unique(strata[parts["train"]])) == 200
     assert len(parts["test"]) == (0 if size == 1 else round(0.3 * size * 200))
-
-
-def test_the_seed_decides():
-    strata = np.arange(300) % 4
-    one, same, other = (divide(strata, test_fraction=0.2, validation_fraction=0.1, seed=seed) for seed in (1, 1, 2))
-    assert all(np.array_equal(one[name], same[name]) for name in one)
-    assert not np.array_equal(one["test"], other["test"])
 
 
 def test_cells_of_a_condition_are_equally_likely_to_be_tested():
@@ -64,8 +52,6 @@ def test_fractions_outside_zero_to_one_are_refused(test, validation):
     with pytest.raises(ValueError, match=r"fraction is .*; expected at least 0 and below 1"):
         divide(np.zeros(5, dtype=int), test_fraction=test, validation_fraction=validation, seed=0)
 
-
-# --- conditions held out ----------------------------------------------------------------------------------------------
 
 LABELS = ["control", "a", "b", "c", "d", "a+b", "a+c", "e+f"]
 N = 1600
@@ -198,8 +184,6 @@ def test_splits_need_the_conditions_that_they_divide(obs):
     with pytest.raises(ValueError, match="needs at least 2 labels that can be held out; found: none"):
         hold_out(singles, "held-out-combinations")
 
-
-# --- from a file ------------------------------------------------------------------------------------------------------
 
 NAMES = pd.Index([f"cell{i}" for i in range(100)])
 

@@ -102,17 +102,14 @@ def test_every_kind_of_file_gives_the_same_counts(counts, tmp_path, monkeypatch,
     assert (found != counts).nnz == 0
 
 
-def test_10x_names_are_symbols_with_ids_beside_them(counts, tmp_path):
+def test_10x_names_are_symbols_with_ids_beside_them_and_other_features_are_marked(counts, tmp_path):
     for path in (as_10x_h5(counts, tmp_path / "a.h5"), as_mtx(counts, tmp_path / "a")):
         file = opened(path, tmp_path / "scratch" / path.suffix)
         assert file.var.index[3] == "GENE3"
         assert file.var["gene_ids"].iloc[3] == "ENSG00000000003"
         assert file.obs.index[3] == "AAAC3-1"
-
-
-def test_features_that_are_no_genes_are_marked(counts, tmp_path):
     kinds = ["Gene Expression"] * 10 + ["Antibody Capture"] * 2
-    file = opened(as_10x_h5(counts, tmp_path / "a.h5", kinds), tmp_path / "scratch")
+    file = opened(as_10x_h5(counts, tmp_path / "b.h5", kinds), tmp_path / "scratch")
     assert file.are_genes.tolist() == [True] * 10 + [False] * 2
 
 

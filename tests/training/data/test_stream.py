@@ -8,31 +8,15 @@ import pytest
 import torch
 
 from eval.simulate import main as simulate
-from training import convert_h5ad
-from training.data import shards
+from training.convert_h5ad import main as convert
 from training.data import streaming as stream
 from training.data.loader import Cells
 from training.data.streaming import BlockBatchSampler, StreamedCells, open_cells
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """600 cells, most of them for training: 3 files of 5 or fewer blocks of 32 cells."""
-    folder = tmp_path_factory.mktemp("stream")
-    simulate(folder / "cells.h5ad", num_cells=600, num_genes=15, num_perturbations=3, num_pairs=1, vector_dim=4)
-    patch = pytest.MonkeyPatch()
-    patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-    patch.setattr(shards, "ROW_GROUP_CELLS", 32)
-    patch.setattr(shards, "SHARD_CELLS", 160)
-    keys = {"cell_type_key": "cell_type", "perturbation_key": "perturbation"}
-    convert_h5ad.main(folder / "cells.h5ad", out=folder / "shards", **keys)
-    yield folder / "shards"
-    patch.undo()
-
-
 @pytest.fixture
-def streamed(folder) -> StreamedCells:
-    return open_cells(folder, "train", streaming=True)
+def streamed(block_shards) -> StreamedCells:
+    return open_cells(block_shards, "train", streaming=True)
 
 
 @pytest.fixture
@@ -57,15 +41,11 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
         assert torch.equal(values, second[name]), name
 
 
-def test_one_function_opens_both(folder):
-    assert type(open_cells(folder, "train")) is Cells
-    assert type(open_cells(folder, "train", streaming=True)) is StreamedCells
+def test_streamed_cells_are_the_memory_mapped_cells(block_shards, streamed):
+    mapped = open_cells(block_shards, "train")
+    assert (type(mapped), type(streamed)) == (Cells, StreamedCells)
     with pytest.raises(FileNotFoundError, match=r"no holdout/\*\.parquet in"):
-        open_cells(folder, "holdout", streaming=True)
-
-
-def test_streamed_cells_are_the_memory_mapped_cells(folder, streamed):
-    mapped = open_cells(folder, "train")
+        open_cells(block_shards, "holdout", streaming=True)
     assert len(streamed) == len(mapped) > 400
     assert len(streamed._places) > 10
     assert (streamed.csr() != mapped.csr()).nnz == 0
@@ -73,22 +53,25 @@ def test_streamed_cells_are_the_memory_mapped_cells(folder, streamed):
         assert (streamed.labels(name) == mapped.labels(name)).all()
     for rows in ([0], [300, 3, 3, 0, 161, 31, 32], list(range(len(mapped)))):
         assert_equal(streamed[rows], mapped[rows])
+    batches = streamed.batches(batch_size=50, seed=0)
+    for rows in streamed._sampler(batch_size=50, seed=0):
+        assert_equal(next(batches), mapped[rows])
 
 
-def test_cells_of_many_blocks_are_taken_from_a_few_at_a_time(folder, streamed, read, monkeypatch):
+def test_cells_of_many_blocks_are_taken_from_a_few_at_a_time(block_shards, streamed, read, monkeypatch):
     joined = []
     join = StreamedCells._join
     monkeypatch.setattr(StreamedCells, "_join", lambda self, needed: joined.append(len(needed)) or join(self, needed))
     rows = np.random.default_rng(0).permutation(len(streamed)).tolist()
-    assert_equal(streamed[rows], open_cells(folder, "train")[rows])
+    assert_equal(streamed[rows], open_cells(block_shards, "train")[rows])
     assert sorted(read) == list(range(len(streamed._places)))
     assert max(joined) == stream.BLOCKS_IN_MEMORY
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_damaged_shard_is_named(folder, tmp_path, monkeypatch, streaming):
+def test_a_damaged_shard_is_named(block_shards, tmp_path, monkeypatch, streaming):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    copy = shutil.copytree(folder, tmp_path / "shards")
+    copy = shutil.copytree(block_shards, tmp_path / "shards")
     files = sorted((copy / "train").glob("*.parquet"))
     whole = files[1].read_bytes()
     files[1].write_bytes(whole[: len(whole) // 2])  # cut short: without its footer
@@ -97,14 +80,6 @@ def test_a_damaged_shard_is_named(folder, tmp_path, monkeypatch, streaming):
     files[1].write_bytes(whole[:4] + bytes(500) + whole[504:])  # its footer is whole, its first values are not
     with pytest.raises(ValueError, match=r"the shard '.*00001\.parquet' is damaged \(.*\): copy it again, or run"):
         open_cells(copy, "train", streaming=streaming)[[5, 160]]
-
-
-def test_batches_are_the_cells_that_the_sampler_names(folder, streamed):
-    mapped = open_cells(folder, "train")
-    sampler = streamed._sampler(batch_size=50, seed=0)
-    batches = streamed.batches(batch_size=50, seed=0)
-    for rows in sampler:
-        assert_equal(next(batches), mapped[rows])
 
 
 def test_an_epoch_has_no_cell_twice_epochs_differ_and_cells_come_from_several_blocks(streamed):
@@ -149,22 +124,22 @@ def test_processes_share_the_blocks_and_have_as_many_batches(streamed, world_siz
         assert not set.intersection(*blocks)
 
 
-@pytest.mark.parametrize("start", [0, 1, 13, 26, 27, 40, 60])
-def test_a_resumed_run_goes_on_with_the_same_batches_and_reads_only_what_they_need(folder, streamed, read, start):
+@pytest.mark.parametrize("start", [0, 13, 26, 27, 60])
+def test_a_resumed_run_goes_on_with_the_same_batches_and_reads_only_what_they_need(block_shards, streamed, read, start):
     options = {"batch_size": 16, "seed": 4}
     uninterrupted = streamed.batches(**options)
     for _ in range(start):
         next(uninterrupted)
     read.clear()
-    resumed = open_cells(folder, "train", streaming=True).batches(**options, start=start)
+    resumed = open_cells(block_shards, "train", streaming=True).batches(**options, start=start)
     assert_equal(next(resumed), next(uninterrupted))
     assert len(read) <= 3 * stream.BLOCKS_IN_MEMORY
     for _ in range(30):
         assert_equal(next(resumed), next(uninterrupted))
 
 
-def test_data_too_small_to_share_are_refused(folder):
-    cells = open_cells(folder, "validation", streaming=True)
+def test_data_too_small_to_share_are_refused(block_shards):
+    cells = open_cells(block_shards, "validation", streaming=True)
     with pytest.raises(ValueError, match=r"less than a batch of 64; do not stream data this small \(streaming=False\)"):
         next(cells.batches(batch_size=64, seed=0))
     with pytest.raises(ValueError, match="in 2 blocks leave a process as few as 0 of them"):
@@ -174,7 +149,7 @@ def test_data_too_small_to_share_are_refused(folder):
 def test_shards_without_labels_stream_as_well(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     simulate(tmp_path / "cells.h5ad", num_cells=100, num_genes=5, num_perturbations=0, num_pairs=0)
-    convert_h5ad.main(tmp_path / "cells.h5ad", out=tmp_path / "shards")
+    convert(tmp_path / "cells.h5ad", out=tmp_path / "shards")
     streamed, mapped = (open_cells(tmp_path / "shards", "train", streaming=streaming) for streaming in (True, False))
     assert len(streamed) == len(mapped)
     assert_equal(streamed[[3, 1]], mapped[[3, 1]])

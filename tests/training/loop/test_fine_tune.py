@@ -74,8 +74,10 @@ def nats(model, tokenizer, genes: list[str], counts: torch.Tensor, labels: dict[
     return distribution.cross_entropy(counts)[masked == tokenizer.mask_token_id]
 
 
-def known_cells(tokenizer: DCMTokenizer, genes: list[str]) -> torch.Tensor:
-    return torch.randint(0, tokenizer.max_count + 1, (12, len(genes)), generator=keyed_generator(1, 0)) // 3
+def known_cells(old: DCMTokenizer, new: DCMTokenizer) -> tuple[list[str], torch.Tensor]:
+    """Genes of both tokenizers, and twelve cells of these."""
+    genes = [gene for gene in old.genes if gene in new.genes]
+    return genes, torch.randint(0, old.max_count + 1, (12, len(genes)), generator=keyed_generator(1, 0)) // 3
 
 
 def started_from(trained: TrainConfig, data: Path, tmp_path: Path, **options) -> TrainConfig:
@@ -89,12 +91,21 @@ def old_and_new(trained: TrainConfig, data: Path, tmp_path: Path, **options):
     return old, new
 
 
-@pytest.mark.parametrize("labels", [{}, {"cell_type": "type1", "perturbation": "control"}])
-def test_half_new_genes_and_new_labels_start_at_the_old_loss_on_the_old_ones(trained, make_shards, tmp_path, labels):
-    old, new = old_and_new(trained, make_shards(), tmp_path)
-    genes = [gene for gene in old[1].genes if gene in new[1].genes]
+@pytest.mark.parametrize(
+    ("labels", "lacking"),
+    [
+        ({}, {}),
+        ({"cell_type": "type1", "perturbation": "control"}, {}),
+        ({"perturbation": "control"}, {"cell_type_key": None}),
+    ],
+)
+def test_half_new_genes_and_new_labels_start_at_the_old_loss_on_the_old_ones(
+    trained, make_shards, tmp_path, labels, lacking
+):
+    """Also where the new data lack a condition: it stays at not given."""
+    old, new = old_and_new(trained, make_shards(**lacking), tmp_path)
+    genes, counts = known_cells(old[1], new[1])
     assert len(genes) == 8
-    counts = known_cells(old[1], genes)
     assert new[1].max_count == old[1].max_count
     torch.testing.assert_close(
         nats(*new, genes, counts, labels), nats(*old, genes, counts, labels), atol=1e-4, rtol=1e-4
@@ -104,29 +115,12 @@ def test_half_new_genes_and_new_labels_start_at_the_old_loss_on_the_old_ones(tra
 def test_larger_counts_start_near_the_old_loss_and_can_be_drawn(trained, make_shards, tmp_path):
     old, new = old_and_new(trained, make_shards(factor=3), tmp_path)
     assert new[1].max_count > 2 * old[1].max_count
-    genes = [gene for gene in old[1].genes if gene in new[1].genes]
-    counts = known_cells(old[1], genes)
+    genes, counts = known_cells(old[1], new[1])
     labels = {"cell_type": "type1", "perturbation": "control"}
     before, after = (nats(*which, genes, counts, labels).mean().item() for which in (old, new))
     assert after == pytest.approx(before, abs=0.15)
     cells = new[0].generate(**new[1].conditions(num_cells=50), steps=3)
     assert cells.max() > old[1].max_count
-
-
-def test_a_condition_that_the_new_data_lack_stays_at_not_given(trained, make_shards, tmp_path):
-    old, new = old_and_new(trained, make_shards(cell_type_key=None), tmp_path, library_size_conditioning=False)
-    genes = [gene for gene in old[1].genes if gene in new[1].genes]
-    counts = known_cells(old[1], genes)
-
-    def without_size(model, *arguments, **conditions):
-        return type(model).distribution(model, *arguments, **{**conditions, "library_size": None})
-
-    old[0].distribution = lambda *arguments, **conditions: without_size(old[0], *arguments, **conditions)
-    new[0].distribution = lambda *arguments, **conditions: without_size(new[0], *arguments, **conditions)
-    labels = {"perturbation": "control"}
-    torch.testing.assert_close(
-        nats(*new, genes, counts, labels), nats(*old, genes, counts, labels), atol=1e-4, rtol=1e-4
-    )
 
 
 def test_new_genes_start_at_the_checkpoints_depth_and_known_ones_keep_their_means(trained, make_shards, tmp_path):
@@ -186,7 +180,9 @@ def trained_with_a_table(shards, perturbation_table, tmp_path_factory) -> TrainC
     return config
 
 
-def test_learned_and_frozen_vectors_of_the_checkpoint_are_kept(trained_with_a_table, tmp_path):
+def test_vectors_of_the_checkpoint_are_kept_and_a_new_table_gives_one_to_what_had_learned_its_own(
+    trained_with_a_table, perturbation_table, tmp_path
+):
     config = trained_with_a_table
     old, new = old_and_new(config, config.data, tmp_path)
     assert new[1].perturbations == old[1].perturbations
@@ -194,17 +190,11 @@ def test_learned_and_frozen_vectors_of_the_checkpoint_are_kept(trained_with_a_ta
         before, after = (model.conditions.perturbation.state_dict()[name] for model, _ in (old, new))
         assert torch.equal(after, before), name
     assert old[0].conditions.perturbation.has_vector.sum() == len(old[1].perturbations) - 2  # the first and the control
-
-
-def test_a_new_table_gives_a_frozen_vector_to_what_had_a_learned_one(
-    trained_with_a_table, perturbation_table, tmp_path
-):
-    config = trained_with_a_table
-    old, new = old_and_new(config, config.data, tmp_path, perturbation_embeddings=perturbation_table)
-    before, after = (model.conditions.perturbation for model, _ in (old, new))
-    row = new[1].perturbations.index(min(load_file(perturbation_table)))
-    assert (bool(before.has_vector[row]), bool(after.has_vector[row])) == (False, True)
-    assert torch.equal(after.table[row], load_file(perturbation_table)[new[1].perturbations[row]])
+    vectors = load_file(perturbation_table)
+    model, tokenizer = started(started_from(config, config.data, tmp_path, perturbation_embeddings=perturbation_table))
+    encoder, row = model.conditions.perturbation, tokenizer.perturbations.index(min(vectors))
+    assert (bool(old[0].conditions.perturbation.has_vector[row]), bool(encoder.has_vector[row])) == (False, True)
+    assert torch.equal(encoder.table[row], vectors[min(vectors)])
 
 
 def test_new_perturbations_without_a_frozen_vector_are_named(trained_with_a_table, shards, tmp_path, caplog):

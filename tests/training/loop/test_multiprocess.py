@@ -109,12 +109,12 @@ def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_killed_five_times_ends_bit_for_bit_as_an_undisturbed_one(config, tmp_path, processes):
+def test_a_run_of_two_processes_killed_three_times_ends_bit_for_bit_as_an_undisturbed_one(config, tmp_path):
+    processes = 2
     whole, killed = (replace(config, out=tmp_path / name, dropout=0.1) for name in ("whole", "killed"))
     assert finish(start(whole, processes)) == [0] * processes
     chance = random.Random(processes)
-    for _ in range(5):
+    for _ in range(3):
         codes = finish(start(replace(killed, resume=True), processes, kill_at=chance.randint(3, 14)))
         assert codes[0] == -signal.SIGKILL
     assert finish(start(replace(killed, resume=True), processes)) == [0] * processes
@@ -145,32 +145,35 @@ def test_two_processes_that_share_a_global_batch_do_what_one_does(config, cells_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_saves_a_state_and_exits_with_a_code_of_its_own(config, tmp_path, processes):
+def test_sigterm_to_one_of_two_processes_saves_a_state_and_exits_with_a_code_of_its_own(config):
     endless = replace(config, max_steps=100_000, learning_rate_schedule="constant", save_every=100_000)
-    workers = start(endless, processes)
+    workers = start(endless, 2)
     log = endless.out / "training.jsonl"
     while not log.exists() or len(log.read_text().splitlines()) < 7:
         assert all(worker.exitcode is None for worker in workers)
         time.sleep(0.02)
     workers[-1].terminate()  # one of them is enough
-    assert finish(workers) == [SAVED_AFTER_SIGNAL] * processes
+    assert finish(workers) == [SAVED_AFTER_SIGNAL] * 2
     state = training.loop.states.all_states(endless.out)[-1]
     step = int(state.name.removeprefix("step-"))
     assert step >= 7
     assert not (endless.out / "model.safetensors").exists()
-    assert finish(start(replace(endless, resume=True, max_steps=step + 2), processes)) == [0] * processes
+    assert finish(start(replace(endless, resume=True, max_steps=step + 2), 2)) == [0, 0]
     assert max(losses(endless)) == step + 2
+
+
+def command(config: TrainConfig, *launcher: str, **options: object) -> subprocess.Popen:
+    """``dcm-train`` in a process of its own."""
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY_TRAINING | options).items()]
+    run = [sys.executable, *launcher, "-m", "training.train", "--data", config.data, "--out", config.out, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
+    return subprocess.Popen(run, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
 def test_ctrl_c_saves_a_state_with_one_line_that_says_how_to_go_on(config):
-    options = TINY_TRAINING | {"max_steps": 100_000, "log_every": 1}
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    command = [sys.executable, "-m", "training.train", "--data", str(config.data), "--out", str(config.out), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
-    run = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    run = command(config, max_steps=100_000, log_every=1)
     log = config.out / "training.jsonl"
     while not log.exists() or len(log.read_text().splitlines()) < 2:
         assert run.poll() is None
@@ -204,14 +207,9 @@ def test_ctrl_c_twice_ends_at_once_unless_a_launcher_passed_the_same_one_on(monk
 
 @pytest.mark.slow
 def test_torchrun_starts_processes_that_work_together(config):
-    options = TINY_TRAINING | {"max_steps": 3}
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    command += ["training.train", "--data", str(config.data), "--out", str(config.out), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run = command(config, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", max_steps=3)
+    said = run.communicate(timeout=120)[1]
+    assert run.returncode == 0, said
     state = json.loads((config.out / "checkpoints" / "step-3" / "state.json").read_text())
     assert state["num_processes"] == 2
-    assert done.stderr.count("model: ") == 1  # one process speaks
+    assert said.count("model: ") == 1  # one process speaks

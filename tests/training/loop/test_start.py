@@ -94,14 +94,6 @@ def test_library_sizes_are_drawn_as_if_every_gene_had_been_measured(started):
     assert model.library_sizes.quantiles[everything][0].numpy() == pytest.approx(quantiles, rel=1e-5)
 
 
-def test_library_sizes_are_standardised_by_the_training_cells(started):
-    model, _, _, counts = started
-    logs = np.log1p(np.nansum(counts, axis=1))
-    encoder = model.conditions.library_size
-    assert encoder.log_mean.item() == pytest.approx(logs.mean(), rel=1e-4)
-    assert encoder.log_std.item() == pytest.approx(logs.std(), rel=1e-4)
-
-
 def test_names_that_no_training_cell_has_are_warned_of(tmp_path, caplog):
     cells = write_cells(tmp_path / "cells.h5ad", GENES, ["one", "two"] * 60, {"A": 4.0, "B": 1.0, "C": 5.0}, seed=0)
     convert(cells, out=tmp_path / "shards", cell_type_key="line", split="zero-shot", held_out_cell_type="two")

@@ -4,29 +4,18 @@ The language model is a tiny random ESM-2 of width D.
 """
 
 import importlib
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save_file
 from transformers import EsmModel, EsmTokenizer
 
-from tests.tiny_esm import VOCABULARY, D, proteins_of, write_fasta, write_tiny_esm
+from tests.tiny_esm import VOCABULARY, D, proteins_of, write_fasta
 from training.embed_perturbations import main
+from training.perturbations import protein_language_model
 from training.perturbations.protein_language_model import ProteinEncoder, batches, embed_proteins, windows
-
-
-@pytest.fixture(scope="module")
-def esm_folder(tmp_path_factory) -> Path:
-    return write_tiny_esm(tmp_path_factory.mktemp("esm"))
 
 
 def encoder(folder: Path, **options: int) -> ProteinEncoder:
@@ -43,6 +32,9 @@ def hidden_states(folder: Path, sequence: str) -> torch.Tensor:
 def test_a_vector_is_the_mean_over_residues_whatever_else_is_in_the_batch(esm_folder):
     sequences = proteins_of([5, 40, 17, 1, 23])
     expected = torch.stack([hidden_states(esm_folder, sequence).mean(dim=0) for sequence in sequences])
+    cut = list(batches(range(29, 0, -1), lambda length: length, 64))
+    assert [item for batch in cut for item in batch] == list(range(29, 0, -1))
+    assert all(len(batch) == 1 or len(batch) * (batch[0] + 2) <= 64 for batch in cut)
     for batch_tokens in (1, 60, 8192):
         vectors = encoder(esm_folder, batch_tokens=batch_tokens).vectors(sequences)
         torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=0)
@@ -64,13 +56,6 @@ def test_a_long_protein_is_the_mean_over_residues_of_their_mean_over_windows(esm
         seen[first:last] += 1
     vectors = encoder(esm_folder, window=10, overlap=4, batch_tokens=24).vectors([sequence])
     torch.testing.assert_close(vectors[0], (total / seen).mean(dim=0), atol=1e-5, rtol=0)
-
-
-def test_batches_hold_everything_once_and_no_more_than_they_may():
-    items = sorted(range(1, 30), reverse=True)
-    cut = list(batches(items, lambda length: length, 64))
-    assert [item for batch in cut for item in batch] == items
-    assert all(len(batch) == 1 or len(batch) * (batch[0] + 2) <= 64 for batch in cut)
 
 
 def test_meta_s_own_esm2_with_the_same_weights_gives_the_same_vectors(esm_folder):
@@ -104,21 +89,15 @@ def test_meta_s_own_esm2_with_the_same_weights_gives_the_same_vectors(esm_folder
     torch.testing.assert_close(encoder(esm_folder).vectors(sequences), expected, atol=1e-5, rtol=0)
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused(esm_folder, tmp_path):
+def test_a_checkpoint_that_lacks_weights_and_a_residue_that_it_does_not_know_are_refused(esm_folder, tmp_path):
     model = EsmModel.from_pretrained(esm_folder, add_pooling_layer=False)
     weights = {name: w for name, w in model.state_dict().items() if "layer.1.output.dense" not in name}
     model.save_pretrained(tmp_path)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 2 weights of an EsmModel, such as encoder.layer.1.output.dense.bias"):
         encoder(tmp_path)
-
-
-def test_a_residue_that_the_language_model_does_not_know_is_refused(esm_folder, tmp_path):
     with pytest.raises(ValueError, match=r"the sequence MK1V... has \['1'\]; expected residues ABC"):
         embed_proteins(["MKV", "MK1V"], encoder(esm_folder), tmp_path)
-
-
-# --- cache ---
 
 
 @pytest.fixture
@@ -128,16 +107,6 @@ def computed(monkeypatch) -> list[str]:
     vectors = ProteinEncoder.vectors
     monkeypatch.setattr(ProteinEncoder, "vectors", lambda self, new: seen.extend(new) or vectors(self, new))
     return seen
-
-
-def test_a_rerun_computes_only_what_is_new(esm_folder, tmp_path, computed):
-    first, new = proteins_of([20, 20, 7]), proteins_of([33], seed=1)
-    before = embed_proteins([*first, first[0]], encoder(esm_folder), tmp_path)
-    assert sorted(computed) == sorted(first)
-    computed.clear()
-    after = embed_proteins([*first, *new], encoder(esm_folder), tmp_path)
-    assert computed == new
-    assert all(torch.equal(after[sequence], before[sequence]) for sequence in first)
 
 
 def test_the_cache_of_another_model_or_window_is_not_used(esm_folder, tmp_path, computed):
@@ -165,85 +134,40 @@ def test_a_damaged_cache_file_is_computed_again(esm_folder, tmp_path, computed, 
 
 # Imports once, then forks a process for each run that it is told to start. Batches and writing are slow, so that many
 # kills find a file half written.
-STARTER = """
-import os, sys, time
-from pathlib import Path
-from training import embed_perturbations
-from training.perturbations import protein_language_model
-vectors, save_file = protein_language_model.ProteinEncoder.vectors, protein_language_model.save_file
-
-def slow_vectors(self, sequences):
-    time.sleep(0.01)
-    return vectors(self, sequences)
-
-def slow_save(tensors, path):
-    save_file(tensors, path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    time.sleep(0.01)
-    path.write_bytes(whole)
-
-protein_language_model.ProteinEncoder.vectors, protein_language_model.save_file = slow_vectors, slow_save
-names, out, fasta, model = sys.argv[1:]
-for _ in sys.stdin:
-    child = os.fork()
-    if not child:
-        embed_perturbations.main(Path(names), Path(out), proteins=Path(fasta), model=model, batch_tokens=80)
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
 
 
-@pytest.fixture
-def killed(esm_folder, tmp_path) -> Iterator[Callable[[int, float], None]]:
-    """Embeds ``p.fasta`` in a process of its own, and kills that some seconds after so many batches were written."""
-    names, fasta, out = (tmp_path / name for name in ("names.txt", "p.fasta", "killed/table.safetensors"))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", STARTER, *map(str, (names, out, fasta, esm_folder))]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes) as starter:
-
-        def run_and_kill(after_batches: int, after_seconds: float) -> None:
-            wanted, deadline = len(cache_of(out)) + after_batches, time.monotonic() + 60
-            starter.stdin.write("go\n")
-            starter.stdin.flush()
-            child = int(starter.stdout.readline())
-            while len(cache_of(out)) < wanted and time.monotonic() < deadline:
-                time.sleep(0.001)
-            time.sleep(after_seconds)
-            os.kill(child, signal.SIGKILL)
-            assert int(starter.stdout.readline()) == signal.SIGKILL
-
-        yield run_and_kill
-        starter.kill()
-
-
-@pytest.mark.slow
-def test_killed_ten_times_a_rerun_has_identical_bytes_and_what_was_computed_is_kept(
-    killed, esm_folder, tmp_path, computed
+def test_stopped_again_and_again_a_rerun_has_identical_bytes_and_what_was_computed_is_kept(
+    esm_folder, tmp_path, computed, monkeypatch
 ):
-    names, rng = [f"P{i}" for i in range(80)], np.random.default_rng(0)
+    names = [f"P{i}" for i in range(40)]
     (tmp_path / "names.txt").write_text("\n".join(names))
-    fasta = write_fasta(tmp_path / "p.fasta", dict(zip(names, proteins_of(rng.permutation(np.arange(10, 90))))))
-    whole, out = (tmp_path / name / "table.safetensors" for name in ("whole", "killed"))
+    fasta = write_fasta(tmp_path / "p.fasta", dict(zip(names, proteins_of(list(range(10, 50))))))
+    whole, out = (tmp_path / name / "table.safetensors" for name in ("whole", "stopped"))
     options = {"proteins": fasta, "model": str(esm_folder), "batch_tokens": 80}
     main(tmp_path / "names.txt", whole, **options)
     expected, kept = cache_of(whole), {}
-    for batches_before, seconds in zip(rng.integers(0, 4, 10), rng.uniform(0, 0.05, 10)):
-        killed(batches_before, seconds)
+    for batches_before in (0, 4, 2):
+        left = iter(range(batches_before))
+
+        def stops(tensors, path, left=left):
+            save_file(tensors, path)
+            if next(left, None) is None:
+                path.write_bytes(path.read_bytes()[:30])
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(protein_language_model, "save_file", stops)
+            main(tmp_path / "names.txt", out, **options)
         now = cache_of(out)
-        assert now.items() >= kept.items()  # nothing that was computed is lost
-        assert now.items() <= expected.items()  # and no file is half there
+        assert kept.items() <= now.items() <= expected.items()  # nothing is lost, and no file is half there
+        assert len(now) == len(kept) + batches_before
         kept = now
         assert not out.exists()
     computed.clear()
     main(tmp_path / "names.txt", out, **options)
     assert out.read_bytes() == whole.read_bytes()
     assert cache_of(out) == expected
-    known = sum(len(load(content)) for content in kept.values())
-    assert 0 < known < len(names)
-    assert len(computed) == len(names) - known
+    assert len(computed) == len(names) - sum(len(load(content)) for content in kept.values())
 
 
 def cache_of(out: Path) -> dict[str, bytes]:

@@ -50,12 +50,8 @@ def test_an_ensembl_id_is_found_in_any_version_but_first_in_its_own(tmp_path, he
 def test_words_of_a_description_and_databases_are_no_names(tmp_path):
     header = "sp|Q13351|KLF1_HUMAN Krueppel-like factor binds GATA1 OS=Homo sapiens GN=KLF1 PE=1"
     assert matched(tmp_path, {header: "MKV"}, "GATA1", "sp", "OS", "klf1")[0] == {}
-
-
-def test_a_gene_symbol_comes_before_a_record_of_that_name(tmp_path):
-    assert matched(tmp_path, {"KLF1 something else GN=KLF2": "MAAAA", "P1 GN=KLF1": "MKV"}, "KLF1")[0] == {
-        "KLF1": "MKV"
-    }
+    records = {"KLF1 something else GN=KLF2": "MAAAA", "P1 GN=KLF1": "MKV"}
+    assert matched(tmp_path, records, "KLF1")[0] == {"KLF1": "MKV"}  # a gene symbol comes before a record of that name
 
 
 def test_of_several_proteins_the_rule_takes_reviewed_then_canonical_then_longest(tmp_path):
