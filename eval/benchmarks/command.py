@@ -126,8 +126,8 @@ def sampling(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device, getattr(torch, dtype)).eval()
     conditions = tokenizer.condition_ids(real_cells.labels)
-    sampled = measured.Sampled(model, tokenizer, conditions, real_cells, seeds, batch_size)
-    rows = measured.benchmark_sampling(sampled, train=train_cells, num_naive=naive_cells)
+    sampled = measured.Sampled(model, tokenizer, conditions, real_cells, seeds, batch_size, train_cells)
+    rows = measured.benchmark_sampling(sampled, num_naive=naive_cells)
     name = Path(checkpoint).resolve().name if Path(checkpoint).exists() else checkpoint
     result = measured.summary(rows)
     what = f"{name}: {len(real_cells):,} cells x {model.config.num_genes:,} genes against {real.name}"

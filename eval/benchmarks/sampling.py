@@ -4,8 +4,9 @@ In come a checkpoint and real cells, out go rows of numbers, their table and the
 """
 
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 
@@ -18,8 +19,8 @@ from tqdm.auto import tqdm
 from eval.benchmarks.costs import Cost
 from eval.benchmarks.naive_sampler import STEPS as NAIVE_STEPS
 from eval.benchmarks.naive_sampler import forward_rule, naive_cells
-from eval.comparison.cells import CellCounts
-from eval.comparison.floor import floor_draws
+from eval.comparison.cells import CellCounts, together
+from eval.comparison.floor import FLOOR_DRAWS, beside_half, compared_half, floor_draws, without_training_cells
 from eval.comparison.protocols import PROTOCOLS, Reference, evaluate_pair, prepare_reference
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.diffusion_dcm import reveal_probability
@@ -84,6 +85,7 @@ class Sampled:
     real: CellCounts  # N cells
     seeds: int  # how often each setting draws
     batch_size: int  # cells of a chunk
+    train: CellCounts | None = None  # for the floor
 
     def generate(self, setting: str, *, seed: int, num_cells: int) -> torch.Tensor:
         """Ids (n, G) of a draw for the first ``num_cells`` real cells."""
@@ -94,16 +96,32 @@ class Sampled:
         )
 
     @cached_property
-    def reference(self) -> Reference:
-        return prepare_reference(self.real, PROTOCOL)
+    def halved(self) -> list[str]:
+        """Conditions of which one half of the real cells is compared with the other, as no training cell has them."""
+        return [] if self.train is None else without_training_cells(self.train, self.real)
+
+    @cached_property
+    def references(self) -> list[tuple[Reference, np.ndarray]]:
+        """What the draws in turn are compared with, and the rows of the other halves."""
+        draws = range(FLOOR_DRAWS if self.halved else 1)
+        halves = [compared_half(self.real, self.halved, np.random.default_rng([0, draw])) for draw in draws]
+        return [(prepare_reference(compared, PROTOCOL), other) for compared, other in halves]
 
     def decoded(self, ids: torch.Tensor, seed: int) -> CellCounts:
         return CellCounts(self.tokenizer.decode(ids, seed=seed).X, self.real.labels)
 
     def scores(self, draws: Iterable[CellCounts]) -> dict[str, list[float]]:
         """Each metric of every draw."""
-        found = [{score.metric: score.value for score in evaluate_pair(drawn, self.reference)} for drawn in draws]
+        found = []
+        for drawn, (reference, other) in zip(draws, itertools.cycle(self.references)):
+            compared = beside_half(drawn, self.real, self.halved, other)
+            found.append({score.metric: score.value for score in evaluate_pair(compared, reference)})
         return {metric: [values[metric] for values in found] for metric in METRICS}
+
+    def floor(self) -> Iterator[CellCounts]:
+        """Draws of real cells in the place of drawn ones: of the training cells, or the other half."""
+        for drawn, (_, other) in zip(floor_draws(self.train, self.real), itertools.cycle(self.references)):
+            yield together([drawn, self.real.take(other)])
 
     def predicted_kl(self, revealed: Sequence[int]) -> float | None:
         """What a schedule loses, if the model has an entropy curve."""
@@ -111,15 +129,15 @@ class Sampled:
         return None if curve is None else predicted_kl(revealed, curve)
 
 
-def benchmark_sampling(sampled: Sampled, *, train: CellCounts | None = None, num_naive: int = 8) -> list[Row]:
+def benchmark_sampling(sampled: Sampled, *, num_naive: int = 8) -> list[Row]:
     """Rows of every setting that the model can do, of the naive loop (timed on ``num_naive`` cells), of the released
     reveal rule (scored), and of the floor if there are training cells."""
     has_curve = sampled.model.config.entropy_curve is not None
     settings = [name for name, how in SETTINGS.items() if has_curve or not {"auto", "optimal"} & set(how)]
     jobs: dict[str, Callable[[], Row]] = {name: partial(_measured, sampled, name) for name in settings}
     jobs |= {RELEASED: partial(_released, sampled), NAIVE: partial(_naive, sampled, num_naive)}
-    if train is not None:
-        jobs[FLOOR] = lambda: Row(FLOOR, scores=sampled.scores(floor_draws(train, sampled.real)))
+    if sampled.train is not None:
+        jobs[FLOOR] = lambda: Row(FLOOR, scores=sampled.scores(sampled.floor()))
     rows = []
     with tqdm(jobs, desc="sampling benchmark", unit="setting", delay=1, disable=None) as bar:
         for name in bar:
@@ -223,7 +241,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
         f"{NAIVE}: one cell at a time, 100 linear steps, logits of every gene and count at each; timed, not scored.",
         f"{RELEASED}: the released code reveals genes at the forward rate: all of them in the first of its 100 calls, "
         "each drawn independently of the others.",
-        f"{FLOOR}: real training cells in the place of drawn ones; no sampler can be expected below it.",
+        f"{FLOOR}: real training cells in the place of drawn ones (in conditions without any, one half of the real "
+        "cells beside the other, as every draw is); no sampler can be expected below it.",
     ]
 
 
@@ -240,7 +259,7 @@ def figure(rows: Sequence[Row], *, title: str) -> Figure:
 def _panel(axes: Axes, rows: Sequence[Row], metric: str) -> None:
     for floor in (row for row in rows if row.name == FLOOR):
         middle, spread = floor.mean(metric), 2 * floor.std(metric)
-        label = f"floor: real training cells, mean ± 2 sd of {len(floor.scores[metric])} draws"
+        label = f"floor: real cells, mean ± 2 sd of {len(floor.scores[metric])} draws"
         axes.axhspan(middle - spread, middle + spread, color="#9a9a9a", alpha=0.3, lw=0, label=label)
     for row in rows:
         if row.network_calls is None or math.isnan(row.mean(metric)):

@@ -1,7 +1,7 @@
 """Compute the metrics of the Virtual Cell Challenge by the ``cell-eval`` package, as rows of an evaluation.
 
-Each cell type (and covariate) is evaluated by itself. Beside the generators, the baselines and the floor (one draw of
-real training cells) stand the package's own yardsticks: for every perturbation the mean over all training
+Each cell type (and covariate) is evaluated by itself. Beside the generators, the baselines and one draw of the floor
+(:mod:`eval.comparison.floor`) stand the package's own yardsticks: for every perturbation the mean over all training
 perturbations and the control, and its ceiling, one half of the real test cells against the other. Needs the extra
 ``baselines``.
 Reference: Adduri et al., bioRxiv 2025.06.26.661135; https://github.com/ArcInstitute/cell-eval
@@ -22,8 +22,8 @@ from scipy import sparse
 from tqdm import tqdm
 
 from eval.comparison.baselines import BASELINES, needs_control
-from eval.comparison.cells import PERTURBATION, CellCounts, Comparison, joined_labels
-from eval.comparison.floor import FLOOR, floor_draws
+from eval.comparison.cells import PERTURBATION, CellCounts, Comparison, joined_labels, together
+from eval.comparison.floor import FLOOR, beside_half, compared_half, floor_draws, without_training_cells
 from eval.comparison.protocols import Score, log_cp10k, mean_scores
 from eval.reports.tables import Row, summary_rows
 
@@ -49,20 +49,21 @@ def cell_eval_rows(
         reason = needs_control(cells)
         if reason is not None:
             raise ValueError(f"--cell-eval compares perturbations with control cells, and {reason}")
-    sources = {**comparison.generated, **baselines}
-    if set(train.rows_by_condition) & set(real.rows_by_condition):
-        sources = {FLOOR: floor_draws(train, real, draws=1, seed=seed), **sources}
-    log_real, found = _log_cells(real), {}
+    halved = without_training_cells(train, real)
+    compared, other = compared_half(real, halved, np.random.default_rng([seed, 0]))
+    floor = together([next(floor_draws(train, real, draws=1, seed=seed)), real.take(other)])
+    log_compared, found = _log_cells(compared), {}
     with tqdm(desc=PROTOCOL, unit=" files", disable=None) as bar:
-        for model, files in sources.items():
+        for model, files in {FLOOR: [floor], **comparison.generated, **baselines}.items():
             found[model] = []
             for file in files:
-                found[model].append(_scores(_log_cells(file), log_real))
+                drawn = file if model == FLOOR else beside_half(file, real, halved, other)
+                found[model].append(_scores(_log_cells(drawn), log_compared))
                 bar.update()
-        found[MEAN_BASELINE] = [_scores(_mean_cells(train, real), log_real)]
+        found[MEAN_BASELINE] = [_scores(_mean_cells(train, compared), log_compared)]
         bar.update()
-        found[CEILING] = [_ceiling(log_real, seed=seed)]
-    test_cells = {condition: rows.size for condition, rows in real.rows_by_condition.items()}
+        found[CEILING] = [_ceiling(_log_cells(real), seed=seed)]
+    test_cells = {condition: rows.size for condition, rows in compared.rows_by_condition.items()}
     return [row for model in found for row in summary_rows(model, PROTOCOL, found[model], test_cells=test_cells)]
 
 

@@ -67,6 +67,13 @@ def split_half(cells: CellCounts, conditions: Sequence[str], rng: np.random.Gene
     return np.concatenate([none, *(one for one, _ in halves)]), np.concatenate([none, *(two for _, two in halves)])
 
 
+def compared_half(real: CellCounts, halved: Sequence[str], rng: np.random.Generator) -> tuple[CellCounts, np.ndarray]:
+    """The test cells to compare with, those of the conditions ``halved`` by one half, and the rows of the other."""
+    one, other = split_half(real, halved, rng)
+    whole = [rows for condition, rows in real.rows_by_condition.items() if condition not in halved]
+    return real.take(np.sort(np.concatenate([*whole, one]))), other
+
+
 def beside_half(drawn: CellCounts, real: CellCounts, halved: Sequence[str], half: np.ndarray) -> CellCounts:
     """The drawn cells to compare with the test cells that are not in ``half``, rows of the conditions ``halved``.
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from eval.comparison.baselines import BASELINE_DRAWS, Sampler, baseline_draws
 from eval.comparison.cells import CellCounts, Comparison, together
-from eval.comparison.floor import FLOOR, FLOOR_DRAWS, beside_half, floor_draws, split_half, without_training_cells
+from eval.comparison.floor import FLOOR, FLOOR_DRAWS, beside_half, compared_half, floor_draws, without_training_cells
 from eval.comparison.metric_table import COPYING
 from eval.comparison.protocols import Protocol, Reference, Score, averaged_scores, evaluate_pair, prepare_reference
 
@@ -42,7 +42,6 @@ def score_models(
     numbers = {FLOOR: FLOOR_DRAWS} | {model: len(files) for model, files in comparison.generated.items()}
     numbers |= dict.fromkeys(samplers, BASELINE_DRAWS)
     halved = without_training_cells(comparison.train, real)
-    is_whole = ~np.isin(np.arange(len(real)), np.concatenate([[], *(real.rows_by_condition[name] for name in halved)]))
     samples = {m: itertools.cycle(found) if halved and m != FLOOR else iter(found) for m, found in sources.items()}
     scores = [{model: [[] for _ in range(number)] for model, number in numbers.items()} for _ in protocols]
     draws = max(numbers.values())
@@ -53,12 +52,9 @@ def score_models(
         tqdm(total=comparisons * len(protocols), desc="scoring", unit="comparison", disable=None) as bar,
     ):
         for draw in range(draws):
-            if halved:
-                one, other = split_half(real, halved, np.random.default_rng([seed, draw]))
-                compared = real.take(np.sort(np.concatenate([np.flatnonzero(is_whole), one])))
             if halved or not draw:
-                of_draw = compared if halved else real
-                references = [prepare_reference(of_draw, p, train=comparison.train, seed=seed) for p in protocols]
+                compared, other = compared_half(real, halved, np.random.default_rng([seed, draw]))
+                references = [prepare_reference(compared, p, train=comparison.train, seed=seed) for p in protocols]
             for model, number in numbers.items():
                 drawn = next(samples[model], None)
                 if drawn is None:

@@ -146,8 +146,11 @@ def held_out(folder, tmp_path_factory) -> Path:
     return there
 
 
-def test_held_out_conditions_have_the_split_half_floor_and_true_cells_are_at_it(held_out, tmp_path):
-    found = run_main(held_out, tmp_path, "true.h5ad", "fresh.h5ad", baselines="independent_marginals")
+def test_held_out_conditions_have_the_split_half_floor_and_true_cells_are_at_it(held_out, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.comparison.baselines.check_installed", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "cell_eval", SimpleNamespace(MetricsEvaluator=StandInEvaluator))
+    options = {"baselines": "independent_marginals", "cell_eval": True}
+    found = run_main(held_out, tmp_path, "true.h5ad", "fresh.h5ad", **options)
     conditions = anndata.read_h5ad(held_out / "test.h5ad").obs["perturbation"].value_counts()
     compared = {name: size if name == "control" else size // 2 for name, size in conditions.items()}
     for row in found["rows"]:
@@ -171,6 +174,8 @@ def test_held_out_conditions_have_the_split_half_floor_and_true_cells_are_at_it(
             true, floor = (place[model, "log", "condition", name, metric] for model in ("true", "floor"))
             assert true["mean"] == pytest.approx(floor["mean"])
             assert at_floor(true, floor)
+        for model in ("floor", "true", "independent_marginals"):  # the stand-in counts the cells that it is given
+            assert place[model, "cell-eval", "condition", name, "size"]["mean"] == compared[name.split(" | ")[-1]]
     note = f"in {len(conditions) - 1} of {len(conditions)} conditions no training cell is there to be the floor"
     assert found["floor"].startswith(note)
     assert note in (tmp_path / "results.md").read_text()

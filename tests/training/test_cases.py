@@ -3,7 +3,6 @@
 ``x.h5ad`` is a sound file of 60 cells.
 """
 
-import gzip
 import json
 import logging
 import os
@@ -173,80 +172,6 @@ def test_tables_of_anndata_0_6_are_read_with_their_categories(x):
     assert raw.var_names.tolist() == GENES
 
 
-def without_encoding(path: Path) -> None:
-    with h5py.File(path, "r+") as file:
-        for name in list(file["obs"].attrs):
-            del file["obs"].attrs[name]
-
-
-def column_twice(path: Path) -> None:
-    with h5py.File(path, "r+") as file:
-        file["obs"].attrs["column-order"] = ["cell_type", "cell_type"]
-
-
-def unknown_filter(path: Path) -> None:
-    """A dataset whose chunks need a filter that nobody has."""
-    with h5py.File(path, "r+") as file:
-        del file["X/data"]
-        created = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        created.set_chunk((100,))
-        created.set_filter(300, h5py.h5z.FLAG_OPTIONAL, (3,))
-        space = h5py.h5s.create_simple((len(file["X/indices"]),))
-        dataset = h5py.h5d.create(file["X"].id, b"data", h5py.h5t.NATIVE_FLOAT, space, created)
-        dataset.write_direct_chunk((0,), b"no plain chunk")
-
-
-def unfinished(path: Path) -> None:
-    """As a file that its writer has not closed."""
-    copy = path.with_suffix(".copy")
-    with h5py.File(copy, "w", libver="latest") as file:
-        file.create_group("obs")
-        file.flush()
-        path.write_bytes(copy.read_bytes())
-
-
-def in_gzip(path: Path) -> None:
-    path.write_bytes(gzip.compress(path.read_bytes()))
-
-
-def as_zarr(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-    (path / ".zgroup").write_text("{}")
-
-
-def of_10x(path: Path) -> None:
-    """10x output without the features' types."""
-    with h5py.File(path, "w") as file:
-        for name in ("id", "name"):
-            file[f"matrix/features/{name}"] = GENES
-
-
-def of_cell_ranger_2(path: Path) -> None:
-    with h5py.File(path, "w") as file:
-        file["hg19/gene_names"] = GENES
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (without_encoding, "obs does not say how it is encoded: written by an old anndata"),
-        (column_twice, "obs has the column cell_type more than once"),
-        (unknown_filter, "compressed with a filter that needs hdf5plugin"),
-        (unfinished, "open for writing elsewhere"),
-        (in_gzip, "compressed with gzip"),
-        (as_zarr, "is a zarr store"),
-        (of_10x, "features has no feature_type"),
-        (of_cell_ranger_2, "Cell Ranger 2 .genomes: hg19.*scanpy.read_10x_h5"),
-    ],
-)
-def test_a_file_that_is_refused_says_why(change, said, x):
-    change(x)
-    with pytest.raises(ValueError, match=said) as error:
-        read_counts(x)
-    assert "damaged" not in str(error.value)
-
-
 def test_a_column_of_unknown_encoding_is_not_read(x, caplog):
     with h5py.File(x, "r+") as file:
         file["obs/cell_type"].attrs["encoding-type"] = "of the future"
@@ -257,27 +182,6 @@ def test_a_column_of_unknown_encoding_is_not_read(x, caplog):
     assert "/obs/cell_type has an encoding" in caplog.text
     with pytest.raises(ValueError, match="no column 'cell_type' in obs"):
         convert(x, out=x.parent / "s", cell_type_key="cell_type")
-
-
-def folder_of_10x(folder: Path, *, kinds: list[str], entries: str) -> Path:
-    folder.mkdir()
-    (folder / "features.tsv").write_text("".join(f"ENS{i}\t{g}\t{k}\n" for i, (g, k) in enumerate(zip(GENES, kinds))))
-    (folder / "barcodes.tsv").write_text("".join(f"cell{i}\n" for i in range(N)))
-    (folder / "matrix.mtx").write_text(f"%%MatrixMarket matrix coordinate integer general\n{entries}")
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("kinds", "entries", "said"),
-    [
-        (["Gene Expression"] * 20, "20 60 0\n", "has no counts"),
-        (["gene expression"] * 20, "20 60 1\n1 1 1\n", "types there: gene expression"),
-        (["chr1", "chr2"] * 10, "20 60 1\n1 1 1\n", "types there: chr1, chr2"),
-    ],
-)
-def test_a_10x_folder_without_counts_of_genes_is_refused(kinds, entries, said, tmp_path):
-    with pytest.raises(ValueError, match=said):
-        convert(folder_of_10x(tmp_path / "10x", kinds=kinds, entries=entries), out=tmp_path / "s")
 
 
 def test_float16_is_read_and_missing_labels_are_not_given_and_cells_without_x_list_their_layers():

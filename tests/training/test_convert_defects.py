@@ -178,17 +178,96 @@ def loom(folder: Path) -> Path:
     return folder / "cells.h5ad"
 
 
-def mtx_cut_short(folder: Path) -> Path:
-    path = folder / "sample"
+def mtx(entries: str, features: str = "ENSG1\tA\nENSG2\tB\n") -> Callable[[Path], Path]:
+    """Makes a 10x folder."""
+
+    def make(folder: Path) -> Path:
+        path = folder / "sample"
+        path.mkdir()
+        text = f"%%MatrixMarket matrix coordinate integer general\n{entries}"
+        (path / "matrix.mtx.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+        (path / "features.tsv.gz").write_bytes(gzip.compress(features.encode(), mtime=0))
+        (path / "barcodes.tsv.gz").write_bytes(gzip.compress(b"AAAC-1\nAAAG-1\nAAAT-1\n", mtime=0))
+        return path
+
+    return make
+
+
+mtx_cut_short = mtx("2 3 4\n1 1 5\n2 3 1\n")
+
+
+def rewritten(change: Callable[[Path], None]) -> Callable[[Path], Path]:
+    """Makes a sound file of cells, and changes it on disk."""
+
+    def make(folder: Path) -> Path:
+        path = changed(None)(folder)
+        change(path)
+        return path
+
+    return make
+
+
+def without_encoding(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        for name in list(file["obs"].attrs):
+            del file["obs"].attrs[name]
+
+
+def column_twice(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        file["obs"].attrs["column-order"] = ["line", "line"]
+
+
+def unknown_filter(path: Path) -> None:
+    """A dataset whose chunks need a filter that nobody has."""
+    with h5py.File(path, "r+") as file:
+        del file["X/data"]
+        created = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        created.set_chunk((100,))
+        created.set_filter(300, h5py.h5z.FLAG_OPTIONAL, (3,))
+        space = h5py.h5s.create_simple((len(file["X/indices"]),))
+        dataset = h5py.h5d.create(file["X"].id, b"data", h5py.h5t.NATIVE_FLOAT, space, created)
+        dataset.write_direct_chunk((0,), b"no plain chunk")
+
+
+def unfinished(path: Path) -> None:
+    """As a file that its writer has not closed."""
+    with h5py.File(path, "w", libver="latest") as file:
+        file.create_group("obs")
+        file.flush()
+        written = path.read_bytes()
+    path.write_bytes(written)
+
+
+def in_gzip(path: Path) -> None:
+    path.write_bytes(gzip.compress(path.read_bytes()))
+
+
+def as_zarr(path: Path) -> None:
+    path.unlink()
     path.mkdir()
-    text = "%%MatrixMarket matrix coordinate integer general\n2 3 4\n1 1 5\n2 3 1\n"
-    (path / "matrix.mtx.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
-    (path / "features.tsv.gz").write_bytes(gzip.compress(b"ENSG1\tA\nENSG2\tB\n", mtime=0))
-    (path / "barcodes.tsv.gz").write_bytes(gzip.compress(b"AAAC-1\nAAAG-1\nAAAT-1\n", mtime=0))
-    return path
+    (path / ".zgroup").write_text("{}")
+
+
+def of_10x(path: Path) -> None:
+    """10x output without the features' types."""
+    with h5py.File(path, "w") as file:
+        for name in ("id", "name"):
+            file[f"matrix/features/{name}"] = ["A", "B"]
+
+
+def of_cell_ranger_2(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file["hg19/gene_names"] = ["A", "B"]
+
+
+def of_two_panels(cells: anndata.AnnData) -> None:
+    cells.obs["panel"] = ["all", "few"] * (N // 2)
+    cells.uns["dcm_panels"] = {"all": [True] * GENES, "few": [True] * 10 + [False] * (GENES - 10)}
 
 
 KEY = (("cell_type_key", "line"),)
+PERTURBED = (("perturbation_key", "line"),)
 DEFECTS = [
     Defect("NaN or infinite values", counts(TWO, np.nan)),
     Defect("negative values", counts(TWO, -3)),
@@ -209,6 +288,8 @@ DEFECTS = [
     Defect("cells without a label", labels(None, None), options=KEY),
     Defect("a missing label as text", labels("nan"), refused=False, options=KEY, says="is that a missing"),
     Defect("a label with white space around it", labels("k562 "), options=KEY),
+    Defect("a name that ends with the separator", labels("control", "CD8+"), options=PERTURBED),
+    Defect("names with the separator", labels("control", "(+)-JQ1"), False, PERTURBED, "never stands alone"),
     Defect("no such column of labels", changed(None), options=(("cell_type_key", "cell_line"),)),
     Defect("cells without a count", counts(np.s_[:2], 0), refused=False, says="no count at all"),
     Defect("genes that are all zero", counts(np.s_[:, :2], 0), refused=False, says="all zero in training"),
@@ -220,8 +301,19 @@ DEFECTS = [
     Defect("an empty file", content(b"")),
     Defect("no HDF5 file", content(b"<html>404 Not Found</html>")),
     Defect("another kind of HDF5 file", loom),
+    Defect("h5ad of an old anndata", rewritten(without_encoding)),
+    Defect("a column of `obs` twice", rewritten(column_twice)),
+    Defect("compressed by another filter", rewritten(unknown_filter)),
+    Defect("open for writing elsewhere", rewritten(unfinished)),
+    Defect("h5ad in gzip", rewritten(in_gzip)),
+    Defect("a zarr store", rewritten(as_zarr)),
+    Defect("10x `.h5` without types of features", rewritten(of_10x)),
+    Defect("10x `.h5` of Cell Ranger 2", rewritten(of_cell_ranger_2)),
+    Defect("h5ad of an earlier conversion, several panels", changed(of_two_panels)),
     Defect("a 10x matrix cut short", mtx_cut_short),
     Defect("a 10x matrix without its folder", lambda folder: mtx_cut_short(folder) / "matrix.mtx.gz"),
+    Defect("a 10x matrix without entries", mtx("2 3 0\n")),
+    Defect("10x features that are no genes", mtx("2 3 1\n1 1 5\n", "ENSG1\tA\tchr1\nENSG2\tB\tchr2\n")),
     Defect("a folder of h5ad files", folder_of_h5ad),
     Defect("no such file", lambda folder: folder / "cells.h5ad"),
 ]

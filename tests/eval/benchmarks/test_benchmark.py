@@ -10,16 +10,19 @@ from types import SimpleNamespace
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from scipy.sparse import csr_matrix
 
 from eval.benchmarks import sampling as sampling_benchmark
 from eval.benchmarks.command import entropy, last_line, sampling, training
 from eval.benchmarks.costs import interleaved, product_rate
 from eval.benchmarks.naive_sampler import forward_rule, naive_cells, naive_loop
-from eval.benchmarks.sampling import AUTO, LINEAR_100, NAIVE, SETTINGS, Row, figure, summary
+from eval.benchmarks.sampling import AUTO, LINEAR_100, NAIVE, SETTINGS, Row, Sampled, figure, summary
 from eval.benchmarks.training import OURS, PLAIN, Case, Training, start_accelerator
+from eval.comparison.cells import CellCounts
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.diffusion_dcm import alpha, reveal_probability, sigma
 from modeling_dcm.schedule_dcm import reveal_schedule
@@ -175,6 +178,17 @@ def test_conditions_of_the_real_cells_are_used_unless_told_otherwise(trained, sh
     run_sampling(trained, shards, tmp_path / "a", capsys)
     run_sampling(trained, shards, tmp_path / "b", capsys, unconditional=True)
     assert given == [{"cell_type_ids": True, "perturbation_ids": True}, {}]
+
+
+def test_true_cells_of_held_out_conditions_are_at_the_floor_of_the_benchmark():
+    rng = np.random.default_rng(0)
+    labels = pd.DataFrame({"perturbation": ["a", "b"] * 40})
+    real, train = (CellCounts(csr_matrix(rng.poisson(2, (80, 6))), names) for names in (labels, labels + " of train"))
+    sampled = Sampled(None, None, {}, real, seeds=3, batch_size=8, train=train)
+    true, floor = sampled.scores([real] * 10), sampled.scores(sampled.floor())
+    for metric, values in floor.items():
+        assert true[metric] == pytest.approx(values)
+        assert len(set(values)) == 10
 
 
 def test_a_real_file_without_a_condition_of_the_model_lists_its_columns_and_the_way_out(trained, shards, tmp_path):
