@@ -20,7 +20,6 @@ from tokenization.conditions_dcm import CELL_TYPE, PERTURBATION, ConditionLabels
 from tokenization.count_checks_dcm import library_size
 from tokenization.gene_names_dcm import find_genes
 from tokenization.labels_dcm import shortened
-from training.data.command_line import ProgressReport
 from training.data.formats import opened_counts
 from training.data.h5ad import CountFile, damage_named, open_h5ad, read_table
 
@@ -107,8 +106,7 @@ def read_measured_cells(path: Path, tokenizer: DCMTokenizer, layer: str | None =
             what = "%s: %d of the model's %d genes were measured in every cell; the others are none where they were not"
             logger.warning(what, path.name, panels.all(axis=0).sum(), len(columns))
         names, ids = _observed_conditions(path.name, file.obs, tokenizer)
-        with ProgressReport(len(file.obs), task=f"reading {path.name}", unit="cells") as report:
-            counts = sparse.vstack(list(file.counts.panel_blocks(columns, report.update)), format="csr")
+        counts = sparse.vstack([*file.panel_blocks(columns, f"reading {path.name}")], format="csr")
     over = counts.data > tokenizer.max_count
     if over.any():
         what = "%s: %d counts are above the model's largest, %d (up to %d): it sees %d there"
@@ -137,8 +135,7 @@ def library_sizes_of(path: Path, genes: list[str], layer: str | None = None) -> 
                 "least in some cells: library sizes need all of them; leave out --like-library-size to draw them from "
                 "the training cells"
             )
-        with ProgressReport(len(file.obs), task="summing library sizes", unit="cells") as report:
-            sizes = [library_size(counts) for counts in file.counts.panel_blocks(columns, report.update)]
+        sizes = [library_size(counts) for counts in file.panel_blocks(columns, "summing library sizes")]
     return as_tensor(np.concatenate(sizes).astype(np.float32))
 
 

@@ -167,8 +167,7 @@ def test_batches_from_any_number_on_are_those_of_the_whole_run(config, world):
         for expected, batch in zip(whole[start:], batches.starting_at(start)):
             assert expected.keys() == batch.keys()
             assert all(torch.equal(expected[name], value) for name, value in batch.items())
-    orders.set_epoch(1)
-    rows_of_first = next(iter(orders))
+    rows_of_first = next(orders.epoch(1))
     assert torch.equal(whole[len(orders)]["labels"], cells[rows_of_first]["input_ids"].long())
 
 

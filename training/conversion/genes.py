@@ -84,11 +84,11 @@ def choose_panel(cells: InputCells, train: np.ndarray, n_top_genes: int | None) 
     tally.warn(cells.obs.index)
     genes = np.arange(num_genes)
     if n_top_genes is not None:
-        blocks = (counts[in_train[rows]] for rows, counts, _ in cells.blocks("choosing genes"))
+        blocks = (counts[in_train[rows]] for rows, counts, _ in cells.blocks("choosing genes by the cells"))
         genes = top_genes(seurat_v3_variances(training, blocks), n_top_genes)
     in_training = training.largest[genes]
     if not in_training.any():
-        where = " and ".join(file.counts.source for file in cells.files)
+        where = " and ".join(of_file.file.source for of_file in cells.files)
         raise ValueError(f"{where} has no count above 0 in the {len(train):,} training cells")
     return Panel(
         genes=genes,

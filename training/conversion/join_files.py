@@ -16,15 +16,15 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import infer_dtype
 from scipy.sparse import csr_matrix
+from tqdm import tqdm
 
+from tokenization.gene_names_dcm import ENSEMBL_ID, without_version
 from tokenization.labels_dcm import shortened
-from training.data.command_line import ProgressReport
 from training.data.formats import open_counts
-from training.data.h5ad import CountFile, Counts
+from training.data.h5ad import CountFile
 
 logger = logging.getLogger(__name__)
 
-ENSEMBL = r"ENS[A-Z]*\d{11}"
 SOURCE_FILE = "source_file"
 
 
@@ -33,13 +33,13 @@ class FileCells:
     """The cells of one file among all cells, and its genes among the joint ones.
 
     Attributes:
-        counts: where they are.
+        file: where they are.
         rows: their positions among all N cells.
         columns: the joint gene of each of the file's columns, -1 where it is none.
         measured: (G,) whether the file has a gene.
     """
 
-    counts: Counts
+    file: CountFile
     rows: slice
     columns: np.ndarray
     measured: np.ndarray
@@ -68,14 +68,13 @@ class InputCells:
         """Yield positions among all cells, their counts (m, G), and which genes their file has (G,).
 
         Args:
-            task: what the progress bar says.
-            check: as of :meth:`Counts.blocks`.
+            task: what the progress bar of each file says.
+            check: as of :meth:`CountFile.blocks`.
         """
-        with ProgressReport(len(self.obs), task=task, unit="cells") as report:
-            for file in self.files:
-                for rows, counts in file.counts.blocks(report.update, check=check):
-                    here = slice(rows.start + file.rows.start, rows.stop + file.rows.start)
-                    yield here, with_genes(counts, file.columns, len(file.measured)), file.measured
+        for cells in self.files:
+            for rows, counts in cells.file.blocks(f"{task} of {cells.file.path.name}", check=check):
+                here = slice(rows.start + cells.rows.start, rows.stop + cells.rows.start)
+                yield here, with_genes(counts, cells.columns, len(cells.measured)), cells.measured
 
 
 def with_genes(counts: csr_matrix, columns: np.ndarray, num_genes: int) -> csr_matrix:
@@ -119,10 +118,8 @@ def read_cells(
     for path in sources:
         if resolved.count(path.resolve()) > 1:
             raise ValueError(f"{str(path)!r} is given twice; give each file once")
-    with ProgressReport(len(sources), task="opening files", unit="files") as report:
-        files = [
-            open_counts(path, scratch / f"sorted{i}", layer, report=report.update) for i, path in enumerate(sources)
-        ]
+    bar = tqdm(sources, desc="opening files", unit=" files", delay=1, disable=None)
+    files = [open_counts(path, scratch / f"sorted{i}", layer) for i, path in enumerate(bar)]
     names = [_gene_names(file, gene_key, duplicate_genes) for file in files]
     _check_kinds(files, names)
     joint = pd.Index(_join_genes(files, names, genes, join))
@@ -132,7 +129,7 @@ def read_cells(
         columns = np.where(name != "", joint.get_indexer(name), -1)
         measured = np.zeros(len(joint), dtype=bool)
         measured[columns[columns >= 0]] = True
-        cells.append(FileCells(file.counts, slice(end - len(file.obs), end), columns, measured))
+        cells.append(FileCells(file, slice(end - len(file.obs), end), columns, measured))
     return InputCells(files=cells, obs=_join_obs(files), var=_join_var(files, names, joint))
 
 
@@ -147,7 +144,7 @@ def _gene_names(file: CountFile, gene_key: str | None, duplicate_genes: str) -> 
     if missing:
         where = "var_names" if gene_key is None else f"var column {gene_key!r}"
         raise ValueError(f"{str(file.path)!r}: {missing:,} genes have no name in {where}; name or drop them")
-    names = column.astype(str).str.replace(rf"^({ENSEMBL})\.\d+$", r"\1", regex=True)
+    names = column.astype(str).map(without_version)
     versioned = int((names != column.astype(str)).sum())
     if versioned:
         logger.info("%s: %s Ensembl ids are written without their version", file.path.name, f"{versioned:,}")
@@ -176,7 +173,7 @@ def _gene_names(file: CountFile, gene_key: str | None, duplicate_genes: str) -> 
 
 def _check_kinds(files: list[CountFile], names: list[np.ndarray]) -> None:
     """Raise if some files name their genes by Ensembl id and others do not."""
-    are_ensembl = [bool(pd.Series(name[name != ""]).str.fullmatch(ENSEMBL).mean() > 0.5) for name in names]
+    are_ensembl = [sum(map(bool, map(ENSEMBL_ID.fullmatch, name))) > (name != "").sum() / 2 for name in names]
     if len(set(are_ensembl)) > 1:
         one, other = are_ensembl.index(True), are_ensembl.index(False)
         raise ValueError(
@@ -204,7 +201,7 @@ def _join_genes(files: list[CountFile], names: list[np.ndarray], wanted: Sequenc
             shown = "; ".join(f"{file.path.name}: {_example(name)}" for file, name in zip(files, names))
             raise ValueError(f"no gene is in all {len(files)} files ({shown}); expected the same kind of names")
         return joint
-    wanted = pd.Series(list(wanted)).str.replace(rf"^({ENSEMBL})\.\d+$", r"\1", regex=True).tolist()
+    wanted = [without_version(gene) for gene in wanted]
     anywhere = set().union(*sets)
     if not anywhere & set(wanted):
         raise ValueError(

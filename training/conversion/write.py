@@ -26,7 +26,6 @@ from training.conversion.shuffle import StoredCells, sort_cells
 from training.data import shards
 from training.data.command_line import ProgressReport
 from training.data.h5ad import write_h5ad_in_blocks
-from training.data.loader import condition_ids
 from training.data.shards import LIBRARY_SIZE, PANEL, SPLITS, Panels, find_panels, shard_features
 from training.data.statistics import STATISTICS, compute_statistics, vocabulary_of, write_statistics
 
@@ -132,9 +131,10 @@ def write_splits(
             annotations = anndata.AnnData(obs=obs, var=tables.var, uns=tables.uns)
             write_h5ad_in_blocks(folder / f"{name}.h5ad", annotations, blocks, {"X": np.int32})
             if name == "train":
+                ids = tokenizer.condition_ids({condition: obs[condition] for condition in tokenizer.known_conditions()})
                 statistics = compute_statistics(
                     whole[name].blocks(),
-                    {condition: ids.numpy() for condition, ids in condition_ids(tokenizer, obs).items()},
+                    {key: of_cells.numpy() for key, of_cells in ids.items()},
                     max_count=panel.largest_in_training,
                     num_cell_types=len(tokenizer.cell_types),
                     **tables.measured(here),

@@ -102,7 +102,9 @@ def written_aside(path: str | Path) -> Iterator[Path]:
                 raise
             shutil.rmtree(old, ignore_errors=True)
         else:
-            _flush(aside)
+            if aside.is_file():
+                with aside.open("rb") as file:
+                    os.fsync(file.fileno())  # the bytes before the name
             os.replace(aside, path)
     finally:
         if aside.is_dir():
@@ -124,13 +126,6 @@ def put_back(path: Path) -> None:
 
 def _aside(folder: Path, name: str) -> Path:
     return folder / f".{name}.{uuid.uuid4().hex[:8]}.part"
-
-
-def _flush(path: Path) -> None:
-    """Ask the system to put the bytes of a file on disk before its name is changed."""
-    if path.is_file():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 # --- folders that a process holds while it writes ---------------------------------------------------------------------

@@ -22,9 +22,7 @@ from training.data.command_line import ProgressReport
 from training.data.h5ad import (
     CellBuckets,
     CountFile,
-    Counts,
     DenseRows,
-    Report,
     StoredRows,
     damage_named,
     open_h5ad,
@@ -41,7 +39,7 @@ MTX_LINES = 2**20
 MTX_FILES = {"matrix": ("matrix.mtx",), "features": ("features.tsv", "genes.tsv"), "barcodes": ("barcodes.tsv",)}
 
 
-def open_counts(path: Path, scratch: Path, layer: str | None = None, *, report: Report) -> CountFile:
+def open_counts(path: Path, scratch: Path, layer: str | None = None) -> CountFile:
     """Find the counts of one file or folder, and read all that is beside them.
 
     Args:
@@ -49,7 +47,6 @@ def open_counts(path: Path, scratch: Path, layer: str | None = None, *, report: 
             and ``barcodes.tsv``, each of them also as ``.gz``.
         scratch: folder for counts that must be sorted by cell first; need not exist, removed by the caller.
         layer: of an h5ad file, a layer, or ``"raw"`` for ``raw.X`` (unless a layer has that name); default ``X``.
-        report: is told the progress of sorting, as shares of the file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -58,24 +55,30 @@ def open_counts(path: Path, scratch: Path, layer: str | None = None, *, report: 
     refuse_zarr(path)
     if path.is_dir():
         _no_layer(path, layer)
-        file = _open_mtx(path, scratch, report)
+        file = _open_mtx(path, scratch)
     elif _is_10x(path):
         _no_layer(path, layer)
         file = _open_10x(path)
     elif path.name.removesuffix(".gz").endswith(".mtx"):
         raise ValueError(f"{str(path)!r} has no names of genes and cells; give its folder, with features and barcodes")
     else:
-        file = _open_h5ad(path, scratch, layer, report)
-    return _checked(file)
+        file = _open_h5ad(path, scratch, layer)
+    num_cells, num_genes = len(file.obs), len(file.var)
+    if file.matrix.shape != (num_cells, num_genes):
+        raise ValueError(
+            f"{str(path)!r} has counts of shape {file.matrix.shape} for {num_cells} cells, {num_genes} genes"
+        )
+    if not num_cells or not num_genes:
+        raise ValueError(f"{str(path)!r} has {num_cells} cells and {num_genes} genes; expected some of both")
+    file.obs.index, file.var.index = file.obs.index.astype(str), file.var.index.astype(str)
+    return file
 
 
 @contextmanager
 def opened_counts(path: Path, layer: str | None = None) -> Iterator[CountFile]:
     """Open one file as :func:`open_counts`; what must be sorted lies in the system's folder for temporary files."""
     with tempfile.TemporaryDirectory() as scratch:
-        with ProgressReport(1, task=f"sorting {path.name}", unit="files") as report:
-            file = open_counts(path, Path(scratch) / "sorted", layer, report=report.update)
-        yield file
+        yield open_counts(path, Path(scratch) / "sorted", layer)
 
 
 def read_counts(path: Path, layer: str | None = None) -> anndata.AnnData:
@@ -84,8 +87,7 @@ def read_counts(path: Path, layer: str | None = None) -> anndata.AnnData:
     Raises as :func:`open_counts`, and ValueError where a value is not a count.
     """
     with opened_counts(path, layer) as file:
-        with ProgressReport(len(file.obs), task=f"reading {path.name}", unit="cells") as report:
-            blocks = [counts.astype(np.int32) for _, counts in file.counts.blocks(report.update, check=True)]
+        blocks = [counts.astype(np.int32) for _, counts in file.blocks(f"reading {path.name}", check=True)]
         uns = {}
         if path.is_file():
             with damage_named(path), h5py.File(path, "r") as source:
@@ -98,22 +100,10 @@ def _no_layer(path: Path, layer: str | None) -> None:
         raise ValueError(f"--layer {layer!r} was given, but {str(path)!r} is 10x output, which has no layers")
 
 
-def _checked(file: CountFile) -> CountFile:
-    shape = (len(file.obs), len(file.var))
-    if file.counts.matrix.shape != shape:
-        raise ValueError(
-            f"{str(file.path)!r} has counts of shape {file.counts.matrix.shape} for {shape[0]} cells, {shape[1]} genes"
-        )
-    if not all(shape):
-        raise ValueError(f"{str(file.path)!r} has {shape[0]} cells and {shape[1]} genes; expected some of both")
-    file.obs.index, file.var.index = file.obs.index.astype(str), file.var.index.astype(str)
-    return file
-
-
 # --- h5ad -------------------------------------------------------------------------------------------------------------
 
 
-def _open_h5ad(path: Path, scratch: Path, layer: str | None, report: Report) -> CountFile:
+def _open_h5ad(path: Path, scratch: Path, layer: str | None) -> CountFile:
     with open_h5ad(path) as file:
         layers = sorted(file.get("layers", ()))
         raw_group = f"{RAW}/" if f"{RAW}/X" in file else f"{RAW}."  # anndata 0.6 wrote raw.X and raw.var
@@ -127,23 +117,16 @@ def _open_h5ad(path: Path, scratch: Path, layer: str | None, report: Report) -> 
         with damage_named(path):
             obs, var = read_table(file, "obs"), read_table(file, f"{raw_group}var" if raw else "var")
             panels = read_elem(file["uns/dcm_panels"]) if not raw and "uns/dcm_panels" in file else None
-            matrix = _matrix(path, file, name, scratch, report)
+            element = file[name]
+            if isinstance(element, h5py.Dataset):
+                matrix = DenseRows(path, name)
+            elif (stored := sparse_dataset(element)).format == "csr":
+                matrix = StoredRows(path, name, stored.shape)
+            else:
+                matrix = sorted_by_cell(path, element, stored.shape, scratch)
     source = "X" if layer is None else "raw.X" if raw else f"layer {layer!r}"
     others = [name for name in known if name != layer]
-    return CountFile(Counts(path, f"{source} of {path.name}", matrix, others), obs, var, panels=panels)
-
-
-def _matrix(
-    path: Path, file: h5py.File, name: str, scratch: Path, report: Report
-) -> DenseRows | StoredRows | CellBuckets:
-    """The matrix called ``name`` in an h5ad file, sorted by cell if it is not."""
-    element = file[name]
-    if isinstance(element, h5py.Dataset):
-        return DenseRows(path, name)
-    stored = sparse_dataset(element)
-    if stored.format == "csr":
-        return StoredRows(path, name, stored.shape)
-    return sorted_by_cell(element, stored.shape, scratch, report)
+    return CountFile(path, f"{source} of {path.name}", matrix, obs, var, others, panels=panels)
 
 
 # --- 10x --------------------------------------------------------------------------------------------------------------
@@ -169,7 +152,7 @@ def _open_10x(path: Path) -> CountFile:
             )
         features = {name: group["features"][name].asstr()[:] for name in FEATURES}
         barcodes = group["barcodes"].asstr()[:]
-        matrix = StoredRows(path, "matrix", tuple(int(size) for size in group["shape"][:][::-1]))
+        matrix = StoredRows(path, "matrix", group["shape"][:][::-1])
     return _file_of_10x(path, barcodes, features, matrix)
 
 
@@ -184,10 +167,10 @@ def _file_of_10x(path: Path, barcodes, features: dict, matrix: StoredRows | Cell
             f"{shortened(var['feature_types'].unique())}"
         )
     obs = pd.DataFrame(index=pd.Index(barcodes))
-    return CountFile(Counts(path, f"matrix of {path.name}", matrix), obs, var, are_genes)
+    return CountFile(path, f"matrix of {path.name}", matrix, obs, var, are_genes=are_genes)
 
 
-def _open_mtx(path: Path, scratch: Path, report: Report) -> CountFile:
+def _open_mtx(path: Path, scratch: Path) -> CountFile:
     """A folder of ``matrix.mtx`` (features x barcodes), ``features.tsv`` (Cell Ranger 2: ``genes.tsv``), barcodes."""
     files = {kind: _mtx_file(path, names) for kind, names in MTX_FILES.items()}
     options = {"sep": "\t", "header": None, "dtype": str, "keep_default_na": False, "quoting": 3}
@@ -199,8 +182,7 @@ def _open_mtx(path: Path, scratch: Path, report: Report) -> CountFile:
         barcodes = pd.read_csv(files["barcodes"], **options)[0]
     kinds = features[2] if features.shape[1] > 2 else pd.Series(GENE_EXPRESSION, index=features.index)
     columns = {"id": features[0].tolist(), "name": features[1].tolist(), "feature_type": kinds.tolist()}
-    matrix = _read_mtx(files["matrix"], scratch, report)
-    return _file_of_10x(path, barcodes.tolist(), columns, matrix)
+    return _file_of_10x(path, barcodes.tolist(), columns, _read_mtx(files["matrix"], scratch))
 
 
 def _mtx_file(folder: Path, names: tuple[str, ...]) -> Path:
@@ -215,7 +197,7 @@ def _mtx_file(folder: Path, names: tuple[str, ...]) -> Path:
     return found[0]
 
 
-def _read_mtx(path: Path, scratch: Path, report: Report) -> CellBuckets:
+def _read_mtx(path: Path, scratch: Path) -> CellBuckets:
     """Sort the entries of a Matrix Market file (genes x cells) by cell."""
     with damage_named(path), _opened_text(path) as file:
         header = file.readline().lower().split()
@@ -231,13 +213,15 @@ def _read_mtx(path: Path, scratch: Path, report: Report) -> CellBuckets:
         buckets = CellBuckets(scratch, (num_cells, num_genes), np.dtype(dtype))
         read = 0
         types = {"gene": np.int64, "cell": np.int64, "value": dtype}
-        for chunk in pd.read_csv(file, sep=r"\s+", header=None, names=list(types), dtype=types, chunksize=MTX_LINES):
-            for axis, size in (("gene", num_genes), ("cell", num_cells)):
-                if chunk[axis].min() < 1 or chunk[axis].max() > size:
-                    raise ValueError(f"{str(path)!r} has {axis} numbers outside 1 to {size:,}; copy it again")
-            buckets.add(chunk["cell"].to_numpy() - 1, chunk["gene"].to_numpy() - 1, chunk["value"].to_numpy())
-            read += len(chunk)
-            report(len(chunk) / stored)
+        chunks = pd.read_csv(file, sep=r"\s+", header=None, names=list(types), dtype=types, chunksize=MTX_LINES)
+        with ProgressReport(stored, task=f"sorting {path.name}", unit="values") as report:
+            for chunk in chunks:
+                for axis, size in (("gene", num_genes), ("cell", num_cells)):
+                    if chunk[axis].min() < 1 or chunk[axis].max() > size:
+                        raise ValueError(f"{str(path)!r} has {axis} numbers outside 1 to {size:,}; copy it again")
+                buckets.add(chunk["cell"].to_numpy() - 1, chunk["gene"].to_numpy() - 1, chunk["value"].to_numpy())
+                read += len(chunk)
+                report.update(len(chunk))
     if read != stored:
         raise ValueError(f"{str(path)!r} has {read:,} entries but announces {stored:,}: it is cut short; copy it again")
     return buckets

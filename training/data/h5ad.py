@@ -11,7 +11,7 @@ import contextlib
 import logging
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from anndata.io import read_elem, sparse_dataset, write_elem
 
 from tokenization.count_checks_dcm import CountCheck
 from tokenization.labels_dcm import shortened
+from training.data.command_line import ProgressReport
 from training.data.files import check_readable
 from training.data.shards import read_panels
 
@@ -40,7 +41,6 @@ STORED_CHUNK = 2**16  # stored values that are compressed together
 LARGEST_COUNT = 2**31 - 1
 ZARR = (".zgroup", ".zattrs", "zarr.json")
 UNKNOWN_ENCODING = anndata._io.specs.registry.IORegistryError
-Report = Callable[[float], object]  # is told of progress
 # what HDF5, AnnData, gzip and text that ends too early raise
 DAMAGE = (OSError, KeyError, IndexError, EOFError, RuntimeError, zlib.error, anndata._io.utils.AnnDataReadError)
 
@@ -213,25 +213,23 @@ def storable(values: np.ndarray) -> np.ndarray:
 
 
 class DenseRows:
-    """A dense matrix (n, F) in an HDF5 file, which is opened for each block."""
+    """A dense matrix (n, F) in an HDF5 file."""
 
     def __init__(self, path: Path, name: str):
         self.path, self.name = path, name
         with h5py.File(path, "r") as file:
             self.shape = file[name].shape
 
-    def stop(self, start: int) -> int:
-        """End of the block of cells that begins at ``start``."""
-        return min(start + max(1, min(BLOCK_CELLS, BLOCK_VALUES // max(1, self.shape[1]))), self.shape[0])
-
-    def read(self, rows: slice) -> np.ndarray:
-        """Values of these cells (m, F)."""
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Yield values (m, F)."""
+        size = max(1, min(BLOCK_CELLS, BLOCK_VALUES // max(1, self.shape[1])))
         with h5py.File(self.path, "r") as file:
-            return storable(file[self.name][rows])
+            for start in range(0, self.shape[0], size):
+                yield storable(file[self.name][start : start + size])
 
 
 class StoredRows:
-    """A CSR matrix (n, F) in an HDF5 file, which is opened for each block.
+    """A CSR matrix (n, F) in an HDF5 file.
 
     Args:
         path: the file.
@@ -246,24 +244,22 @@ class StoredRows:
         self.path, self.name = path, name
         self.shape = tuple(int(size) for size in shape)
         with h5py.File(path, "r") as file:
-            data, indices, indptr = (file[name][array] for array in ("data", "indices", "indptr"))
-            self.indptr = checked_pointers(indptr[:], lines=shape[0], stored=min(len(data), len(indices)))
+            self.indptr = checked_pointers(file[name], lines=shape[0])
 
-    def stop(self, start: int) -> int:
-        """End of the block of cells that begins at ``start``."""
-        within = int(np.searchsorted(self.indptr, self.indptr[start] + BLOCK_STORED, side="right")) - 1
-        return min(max(within, start + 1), start + BLOCK_CELLS, self.shape[0])
-
-    def read(self, rows: slice) -> scipy.sparse.csr_matrix:
-        """Stored values of these cells (m, F)."""
-        pointers = self.indptr[rows.start : rows.stop + 1]
-        stored = slice(int(pointers[0]), int(pointers[-1]))
+    def blocks(self) -> Iterator[scipy.sparse.csr_matrix]:
+        """Yield stored values (m, F)."""
+        start, (num_cells, num_genes) = 0, self.shape
         with h5py.File(self.path, "r") as file:
-            data, indices = (file[self.name][array][stored] for array in ("data", "indices"))
-        return scipy.sparse.csr_matrix(
-            (storable(data), checked_indices(indices, self.shape[1]), pointers - pointers[0]),
-            shape=(rows.stop - rows.start, self.shape[1]),
-        )
+            data, indices = (file[self.name][array] for array in ("data", "indices"))
+            while start < num_cells:
+                within = int(np.searchsorted(self.indptr, self.indptr[start] + BLOCK_STORED, side="right")) - 1
+                stop = min(max(within, start + 1), start + BLOCK_CELLS, num_cells)
+                pointers = self.indptr[start : stop + 1]
+                stored = slice(int(pointers[0]), int(pointers[-1]))
+                genes = checked_indices(indices[stored], num_genes)
+                values = storable(data[stored]), genes, pointers - pointers[0]
+                yield scipy.sparse.csr_matrix(values, shape=(stop - start, num_genes))
+                start = stop
 
 
 class CellBuckets:
@@ -278,7 +274,7 @@ class CellBuckets:
     def __init__(self, folder: Path, shape: tuple[int, int], dtype: np.dtype):
         self.folder = folder
         self.folder.mkdir(parents=True)
-        self.shape = shape
+        self.shape = tuple(int(size) for size in shape)
         self.bucket_cells = BLOCK_CELLS
         self.record = np.dtype([("cell", np.int32), ("gene", np.int32), ("value", dtype)])
 
@@ -294,48 +290,45 @@ class CellBuckets:
                 with self._path(int(buckets[part[0]])).open("ab") as file:
                     records[part].tofile(file)
 
-    def stop(self, start: int) -> int:
-        """End of the block of cells that begins at ``start``, a multiple of the bucket's size."""
-        return min(start + self.bucket_cells, self.shape[0])
-
-    def read(self, rows: slice) -> scipy.sparse.csr_matrix:
-        """Stored values of one bucket of cells (m, F)."""
-        path = self._path(rows.start // self.bucket_cells)
-        records = np.fromfile(path, dtype=self.record) if path.exists() else np.empty(0, dtype=self.record)
-        cells = records["cell"] - rows.start
-        order = np.argsort(cells, kind="stable")
-        pointers = np.concatenate([[0], np.cumsum(np.bincount(cells, minlength=rows.stop - rows.start))])
-        return scipy.sparse.csr_matrix(
-            (storable(records["value"][order]), records["gene"][order], pointers),
-            shape=(len(pointers) - 1, self.shape[1]),
-        )
+    def blocks(self) -> Iterator[scipy.sparse.csr_matrix]:
+        """Yield stored values (m, F)."""
+        num_cells, num_genes = self.shape
+        for bucket, start in enumerate(range(0, num_cells, self.bucket_cells)):
+            path, size = self._path(bucket), min(self.bucket_cells, num_cells - start)
+            records = np.fromfile(path, dtype=self.record) if path.exists() else np.empty(0, dtype=self.record)
+            cells = records["cell"] - start
+            records = records[np.argsort(cells, kind="stable")]
+            pointers = np.concatenate([[0], np.cumsum(np.bincount(cells, minlength=size))])
+            values = storable(records["value"]), records["gene"], pointers
+            yield scipy.sparse.csr_matrix(values, shape=(size, num_genes))
 
     def _path(self, bucket: int) -> Path:
         return self.folder / f"{bucket:06d}"
 
 
-def sorted_by_cell(group: h5py.Group, shape: tuple[int, int], folder: Path, report: Report) -> CellBuckets:
-    """Transpose a CSC matrix (n, F) on disk, reading its arrays once; ``report`` is told the share of each block.
+def sorted_by_cell(path: Path, group: h5py.Group, shape: tuple[int, int], folder: Path) -> CellBuckets:
+    """Transpose a CSC matrix (n, F) on disk, reading its arrays once.
 
     Raises:
         ValueError: the arrays contradict the shape or each other.
     """
-    data, indices, indptr = (group[array] for array in ("data", "indices", "indptr"))
-    pointers = checked_pointers(indptr[:], lines=shape[1], stored=min(len(data), len(indices)))
-    buckets = CellBuckets(folder, tuple(int(size) for size in shape), data.dtype)
-    stored = int(pointers[-1])
-    for start in range(0, stored, BLOCK_STORED):
-        stop = min(start + BLOCK_STORED, stored)
-        cells = checked_indices(indices[start:stop], shape[0])
-        genes = np.searchsorted(pointers, np.arange(start, stop), side="right") - 1
-        buckets.add(cells, genes, data[start:stop])
-        report((stop - start) / stored)
+    pointers = checked_pointers(group, lines=shape[1])
+    data, indices, stored = group["data"], group["indices"], int(pointers[-1])
+    buckets = CellBuckets(folder, shape, data.dtype)
+    with ProgressReport(stored, task=f"sorting {path.name}", unit="values") as report:
+        for start in range(0, stored, BLOCK_STORED):
+            stop = min(start + BLOCK_STORED, stored)
+            cells = checked_indices(indices[start:stop], shape[0])
+            genes = np.searchsorted(pointers, np.arange(start, stop), side="right") - 1
+            buckets.add(cells, genes, data[start:stop])
+            report.update(stop - start)
     return buckets
 
 
-def checked_pointers(pointers: np.ndarray, *, lines: int, stored: int) -> np.ndarray:
+def checked_pointers(group: h5py.Group, *, lines: int) -> np.ndarray:
     """Index pointers of a compressed matrix, if they can be true."""
-    pointers = pointers.astype(np.int64)
+    pointers = group["indptr"][:].astype(np.int64)
+    stored = min(len(group["data"]), len(group["indices"]))
     whole = len(pointers) == lines + 1 and pointers[0] == 0 and bool((np.diff(pointers) >= 0).all())
     if not whole or pointers[-1] > stored:
         raise ValueError(
@@ -356,91 +349,77 @@ def checked_indices(indices: np.ndarray, size: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """The counts of one file (n, F), still on disk.
+class CountFile:
+    """A file of n cells and F genes, whose counts stay on disk.
 
     Attributes:
         path: the file or folder.
-        source: what they are called in messages, such as ``"X of cells.h5ad"``.
-        matrix: where they are on disk.
+        source: what the counts are called in messages, such as ``"X of cells.h5ad"``.
+        matrix: the counts (n, F).
+        obs: annotations of the cells, indexed by cell name.
+        var: annotations of the genes, indexed by gene name.
         layers: what ``--layer`` could name instead.
+        are_genes: (F,) which columns are genes; others (antibodies, guides) are no gene expression.
+        panels: what ``uns["dcm_panels"]`` says of the genes that were measured (:func:`~.shards.read_panels`), if it is
+            there.
     """
 
     path: Path
     source: str
     matrix: DenseRows | StoredRows | CellBuckets
+    obs: pd.DataFrame
+    var: pd.DataFrame
     layers: list[str] = field(default_factory=list)
+    are_genes: np.ndarray | None = None
+    panels: Mapping[str, np.ndarray] | None = None
 
-    def blocks(self, report: Report, *, check: bool = False) -> Iterator[tuple[slice, scipy.sparse.csr_matrix]]:
+    def measured(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Panel of each cell (n,), and which of the genes in ``columns`` (G,) each panel has (P, G): none where -1."""
+        panel, measured = read_panels(self.obs, self.panels, len(self.var), file=str(self.path))
+        return panel, measured[:, columns] & (columns >= 0)
+
+    def blocks(self, task: str, *, check: bool = False) -> Iterator[tuple[slice, scipy.sparse.csr_matrix]]:
         """Yield slices of cells and their counts, CSR int64, with sorted genes and no stored zeros.
 
         Args:
-            report: is told the cells of each block.
+            task: what the progress bar says.
             check: look at every value as it is stored, and raise at the end of the file if one was no count. After
                 a value that is no count, blocks are still read but no longer yielded.
 
         Raises:
             ValueError: with ``check``, some value is not a count; or the file is damaged.
         """
-        checked = CountCheck()
-        start = 0
-        while start < self.matrix.shape[0]:
-            rows = slice(start, self.matrix.stop(start))
-            with damage_named(self.path):
-                block = self.matrix.read(rows)
-                if check:
-                    checked.add(block.data if scipy.sparse.issparse(block) else block)
-            if checked.is_clean and checked.maximum > LARGEST_COUNT:
-                raise ValueError(f"{self.source} has the value {checked.maximum:.4g}; expected counts below 2^31")
-            if checked.is_clean:
-                if block.dtype == np.float16:  # scipy has no such sparse matrix
-                    block = block.astype(np.float32)
-                counts = scipy.sparse.csr_matrix(block).astype(np.int64)
-                counts.sum_duplicates()
-                counts.eliminate_zeros()
-                yield rows, counts
-            report(rows.stop - rows.start)
-            start = rows.stop
+        checked, start = CountCheck(), 0
+        with ProgressReport(len(self.obs), task=task, unit="cells") as report:
+            for block in self._stored_blocks(checked if check else None):
+                if checked.is_clean and checked.maximum > LARGEST_COUNT:
+                    raise ValueError(f"{self.source} has the value {checked.maximum:.4g}; expected counts below 2^31")
+                rows = slice(start, start + block.shape[0])
+                if checked.is_clean:
+                    counts = scipy.sparse.csr_matrix(block).astype(np.int64)
+                    counts.sum_duplicates()
+                    counts.eliminate_zeros()
+                    yield rows, counts
+                report.update(block.shape[0])
+                start = rows.stop
         checked.raise_if_bad(self.source, layers=self.layers, layer_option="--layer {}")
 
-    def panel_blocks(self, columns: np.ndarray, report: Report) -> Iterator[scipy.sparse.csr_matrix]:
+    def _stored_blocks(self, check: CountCheck | None) -> Iterator[np.ndarray | scipy.sparse.csr_matrix]:
+        """The blocks as they are stored, each added to ``check``."""
+        with damage_named(self.path):
+            for block in self.matrix.blocks():
+                if check is not None:
+                    check.add(block.data if scipy.sparse.issparse(block) else block)
+                yield block
+
+    def panel_blocks(self, columns: np.ndarray, task: str) -> Iterator[scipy.sparse.csr_matrix]:
         """Yield the counts (m, G) int64 of the genes in ``columns`` (G,); nothing is stored where that is -1.
 
         Raises:
             ValueError: some value of the file, also of other genes, is not a count; or the file is damaged.
         """
         there = np.flatnonzero(columns >= 0)
-        for _, counts in self.blocks(report, check=True):
+        for _, counts in self.blocks(task, check=True):
             found = counts[:, columns[there]]
             shape = (found.shape[0], len(columns))
             yield scipy.sparse.csr_matrix((found.data, there[found.indices], found.indptr), shape=shape)
-
-
-@dataclass(frozen=True)
-class CountFile:
-    """A file of n cells and their genes.
-
-    Attributes:
-        counts: where the counts are (n, F).
-        obs: annotations of the cells, indexed by cell name.
-        var: annotations of the genes, indexed by gene name.
-        are_genes: (F,) which columns are genes; others (antibodies, guides) are no gene expression.
-        panels: what ``uns["dcm_panels"]`` says of the genes that were measured (:func:`~.shards.read_panels`), if it is
-            there.
-    """
-
-    counts: Counts
-    obs: pd.DataFrame
-    var: pd.DataFrame
-    are_genes: np.ndarray | None = None
-    panels: Mapping[str, np.ndarray] | None = None
-
-    @property
-    def path(self) -> Path:
-        """The file or folder."""
-        return self.counts.path
-
-    def measured(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Panel of each cell (n,), and which of the genes in ``columns`` (G,) each panel has (P, G): none where -1."""
-        panel, measured = read_panels(self.obs, self.panels, len(self.var), file=str(self.path))
-        return panel, measured[:, columns] & (columns >= 0)

@@ -10,7 +10,7 @@ P panels of measured genes.
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -21,7 +21,6 @@ import torch
 from scipy.sparse import csr_matrix
 
 from tokenization import DCMTokenizer
-from tokenization.conditions_dcm import CELL_TYPE, PERTURBATION
 from tokenization.labels_dcm import read_text
 from training.data.shards import COUNTS, LIBRARY_SIZE, NOT_LABELS, PANEL
 
@@ -120,8 +119,7 @@ class Cells:
         sampler = self._sampler(batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
         epoch, skip = divmod(start, len(sampler))
         while True:
-            sampler.set_epoch(epoch)
-            for index, rows in enumerate(sampler):
+            for index, rows in enumerate(sampler.epoch(epoch)):
                 if index >= skip:
                     yield self[rows]
             epoch, skip = epoch + 1, 0
@@ -178,18 +176,13 @@ class Cells:
         return np.stack([~np.isin(self.tokenizer.genes, panels[name]["missing_genes"]) for name in names])
 
     def _condition_ids(self) -> dict[str, torch.Tensor]:
-        known = {
-            *([CELL_TYPE] * bool(self.tokenizer.cell_types)),
-            *([PERTURBATION] * bool(self.tokenizer.perturbations)),
-            *self.tokenizer.covariates,
-        }
-        there = set(self._codes)
-        if known - there:
+        known = self.tokenizer.known_conditions()
+        if set(known) - set(self._codes):
             raise ValueError(
-                f"the shards have the conditions {sorted(there)} but the tokenizer {sorted(known)}; take the "
+                f"the shards have the conditions {sorted(self._codes)} but the tokenizer {sorted(known)}; take the "
                 "tokenizer of the shards"
             )
-        return condition_ids(self.tokenizer, {name: self.labels(name) for name in known})
+        return self.tokenizer.condition_ids({name: self.labels(name) for name in known})
 
     def _clip(self, counts: np.ndarray) -> None:
         """Clip counts at ``max_count`` in place; raise instead for training cells."""
@@ -205,23 +198,6 @@ class Cells:
             logger.warning("%s cells have counts above max_count=%d (such as %d): clipped", self.split, limit, largest)
             self._warned = True
         np.minimum(counts, limit, out=counts)
-
-
-def condition_ids(tokenizer: DCMTokenizer, labels: Mapping[str, object]) -> dict[str, torch.Tensor]:
-    """Ids of the conditions that the tokenizer knows, as :attr:`Cells.conditions`.
-
-    Args:
-        tokenizer: the vocabularies.
-        labels: (N,) labels of each condition by its name.
-    """
-    ids = {}
-    if tokenizer.cell_types:
-        ids["cell_type_ids"] = tokenizer.cell_type_ids(labels[CELL_TYPE])
-    if tokenizer.perturbations:
-        ids["perturbation_ids"] = tokenizer.perturbation_ids(labels[PERTURBATION])
-    if tokenizer.covariates:
-        ids["covariate_ids"] = tokenizer.covariate_ids({name: labels[name] for name in tokenizer.covariates})
-    return ids
 
 
 # --- rows of two list columns as a sparse matrix ----------------------------------------------------------------------
@@ -312,18 +288,14 @@ class GlobalBatchSampler:
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch; call it before iterating."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return max(1, self.num_cells // (self.batch_size * self.world_size))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def epoch(self, number: int) -> Iterator[list[int]]:
+        """Yield the cells of each batch of an epoch."""
         global_size = self.batch_size * self.world_size
-        order = np.random.default_rng([self.seed, self.epoch, ORDER]).permutation(self.num_cells)
+        order = np.random.default_rng([self.seed, number, ORDER]).permutation(self.num_cells)
         if self.num_cells < global_size:
             order = np.resize(order, global_size)
         for batch in range(len(self)):

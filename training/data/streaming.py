@@ -15,7 +15,6 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from scipy.sparse import vstack
 
 from tokenization import DCMTokenizer
 from training.data.loader import ORDER, Cells, GlobalBatchSampler, SparseRows, to_csr
@@ -84,8 +83,7 @@ class StreamedCells(Cells):
         self._places = [(i, group) for i, m in enumerate(metadata) for group in range(m.num_row_groups)]
         sizes = [metadata[i].row_group(group).num_rows for i, group in self._places]
         self._first_cells = np.cumsum([0, *sizes])  # (M + 1,)
-        self._blocks: OrderedDict[int, tuple[pa.Array, pa.Array]] = OrderedDict()  # the last used is the last
-        self._joined: tuple[tuple[int, ...], SparseRows] | None = None
+        self._blocks: OrderedDict[int, SparseRows] = OrderedDict()  # the last used is the last
         self._num_cells = int(self._first_cells[-1])
         schema = self._files[0].schema_arrow
         others = [name for name in schema.names if name not in COUNTS]
@@ -94,33 +92,18 @@ class StreamedCells(Cells):
 
     def _take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         blocks = np.searchsorted(self._first_cells, rows, side="right") - 1
-        needed = np.unique(blocks)
-        if len(needed) > 2 * BLOCKS_IN_MEMORY:  # more than a batch of a sampler needs
-            return self._take_in_turn(rows, np.searchsorted(needed, blocks) // BLOCKS_IN_MEMORY)
-        first_of_joined = np.zeros(len(self._first_cells), dtype=np.int64)  # where a block begins among those joined
-        first_of_joined[needed] = np.cumsum([0, *np.diff(self._first_cells)[needed]])[:-1]
-        return self._join(tuple(needed.tolist())).take(rows - self._first_cells[blocks] + first_of_joined[blocks])
-
-    def _take_in_turn(self, rows: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As :meth:`_take`, the cells of one group of blocks (B,) after the other, so that memory holds few blocks."""
-        order = np.argsort(groups, kind="stable")
-        parts = np.split(rows[order], np.flatnonzero(np.diff(groups[order])) + 1)
-        G = len(self.tokenizer.genes)
-        found = vstack([to_csr(*self._take(part), G) for part in parts], format="csr")[np.argsort(order)]
+        places, taken = [], []
+        for block in sorted(np.unique(blocks).tolist(), key=lambda block: block not in self._blocks):
+            places.append(np.flatnonzero(blocks == block))
+            taken.append(self._block(block).take(rows[places[-1]] - self._first_cells[block]))
+        lengths = np.concatenate([np.diff(indptr) for indptr, _, _ in taken])
+        genes, expressions = (np.concatenate([part[array] for part in taken]) for array in (1, 2))
+        found = to_csr(np.append(0, np.cumsum(lengths)), genes, expressions, len(self.tokenizer.genes))
+        found = found[np.argsort(np.concatenate(places))]
         return found.indptr.astype(np.int64), found.indices, found.data
 
-    def _join(self, needed: tuple[int, ...]) -> SparseRows:
-        """The cells of some blocks, one after the other."""
-        if self._joined is None or self._joined[0] != needed:
-            arrays = {
-                block: self._block(block) for block in sorted(needed, key=lambda block: block not in self._blocks)
-            }
-            columns = zip(*(arrays[block] for block in needed))
-            self._joined = needed, SparseRows(*(pa.chunked_array(column) for column in columns))
-        return self._joined[1]
-
-    def _block(self, block: int) -> tuple[pa.Array, pa.Array]:
-        """Genes and counts of a block, one list for each cell."""
+    def _block(self, block: int) -> SparseRows:
+        """Genes and counts of a block."""
         if block in self._blocks:
             self._blocks.move_to_end(block)
         else:
@@ -129,15 +112,11 @@ class StreamedCells(Cells):
                 table = self._files[file].read_row_group(group, columns=list(COUNTS))
             while len(self._blocks) >= BLOCKS_IN_MEMORY:
                 self._blocks.popitem(last=False)
-            self._blocks[block] = tuple(_one_array(table.column(name)) for name in COUNTS)
+            self._blocks[block] = SparseRows(*(table.column(name) for name in COUNTS))
         return self._blocks[block]
 
     def _sampler(self, **options: int) -> "BlockBatchSampler":
         return BlockBatchSampler(self._first_cells, **options)
-
-
-def _one_array(column: pa.ChunkedArray) -> pa.Array:
-    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
 
 
 class BlockBatchSampler(GlobalBatchSampler):
@@ -173,19 +152,18 @@ class BlockBatchSampler(GlobalBatchSampler):
     def __len__(self) -> int:
         return self._num_batches
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def epoch(self, number: int) -> Iterator[list[int]]:
+        """Yield the cells of each batch of an epoch."""
         num_blocks = len(self.first_cells) - 1
-        mine = np.random.default_rng([self.seed, self.epoch, ORDER]).permutation(num_blocks)[
-            self.rank :: self.world_size
-        ]
+        order = np.random.default_rng([self.seed, number, ORDER]).permutation(num_blocks)
+        mine = order[self.rank :: self.world_size]
         waiting = np.zeros(0, dtype=np.int64)
         left = len(self)
         for window in range(0, len(mine), BLOCKS_IN_MEMORY):
-            spans = [
-                (self.first_cells[block], self.first_cells[block + 1]) for block in mine[window:][:BLOCKS_IN_MEMORY]
-            ]
-            rng = np.random.default_rng([self.seed, self.epoch, self.rank, window, ORDER])
-            waiting = np.concatenate([waiting, rng.permutation(np.concatenate([np.arange(*span) for span in spans]))])
+            here = mine[window : window + BLOCKS_IN_MEMORY]
+            cells = np.concatenate([np.arange(*self.first_cells[block : block + 2]) for block in here])
+            rng = np.random.default_rng([self.seed, number, self.rank, window, ORDER])
+            waiting = np.concatenate([waiting, rng.permutation(cells)])
             for _ in range(min(left, len(waiting) // self.batch_size)):
                 yield waiting[: self.batch_size].tolist()
                 waiting, left = waiting[self.batch_size :], left - 1

@@ -162,21 +162,20 @@ def _take_labels(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer
             "--cell-type-key, --perturbation-key and --covariate-keys",
             ", ".join(dropped),
         )
-    shared, encoders = {}, {}
+    both = {}  # kind: the tables, and the names of their rows
     if old.cell_type is not None and new.cell_type is not None:
-        encoders["cell types"] = old.cell_type, new.cell_type
-        shared["cell types"] = SharedNames.between(names.cell_types, tokenizer.cell_types)
+        both["cell types"] = old.cell_type, new.cell_type, names.cell_types, tokenizer.cell_types
     if old.perturbation is not None and new.perturbation is not None:
         known = [tokenizer.control if name == names.control else name for name in names.perturbations]
-        encoders["perturbations"] = old.perturbation.learned, new.perturbation.learned
-        shared["perturbations"] = SharedNames.between(known, tokenizer.perturbations)
-        _take_vectors(old.perturbation, new.perturbation, shared["perturbations"])
-        _tell_learned(new.perturbation, tokenizer, known)
+        both["perturbations"] = old.perturbation.learned, new.perturbation.learned, known, tokenizer.perturbations
+        if new.perturbation.linear is not None:
+            _take_vectors(old.perturbation, new.perturbation, known, tokenizer)
     for name in [name for name in new.covariates if name in old.covariates]:
-        encoders[name] = old.covariates[name], new.covariates[name]
-        shared[name] = SharedNames.between(names.covariates[name], tokenizer.covariates[name])
-    for kind, (theirs, mine) in encoders.items():
-        mine.weight[shared[kind].new] = theirs.weight[shared[kind].old]
+        both[name] = old.covariates[name], new.covariates[name], names.covariates[name], tokenizer.covariates[name]
+    shared = {}
+    for kind, (theirs, mine, their_names, my_names) in both.items():
+        shared[kind] = rows = SharedNames.between(their_names, my_names)
+        mine.weight[rows.new] = theirs.weight[rows.old]
         mine.weight[-1] = theirs.weight[-1]
     if old.library_size is not None and new.library_size is not None:
         new.library_size.log_mean.copy_(old.library_size.log_mean)
@@ -184,27 +183,20 @@ def _take_labels(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer
     return shared
 
 
-def _take_vectors(old: torch.nn.Module, new: torch.nn.Module, shared: SharedNames) -> None:
-    """Frozen vectors of known perturbations, where the new table has none. What has none in either keeps the learned
-    vector that :func:`_take_labels` gives it."""
-    if new.linear is None:
-        return
+def _take_vectors(old: torch.nn.Module, new: torch.nn.Module, known: Sequence[str], tokenizer: DCMTokenizer) -> None:
+    """Frozen vectors of ``known`` perturbations, where the new table has none. What has none in either keeps the one
+    that it learned, which :func:`_take_labels` copies; new perturbations that must learn one are logged."""
     if old.linear is None or old.linear.weight.shape != new.linear.weight.shape:
         width = "learned them as labels" if old.linear is None else f"has vectors of {old.linear.in_features} numbers"
         raise ValueError(
             f"perturbation_embeddings has vectors of {new.linear.in_features} numbers, but the checkpoint of init_from "
             f"{width}: leave perturbation_embeddings out, or take the checkpoint's kind"
         )
+    shared = SharedNames.between(known, tokenizer.perturbations)
     for i, j in zip(shared.old, shared.new, strict=True):
         if old.has_vector[i] and not new.has_vector[j]:
             new.table[j], new.has_vector[j] = old.table[i], True
-
-
-def _tell_learned(encoder: torch.nn.Module, tokenizer: DCMTokenizer, known: Sequence[str]) -> None:
-    """Log the new perturbations that must learn a vector beside others that have a frozen one."""
-    if encoder.linear is None:
-        return
-    with_vector = [name for name, has in zip(tokenizer.perturbations, encoder.has_vector.tolist(), strict=True) if has]
+    with_vector = [name for name, has in zip(tokenizer.perturbations, new.has_vector.tolist(), strict=True) if has]
     learned = sorted(set(tokenizer.perturbations) - {*with_vector, *known, tokenizer.control})
     if learned:
         logger.warning(

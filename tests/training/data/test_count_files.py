@@ -11,10 +11,8 @@ import pytest
 import scipy.io
 import scipy.sparse
 
-from training.data import formats as count_files
 from training.data import h5ad as h5ad_blocks
 from training.data.formats import open_counts
-from training.data.h5ad import CountFile
 
 CELLS, GENES = 50, 12
 
@@ -62,13 +60,9 @@ def as_mtx(counts, folder: Path, *, version: int = 3) -> Path:
     return folder
 
 
-def opened(path: Path, scratch: Path, layer: str | None = None) -> CountFile:
-    return open_counts(path, scratch, layer, report=lambda share: None)
-
-
 def read(path: Path, scratch: Path, layer: str | None = None) -> scipy.sparse.csr_matrix:
-    file = opened(path, scratch, layer)
-    return scipy.sparse.vstack([counts for _, counts in file.counts.blocks(lambda cells: None)]).tocsr()
+    file = open_counts(path, scratch, layer)
+    return scipy.sparse.vstack([counts for _, counts in file.blocks("reading")]).tocsr()
 
 
 KINDS = {
@@ -104,24 +98,13 @@ def test_every_kind_of_file_gives_the_same_counts(counts, tmp_path, monkeypatch,
 
 def test_10x_names_are_symbols_with_ids_beside_them_and_other_features_are_marked(counts, tmp_path):
     for path in (as_10x_h5(counts, tmp_path / "a.h5"), as_mtx(counts, tmp_path / "a")):
-        file = opened(path, tmp_path / "scratch" / path.suffix)
+        file = open_counts(path, tmp_path / "scratch" / path.suffix)
         assert file.var.index[3] == "GENE3"
         assert file.var["gene_ids"].iloc[3] == "ENSG00000000003"
         assert file.obs.index[3] == "AAAC3-1"
     kinds = ["Gene Expression"] * 10 + ["Antibody Capture"] * 2
-    file = opened(as_10x_h5(counts, tmp_path / "b.h5", kinds), tmp_path / "scratch")
+    file = open_counts(as_10x_h5(counts, tmp_path / "b.h5", kinds), tmp_path / "scratch")
     assert file.are_genes.tolist() == [True] * 10 + [False] * 2
-
-
-@pytest.mark.parametrize("kind", ["csc", "mtx"])
-def test_the_progress_of_sorting_adds_up_to_one_file(counts, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(h5ad_blocks, "BLOCK_STORED", 20)
-    monkeypatch.setattr(count_files, "MTX_LINES", 20)
-    path, layer = KINDS[kind](counts, tmp_path)
-    shares: list[float] = []
-    open_counts(path, tmp_path / "scratch", layer, report=shares.append)
-    assert len(shares) == 12
-    assert abs(sum(shares) - 1) < 1e-9
 
 
 @pytest.mark.parametrize("kind", ["csr", "csc", "10x h5"])

@@ -249,9 +249,9 @@ def test_rows_are_views_of_the_arrow_buffers_and_as_many_genes_as_counts(matrix)
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_global_batches_do_not_depend_on_the_number_of_processes(world_size):
-    whole = list(GlobalBatchSampler(103, batch_size=16, seed=5))
+    whole = list(GlobalBatchSampler(103, batch_size=16, seed=5).epoch(0))
     pieces = [
-        list(GlobalBatchSampler(103, batch_size=16 // world_size, seed=5, rank=rank, world_size=world_size))
+        list(GlobalBatchSampler(103, batch_size=16 // world_size, seed=5, rank=rank, world_size=world_size).epoch(0))
         for rank in range(world_size)
     ]
     assert [list(chain(*batch)) for batch in zip(*pieces)] == whole
@@ -262,15 +262,14 @@ def test_an_epoch_has_no_cell_twice_and_epochs_differ():
     sampler = GlobalBatchSampler(100, batch_size=16, seed=0)
     seen = []
     for epoch in (0, 1, 0):
-        sampler.set_epoch(epoch)
-        seen.append(list(chain(*sampler)))
+        seen.append(list(chain(*sampler.epoch(epoch))))
         assert len(set(seen[-1])) == len(seen[-1]) == 96 == 16 * len(sampler)
     assert seen[0] == seen[2] != seen[1]
-    assert list(chain(*GlobalBatchSampler(100, batch_size=16, seed=1))) != seen[0]
+    assert list(chain(*GlobalBatchSampler(100, batch_size=16, seed=1).epoch(0))) != seen[0]
 
 
 def test_fewer_cells_than_a_global_batch_are_repeated_and_impossible_numbers_refused():
-    pieces = [list(GlobalBatchSampler(5, batch_size=4, seed=0, rank=rank, world_size=3)) for rank in range(3)]
+    pieces = [list(GlobalBatchSampler(5, batch_size=4, seed=0, rank=rank, world_size=3).epoch(0)) for rank in range(3)]
     assert [len(piece) for piece in pieces] == [1, 1, 1]
     everything = [index for piece in pieces for index in piece[0]]
     assert len(everything) == 12

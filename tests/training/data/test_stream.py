@@ -54,18 +54,15 @@ def test_streamed_cells_are_the_memory_mapped_cells(block_shards, streamed):
     for rows in ([0], [300, 3, 3, 0, 161, 31, 32], list(range(len(mapped)))):
         assert_equal(streamed[rows], mapped[rows])
     batches = streamed.batches(batch_size=50, seed=0)
-    for rows in streamed._sampler(batch_size=50, seed=0):
+    for rows in streamed._sampler(batch_size=50, seed=0).epoch(0):
         assert_equal(next(batches), mapped[rows])
 
 
-def test_cells_of_many_blocks_are_taken_from_a_few_at_a_time(block_shards, streamed, read, monkeypatch):
-    joined = []
-    join = StreamedCells._join
-    monkeypatch.setattr(StreamedCells, "_join", lambda self, needed: joined.append(len(needed)) or join(self, needed))
+def test_cells_of_many_blocks_are_taken_from_a_few_at_a_time(block_shards, streamed, read):
     rows = np.random.default_rng(0).permutation(len(streamed)).tolist()
     assert_equal(streamed[rows], open_cells(block_shards, "train")[rows])
     assert sorted(read) == list(range(len(streamed._places)))
-    assert max(joined) == stream.BLOCKS_IN_MEMORY
+    assert len(streamed._blocks) == stream.BLOCKS_IN_MEMORY
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -86,8 +83,7 @@ def test_an_epoch_has_no_cell_twice_epochs_differ_and_cells_come_from_several_bl
     sampler = BlockBatchSampler(streamed._first_cells, batch_size=16, seed=0)
     seen = []
     for epoch in (0, 1, 0):
-        sampler.set_epoch(epoch)
-        batches = list(sampler)
+        batches = list(sampler.epoch(epoch))
         assert len(batches) == len(sampler) == len(streamed) // 16
         seen.append([row for batch in batches for row in batch])
         assert len(set(seen[-1])) == len(seen[-1])
@@ -115,8 +111,7 @@ def test_processes_share_the_blocks_and_have_as_many_batches(streamed, world_siz
     for epoch in range(5):
         blocks, lengths = [], set()
         for sampler in samplers:
-            sampler.set_epoch(epoch)
-            batches = list(sampler)
+            batches = list(sampler.epoch(epoch))
             lengths.add(len(batches))
             rows = [row for batch in batches for row in batch]
             blocks.append(set(np.searchsorted(first_cells, rows, side="right").tolist()))
