@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test results lint clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,6 +21,29 @@ demo: .venv/installed
 		training/train.py --config training/configs/demo.yaml --data $(DEMO)/shards --out $(DEMO)/checkpoint
 	$(BIN)/dcm-sample $(DEMO)/checkpoint --out $(DEMO)/generated.h5ad --like $(DEMO)/shards/test.h5ad
 	$(BIN)/dcm-evaluate $(DEMO)/generated.h5ad --real $(DEMO)/shards/test.h5ad --train $(DEMO)/shards/train.h5ad --out $(DEMO)/results
+
+# A file of eval/results made anew: three trainings, the paper's model, and every baseline (extra `baselines`), e.g.
+#   make results DATA=norman_mcfaline_500g.h5ad NAME=norman_mcfaline CONVERT="--cell-type-key cell_type --perturbation-key perturbation --control control"
+SEEDS ?= 0 1 2
+OUT = results/$(NAME)
+LIKE = --like $(OUT)/shards/test.h5ad
+TRAINING = $(BIN)/dcm-train --config training/configs/laptop.yaml --data $(OUT)/shards --trackers none $(TRAIN)
+
+results: .venv/installed
+	@test -n "$(DATA)" && test -n "$(NAME)" || { echo "make results DATA=cells.h5ad NAME=dataset [CONVERT='--cell-type-key ...'] [TRAIN='--batch-size 32']"; exit 2; }
+	$(BIN)/dcm-convert $(DATA) --out $(OUT)/shards --test-fraction 0.25 $(CONVERT)
+	for s in $(SEEDS); do \
+		$(TRAINING) --out $(OUT)/dcm_$$s --seed $$s && \
+		$(BIN)/dcm-sample $(OUT)/dcm_$$s --out $(OUT)/bank_$$s.h5ad $(LIKE) --seed $$s && \
+		$(BIN)/dcm-sample $(OUT)/dcm_$$s --out $(OUT)/prior_$$s.h5ad $(LIKE) --seed $$s --state prior || exit 1; \
+	done
+	$(TRAINING) --out $(OUT)/paper --paper --max-time 10
+	for s in $(SEEDS); do \
+		$(BIN)/dcm-sample $(OUT)/paper --out $(OUT)/paper_$$s.h5ad $(LIKE) --seed $$s --steps 100 --schedule linear || exit 1; \
+	done
+	$(BIN)/dcm-evaluate $(foreach s,$(SEEDS),$(OUT)/bank_$(s).h5ad) $(foreach s,$(SEEDS),$(OUT)/prior_$(s).h5ad) $(foreach s,$(SEEDS),$(OUT)/paper_$(s).h5ad) \
+		--name $$(for m in dcm dcm_prior dcm_paper; do for s in $(SEEDS); do printf '%s,' $$m; done; done | sed 's/,$$//') \
+		--real $(OUT)/shards/test.h5ad --train $(OUT)/shards/train.h5ad --out $(OUT)/evaluation --dataset $(NAME) --protocol paper,log,scldm,cfgen --baselines all
 
 test: .venv/installed
 	$(BIN)/ruff check .

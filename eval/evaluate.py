@@ -61,8 +61,8 @@ def main(
         train: h5ad of the real training cells, for the floor and the baselines.
         out: folder to write to.
         protocol: names of protocols, with commas between: paper, log, scldm, cfgen.
-        baselines: names with commas between (independent_marginals, perturbation_mean, additive, scvi_prior,
-            scvi_aggregated_posterior), or default (those that need no other package), all, or none.
+        baselines: names with commas between (independent_marginals, perturbation_mean, controls_scaled, additive,
+            scvi_prior, scvi_aggregated_posterior), or default (those that need no other package), all, or none.
         cell_eval: add the metrics of the cell-eval package, in each cell type, with its mean baseline and its ceiling.
         name: the generator's name, or one for each file with commas between; by default what each file says in
             uns["generator"], or the checkpoint's name.

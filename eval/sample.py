@@ -31,6 +31,7 @@ DEFAULT_NUM_CELLS = 500
 GUIDED = ("cell_type", "perturbation", "covariates")
 Schedule = Literal["linear", "cosine", "cubic", "optimal"]
 Dtype = Literal["float32", "bfloat16"]
+Source = Literal["prior", "bank", "null"]
 
 
 def main(
@@ -43,8 +44,10 @@ def main(
     covariates: dict[str, str] | None = None,
     like: Path | None = None,
     like_library_size: bool = False,
+    keep_state: bool = False,
     layer: str | None = None,
-    steps: int | Literal["auto"] = 20,
+    state: Source | None = None,
+    steps: int | Literal["auto"] | None = None,
     schedule: Schedule = "cubic",
     guidance_scale: float = 0.0,
     guidance: dict[str, float] | None = None,
@@ -69,8 +72,14 @@ def main(
         like: An h5ad file: one cell is drawn for each of its cells, with that cell's conditions.
         like_library_size: Give each cell the total count that its cell of --like has over the panel's genes, instead of
             drawing one from the training cells.
-        layer: Layer of --like with the counts that --like-library-size sums; default X.
-        steps: Network calls for each batch of cells, or auto: as few as the model's entropy curve allows.
+        keep_state: Give each cell the state and the total count of its cell of --like, which needs all of the panel's
+            genes: "this cell, had it been of that condition", or more cells like these.
+        layer: Layer of --like with the counts that --like-library-size and --keep-state read; default X.
+        state: Where a cell's state is drawn from: prior, fitted to the training cells of its condition; bank, these
+            cells themselves, if the checkpoint keeps them; null, it is not given. Default: bank if there is one, else
+            prior.
+        steps: Network calls for each batch of cells, or auto: as few as the model's entropy curve allows, which is the
+            default (20 without such a curve).
         schedule: How many genes each step reveals; optimal goes by the model's entropy curve.
         guidance_scale: Strengthens all conditions together; 0 draws from the model.
         guidance: Strengthens single conditions, as in --guidance perturbation 2.0 cell_type 0.5.
@@ -88,7 +97,7 @@ def main(
     guided = set(guidance or ())
     for option, value, holds, expected in (
         ("--num-cells", num_cells, num_cells is None or num_cells >= 1, "at least 1"),
-        ("--steps", steps, steps == "auto" or (isinstance(steps, int) and steps >= 1), "at least 1, or auto"),
+        ("--steps", steps, steps in ("auto", None) or (isinstance(steps, int) and steps >= 1), "at least 1, or auto"),
         ("--guidance", ", ".join(guided), guided <= set(GUIDED), f"weights of {', '.join(GUIDED)}"),
         ("--temperature", temperature, temperature > 0, "above 0"),
         ("--library-size", library_size, library_size is None or library_size >= 0, "0 or more"),
@@ -99,33 +108,48 @@ def main(
             raise ValueError(f"{option} is {value}; expected {expected}")
     if guidance and guidance_scale:
         raise ValueError("--guidance-scale weighs all conditions and --guidance each on its own: give one of them")
-    _check_like(like, num_cells, library_size, like_library_size, layer)
+    if keep_state and state is not None:
+        raise ValueError("--keep-state and --state contradict each other: give one of them")
+    _check_like(like, num_cells, library_size, like_library_size=like_library_size, keep_state=keep_state, layer=layer)
     check_writable(out)
     labels = {"cell_type": cell_type, "perturbation": perturbation, "covariates": covariates or None}
     conditions = _conditions(checkpoint, like, DEFAULT_NUM_CELLS if num_cells is None else num_cells, labels)
     model, tokenizer = load_checkpoint(checkpoint)
-    if like_library_size:
-        from eval.drawing.measured import library_sizes_of
+    given = {"library_size": library_size, "state": state}
+    if like_library_size or keep_state:
+        from eval.drawing.measured import library_sizes_of, states_of
 
-        library_size = library_sizes_of(like, tokenizer.genes, layer)
+        if keep_state:
+            given["state"], given["library_size"] = states_of(like, model, tokenizer, layer)
+        else:
+            given["library_size"] = library_sizes_of(like, tokenizer.genes, layer)
     from eval.drawing.draw import draw_cells
 
     options = {"steps": steps, "schedule": schedule, "guidance_scale": guidance or guidance_scale}
     options |= {"temperature": temperature, "seed": seed, "batch_size": batch_size}
     name = Path(checkpoint).name
-    draw_cells(model, tokenizer, conditions, library_size, options, out, checkpoint=name, dtype=dtype, fresh=fresh)
+    draw_cells(model, tokenizer, conditions, given, options, out, checkpoint=name, dtype=dtype, fresh=fresh)
     return out
 
 
 def _check_like(
-    like: Path | None, num_cells: int | None, library_size: float | None, like_library_size: bool, layer: str | None
+    like: Path | None,
+    num_cells: int | None,
+    library_size: float | None,
+    *,
+    like_library_size: bool,
+    keep_state: bool,
+    layer: str | None,
 ) -> None:
-    if like is None and like_library_size:
-        raise ValueError("--like-library-size takes the library sizes of a file's cells: name the file with --like")
-    if layer is not None and not like_library_size:
-        raise ValueError("--layer says where --like-library-size finds counts: give both, or none")
-    if like_library_size and library_size is not None:
-        raise ValueError("--library-size and --like-library-size contradict each other: give one of them")
+    of_cells = "--keep-state" if keep_state else "--like-library-size" if like_library_size else None
+    if like is None and of_cells:
+        raise ValueError(f"{of_cells} takes what the cells of a file have: name the file with --like")
+    if layer is not None and not of_cells:
+        raise ValueError("--layer says where --like-library-size and --keep-state find counts: give one of these, too")
+    if of_cells and library_size is not None:
+        raise ValueError(f"--library-size and {of_cells} contradict each other: give one of them")
+    if keep_state and like_library_size:
+        raise ValueError("--keep-state keeps the library sizes, too: leave out --like-library-size")
     if like is not None and num_cells is not None:
         raise ValueError("--like takes the number of cells from its file: leave out --num-cells")
     if like is not None and not like.is_file():

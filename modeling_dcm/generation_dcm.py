@@ -6,6 +6,7 @@ Letters: N all cells, B cells of a chunk, L genes in the sequence, G all genes, 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -15,6 +16,12 @@ from .diffusion_dcm import keyed_generator
 from .guidance_dcm import denoiser
 from .sampling_dcm import sample_counts
 from .schedule_dcm import as_curve
+
+
+class BankDraw(NamedTuple):
+    """States of training cells, chosen for all cells of a call together."""
+
+    joint: torch.Tensor  # (N, d+1), z and log1p(total)
 
 
 class CellGenerationMixin:
@@ -34,7 +41,7 @@ class CellGenerationMixin:
         state: torch.Tensor | str | None = None,
         observed: torch.Tensor | None = None,
         gene_ids: torch.Tensor | None = None,
-        steps: int | str = 20,
+        steps: int | str | None = None,
         schedule: str = "cubic",
         guidance_scale: float | dict[str, float] = 0.0,
         temperature: float = 1.0,
@@ -56,7 +63,8 @@ class CellGenerationMixin:
                 given); ``"prior"`` and ``"bank"`` say which; ``"null"``: not given.
             observed: counts (N, L), -1 where unknown; given genes come back unchanged.
             gene_ids: genes of the panel (L,) to generate; default: all.
-            steps: network calls for each chunk of cells; ``"auto"``: as few as the entropy curve allows.
+            steps: network calls for each chunk of cells; ``"auto"``: as few as the entropy curve allows; None:
+                that, or 20 where the model has no entropy curve or its cell state is not given.
             schedule: how many genes each step reveals: ``linear``, ``cosine``, ``cubic``, or ``optimal`` by the
                 model's entropy curve.
             guidance_scale: w of ``(1+w) log p(x|c) - w log p(x|null)``, one for all conditions or
@@ -89,7 +97,15 @@ class CellGenerationMixin:
         if observed is not None:
             self._check_observed(observed, N, len(gene_ids))
         sizes = self._given_library_size(library_size, N, observed is not None)
-        states, drawn_totals = self._states(state, N, given, sizes, seed, observed is not None)
+        state = self._given_state(state, N, given, seed, observed is not None)
+        # measured with the state that sampling is given; without it genes depend on each other far more
+        curve_holds = not self.config.state_dim or not (isinstance(state, str) and state == "null")
+        if steps == "auto" and not curve_holds:
+            raise ValueError(
+                "steps='auto' goes by cells whose state is given, and here it is not: give a number of steps"
+            )
+        if steps is None:
+            steps = "auto" if self.config.entropy_curve is not None and curve_holds else 20
         options = {
             "steps": steps,
             "schedule": schedule,
@@ -107,11 +123,12 @@ class CellGenerationMixin:
             for chunk, rows in wanted:
                 generator = keyed_generator(seed, chunk, self.device)
                 conditions = select_rows(given, rows, self.device)
-                conditions["library_size"] = self._library_size(
-                    sizes, drawn_totals, rows, conditions, gene_ids, generator
-                )
-                if states is not None:
-                    conditions["state"] = states[rows].to(self.device)
+                joint = self._joint_state(state, rows, conditions, sizes, generator)
+                conditions["library_size"] = self._library_size(sizes, joint, rows, conditions, gene_ids, generator)
+                if joint is not None:
+                    conditions["state"] = self._told_state(joint)
+                elif torch.is_tensor(state):
+                    conditions["state"] = state[rows].to(self.device)
                 x = self._start(rows, len(gene_ids), observed).to(self.device)
                 genes = gene_ids.to(self.device)
                 denoise = denoiser(self, x, genes, conditions, guidance_scale, from_nothing=observed is None)
@@ -169,46 +186,62 @@ class CellGenerationMixin:
             raise ValueError(f"library_size of shape {tuple(sizes.shape)}, expected one number or {N}, all 0 or more")
         return sizes.expand(N)
 
-    def _states(self, state, N: int, given, sizes, seed: int, is_imputation: bool):
-        """States (N, E) and library sizes (N,) drawn with them, each None where there are none."""
+    def _given_state(self, state, N: int, given, seed: int, is_imputation: bool) -> "torch.Tensor | BankDraw | str":
+        """States (N, E) as they were given or drawn from the bank, or how to draw them: ``"prior"``, or ``"null"``."""
         config, source = self.config, self.state_source
+        if state is not None and not torch.is_tensor(state) and state not in ("null", "prior", "bank"):
+            raise ValueError(f"state={state!r}, expected states, None (drawn), 'prior', 'bank' or 'null' (not given)")
         if not config.state_dim:
-            if state not in (None, "null"):
+            if state is not None and (torch.is_tensor(state) or state != "null"):
                 raise ValueError("state was given, but this model has no cell state (state_dim=0): leave it out")
-            return None, None
-        if isinstance(state, torch.Tensor):
+            return "null"
+        if torch.is_tensor(state):
             if state.shape != (N, config.state_width):
                 raise ValueError(f"state has shape {tuple(state.shape)}, expected ({N}, {config.state_width})")
-            return state.float().cpu(), None
-        if state not in (None, "null", "prior", "bank"):
-            raise ValueError(f"state={state!r}, expected states, None (drawn), 'prior', 'bank' or 'null' (not given)")
-        if state == "null" or (state is None and is_imputation):
-            return None, None
+            return state.float()
+        if state is None:
+            state = "null" if is_imputation else "bank" if source.has_bank else "prior"
         if state == "bank" and not source.has_bank:
             raise ValueError("state='bank', but this checkpoint keeps no states of training cells: take 'prior'")
-        if not len(source.keys):
+        if state != "null" and not len(source.keys):
             raise ValueError("this model stores no states of its training cells: give state=, or 'null'")
-        labels = [given.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids")]
-        labels = [None if ids is None else ids.to(self.device) for ids in labels]
-        keys = self.library_sizes.group_keys(N, *labels)
-        if state == "bank" or (state is None and source.has_bank):
-            drawn = source.draw_from_bank(keys, seed).cpu()
-        else:
-            is_given = sizes is not None and bool((sizes >= 0).all())
-            log_sizes = torch.log1p(sizes).to(self.device) if is_given else None
-            drawn = source.draw(keys, labels[0], keyed_generator(seed, 2**40, self.device), log_sizes).cpu()
-        z, log_total = drawn[:, :-1], drawn[:, -1]
-        if config.library_size_conditioning:
-            return z, log_total.expm1().clamp(min=1).round()
-        return torch.cat([z, self.cell_state.standardized(log_total.to(self.device)).cpu()[:, None]], dim=1), None
+        if state != "bank":
+            return state
+        return BankDraw(source.draw_from_bank(self._group_keys(N, given), seed))
 
-    def _library_size(self, sizes, drawn, rows: slice, conditions, gene_ids: torch.Tensor, generator) -> torch.Tensor:
-        """Library sizes (B,) over genes ``gene_ids`` (L,), as given or drawn."""
+    def _joint_state(self, state, rows: slice, conditions, sizes, generator) -> torch.Tensor | None:
+        """(z, log1p(total)) of a chunk (B, d+1), drawn from the bank or the prior; None where it was given, or null."""
+        if isinstance(state, BankDraw):
+            return state.joint[rows]
+        if torch.is_tensor(state) or state == "null":
+            return None
+        B, of_chunk = rows.stop - rows.start, None if sizes is None else sizes[rows]
+        is_given = of_chunk is not None and bool((of_chunk >= 0).all())
+        log_sizes = torch.log1p(of_chunk).to(self.device) if is_given else None
+        keys = self._group_keys(B, conditions)
+        return self.state_source.draw(keys, conditions.get("cell_type_ids"), generator, log_sizes)
+
+    def _told_state(self, joint: torch.Tensor) -> torch.Tensor:
+        """What the network is told (B, E) of (z, log1p(total)): the total too, where it is no condition of its own."""
+        z, log_total = joint[:, :-1], joint[:, -1:]
+        return (
+            z if self.config.library_size_conditioning else torch.cat([z, self.cell_state.standardized(log_total)], 1)
+        )
+
+    def _group_keys(self, number: int, conditions) -> torch.Tensor:
+        labels = [conditions.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids")]
+        return self.library_sizes.group_keys(number, *(None if ids is None else ids.to(self.device) for ids in labels))
+
+    def _library_size(self, sizes, joint, rows: slice, conditions, gene_ids: torch.Tensor, generator) -> torch.Tensor:
+        """Library sizes (B,) over genes ``gene_ids`` (L,), as given, or drawn with the state or without one."""
         if sizes is not None:
             return sizes[rows].to(self.device)
         B = rows.stop - rows.start
         labels = [conditions.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids")]
-        size = self.library_sizes.draw(B, *labels, generator) if drawn is None else drawn[rows].to(self.device)
+        if joint is None:
+            size = self.library_sizes.draw(B, *labels, generator)
+        else:
+            size = joint[:, -1].expm1().clamp(min=1).round()
         if len(gene_ids) == self.config.num_genes:
             return size
         cell_type_ids = size.new_full((B,), -1, dtype=torch.long) if labels[0] is None else labels[0]

@@ -23,7 +23,7 @@ GRID_POINTS = 256
 # the KL says: the cost of a step that begins with k genes known is multiplied by ((k + 1) / G) ** -EARLY_WEIGHT. So an
 # "optimal" schedule may have a larger predicted KL than another one; eval/results/README.md has the comparison.
 EARLY_WEIGHT = 0.5
-AUTO_TOLERANCE = 0.75  # nats per cell that steps="auto" may lose
+AUTO_TOLERANCE = 1.5e-3  # nats per gene that steps="auto" may lose
 MAX_AUTO_STEPS = 100
 
 Curve = tuple[tuple[float, ...], tuple[float, ...]]
@@ -36,7 +36,7 @@ def reveal_schedule(
 
     Args:
         num_genes: masked genes to reveal.
-        steps: S; ``"auto"``: the fewest whose predicted KL is at most :data:`AUTO_TOLERANCE` nats per cell.
+        steps: S; ``"auto"``: the fewest whose predicted KL is at most :data:`AUTO_TOLERANCE` nats per gene.
         schedule: one of :data:`SCHEDULES`.
         curve: ``(j, h(j))``, see :func:`as_curve`; ``"optimal"`` and ``"auto"`` need it.
         num_known: genes that are observed from the start.
@@ -146,7 +146,7 @@ def _auto(num_genes: int, schedule: str, curve: Curve, num_known: int) -> tuple[
     while low < high:  # the predicted KL falls with the number of steps
         middle = (low + high) // 2
         revealed = reveal_schedule(num_genes, middle, schedule, curve, num_known)
-        if predicted_kl(revealed, curve, num_known) <= AUTO_TOLERANCE:
+        if predicted_kl(revealed, curve, num_known) <= AUTO_TOLERANCE * num_genes:
             high = middle
         else:
             low = middle + 1

@@ -64,9 +64,9 @@ class StateSource(nn.Module):
     """Where generation draws (z, log1p(total)) from, together, for the conditions of a cell.
 
     The *prior* is a Gaussian mixture around a mean: the mixture is that of the cell type (the last one of all cells),
-    the mean that of the most specific group of conditions that matches. The *bank* holds states of training cells by
-    group; it is empty unless training was asked to keep them. Groups are rows of keys as in the table of library sizes,
-    from the most specific to the one that matches everything.
+    the mean that of the most specific group of conditions that matches. The *bank* holds states of training cells in an
+    order in which each group is one stretch; it is empty where training was asked to keep none. Groups are rows of keys
+    as in the table of library sizes, from the most specific to the one that matches everything.
     """
 
     def __init__(self, config: DCMConfig, key_width: int):
@@ -77,7 +77,7 @@ class StateSource(nn.Module):
         self.register_buffer("log_weight", torch.zeros(C, M))
         self.register_buffer("location", torch.zeros(C, M, E))
         self.register_buffer("scale", torch.zeros(C, M, E, E))  # lower triangles of Cholesky's factors
-        self.register_buffer("first", torch.zeros(config.state_groups + 1, dtype=torch.long))  # of each group's states
+        self.register_buffer("span", torch.zeros(config.state_groups, 2, dtype=torch.long))  # of each group in the bank
         self.register_buffer("bank", torch.zeros(config.state_bank, E))
 
     @property
@@ -119,12 +119,13 @@ class StateSource(nn.Module):
         The cells of one call share the states: what a cell gets depends on all of ``keys`` and on ``seed``.
         """
         group = self.group_of(keys).cpu()
-        first = self.first.cpu()
+        span = self.span.cpu()
         rows = torch.empty(len(keys), dtype=torch.long)
         for index in group.unique().tolist():
             wanted = (group == index).nonzero()[:, 0]
-            size = int(first[index + 1] - first[index])
+            start, stop = span[index].tolist()
+            size = stop - start
             generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
             rounds = [torch.randperm(size, generator=generator) for _ in range(-(-len(wanted) // size))]
-            rows[wanted] = first[index] + torch.cat(rounds)[: len(wanted)]
+            rows[wanted] = start + torch.cat(rounds)[: len(wanted)]
         return self.bank[rows.to(self.bank.device)]

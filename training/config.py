@@ -16,6 +16,7 @@ import yaml
 from tokenization.labels_dcm import unknown_label_error
 
 SHAPE_OF_SIZE = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+OF_PAPER = {"backbone": "dit", "count_distribution": "categorical", "state_dim": 0, "cell_summary": False}
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class TrainConfig:
     """Safetensors table, one vector for each perturbation's name; frozen. Without it vectors are learned."""
 
     # network
+    paper: bool = False
+    """The paper's model: attention over genes, a categorical head, no cell state, no sum over observed genes."""
     size: Literal["5m", "10m", "20m"] | None = None
     """One of the paper's shapes; sets layers, width and heads."""
     backbone: Literal["dit", "latent"] = "latent"
@@ -58,14 +61,15 @@ class TrainConfig:
     """Feed the sum over observed genes to AdaLN; False is the paper's conditioning."""
     gene_output_bias: int = 64
     """Counts with a bias of their own for each gene in the head."""
-    count_distribution: Literal["nb", "categorical"] = "categorical"
+    count_distribution: Literal["nb", "categorical"] = "nb"
     """nb: corrections of a negative binomial that starts at statistics; categorical: the paper's head."""
-    state_dim: int = 0
-    """Components of the cell state, drawn once for each cell (16 is a good number); 0: none, as in the paper."""
+    state_dim: int = 16
+    """Components of the cell state, drawn once for each cell; 0: none, as in the paper."""
     state_dropout: float = 0.15
     """Share of training cells whose state is not told."""
-    keep_states: bool = False
-    """Keep the states of training cells in the checkpoint, to draw from; otherwise from a mixture fitted to them."""
+    keep_states: bool = True
+    """Keep the states of training cells (state_dim numbers and the total of each) in the checkpoint, to draw from;
+    otherwise from a mixture fitted to them."""
     conditions: str = "all"
     """Conditions to learn: all, none, or names separated by commas."""
     library_size_conditioning: bool = True
@@ -123,8 +127,9 @@ class TrainConfig:
     """Steps between validations."""
     validation_cells: int = 512
     """Validation cells looked at, at most."""
-    score_every: int | None = None
-    """Steps between small scores of generated cells (MMD^2, correlation slope) on validation cells; none: never."""
+    score_every: int | None = 500
+    """Steps between small scores of generated cells (W2, MMD^2, correlation slope, variance of components) beside
+    validation cells; none: never."""
     score_cells: int = 256
     """Cells generated for a score, at most."""
     save_every: int = 500
@@ -132,7 +137,8 @@ class TrainConfig:
     keep_last: int = 1
     """Newest states to keep."""
     keep_best: int = 1
-    """States to keep besides: those of the lowest validation loss, among states saved right after a validation."""
+    """States to keep besides: those whose generated cells are nearest the floor, among states saved right after a
+    score (where no cells are scored, those of the lowest validation loss)."""
     trackers: str = "auto"
     """Accelerate's trackers (tensorboard, wandb, trackio, ...) by name, separated by commas; auto: tensorboard where it
     is installed; none."""
@@ -156,6 +162,9 @@ class TrainConfig:
                 "masked_keys=False contradicts backbone='latent', in which nothing attends to masked genes anyway: "
                 "leave it out"
             )
+        for name, value in OF_PAPER.items() if self.paper else ():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name}={getattr(self, name)!r} contradicts paper, which is {value!r}: leave one out")
         if self.size is None:
             heads = self.num_attention_heads
             expected = f"a multiple of num_attention_heads={heads}"
@@ -202,11 +211,16 @@ def parse(arguments: list[str]) -> TrainConfig:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     first.add_argument("--size")
+    first.add_argument("--paper", action="store_true")
     known, _ = first.parse_known_args(arguments)
     from_file = read_config(known.config) if known.config else {}
     if known.size not in (None, "None"):  # the command line's size wins over the file's shape
         from_file = {name: value for name, value in from_file.items() if name not in SHAPE_OF_SIZE}
-    defaults = TrainConfig(**{"data": tyro.MISSING, "out": tyro.MISSING, "given": frozenset(from_file), **from_file})
+    if known.paper:  # likewise
+        from_file = {name: value for name, value in from_file.items() if name not in OF_PAPER}
+    of_paper = {**OF_PAPER, "paper": True} if known.paper or from_file.get("paper") else {}
+    options = {"data": tyro.MISSING, "out": tyro.MISSING, **of_paper, **from_file}
+    defaults = TrainConfig(**options, given=frozenset(from_file))
     config = tyro.cli(TrainConfig, default=replace(defaults, given=frozenset()), args=arguments)
     words = [word.partition("=")[0].removeprefix("--").replace("-", "_") for word in arguments if word[:2] == "--"]
     words = [word if word in OPTIONS else word.removeprefix("no_") for word in words]

@@ -219,7 +219,8 @@ def _entropy_table(measured: dict, fitted: dict, num_genes: int) -> str:
     for schedule in ("cubic", "optimal"):
         revealed = {steps: reveal_schedule(num_genes, steps, schedule, curve) for steps in (8, 20, "auto")}
         loss = {steps: predicted_kl(genes, curve) for steps, genes in revealed.items()}
-        auto = f"steps='auto' takes {len(revealed['auto']) - 1}, for {loss['auto']:.3f} (wanted: {AUTO_TOLERANCE:g})"
+        wanted = AUTO_TOLERANCE * num_genes
+        auto = f"steps='auto' takes {len(revealed['auto']) - 1}, for {loss['auto']:.3f} (wanted: {wanted:g})"
         lines.append(f"  {schedule:<8} {loss[8]:.3f} at 8 steps, {loss[20]:.3f} at 20 steps, {auto}")
     return "\n".join(lines) + "\n"
 

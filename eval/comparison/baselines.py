@@ -62,6 +62,38 @@ def perturbation_mean(train: CellCounts) -> Sampler:
     return _moved_control_cells(train, means, predicted)
 
 
+def controls_scaled(train: CellCounts) -> Sampler:
+    """Scale each gene of control cells to the mean response of the perturbation in the cell type (or its average over
+    the other cell types; the mean of all perturbations where it was never seen), rounded up or down at random.
+
+    Right means around real cells: what the response of single cells adds to that of the mean. The control is itself.
+
+    Raises:
+        ValueError: no column of perturbations, or no control cells.
+    """
+    means = _Means(train)
+
+    @functools.cache
+    def factor(context: tuple[str, ...], perturbation: str) -> np.ndarray:
+        if perturbation == train.control:
+            return np.ones(train.counts.shape[1])
+        names = [perturbation] if means.contexts_with(perturbation) else means.perturbations
+        pairs = [(c, name) for name in names for c in means.contexts_with(name)]
+        pairs = [pair for pair in pairs if pair[0] == context] or pairs
+        with np.errstate(divide="ignore", invalid="ignore"):
+            factors = np.mean([means.of(*pair) / means.control(pair[0]) for pair in pairs], axis=0)
+        return np.where(np.isfinite(factors), factors, 1.0)
+
+    def scaled(cells: sparse.csr_matrix, context: tuple[str, ...], perturbation: str, rng) -> sparse.csr_matrix:
+        cells = cells.astype(np.float64)
+        cells.data *= factor(context, perturbation)[cells.indices]
+        cells.data = np.floor(cells.data + rng.random(cells.nnz))
+        cells.eliminate_zeros()
+        return cells.astype(np.int64)
+
+    return _changed_control_cells(train, means, scaled)
+
+
 def additive(train: CellCounts) -> Sampler:
     """Predict a combination from its parts: their log fold changes add (pseudo-count 1 on the mean counts).
 
@@ -112,11 +144,18 @@ def scvi_aggregated_posterior(train: CellCounts) -> Sampler:
     return scvi.fit(train, from_prior=False)
 
 
-FROM_CONTROL = (perturbation_mean.__name__, additive.__name__)
+FROM_CONTROL = (perturbation_mean.__name__, controls_scaled.__name__, additive.__name__)
 FROM_SCVI = (scvi_prior.__name__, scvi_aggregated_posterior.__name__)
 BASELINES: dict[str, Callable[[CellCounts], Sampler]] = {
     fit.__name__: fit
-    for fit in (independent_marginals, perturbation_mean, additive, scvi_prior, scvi_aggregated_posterior)
+    for fit in (
+        independent_marginals,
+        perturbation_mean,
+        controls_scaled,
+        additive,
+        scvi_prior,
+        scvi_aggregated_posterior,
+    )
 }
 
 
@@ -243,12 +282,22 @@ def _moved_control_cells(
     train: CellCounts, means: _Means, predicted: Callable[[tuple[str, ...], str], np.ndarray]
 ) -> Sampler:
     """Sampler that draws control cells of the context and moves them to the predicted mean counts."""
+
+    def moved(cells: sparse.csr_matrix, context: tuple[str, ...], perturbation: str, rng) -> sparse.csr_matrix:
+        return _moved(cells, means.control(context), predicted(context, perturbation), rng)
+
+    return _changed_control_cells(train, means, moved)
+
+
+def _changed_control_cells(train: CellCounts, means: _Means, changed: Callable[..., sparse.csr_matrix]) -> Sampler:
+    """Sampler that draws control cells of the context, each once as far as they go, and hands them to ``changed``."""
     position = list(train.labels).index(PERTURBATION)
 
     def drawn(labels: tuple[str, ...], number: int, rng: np.random.Generator) -> sparse.csr_matrix:
         context = (*labels[:position], *labels[position + 1 :])
-        controls = rng.choice(means.control_rows(context), number)
-        return _moved(train.counts[controls], means.control(context), predicted(context, labels[position]), rng)
+        controls = means.control_rows(context)
+        rounds = [rng.permutation(controls) for _ in range(-(-number // len(controls)))]
+        return changed(train.counts[np.concatenate(rounds)[:number]], context, labels[position], rng)
 
     return _sampler(train, drawn)
 

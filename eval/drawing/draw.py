@@ -31,7 +31,7 @@ def draw_cells(
     model: DCMForDenoising,
     tokenizer: DCMTokenizer,
     conditions: dict[str, torch.Tensor | int],
-    library_size: torch.Tensor | float | None,
+    given: dict[str, torch.Tensor | float | str | None],
     options: dict[str, object],
     out: Path,
     *,
@@ -45,7 +45,7 @@ def draw_cells(
         model: is moved to the device of this process, and cast.
         tokenizer: its.
         conditions: as :meth:`DCMTokenizer.conditions`.
-        library_size: total counts of all cells or of each, or None.
+        given: ``library_size`` and ``state`` as ``generate`` takes them.
         options: other arguments of ``generate``, ``seed`` and ``batch_size`` among them.
         out: the file, written by the first process.
         checkpoint: its name, for the file.
@@ -57,8 +57,10 @@ def draw_cells(
         ConnectionError: another process failed.
     """
     state, num_cells = PartialState(cpu=not torch.cuda.is_available()), conditions["num_cells"]
-    asked = {**conditions, "library_size": library_size}
+    asked = {**conditions, **given}
     sampling = {"checkpoint": checkpoint, **options} | ({} if dtype == "float32" else {"dtype": dtype})
+    if given["state"] is not None:
+        sampling["state"] = given["state"] if isinstance(given["state"], str) else "given"
     weights_and_names = {**model.state_dict(), "config": model.config.to_json_string(), "genes": tokenizer.genes}
     request = {"num_cells": num_cells, **sampling, "device": state.device.type}
     request |= {"checkpoint_sha256": _sha256(weights_and_names), "conditions_sha256": _sha256(asked)}

@@ -7,7 +7,7 @@ time. Letters: N cells, B cells of a chunk, F genes of the file, G genes of the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ from training.data.h5ad import CountFile, damage_named, open_h5ad, read_table
 if TYPE_CHECKING:
     import torch
 
+    from modeling_dcm import DCMForDenoising
     from tokenization import DCMTokenizer
 
 logger = logging.getLogger(__name__)
@@ -118,25 +119,49 @@ def read_measured_cells(path: Path, tokenizer: DCMTokenizer, layer: str | None =
 def library_sizes_of(path: Path, genes: list[str], layer: str | None = None) -> torch.Tensor:
     """Total counts (N,) float32 of the cells of a file over ``genes``, all of which it must have.
 
-    Args:
-        path: a file that :func:`training.data.formats.open_counts` opens.
-        genes: the panel, matched by name.
-        layer: where the counts are; None is ``X``.
-
     Raises:
         ValueError: no such layer, values that are not counts, missing or repeated genes.
     """
+    sizes = [
+        library_size(counts) for counts in _whole_cells(path, genes, layer, "library sizes", "--like-library-size")
+    ]
+    return as_tensor(np.concatenate(sizes).astype(np.float32))
+
+
+def states_of(
+    path: Path, model: DCMForDenoising, tokenizer: DCMTokenizer, layer: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """States (N, E) and library sizes (N,) of the cells of a file, whose genes must be the panel's, and more.
+
+    Raises:
+        ValueError: as :func:`library_sizes_of`; the model has no cell state.
+    """
+    import torch
+
+    if not model.config.state_dim:
+        raise ValueError("--keep-state, but this model has no cell state (state_dim=0): leave it out")
+    states, sizes = [], []
+    for counts in _whole_cells(path, tokenizer.genes, layer, "states", "--keep-state"):
+        sizes.append(as_tensor(library_size(counts).astype(np.float32)))
+        ids = tokenizer.count_ids(np.minimum(counts.toarray(), tokenizer.max_count))
+        states.append(model.state(as_tensor(ids).to(model.device), sizes[-1].to(model.device)).cpu())
+    return torch.cat(states), torch.cat(sizes)
+
+
+def _whole_cells(
+    path: Path, genes: list[str], layer: str | None, what: str, option: str
+) -> Iterator[sparse.csr_matrix]:
+    """Counts (n, G) of block after block of cells; an error names the ``option`` that needs all of the genes."""
+    way_out = f"{what} need all of them; leave out {option} to draw them from the training cells"
     with opened_counts(path, layer) as file:
         columns = panel_columns(file, genes)
         lacking = [gene for gene, of_panels in zip(genes, file.measured(columns)[1].T) if not of_panels.all()]
         if lacking:
-            raise ValueError(
-                f"{str(path)!r} lacks {len(lacking):,} of the panel's {len(genes):,} genes ({shortened(lacking)}), at "
-                "least in some cells: library sizes need all of them; leave out --like-library-size to draw them from "
-                "the training cells"
+            of_panel = (
+                f"{len(lacking):,} of the panel's {len(genes):,} genes ({shortened(lacking)}), at least in some cells"
             )
-        sizes = [library_size(counts) for counts in file.panel_blocks(columns, "summing library sizes")]
-    return as_tensor(np.concatenate(sizes).astype(np.float32))
+            raise ValueError(f"{str(path)!r} lacks {of_panel}: {way_out}")
+        yield from file.panel_blocks(columns, f"reading {what}")
 
 
 def conditions_like(

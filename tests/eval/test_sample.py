@@ -104,6 +104,24 @@ def test_a_cell_without_label_is_not_taken_for_one_of_any_condition(trained, sha
     assert not (tmp_path / "cells.h5ad").exists()
 
 
+def test_cells_can_keep_the_states_and_library_sizes_of_the_cells_that_they_are_like(
+    checkpoint, shards, tmp_path, calls
+):
+    like = shards / "test.h5ad"
+    main(str(checkpoint), out=tmp_path / "cells.h5ad", like=like, keep_state=True, perturbation="control", steps=2)
+    model, tokenizer = load_checkpoint(str(checkpoint))
+    ids = tokenizer(anndata.read_h5ad(like))["input_ids"]
+    torch.testing.assert_close(calls[-1]["state"], model.state(ids))
+    assert torch.equal(calls[-1]["library_size"], ids.sum(dim=1).float())
+
+
+@pytest.mark.parametrize("source", ["prior", "null"])
+def test_where_states_come_from_is_asked_for_and_said_in_the_file(checkpoint, tmp_path, calls, source):
+    main(str(checkpoint), out=tmp_path / "cells.h5ad", num_cells=3, state=source, steps=2)
+    assert calls[-1]["state"] == source
+    assert anndata.read_h5ad(tmp_path / "cells.h5ad").uns["dcm_sampling"]["state"] == source
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -121,7 +139,10 @@ def test_a_cell_without_label_is_not_taken_for_one_of_any_condition(trained, sha
         ({"batch_size": 0}, "--batch-size is 0; expected at least 1"),
         ({"like_library_size": True}, "name the file with --like"),
         ({"like": Path("a.h5ad"), "num_cells": 3}, "leave out --num-cells"),
-        ({"like": Path("a.h5ad"), "layer": "counts"}, "give both, or none"),
+        ({"like": Path("a.h5ad"), "layer": "counts"}, "give one of these, too"),
+        ({"keep_state": True}, "name the file with --like"),
+        ({"keep_state": True, "state": "prior"}, "--keep-state and --state contradict each other"),
+        ({"like": Path("a.h5ad"), "keep_state": True, "like_library_size": True}, "leave out --like-library-size"),
         ({"like": Path("a.h5ad"), "like_library_size": True, "library_size": 9.0}, "contradict each other"),
     ],
 )

@@ -100,7 +100,7 @@ def test_optimal_schedule_reveals_everything_in_as_many_steps_and_loses_less_tha
 
 @pytest.mark.parametrize("schedule", [*sorted(SHAPES), "optimal"])
 def test_auto_takes_the_fewest_steps_within_the_tolerance(schedule, monkeypatch):
-    monkeypatch.setattr(schedule_dcm, "AUTO_TOLERANCE", 1.2345)
+    monkeypatch.setattr(schedule_dcm, "AUTO_TOLERANCE", 1.2345 / 300)
     curve = decaying(300, tau=20.0)
     revealed = reveal_schedule(300, "auto", schedule, curve)
     steps = len(revealed) - 1

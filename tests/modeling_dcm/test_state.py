@@ -20,7 +20,7 @@ def model(make_model, backbone):
     source.mean.copy_(torch.tensor([[5.0, 5.0, 4.0], [-5.0, -5.0, 3.0]]))
     source.log_weight.fill_(np.log(0.5))
     source.scale.copy_(0.1 * torch.eye(3))
-    source.first.copy_(torch.tensor([0, 2, 6]))
+    source.span.copy_(torch.tensor([[0, 2], [2, 6]]))
     source.bank.copy_(torch.arange(18.0).view(6, 3) / 10)
     return model
 
@@ -132,7 +132,8 @@ def test_states_are_drawn_freely_where_no_library_size_is_told(make_model, condi
     source.mean.copy_(torch.tensor([[0.0, 0.0, 6.0]]))
     source.scale.copy_(torch.eye(3))
     sizes = torch.full((400,), -1.0)
-    states, _ = model._states("prior", 400, {}, sizes, 0, False)
+    joint = model._joint_state("prior", slice(0, 400), {}, sizes, torch.Generator().manual_seed(0))
+    states = model._told_state(joint)
     assert abs(states[:, 0].mean()) < 0.2
     if not conditioned:  # the last column tells the depth
         assert states[:, 2].mean() == pytest.approx(6.0, abs=0.3)
@@ -142,6 +143,6 @@ def test_some_genes_of_a_panel_get_their_share_of_the_library_size_that_is_drawn
     model = make_model("latent", **OPTIONS, state_groups=1, library_size_conditioning=True)
     model.state_source.mean.copy_(torch.tensor([[0.0, 0.0, 6.0]]))
     model.totals.gene_mean[:] = torch.arange(1.0, 8.0)
-    drawn = torch.full((4,), 280.0)
-    sizes = model._library_size(None, drawn, slice(0, 4), {}, torch.tensor([0, 5]), torch.Generator())
+    joint = torch.tensor([[0.0, 0.0, 280.0]]).log1p().expand(4, -1)  # z and log1p(total)
+    sizes = model._library_size(None, joint, slice(0, 4), {}, torch.tensor([0, 5]), torch.Generator())
     assert sizes.tolist() == [70.0] * 4

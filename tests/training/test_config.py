@@ -137,3 +137,24 @@ def test_what_was_given_is_known_whatever_its_value(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse(["--data", "d", "--out", "o", "--learning-rat", "1"])
     assert "--learning-rate" in capsys.readouterr().err  # the nearest
+
+
+PAPER = {"backbone": "dit", "count_distribution": "categorical", "state_dim": 0, "cell_summary": False}
+
+
+@pytest.mark.parametrize(("file", "words"), [("", ["--paper"]), ("paper: true", []), ("backbone: latent", ["--paper"])])
+def test_the_papers_model_is_one_option_away(tmp_path, file, words):
+    (tmp_path / "run.yaml").write_text(file)
+    config = parse(["--config", str(tmp_path / "run.yaml"), "--data", "d", "--out", "o", *words])
+    assert {name: getattr(config, name) for name in PAPER} == PAPER
+    assert parse(["--data", "d", "--out", "o"]).count_distribution == "nb"
+
+
+@pytest.mark.parametrize(
+    ("file", "words"), [("", ["--paper", "--state-dim", "16"]), ("{paper: true, state_dim: 16}", [])]
+)
+def test_what_contradicts_the_papers_model_is_refused(tmp_path, file, words, capsys):
+    (tmp_path / "run.yaml").write_text(file)
+    with pytest.raises((ValueError, SystemExit)) as error:
+        parse(["--config", str(tmp_path / "run.yaml"), "--data", "d", "--out", "o", *words])
+    assert "state_dim=16 contradicts paper, which is 0: leave" in str(error.value) + capsys.readouterr().err

@@ -347,9 +347,10 @@ def test_a_finished_run_is_a_checkpoint_of_averaged_weights_with_tokenizer_optio
     assert model.config.num_perturbations == len(tokenizer.perturbations)
     assert model.config.mask_token_id == tokenizer.mask_token_id
     lines = [json.loads(line) for line in (finished.out / "training.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [3, 6, 6]
+    assert [line["step"] for line in lines] == [3, 6, 6, 6]
     assert {"loss", "elbo", "learning_rate", "gradient_norm"} <= lines[0].keys()
-    assert {"validation_loss", "validation_elbo"} <= lines[-1].keys()
+    assert {"validation_loss", "validation_elbo", "validation_loss_told"} <= lines[2].keys()
+    assert {"score_w2", "score_w2_floor", "score_component_variance", "score_distance"} <= lines[3].keys()
     state = finished.out / "checkpoints" / "step-6"
     averages, latest = load_file(state / "model.safetensors"), load_file(state / "state.safetensors")
     assert all(torch.equal(parameter, averages[name]) for name, parameter in model.named_parameters())

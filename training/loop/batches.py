@@ -44,6 +44,7 @@ def noised(
     """Make the arguments of the model's forward for one batch: genes masked, some conditions dropped.
 
     Noise is drawn for the whole global batch from (seed, index of the batch), and this process takes its rows.
+    ``state`` computes the states of whole cells from ids and library sizes; None where the model has none.
     """
     generator = keyed_generator(config.seed, index)
     x_0 = batch["input_ids"].to(device, non_blocking=True).long()  # sent as narrow as they come
@@ -70,7 +71,7 @@ def noised(
     if config.library_size_conditioning:
         drop = torch.rand(B * world, generator=generator)[own]
         inputs["library_size"] = drop_labels(batch["library_size"].float(), drop, config.label_dropout)
-    if config.state_dim:
+    if state is not None:
         drop = torch.rand(B * world, generator=generator)[own] < config.state_dropout
         inputs["state"] = state(x_0, batch["library_size"].to(device)).masked_fill(drop[:, None].to(device), torch.nan)
     return {name: value.to(device, non_blocking=True) for name, value in inputs.items()}

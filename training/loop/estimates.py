@@ -19,6 +19,7 @@ LARGEST_EFFECT = 8.0  # of the state on the logarithm of a mean
 RIDGE = 10.0  # cells' worth of evidence that a loading is 0
 GENES_AT_ONCE = 2048
 CELLS_OF_A_COMPONENT = 40
+NO_WEIGHT = -1e4  # a logarithm of zero
 
 
 def principal_components(
@@ -143,7 +144,7 @@ def state_mixture(residuals: np.ndarray, num_components: int, seed: int) -> tupl
     """
     n, E = residuals.shape
     M = max(1, min(num_components, n // CELLS_OF_A_COMPONENT))
-    log_weight, location = np.full(num_components, -np.inf), np.zeros((num_components, E))
+    log_weight, location = np.full(num_components, NO_WEIGHT), np.zeros((num_components, E))
     scale = np.zeros((num_components, E, E))
     if n < 2:
         log_weight[0], scale[0] = 0.0, np.eye(E)

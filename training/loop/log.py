@@ -40,7 +40,12 @@ PANELS = {  # of the curves: title, and the lines of the log that it shows, with
     "cells per second": {"cells_per_second": None},
     "FLOP utilisation": {"flop_utilisation": None},
     "generated: MMD\N{SUPERSCRIPT TWO}": {"score_mmd2": "generated", "score_mmd2_floor": "floor"},
+    "generated: W2": {"score_w2": "generated", "score_w2_floor": "floor"},
     "generated: correlation slope": {"score_correlation_slope": "generated", "score_correlation_slope_floor": "floor"},
+    "generated: variance of components": {
+        "score_component_variance": "generated",
+        "score_component_variance_floor": "floor",
+    },
 }
 # dense 16-bit matrix products, FLOP/s, from the makers' data sheets; the first name found in the device's name counts
 PEAK_FLOPS = {

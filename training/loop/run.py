@@ -72,7 +72,8 @@ def prepare_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Run, tor
     model, optimizer = accelerator.prepare(network, optimizer)
     ema = [average.to(accelerator.device) for average in ema]
     rank, world = accelerator.process_index, accelerator.num_processes
-    train_batches = TrainBatches(cells, config, rank=rank, world=world, device=accelerator.device, state=network.state)
+    device, state = accelerator.device, network.state if network.config.state_dim else None
+    train_batches = TrainBatches(cells, config, rank=rank, world=world, device=device, state=state)
     validation = None
     if accelerator.is_main_process:
         validation = Validation(config, tokenizer, cells, accelerator.autocast)
@@ -152,15 +153,16 @@ def write_what_is_due(run: Run, done: int, reason: str | None) -> None:
     if not run.accelerator.is_main_process:
         return
     with log.paused():
-        losses = run.validation.losses(run.network, run.ema) if validate else {}
+        seen = run.validation.losses(run.network, run.ema) if validate else {}
         if validate:
-            log.write({"step": done, **losses})
+            log.write({"step": done, **seen})
         if config.score_every is not None and (done % config.score_every == 0 or last):
-            log.write({"step": done, **run.validation.score(run.network, run.ema)})
+            scores = run.validation.score(run.network, run.ema)
+            log.write({"step": done, **scores})
+            seen |= scores
         if save:
-            scaler, loss = run.accelerator.scaler, losses.get("validation_loss")
             parts = (run.network, run.ema, run.optimizer, run.tokenizer)
-            save_state(config, run.facts, done, *parts, scaler=scaler, validation_loss=loss)
+            save_state(config, run.facts, done, *parts, scaler=run.accelerator.scaler, validation=seen)
             draw_curves(config.out)
 
 

@@ -258,6 +258,7 @@ def compile_blocks(model: DCMForDenoising, backend: str = "inductor") -> None:
 STATISTIC_CELLS = 8192  # that components, dispersions and loadings are estimated on
 SHRINKAGE = 5.0  # cells' worth of evidence that a group of conditions has the mean state of the group above it
 STATE_BATCH = 512
+BANK_CELLS = 200_000  # states of training cells that a checkpoint keeps, at most
 
 
 @torch.no_grad()
@@ -347,7 +348,7 @@ def _set_state_source(
     groups.reverse()
     source.keys = torch.stack([key for key, _, _ in groups])
     source.mean = torch.stack([mean for _, mean, _ in groups]).float()
-    source.first = torch.zeros(len(groups) + 1, dtype=torch.long)
+    source.span = torch.zeros(len(groups), 2, dtype=torch.long)
     model.config.state_groups = len(groups)
     residual = (joint - mean_of).numpy()
     for row in range(model.config.num_cell_types + 1):
@@ -358,6 +359,24 @@ def _set_state_source(
         for table, values in zip((source.log_weight, source.location, source.scale), fit):
             table[row] = torch.from_numpy(values)
     if config.keep_states:
-        source.first[1:] = torch.tensor([len(members) for _, _, members in groups]).cumsum(0)
-        source.bank = torch.cat([joint[members] for _, _, members in groups]).float()
+        order = _kept_states(keys, config.seed)
+        place = torch.full((len(joint),), -1)
+        place[order] = torch.arange(len(order))
+        for row, (_, _, members) in enumerate(groups):
+            kept = place[members][place[members] >= 0]
+            source.span[row] = torch.stack([kept.min(), kept.max() + 1])
+        source.bank = joint[order].float()
         model.config.state_bank = len(source.bank)
+
+
+def _kept_states(keys: torch.Tensor, seed: int) -> torch.Tensor:
+    """Rows of the cells whose states are kept, sorted by their ``keys`` (n, W): at most :data:`BANK_CELLS`, of small
+    groups all, of large ones a random choice."""
+    _, group, sizes = keys.unique(dim=0, return_inverse=True, return_counts=True)
+    shuffled = torch.from_numpy(np.random.default_rng([seed, 78]).permutation(len(keys)))
+    order = shuffled[group[shuffled].argsort(stable=True)]
+    most = int(sizes.max())
+    while int(sizes.clamp(max=most).sum()) > max(BANK_CELLS, len(sizes)):
+        most = most * 9 // 10 if most > 10 else most - 1
+    position = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[group[order]]
+    return order[position < most]

@@ -6,6 +6,7 @@ loads like any other, and beside them all else that the loop needs to go on.
 
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 FREE_TO_CHANGE = {"data", "out", "config", "resume", "init_from", "perturbation_embeddings", "max_time"}
 FREE_TO_CHANGE |= {"log_every", "validate_every", "score_every", "save_every", "keep_last", "keep_best", "trackers"}
 FREE_TO_CHANGE |= {"validation_cells", "score_cells", "attn", "compile", "gradient_checkpointing"}
+RANKED_BY = ("score_distance", "validation_loss")
 PACKAGES = ("discrete-cell-models", "torch", "transformers", "accelerate", "datasets", "safetensors", "numpy")
 
 
@@ -117,9 +119,12 @@ def save_state(
     tokenizer: DCMTokenizer,
     *,
     scaler: torch.amp.GradScaler | None = None,
-    validation_loss: float | None = None,
+    validation: dict[str, float] | None = None,
 ) -> None:
     """Write `checkpoints/step-N`, then remove the states that are neither among the last nor among the best.
+
+    ``validation`` is what was seen there: the best have the least ``score_distance`` of generated cells; where no cells
+    were scored, the least ``validation_loss``.
 
     Raises:
         OSError: the state could not be written; earlier ones are as they were.
@@ -129,7 +134,8 @@ def save_state(
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
     scaled = None if scaler is None else scaler.state_dict()
-    said = {**facts, "step": step, "validation_loss": validation_loss, "scaler": scaled}
+    seen = {name: (validation or {}).get(name) for name in RANKED_BY}
+    said = {**facts, "step": step, **seen, "scaler": scaled}
     try:
         with written_aside(folder) as aside:
             aside.mkdir(parents=True)
@@ -158,9 +164,11 @@ def _not_written(what: Path, out: Path, error: Exception) -> OSError:
 
 def _remove_others(config: TrainConfig) -> None:
     states = all_states(config.out)
-    losses = {state: _facts(state)["validation_loss"] for state in states}
-    validated = sorted((state for state in states if losses[state] is not None), key=losses.__getitem__)
-    for state in set(states) - set(states[-config.keep_last :]) - set(validated[: config.keep_best]):
+    facts = {state: _facts(state) for state in states}
+    ranks = {state: [facts[state].get(name) for name in RANKED_BY] for state in states}
+    seen = [state for state in states if any(value is not None for value in ranks[state])]
+    best = sorted(seen, key=lambda state: [math.inf if value is None else value for value in ranks[state]])
+    for state in set(states) - set(states[-config.keep_last :]) - set(best[: config.keep_best]):
         old = state.with_name(f".{state.name}.old")
         os.replace(state, old)  # a kill while it is being removed must not leave half a state
         shutil.rmtree(old)

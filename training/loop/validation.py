@@ -5,15 +5,18 @@ Never looks at test cells. Letters: N cells.
 """
 
 import logging
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval.metrics.distances import median_bandwidth, mmd2
+from eval.metrics.components import BANDS, component_variance_ratio, principal_directions
+from eval.metrics.distances import median_bandwidth, mmd2, w2
 from eval.metrics.gene_agreement import correlation_agreement
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.generation_dcm import dropout_off
@@ -29,7 +32,40 @@ from training.loop.start import open_cells
 logger = logging.getLogger(__name__)
 
 SCORE_STEPS = 20  # of sampling
+STATE_STEPS = 4  # where the cell's state is drawn first
+FLOOR_DRAWS = 3
+FLOOR_POOL = 100_000  # training cells that the floor is drawn from, at most
+LEAST_SCORE = 1e-3
+COMPONENT_CELLS = 2000  # training cells that principal components are fitted on, at most
 ENTROPY_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Validation cells that generated ones are compared with, as log1p counts.
+
+    Attributes:
+        genes: (G,) which genes were measured in all cells.
+        real: (n, genes) the validation cells.
+        width: of the kernel.
+        directions: (genes, d) principal components of training cells.
+        floor: what training cells score.
+    """
+
+    genes: np.ndarray
+    real: np.ndarray
+    width: float
+    directions: np.ndarray
+    floor: dict[str, float]
+
+    def compare(self, x: np.ndarray) -> dict[str, float]:
+        """Scores of cells (n, genes); ``variance_...`` for each band of components. Those that are nan are left out."""
+        correlation, slope = correlation_agreement(x, self.real)
+        scores = {"mmd2": mmd2(x, self.real, bandwidths=[self.width]), "w2": w2(x, self.real)}
+        scores |= {"correlation": correlation, "correlation_slope": slope}
+        for name, band in BANDS.items():
+            scores[f"variance_{name}"] = component_variance_ratio(x, self.real, self.directions, band)
+        return {name: value for name, value in scores.items() if np.isfinite(value)}
 
 
 class Validation:
@@ -49,7 +85,7 @@ class Validation:
         has_cells = any((config.data / "validation").glob("*.parquet"))
         self.cells = open_cells(config, "validation", tokenizer) if has_cells else None
         self.quiet = replace(config, label_dropout=0.0, query_genes=None, state_dropout=0.0)
-        self.reference: tuple[np.ndarray, np.ndarray, float, dict[str, float]] | None = None
+        self.reference: Reference | None = None
 
     @torch.no_grad()
     def losses(self, model: DCMForDenoising, ema: list[torch.Tensor]) -> dict[str, float]:
@@ -59,11 +95,12 @@ class Validation:
         rows = list(range(min(len(self.cells), self.config.validation_cells)))
         measured = self.cells.measured.mean(axis=1)[self.cells.panel[rows]]  # share of the panel, of each cell
         sums = {"validation_loss": 0.0, "validation_elbo": 0.0}
+        state = model.state if model.config.state_dim else None
         with averaged_weights(model, ema), self.autocast(), dropout_off(model):
             for index in range(0, len(rows), self.config.batch_size):
                 batch = self.cells[rows[index : index + self.config.batch_size]]
                 cells = measured[index : index + self.config.batch_size].sum()
-                inputs = noised(batch, self.quiet, self.tokenizer, index, 0, 1, model.device, model.state)
+                inputs = noised(batch, self.quiet, self.tokenizer, index, 0, 1, model.device, state)
                 share = cells / measured.sum()
                 if "state" in inputs:  # told the state, it is no bound on the cells' likelihood
                     told = model(**inputs, return_logits=False).loss.item()
@@ -77,31 +114,45 @@ class Validation:
     def score(self, model: DCMForDenoising, ema: list[torch.Tensor]) -> dict[str, float]:
         """Compare generated cells of the validation cells' conditions with these cells, on log1p counts.
 
-        ``score_mmd2`` (Eq. 7, unbiased, one RBF with the median width of the validation cells), and
-        ``score_correlation`` and ``score_correlation_slope`` of the 100 most variable genes; each also as
-        ``..._floor``, of as many training cells. Genes that were not measured in all of these cells are left out. None
-        with fewer than two cells, or no gene.
+        ``score_mmd2`` (Eq. 7, unbiased, one RBF with the median width of the validation cells), ``score_w2`` (Eq. 8),
+        ``score_correlation`` and ``score_correlation_slope`` of the 100 most variable genes, and
+        ``score_component_variance``, the mean over bands of the training cells' components; each also as
+        ``..._floor``, of training cells of the same conditions. ``score_distance`` is the sum of |log(value / floor)|
+        over W2, slope and the bands' mean |log|: how far the cells are from the floor. Genes that were not measured in
+        all of these cells are left out. None with fewer than two cells, or no gene.
         """
         if not self.cells or len(self.cells) < 2:
             return {}
         number = min(len(self.cells), self.config.score_cells)
         if self.reference is None:
-            rows = np.random.default_rng([self.config.seed, 0, FLOOR]).permutation(len(self.training_cells))[:number]
-            rows = np.sort(rows)
-            genes = _always_measured(self.cells, np.arange(number)) & _always_measured(self.training_cells, rows)
-            if not genes.any():
-                logger.warning("no gene was measured in all validation and training cells: there are no scores")
-                return {}
-            real = _log1p(self.cells.csr(range(number)))[:, genes]
-            width = median_bandwidth(real)
-            floor = _agreement(_log1p(self.training_cells.csr(rows))[:, genes], real, width)
-            self.reference = genes, real, width, {f"{name}_floor": value for name, value in floor.items()}
-        genes, real, width, floor = self.reference
+            self.reference = self._reference(number)
+        reference = self.reference
+        if reference is None:
+            return {}
         conditions = {name: ids[:number] for name, ids in self.cells.conditions.items()}
-        options = {"steps": SCORE_STEPS, "seed": self.config.seed, "batch_size": self.config.batch_size}
+        steps = STATE_STEPS if model.config.state_dim else SCORE_STEPS
+        options = {"steps": steps, "seed": self.config.seed, "batch_size": self.config.batch_size}
         with averaged_weights(model, ema) as averaged, self.autocast():
             ids = averaged.generate(number, **conditions, **options)
-        return _agreement(_log1p(self.tokenizer.decode(ids).X)[:, genes], real, width) | floor
+        found = reference.compare(_log1p(self.tokenizer.decode(ids).X)[:, reference.genes])
+        return _with_distance(found, reference.floor)
+
+    def _reference(self, number: int) -> Reference | None:
+        """The first validation cells, and training cells of the same conditions as their floor."""
+        rng, train = np.random.default_rng([self.config.seed, 0, FLOOR]), self.training_cells
+        draws = [_alike(train, self.cells, number, rng) for _ in range(FLOOR_DRAWS)]
+        fitted = np.sort(rng.permutation(len(train))[:COMPONENT_CELLS])
+        genes = _always_measured(self.cells, np.arange(number))
+        genes &= _always_measured(train, np.concatenate([*draws, fitted]))
+        if not genes.any():
+            logger.warning("no gene was measured in all validation and training cells: there are no scores")
+            return None
+        real = _log1p(self.cells.csr(range(number)))[:, genes]
+        directions = principal_directions(_log1p(train.csr(fitted))[:, genes])
+        reference = Reference(genes, real, median_bandwidth(real), directions, {})
+        floors = [reference.compare(_log1p(train.csr(rows))[:, genes]) for rows in draws]
+        floor = {name: float(np.mean([found[name] for found in floors])) for name in floors[0]}
+        return replace(reference, floor=floor)
 
     def entropy_curve(self, model: DCMForDenoising) -> dict[str, list[float]] | None:
         """Measure the entropy curve of ``model``, as it is; None without cells in which every gene was measured."""
@@ -144,6 +195,21 @@ def _complete_cells(cells: Cells, number: int) -> list[int]:
     return np.flatnonzero(is_complete)[:number].tolist()
 
 
+def _with_distance(found: dict[str, float], floor: dict[str, float]) -> dict[str, float]:
+    """Scores and their floor by their names in the log, and ``score_distance``; bands of components by their mean."""
+    both = {name for name in found if name in floor}
+    off = {name: abs(math.log(max(found[name], LEAST_SCORE) / max(floor[name], LEAST_SCORE))) for name in both}
+    bands = [name for name in both if name.startswith("variance_")]
+    shown = {}
+    for suffix, values in (("", found), ("_floor", floor)):
+        shown |= {f"score_{name}{suffix}": value for name, value in values.items() if not name.startswith("variance_")}
+        if bands:
+            shown[f"score_component_variance{suffix}"] = sum(values[name] for name in bands) / len(bands)
+    if bands and {"w2", "correlation_slope"} <= off.keys():
+        shown["score_distance"] = off["w2"] + off["correlation_slope"] + sum(off[name] for name in bands) / len(bands)
+    return shown
+
+
 def _always_measured(cells: Cells, rows: np.ndarray) -> np.ndarray:
     """Which genes (G,) were measured in all of these cells."""
     return cells.measured[cells.panel[rows]].all(axis=0)
@@ -153,8 +219,21 @@ def _log1p(counts) -> np.ndarray:
     return np.log1p(np.asarray(counts.todense(), dtype=np.float64))
 
 
-def _agreement(x: np.ndarray, real: np.ndarray, width: float) -> dict[str, float]:
-    correlation, slope = correlation_agreement(x, real)
-    distance = mmd2(x, real, bandwidths=[width])
-    scores = {"score_mmd2": distance, "score_correlation": correlation, "score_correlation_slope": slope}
-    return {name: value for name, value in scores.items() if np.isfinite(value)}
+def _alike(train: Cells, cells: Cells, number: int, rng: np.random.Generator) -> np.ndarray:
+    """A training cell (number,) with the conditions of each of the first ``cells``, or any where there is none; each
+    once as far as they go."""
+    pool = rng.permutation(len(train))[:FLOOR_POOL]
+
+    def labels(of: Cells, rows: np.ndarray) -> list[tuple[int, ...]]:
+        columns = [ids[rows].reshape(len(rows), -1) for ids in of.conditions.values()]
+        return [tuple(row) for row in torch.cat(columns, dim=1).tolist()] if columns else [()] * len(rows)
+
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for row, label in zip(pool.tolist(), labels(train, pool)):
+        alike.setdefault(label, []).append(row)
+    rows, taken = [], Counter()
+    for label in labels(cells, np.arange(number)):
+        found = alike.get(label, pool)
+        rows.append(found[taken[label] % len(found)])
+        taken[label] += 1
+    return np.asarray(rows)

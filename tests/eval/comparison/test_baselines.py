@@ -10,7 +10,13 @@ import torch
 from scipy import sparse
 
 from eval.comparison import baselines, scvi
-from eval.comparison.baselines import additive, independent_marginals, needs_control, perturbation_mean
+from eval.comparison.baselines import (
+    additive,
+    controls_scaled,
+    independent_marginals,
+    needs_control,
+    perturbation_mean,
+)
 from eval.comparison.cells import CellCounts
 
 
@@ -136,7 +142,7 @@ def test_additive_takes_a_perturbation_seen_in_other_cell_types_from_there_and_s
     assert "additive: no training cell of C by itself; it, and any other such part, is taken to" in caplog.text
 
 
-@pytest.mark.parametrize("fit", [independent_marginals, perturbation_mean, additive])
+@pytest.mark.parametrize("fit", [independent_marginals, perturbation_mean, controls_scaled, additive])
 def test_every_baseline_answers_in_the_order_asked_for_and_repeats_itself(screen, fit, monkeypatch):
     monkeypatch.setattr(baselines, "GENES_AT_ONCE", 2)
     wanted = pd.concat([conditions("b", "A", 30), conditions("a", "B", 30), conditions("b", "control", 30)])
@@ -176,3 +182,20 @@ def test_scvi_knows_the_conditions_from_its_prior_and_from_its_posterior(screen)
         assert (cells != again).nnz == 0
         assert cells[30:, 0].sum() > 2 * cells[:30, 0].sum()
     assert (np.random.get_state()[1] == state).all()
+
+
+def test_scaled_controls_have_the_mean_of_the_perturbation_and_the_correlations_of_controls(screen):
+    wanted = conditions("a", "A", 20_000)
+    cells = controls_scaled(screen)(wanted, np.random.default_rng(0)).toarray()
+    perturbed = screen.counts[((screen.labels["cell_type"] == "a") & (screen.labels["perturbation"] == "A")).to_numpy()]
+    np.testing.assert_allclose(cells.mean(axis=0), np.asarray(perturbed.mean(axis=0)).ravel(), rtol=0.05)
+    controls = controls_scaled(screen)(conditions("a", "control", 10), np.random.default_rng(0)).toarray()
+    real = {tuple(cell) for cell in screen.counts.toarray().tolist()}
+    assert {tuple(cell) for cell in controls.tolist()} <= real
+
+
+def test_control_cells_are_drawn_once_before_any_is_drawn_twice(screen):
+    is_control = ((screen.labels["cell_type"] == "a") & (screen.labels["perturbation"] == "control")).to_numpy()
+    wanted = conditions("a", "control", int(is_control.sum()))
+    drawn = controls_scaled(screen)(wanted, np.random.default_rng(0)).toarray()
+    assert sorted(map(tuple, drawn)) == sorted(map(tuple, screen.counts[is_control].toarray()))

@@ -6,6 +6,7 @@ import torch
 from scipy.sparse import csr_matrix
 from scipy.stats import nbinom
 
+from training.loop import start
 from training.loop.estimates import (
     likely_dispersion,
     moment_dispersion,
@@ -80,3 +81,16 @@ def test_few_cells_get_few_components():
     log_weight, _, scale = state_mixture(np.zeros((1, 3)), 8, seed=0)
     assert np.exp(log_weight[0]) == 1
     assert (scale[0] == np.eye(3)).all()
+
+
+def test_of_too_many_states_those_of_small_groups_are_all_kept(monkeypatch):
+    monkeypatch.setattr(start, "BANK_CELLS", 60)
+    keys = torch.tensor([[0, 1]] * 500 + [[1, -1]] * 7 + [[0, -1]] * 40)[torch.randperm(547)]
+    rows = start._kept_states(keys, seed=0)
+    assert len(set(rows.tolist())) == len(rows) <= 60
+    kept = keys[rows].tolist()
+    assert kept == sorted(kept), "each group is one stretch"
+    assert kept.count([1, -1]) == 7
+    assert abs(kept.count([0, 1]) - kept.count([0, -1])) <= 1
+    monkeypatch.setattr(start, "BANK_CELLS", 1000)
+    assert len(start._kept_states(keys, seed=0)) == 547

@@ -58,10 +58,14 @@ def test_the_last_states_are_kept_and_the_best_by_validation(config, make_model,
     kept = replace(config, keep_last=2, keep_best=1)
     written = parts(kept, make_model)
     for step, loss in ((2, 3.0), (4, 1.0), (6, None), (8, 2.0), (10, None)):
-        save_state(kept, {"options": {}}, step, *written, tokenizer, validation_loss=loss)
+        save_state(kept, {"options": {}}, step, *written, tokenizer, validation={"validation_loss": loss})
     assert [state.name for state in all_states(kept.out)] == ["step-4", "step-8", "step-10"]
-    save_state(replace(kept, keep_last=1, keep_best=0), {"options": {}}, 12, *written, tokenizer)
-    assert [state.name for state in all_states(kept.out)] == ["step-12"]
+    for step, distance in ((12, 0.2), (14, 0.1), (16, 0.3), (18, 0.3)):  # cells were scored: that decides
+        seen = {"validation_loss": 1 / step, "score_distance": distance}
+        save_state(kept, {"options": {}}, step, *written, tokenizer, validation=seen)
+    assert [state.name for state in all_states(kept.out)] == ["step-14", "step-16", "step-18"]
+    save_state(replace(kept, keep_last=1, keep_best=0), {"options": {}}, 20, *written, tokenizer)
+    assert [state.name for state in all_states(kept.out)] == ["step-20"]
 
 
 def test_weights_averages_moments_and_loss_scale_come_back(config, make_model, tokenizer):

@@ -1,0 +1,108 @@
+"""One table over several data sets, rendered from their results.json, and who is nearer the floor in how many rows.
+
+    python -m eval.reports.overview eval/results/norman_mcfaline.json ... [--write README.md]
+
+``--write`` puts the table between the two marks that stand in a page.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from eval.comparison.floor import FLOOR
+from eval.reports.tables import Row, at_floor, markdown_table, metric_label
+from training.data.command_line import run
+from training.data.files import written_aside
+
+logger = logging.getLogger(__name__)
+
+MARKS = ("<!-- results: rendered by python -m eval.reports.overview -->", "<!-- end of results -->")
+SHOWN = (
+    "w2",
+    "mmd2",
+    "correlation_pearson",
+    "correlation_slope",
+    "component_variance_6_10",
+    "component_variance_21_40",
+)
+PAIRS = (  # like with like: what starts from a training cell, and what is drawn from a prior
+    ("dcm", "scvi_aggregated_posterior"),
+    ("dcm_prior", "scvi_prior"),
+    ("dcm", "independent_marginals"),
+    ("dcm", "additive"),
+)
+THOUSANDFOLD = "mmd2"
+
+
+def main(results: Annotated[list[Path], tyro.conf.Positional], *, write: Path | None = None) -> None:
+    """Print the table of several evaluations.
+
+    Args:
+        results: results.json files, in the order of the table.
+        write: page whose block between the two marks is replaced.
+    """
+    text = overview([json.loads(path.read_text(encoding="utf-8")) for path in results])
+    if write is None:
+        logger.info("%s", text)
+        return
+    page = write.read_text(encoding="utf-8")
+    if not all(page.count(mark) == 1 for mark in MARKS):
+        raise ValueError(f"{str(write)!r} has no place for the table; expected the lines {MARKS[0]} and {MARKS[1]}")
+    before, rest = page.split(MARKS[0])
+    with written_aside(write) as aside:
+        aside.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8")
+
+
+def overview(results: list[dict]) -> str:
+    """Return Markdown: protocol ``log``, pooled, each data set's floor first; then the rows won and lost, by name."""
+    lines = [["data", "model", *(metric_label(m)[0] + " x 1000" * (m == THOUSANDFOLD) for m in SHOWN)]]
+    verdicts = []
+    for result in results:
+        rows = [row for row in result["rows"] if (row["protocol"], row["grouping"]) == ("log", "pooled")]
+        place = {(row["model"], row["metric"]): row for row in rows}
+        for index, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+            cells = [_number(place.get((model, metric)), place.get((FLOOR, metric))) for metric in SHOWN]
+            lines.append([result["dataset"] if not index else "", model, *cells])
+        for ours, theirs in PAIRS:
+            verdict = nearer(result["rows"], ours, theirs)
+            if verdict is not None:
+                won, lost = verdict
+                names = f"; farther: {', '.join(lost)}" if lost else ""
+                verdicts.append(
+                    f"- {result['dataset']}: {ours} beside {theirs}: {len(won)} of {len(won) + len(lost)}{names}"
+                )
+    said = "Rows of all protocols in which a model is at the floor, or no farther from it than another:"
+    return "\n".join([markdown_table(lines), "", said, "", *verdicts])
+
+
+def nearer(rows: list[Row], ours: str, theirs: str) -> tuple[list[str], list[str]] | None:
+    """Rows, pooled and per condition, in which ``ours`` is at the floor or no farther from it than ``theirs``, and the
+    others; None where a model is not there."""
+    place = {(row["model"], row["protocol"], row["grouping"], row["metric"]): row for row in rows}
+    won, lost = [], []
+    for row in rows:
+        key = (row["protocol"], row["grouping"], row["metric"])
+        floor, other = place.get((FLOOR, *key)), place.get((theirs, *key))
+        if row["model"] != ours or row["grouping"] == "condition" or None in (floor, other):
+            continue
+        if None in (row["mean"], other["mean"], floor["mean"]):
+            continue
+        is_nearer = abs(row["mean"] - floor["mean"]) <= abs(other["mean"] - floor["mean"])
+        name = f"{row['metric']} ({row['protocol']}{', per condition' * (row['grouping'] == 'per_condition')})"
+        (won if is_nearer or at_floor(row, floor) else lost).append(name)
+    return (won, lost) if won or lost else None
+
+
+def _number(row: Row | None, floor: Row | None) -> str:
+    if row is None or row["mean"] is None:
+        return "-"
+    value = row["mean"] * (1000 if row["metric"] == THOUSANDFOLD else 1)
+    text = f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+    return f"**{text}**" if at_floor(row, floor) else text
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,39 @@
+"""The table over data sets: the page says what the committed results say, and rows that are lost are named."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eval.reports.overview import MARKS, main, nearer, overview
+
+ROOT = Path(__file__).parents[3]
+COMMITTED = [ROOT / "eval" / "results" / f"{name}.json" for name in ("norman_mcfaline", "papalexi_eccite", "pbmc3k")]
+
+
+def row(model: str, metric: str, mean: float, std: float = 0.1) -> dict:
+    place = {"protocol": "log", "grouping": "pooled", "condition": None}
+    return {"model": model, "metric": metric, "mean": mean, "std": std, "n": 50, "seeds": 3, **place}
+
+
+def test_a_row_is_won_at_the_floor_or_nearer_to_it_and_lost_rows_are_named():
+    rows = [row("floor", "w2", 5.0), row("dcm", "w2", 5.1), row("scvi", "w2", 5.05)]  # both at the floor
+    rows += [row("floor", "mmd2", 0.0), row("dcm", "mmd2", 1.0), row("scvi", "mmd2", 0.9)]
+    rows += [row("floor", "mean_r2", 1.0), row("dcm", "mean_r2", 0.5), row("scvi", "mean_r2", 1.6)]
+    assert nearer(rows, "dcm", "scvi") == (["w2 (log)", "mean_r2 (log)"], ["mmd2 (log)"])
+    assert nearer(rows, "dcm", "nobody") is None
+
+
+def test_the_readme_says_what_the_committed_results_say(tmp_path):
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    copy = tmp_path / "README.md"
+    copy.write_text(page.split(MARKS[0])[0] + "\n".join([MARKS[0], "old", MARKS[1]]) + page.split(MARKS[1])[1])
+    main(COMMITTED, write=copy)
+    assert copy.read_text(encoding="utf-8") == page
+    assert overview([json.loads(COMMITTED[0].read_text())]).count("floor") > 1
+
+
+def test_a_page_without_the_marks_is_refused(tmp_path):
+    (tmp_path / "page.md").write_text("nothing")
+    with pytest.raises(ValueError, match="has no place for the table; expected the lines"):
+        main(COMMITTED[:1], write=tmp_path / "page.md")
