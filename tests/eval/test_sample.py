@@ -104,20 +104,18 @@ def test_a_cell_without_label_is_not_taken_for_one_of_any_condition(trained, sha
     assert not (tmp_path / "cells.h5ad").exists()
 
 
-def test_cells_can_keep_the_states_and_library_sizes_of_the_cells_that_they_are_like(
-    checkpoint, shards, tmp_path, calls
-):
+def test_cells_can_keep_the_states_and_library_sizes_of_the_cells_that_they_are_like(trained, shards, tmp_path, calls):
     like = shards / "test.h5ad"
-    main(str(checkpoint), out=tmp_path / "cells.h5ad", like=like, keep_state=True, perturbation="control", steps=2)
-    model, tokenizer = load_checkpoint(str(checkpoint))
+    main(str(trained), out=tmp_path / "cells.h5ad", like=like, keep_state=True, perturbation="control", steps=2)
+    model, tokenizer = load_checkpoint(str(trained))
     ids = tokenizer(anndata.read_h5ad(like))["input_ids"]
     torch.testing.assert_close(calls[-1]["state"], model.state(ids))
     assert torch.equal(calls[-1]["library_size"], ids.sum(dim=1).float())
 
 
 @pytest.mark.parametrize("source", ["prior", "null"])
-def test_where_states_come_from_is_asked_for_and_said_in_the_file(checkpoint, tmp_path, calls, source):
-    main(str(checkpoint), out=tmp_path / "cells.h5ad", num_cells=3, state=source, steps=2)
+def test_where_states_come_from_is_asked_for_and_said_in_the_file(trained, tmp_path, calls, source):
+    main(str(trained), out=tmp_path / "cells.h5ad", num_cells=3, state=source, steps=2)
     assert calls[-1]["state"] == source
     assert anndata.read_h5ad(tmp_path / "cells.h5ad").uns["dcm_sampling"]["state"] == source
 
