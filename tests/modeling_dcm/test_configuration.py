@@ -28,6 +28,7 @@ from modeling_dcm import SIZES, DCMConfig, DCMForDenoising
         ({"perturbation_dim": 0, "num_perturbations": 2}, "perturbation_dim=0, expected at least 1, or None"),
         ({"max_perturbations_per_cell": 0}, "max_perturbations_per_cell=0, expected"),
         ({"count_bins": []}, r"count_bins=\[\], expected ascending left edges"),
+        ({"count_bins": [4, 4]}, r"count_bins=\[4, 4\], expected ascending left edges"),
         ({"count_bins": [4, 256]}, r"count_bins=\[4, 256\], expected ascending left edges in 1..255"),
     ],
 )

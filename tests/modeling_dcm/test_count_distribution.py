@@ -6,6 +6,7 @@ import torch
 from scipy.stats import nbinom
 
 from modeling_dcm.count_distribution_dcm import log_large_count, log_negative_binomial, log_small_counts
+from modeling_dcm.layers_dcm import NUM_SMALL_COUNTS, count_features
 
 
 def grid() -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,6 +87,26 @@ def test_a_fresh_head_emits_the_negative_binomial_that_it_was_given(make_model, 
     expected = torch.from_numpy(nbinom.logpmf(np.arange(41), r[..., None], p[..., None])).log_softmax(dim=-1)
     # with two stages, counts above K are among the large ones
     torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-2)
+
+
+def test_the_probability_of_a_bin_is_the_sum_over_its_counts(make_model):
+    found = []
+    for bins in (None, [8, 20]):
+        options = {"max_count": 40, "count_bins": bins, "gene_output_bias": 3, "count_distribution": "nb"}
+        model = make_model("dit", fresh=True, **options)
+        model.set_marginals(torch.ones(7, model.config.num_counts))
+        model.totals.gene_mean[:] = 9.0
+        model.head.set_estimates(*estimates(model))
+        found.append(model(torch.full((1, 7), model.config.mask_token_id)).logits.softmax(dim=-1))
+    of_counts, of_bins = found
+    sums = [of_counts[..., 8:20].sum(dim=-1, keepdim=True), of_counts[..., 20:].sum(dim=-1, keepdim=True)]
+    torch.testing.assert_close(of_bins, torch.cat([of_counts[..., :8], *sums], dim=-1), rtol=1e-3, atol=0)
+
+
+def test_bumps_over_the_counts_go_from_zero_to_the_largest():
+    features = count_features(256, torch.device("cpu"))
+    assert features[0, NUM_SMALL_COUNTS] == 1
+    assert features[-1, -1] == pytest.approx(1)
 
 
 def test_draws_follow_the_logits_in_both_stages(make_model):

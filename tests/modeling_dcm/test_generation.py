@@ -112,10 +112,12 @@ def test_library_size_is_drawn_from_the_training_cells_given_or_null(model, seen
 
 
 def test_library_size_of_some_genes_is_their_share_of_a_mean_cell(model, seen, monkeypatch):
-    monkeypatch.setattr(model.totals, "gene_mean", torch.tensor([[1.0, 2, 3, 4, 5, 6, 4]]).expand(4, 7).clone())
-    model.generate(cell_type_ids=torch.tensor([0, 1]), steps=1)
-    model.generate(cell_type_ids=torch.tensor([0, 1]), steps=1, gene_ids=torch.tensor([4, 0]))  # 6 of 25 counts
-    assert seen[1].tolist() == (seen[0] * 6 / 25).round().tolist()
+    of_type, of_all = [1.0, 2, 3, 4, 5, 6, 4], [4.0, 6, 5, 4, 3, 2, 1]
+    monkeypatch.setattr(model.totals, "gene_mean", torch.tensor([of_type, of_type, [1.0] * 7, of_all]))
+    for given, share in (({"cell_type_ids": torch.tensor([0, 1])}, 6 / 25), ({"num_cells": 2}, 7 / 25)):
+        model.generate(**given, steps=1)
+        model.generate(**given, steps=1, gene_ids=torch.tensor([4, 0]))
+        assert seen[-1].tolist() == (seen[-2] * share).round().tolist()
     model.generate(2, steps=1, gene_ids=torch.tensor([4, 0]), library_size=12)
     assert seen[-1].tolist() == [12, 12]
 
@@ -139,7 +141,10 @@ def test_guidance_of_0_is_no_guidance_and_more_of_it_is_another_distribution(mod
         ({"num_cells": 2, "library_size": -3}, "expected one number or 2, all 0 or more"),
         ({"num_cells": 2, "library_size": torch.ones(3)}, r"library_size of shape \(3,\), expected one number or 2"),
         ({"observed": torch.zeros(2, 3)}, r"observed has shape \(2, 3\), expected \(2, 7\): cells x genes"),
-        ({"observed": torch.full((2, 7), 5)}, r"observed holds values from 5 to 5, expected counts 0..4, or -1"),
+        (
+            {"observed": torch.arange(-1, 6).expand(2, 7)},
+            r"observed holds values from -1 to 5, expected counts 0..4, or -1",
+        ),
         ({"observed": torch.full((2, 7), -2)}, r"observed holds values from -2 to -2"),
         ({"observed": torch.full((2, 7), 0.5)}, "observed holds values that are not integers"),
         ({"num_cells": 2, "gene_ids": torch.tensor([0, 7])}, r"gene_ids are \[0, 7\], expected genes 0..6"),
