@@ -1,6 +1,6 @@
 """One table over several data sets, rendered from their results.json, and who is nearer the floor in how many rows.
 
-    python -m eval.reports.overview eval/results/norman_mcfaline.json ... [--write README.md]
+    python -m eval.reports.overview eval/results/norman_mcfaline.json ... [--write README.md] [--figure why.png]
 
 ``--write`` puts the table between the two marks that stand in a page.
 """
@@ -37,14 +37,20 @@ PAIRS = (  # like with like: what starts from a training cell, and what is drawn
 THOUSANDFOLD = "mmd2"
 
 
-def main(results: Annotated[list[Path], tyro.conf.Positional], *, write: Path | None = None) -> None:
+def main(
+    results: Annotated[list[Path], tyro.conf.Positional], *, write: Path | None = None, figure: Path | None = None
+) -> None:
     """Print the table of several evaluations.
 
     Args:
         results: results.json files, in the order of the table.
         write: page whose block between the two marks is replaced.
+        figure: PNG file of W2 and the slope of correlations, each model beside the floor.
     """
-    text = overview([json.loads(path.read_text(encoding="utf-8")) for path in results])
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in results]
+    if figure is not None:
+        draw(found, figure)
+    text = overview(found)
     if write is None:
         logger.info("%s", text)
         return
@@ -94,6 +100,37 @@ def nearer(rows: list[Row], ours: str, theirs: str) -> tuple[list[str], list[str
         name = f"{row['metric']} ({row['protocol']}{', per condition' * (row['grouping'] == 'per_condition')})"
         (won if is_nearer or at_floor(row, floor) else lost).append(name)
     return (won, lost) if won or lost else None
+
+
+def draw(results: list[dict], path: Path) -> None:
+    """Draw W2 and the slope of correlations of every model; a line and a band of two deviations are the floor."""
+    from matplotlib.figure import Figure
+
+    metrics = ("w2", "correlation_slope")
+    models = list(
+        dict.fromkeys(row["model"] for result in results for row in result["rows"] if row["protocol"] == "log")
+    )
+    models.remove(FLOOR)
+    figure = Figure(figsize=(4.6 * len(results), 2.6 * len(metrics)), layout="constrained")
+    axes = figure.subplots(len(metrics), len(results), squeeze=False)
+    for column, result in enumerate(results):
+        for line, metric in enumerate(metrics):
+            rows = [row for row in result["rows"] if (row["protocol"], row["grouping"]) == ("log", "pooled")]
+            rows = {row["model"]: row for row in rows if row["metric"] == metric and row["mean"] is not None}
+            floor, axis = rows.pop(FLOOR), axes[line][column]
+            axis.axvspan(floor["mean"] - 2 * floor["std"], floor["mean"] + 2 * floor["std"], color="0.85")
+            axis.axvline(floor["mean"], color="0.4", label="floor")
+            means, spread = [row["mean"] for row in rows.values()], [row["std"] or 0 for row in rows.values()]
+            axis.errorbar(means, [models.index(model) for model in rows], xerr=spread, fmt="o", markersize=5)
+            axis.set_yticks(range(len(models)), models if not column else [""] * len(models))
+            axis.set_ylim(len(models) - 0.5, -0.5)
+            axis.grid(axis="y", color="0.92")
+            axis.set_xlabel(metric_label(metric)[0] if metric == "w2" else "slope of gene-gene correlations")
+            if not line:
+                axis.set_title(result["dataset"])
+    axes[0][0].legend(loc="lower right", frameon=False)
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png", dpi=110)
 
 
 def _number(row: Row | None, floor: Row | None) -> str:

@@ -8,7 +8,9 @@ import pytest
 from eval.reports.overview import MARKS, main, nearer, overview
 
 ROOT = Path(__file__).parents[3]
-COMMITTED = [ROOT / "eval" / "results" / f"{name}.json" for name in ("norman_mcfaline", "papalexi_eccite", "pbmc3k")]
+COMMITTED = [
+    ROOT / "eval" / "results" / f"{name}.json" for name in ("norman_mcfaline", "papalexi_eccite", "pbmc3k_cell_type")
+]
 
 
 def row(model: str, metric: str, mean: float, std: float = 0.1) -> dict:
@@ -37,3 +39,8 @@ def test_a_page_without_the_marks_is_refused(tmp_path):
     (tmp_path / "page.md").write_text("nothing")
     with pytest.raises(ValueError, match="has no place for the table; expected the lines"):
         main(COMMITTED[:1], write=tmp_path / "page.md")
+
+
+def test_the_figure_is_written(tmp_path):
+    main(COMMITTED, figure=tmp_path / "why.png")
+    assert (tmp_path / "why.png").read_bytes()[:4] == b"\x89PNG"
