@@ -67,7 +67,7 @@ def main(
         mask_fraction: Mask this fraction of each cell's measured genes, and fill them too.
         genes_to_mask: A file of gene names, one per line, to mask in all cells.
         draws: Completions of each cell, over which mean and variance are taken.
-        steps: Network calls of each completion, or auto.
+        steps: Network calls of each completion; auto goes by the entropy curve of a model without cell state.
         schedule: How many genes each step reveals; optimal goes by the model's entropy curve.
         layer: Layer of the counts; default: X.
         seed: The same seed and batch size give the same numbers.

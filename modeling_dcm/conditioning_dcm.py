@@ -15,11 +15,10 @@ import torch
 from torch import nn
 
 from .configuration_dcm import DCMConfig
-from .state_dcm import StateEncoder
+from .state_dcm import ANY, StateEncoder, first_match
 
 SMOOTH_FEATURES = 16
 LIBRARY_QUANTILES = 65
-ANY = -2  # in a group's key: whatever label
 
 
 class Progress(NamedTuple):
@@ -317,9 +316,7 @@ class LibrarySizes(nn.Module):
         if len(self.keys) == 0:
             raise ValueError("this model stores no library sizes of its training cells: give library_size=, or 'null'")
         keys = self.group_keys(num_cells, cell_type_ids, perturbation_ids, covariate_ids)  # (B, W)
-        unique, cell_key = keys.unique(dim=0, return_inverse=True)
-        matches = ((self.keys[None] == unique[:, None]) | (self.keys[None] == ANY)).all(dim=-1)  # (U, N)
-        rows = matches.int().argmax(dim=1)[cell_key]
+        rows = first_match(self.keys, keys)
         position = torch.rand(num_cells, generator=generator, device=keys.device) * (LIBRARY_QUANTILES - 1)
         left = position.long().clamp(max=LIBRARY_QUANTILES - 2)
         low, high = self.quantiles[rows, left].float(), self.quantiles[rows, left + 1].float()

@@ -6,7 +6,6 @@ Letters: N all cells, B cells of a chunk, L genes in the sequence, G all genes, 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -16,12 +15,6 @@ from .diffusion_dcm import keyed_generator
 from .guidance_dcm import denoiser
 from .sampling_dcm import sample_counts
 from .schedule_dcm import as_curve
-
-
-class BankDraw(NamedTuple):
-    """States of training cells, chosen for all cells of a call together."""
-
-    joint: torch.Tensor  # (N, d+1), z and log1p(total)
 
 
 class CellGenerationMixin:
@@ -97,15 +90,13 @@ class CellGenerationMixin:
         if observed is not None:
             self._check_observed(observed, N, len(gene_ids))
         sizes = self._given_library_size(library_size, N, observed is not None)
-        state = self._given_state(state, N, given, seed, observed is not None)
-        # measured with the state that sampling is given; without it genes depend on each other far more
-        curve_holds = not self.config.state_dim or not (isinstance(state, str) and state == "null")
-        if steps == "auto" and not curve_holds:
+        origin, states = self._origin_of_states(state, N, given, seed, observed is not None)
+        if origin == "null" and steps == "auto":
             raise ValueError(
                 "steps='auto' goes by cells whose state is given, and here it is not: give a number of steps"
             )
-        if steps is None:
-            steps = "auto" if self.config.entropy_curve is not None and curve_holds else 20
+        if steps is None:  # the curve was measured with the state that sampling is given
+            steps = 20 if origin == "null" or self.config.entropy_curve is None else "auto"
         options = {
             "steps": steps,
             "schedule": schedule,
@@ -123,18 +114,18 @@ class CellGenerationMixin:
             for chunk, rows in wanted:
                 generator = keyed_generator(seed, chunk, self.device)
                 conditions = select_rows(given, rows, self.device)
-                joint = self._joint_state(state, rows, conditions, sizes, generator)
-                conditions["library_size"] = self._library_size(sizes, joint, rows, conditions, gene_ids, generator)
-                if joint is not None:
-                    conditions["state"] = self._told_state(joint)
-                elif torch.is_tensor(state):
-                    conditions["state"] = state[rows].to(self.device)
+                drawn = None
+                if origin in ("bank", "prior"):  # z and log1p(total) together
+                    drawn = self._prior_draw(rows, conditions, sizes, generator) if states is None else states[rows]
+                    conditions["state"] = self._told_state(drawn)
+                elif origin == "given":
+                    conditions["state"] = states[rows].to(self.device)
+                conditions["library_size"] = self._library_size(sizes, drawn, rows, conditions, gene_ids, generator)
                 x = self._start(rows, len(gene_ids), observed).to(self.device)
                 genes = gene_ids.to(self.device)
                 denoise = denoiser(self, x, genes, conditions, guidance_scale, from_nothing=observed is None)
-                drawn = sample_counts(denoise, x, generator=generator, **options)
-                cells.append(drawn.cpu())
-                bar.update(len(drawn))
+                cells.append(sample_counts(denoise, x, generator=generator, **options).cpu())
+                bar.update(len(cells[-1]))
         return torch.cat(cells)
 
     def _panel(self, gene_ids: torch.Tensor | None) -> torch.Tensor:
@@ -186,44 +177,42 @@ class CellGenerationMixin:
             raise ValueError(f"library_size of shape {tuple(sizes.shape)}, expected one number or {N}, all 0 or more")
         return sizes.expand(N)
 
-    def _given_state(self, state, N: int, given, seed: int, is_imputation: bool) -> "torch.Tensor | BankDraw | str":
-        """States (N, E) as they were given or drawn from the bank, or how to draw them: ``"prior"``, or ``"null"``."""
+    def _origin_of_states(
+        self, state, N: int, given, seed: int, is_imputation: bool
+    ) -> tuple[str | None, torch.Tensor | None]:
+        """Where states come from, and those known: ``"given"`` (N, E), ``"bank"`` (N, d+1), ``"prior"`` (drawn for each
+        chunk) or ``"null"``; None for a model without a cell state."""
         config, source = self.config, self.state_source
-        if state is not None and not torch.is_tensor(state) and state not in ("null", "prior", "bank"):
+        is_tensor = torch.is_tensor(state)
+        if state is not None and not is_tensor and state not in ("null", "prior", "bank"):
             raise ValueError(f"state={state!r}, expected states, None (drawn), 'prior', 'bank' or 'null' (not given)")
         if not config.state_dim:
-            if state is not None and (torch.is_tensor(state) or state != "null"):
+            if is_tensor or state in ("prior", "bank"):
                 raise ValueError("state was given, but this model has no cell state (state_dim=0): leave it out")
-            return "null"
-        if torch.is_tensor(state):
+            return None, None
+        if is_tensor:
             if state.shape != (N, config.state_width):
                 raise ValueError(f"state has shape {tuple(state.shape)}, expected ({N}, {config.state_width})")
-            return state.float()
+            return "given", state.float()
         if state is None:
             state = "null" if is_imputation else "bank" if source.has_bank else "prior"
         if state == "bank" and not source.has_bank:
             raise ValueError("state='bank', but this checkpoint keeps no states of training cells: take 'prior'")
         if state != "null" and not len(source.keys):
             raise ValueError("this model stores no states of its training cells: give state=, or 'null'")
-        if state != "bank":
-            return state
-        return BankDraw(source.draw_from_bank(self._group_keys(N, given), seed))
+        return state, source.draw_from_bank(self._group_keys(N, given), seed) if state == "bank" else None
 
-    def _joint_state(self, state, rows: slice, conditions, sizes, generator) -> torch.Tensor | None:
-        """(z, log1p(total)) of a chunk (B, d+1), drawn from the bank or the prior; None where it was given, or null."""
-        if isinstance(state, BankDraw):
-            return state.joint[rows]
-        if torch.is_tensor(state) or state == "null":
-            return None
-        B, of_chunk = rows.stop - rows.start, None if sizes is None else sizes[rows]
+    def _prior_draw(self, rows: slice, conditions, sizes, generator) -> torch.Tensor:
+        """(z, log1p(total)) of a chunk (B, d+1); where the library sizes are given, of about such cells."""
+        of_chunk = None if sizes is None else sizes[rows]
         is_given = of_chunk is not None and bool((of_chunk >= 0).all())
         log_sizes = torch.log1p(of_chunk).to(self.device) if is_given else None
-        keys = self._group_keys(B, conditions)
+        keys = self._group_keys(rows.stop - rows.start, conditions)
         return self.state_source.draw(keys, conditions.get("cell_type_ids"), generator, log_sizes)
 
-    def _told_state(self, joint: torch.Tensor) -> torch.Tensor:
+    def _told_state(self, drawn: torch.Tensor) -> torch.Tensor:
         """What the network is told (B, E) of (z, log1p(total)): the total too, where it is no condition of its own."""
-        z, log_total = joint[:, :-1], joint[:, -1:]
+        z, log_total = drawn[:, :-1], drawn[:, -1:]
         return (
             z if self.config.library_size_conditioning else torch.cat([z, self.cell_state.standardized(log_total)], 1)
         )
@@ -232,16 +221,16 @@ class CellGenerationMixin:
         labels = [conditions.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids")]
         return self.library_sizes.group_keys(number, *(None if ids is None else ids.to(self.device) for ids in labels))
 
-    def _library_size(self, sizes, joint, rows: slice, conditions, gene_ids: torch.Tensor, generator) -> torch.Tensor:
+    def _library_size(self, sizes, drawn, rows: slice, conditions, gene_ids: torch.Tensor, generator) -> torch.Tensor:
         """Library sizes (B,) over genes ``gene_ids`` (L,), as given, or drawn with the state or without one."""
         if sizes is not None:
             return sizes[rows].to(self.device)
         B = rows.stop - rows.start
         labels = [conditions.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids")]
-        if joint is None:
+        if drawn is None:
             size = self.library_sizes.draw(B, *labels, generator)
         else:
-            size = joint[:, -1].expm1().clamp(min=1).round()
+            size = drawn[:, -1].expm1().clamp(min=1).round()
         if len(gene_ids) == self.config.num_genes:
             return size
         cell_type_ids = size.new_full((B,), -1, dtype=torch.long) if labels[0] is None else labels[0]

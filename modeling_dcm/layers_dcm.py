@@ -5,6 +5,7 @@ D width, H heads, K largest count, V ids, R count features.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -224,7 +225,7 @@ class Encoded(NamedTuple):
     num_extra: int = 0  # states that stand before those of the genes
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """From what is known of cells to hidden states of queried genes; a new one is a file with a class that has these.
 
     Attributes:
@@ -234,17 +235,17 @@ class Backbone(nn.Module):
 
     reads_masked_genes = True
 
+    @abstractmethod
     def encode(self, cells: PartialCells, conditions: ConditionEncoder) -> Encoded:
         """Read the observed genes of ``cells``, whose sum ``conditions`` makes a condition of."""
-        raise NotImplementedError
 
+    @abstractmethod
     def query(self, encoded: Encoded, queried: PartialCells, positions: torch.Tensor | None) -> torch.Tensor:
         """Hidden states (B, Q, D) of the genes ``queried``, at ``positions`` (B, Q) or everywhere."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pool(self, encoded: Encoded, cells: PartialCells) -> torch.Tensor:
         """One vector (B, D) for each cell."""
-        raise NotImplementedError
 
     def incremental(self, cells: PartialCells, conditions: ConditionEncoder, totals: CellTotals) -> Callable | None:
         """A callable that encodes cells from nothing to everything and reuses what it has read, or None: ``(x_t (B, L),

@@ -11,6 +11,14 @@ from torch import nn
 from .configuration_dcm import DCMConfig
 
 CANDIDATES = 16
+ANY = -2  # in a group's key: whatever label
+
+
+def first_match(groups: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """The first of ``groups`` (N, W), whose keys may hold :data:`ANY`, that matches each cell's key (B, W)."""
+    unique, cell_key = keys.unique(dim=0, return_inverse=True)
+    matches = ((groups[None] == unique[:, None]) | (groups[None] == ANY)).all(dim=-1)  # (U, N)
+    return matches.int().argmax(dim=1)[cell_key]
 
 
 class CellState(nn.Module):
@@ -72,7 +80,7 @@ class StateSource(nn.Module):
     def __init__(self, config: DCMConfig, key_width: int):
         super().__init__()
         E, C, M = config.state_dim + 1, config.num_cell_types + 1, config.state_mixture
-        self.register_buffer("keys", torch.full((config.state_groups, key_width), -2))
+        self.register_buffer("keys", torch.full((config.state_groups, key_width), ANY))
         self.register_buffer("mean", torch.zeros(config.state_groups, E))
         self.register_buffer("log_weight", torch.zeros(C, M))
         self.register_buffer("location", torch.zeros(C, M, E))
@@ -83,12 +91,6 @@ class StateSource(nn.Module):
     @property
     def has_bank(self) -> bool:
         return len(self.bank) > 0
-
-    def group_of(self, keys: torch.Tensor) -> torch.Tensor:
-        """The first group (B,) that matches each cell's key (B, W)."""
-        unique, cell_key = keys.unique(dim=0, return_inverse=True)
-        matches = ((self.keys[None] == unique[:, None]) | (self.keys[None] == -2)).all(dim=-1)  # (U, N)
-        return matches.int().argmax(dim=1)[cell_key]
 
     def draw(
         self,
@@ -102,10 +104,11 @@ class StateSource(nn.Module):
         Where ``log_total`` (B,) is known, each is the nearest in it of :data:`CANDIDATES` draws.
         """
         if log_total is not None:
-            draws = torch.stack([self.draw(keys, cell_type_ids, generator) for _ in range(CANDIDATES)])
+            repeated = None if cell_type_ids is None else cell_type_ids.repeat(CANDIDATES)
+            draws = self.draw(keys.repeat(CANDIDATES, 1), repeated, generator).view(CANDIDATES, len(keys), -1)
             nearest = (draws[..., -1] - log_total).abs().argmin(dim=0)
             return draws[nearest, torch.arange(len(keys), device=keys.device)]
-        mean = self.mean[self.group_of(keys)]
+        mean = self.mean[first_match(self.keys, keys)]
         row = torch.full((len(keys),), len(self.log_weight) - 1, device=keys.device)
         if cell_type_ids is not None:
             row = torch.where(cell_type_ids < 0, row, cell_type_ids)
@@ -118,7 +121,7 @@ class StateSource(nn.Module):
 
         The cells of one call share the states: what a cell gets depends on all of ``keys`` and on ``seed``.
         """
-        group = self.group_of(keys).cpu()
+        group = first_match(self.keys, keys).cpu()
         span = self.span.cpu()
         rows = torch.empty(len(keys), dtype=torch.long)
         for index in group.unique().tolist():

@@ -132,7 +132,7 @@ def test_states_are_drawn_freely_where_no_library_size_is_told(make_model, condi
     source.mean.copy_(torch.tensor([[0.0, 0.0, 6.0]]))
     source.scale.copy_(torch.eye(3))
     sizes = torch.full((400,), -1.0)
-    joint = model._joint_state("prior", slice(0, 400), {}, sizes, torch.Generator().manual_seed(0))
+    joint = model._prior_draw(slice(0, 400), {}, sizes, torch.Generator().manual_seed(0))
     states = model._told_state(joint)
     assert abs(states[:, 0].mean()) < 0.2
     if not conditioned:  # the last column tells the depth
