@@ -22,7 +22,7 @@ from eval.reports import html_report
 from eval.reports.tables import ROW_KEYS, at_floor
 from eval.simulate import simulate
 
-DEFAULT_BASELINES = ("independent_marginals", "perturbation_mean", "additive")
+DEFAULT_BASELINES = ("independent_marginals", "perturbation_mean", "controls_scaled", "additive")
 
 
 @pytest.fixture(autouse=True)

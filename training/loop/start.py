@@ -4,6 +4,7 @@ Knows nothing of the loop. Letters: N training cells, G genes, K largest count.
 """
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -131,6 +132,7 @@ def build_model(
     A gene's marginal and mean counts are those of the cells in which it was measured. With a ``source`` the weights are
     then taken over from there, see :func:`transfer`.
     """
+    config = replace(config, state_dim=config.chosen_state_dim)
     statistics = read_statistics(cells.folder)
     found, named = len(statistics.vocabulary["genes"]), len(tokenizer.genes)
     if found != named:
