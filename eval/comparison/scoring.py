@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -66,8 +67,10 @@ def score_models(
                     drawn = beside_half(drawn, real, halved, other)
                 for reference, found in zip(references, scores):
                     pair = evaluate_pair(drawn, reference, seed=seed, device=device)
-                    if model == FLOOR:  # training cells lie at no distance from themselves
-                        pair = [score for score in pair if score.metric != COPYING]
+                    if (
+                        model == FLOOR
+                    ):  # training cells are at no distance from themselves; test cells are what it is 1 for
+                        pair = [replace(score, value=1.0) if score.metric == COPYING else score for score in pair]
                     found[model][draw % number].append(pair)
                     bar.update()
     means = [{model: [averaged_scores(s) for s in repeats] for model, repeats in found.items()} for found in scores]
