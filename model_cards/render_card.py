@@ -17,6 +17,7 @@ from typing import Annotated
 import tyro
 import yaml
 
+from tokenization.labels_dcm import read_text
 from training.data.command_line import run
 from training.data.files import written_aside
 
@@ -162,7 +163,7 @@ def _of_checkpoint(folder: Path) -> dict[str, object]:
     """Return what a trained checkpoint says of itself."""
     config, options = (_read_json(folder / name) for name in ("config.json", "training_options.json"))
     labels = _read_json(folder / "conditions.json")
-    genes = (folder / "genes.txt").read_text(encoding="utf-8").split("\n")
+    genes = read_text(folder / "genes.txt").split("\n")
     missing = [name for name in CONFIG_ROWS if name not in config] + [n for n in OPTION_ROWS if n not in options]
     if missing:
         raise ValueError(f"{str(folder)!r} lacks facts for the card: {', '.join(missing)}")
@@ -295,7 +296,7 @@ def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}, which the card takes facts from")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{str(path)!r} is not JSON ({error})") from error
 

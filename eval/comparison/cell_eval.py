@@ -100,7 +100,10 @@ def _scores(generated: CellCounts, real: CellCounts) -> list[Score]:
 
 
 def _ceiling(real: CellCounts, *, seed: int) -> list[Score]:
-    """The package's ceiling of every metric, the mean over cell types, each weighing as its perturbations do."""
+    """The package's ceiling of every metric, the mean over cell types, each weighing as its perturbations do.
+
+    The package halves the cells of every condition, so ``n`` is the median number of cells of a half.
+    """
     contexts = _contexts(real.labels)
     found: dict[str, list[tuple[float, int]]] = {}
     sizes: list[int] = []
@@ -112,7 +115,7 @@ def _ceiling(real: CellCounts, *, seed: int) -> list[Score]:
             continue
         with _evaluator(_anndata(cells), None, real.control) as evaluator:
             _, table = evaluator.compute_ceiling(profile=PROFILE, write_csv=False, seed=seed)
-        sizes += perturbed.tolist()
+        sizes += (perturbed // 2).tolist()
         for metric, value in table.to_dicts()[0].items():
             if value is not None and np.isfinite(value):
                 found.setdefault(metric, []).append((float(value), len(perturbed)))
