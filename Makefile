@@ -18,7 +18,7 @@ demo: .venv/installed
 	$(BIN)/dcm-simulate --out $(DEMO)/cells.h5ad --num-cells 5000 --num-genes 100
 	$(BIN)/dcm-convert $(DEMO)/cells.h5ad --out $(DEMO)/shards --cell-type-key cell_type --perturbation-key perturbation --control control
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		training/train.py --config training/configs/demo.yaml --data $(DEMO)/shards --out $(DEMO)/checkpoint
+		-m training.train --config demo --data $(DEMO)/shards --out $(DEMO)/checkpoint
 	$(BIN)/dcm-sample $(DEMO)/checkpoint --out $(DEMO)/generated.h5ad --like $(DEMO)/shards/test.h5ad
 	$(BIN)/dcm-evaluate $(DEMO)/generated.h5ad --real $(DEMO)/shards/test.h5ad --train $(DEMO)/shards/train.h5ad --out $(DEMO)/results
 
@@ -27,7 +27,7 @@ demo: .venv/installed
 SEEDS ?= 0 1 2
 OUT = results/$(NAME)
 LIKE = --like $(OUT)/shards/test.h5ad
-TRAINING = $(BIN)/dcm-train --config training/configs/laptop.yaml --data $(OUT)/shards --trackers none $(TRAIN)
+TRAINING = $(BIN)/dcm-train --config laptop --data $(OUT)/shards --trackers none $(TRAIN)
 
 results: .venv/installed
 	@test -n "$(DATA)" && test -n "$(NAME)" || { echo "make results DATA=cells.h5ad NAME=dataset [CONVERT='--cell-type-key ...'] [TRAIN='--batch-size 32']"; exit 2; }

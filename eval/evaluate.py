@@ -59,25 +59,25 @@ def main(
             (folders or ids on the Hub), from which the conditions of the real test cells are drawn first.
         real: h5ad of the real test cells.
         train: h5ad of the real training cells, for the floor and the baselines.
-        out: folder to write to.
-        protocol: names of protocols, with commas between: paper, log, scldm, cfgen.
-        baselines: names with commas between (independent_marginals, perturbation_mean, controls_scaled, additive,
+        out: Folder to write to.
+        protocol: Names of protocols, with commas between: paper, log, scldm, cfgen.
+        baselines: Names with commas between (independent_marginals, perturbation_mean, controls_scaled, additive,
             scvi_prior, scvi_aggregated_posterior), or default (those that need no other package), all, or none.
-        cell_eval: add the metrics of the cell-eval package, in each cell type, with its mean baseline and its ceiling.
-        name: the generator's name, or one for each file with commas between; by default what each file says in
+        cell_eval: Add the metrics of the cell-eval package, in each cell type, with its mean baseline and its ceiling.
+        name: The generator's name, or one for each file with commas between; by default what each file says in
             uns["generator"], or the checkpoint's name.
-        condition_keys: columns of obs that make up a condition, with commas between, or none for pooled scores only;
+        condition_keys: Columns of obs that make up a condition, with commas between, or none for pooled scores only;
             by default what the real file says in uns["dcm_conditions"], else cell_type and perturbation where present.
-        control: the label of control cells in the column perturbation; by default what the real file says in
+        control: The label of control cells in the column perturbation; by default what the real file says in
             uns["dcm_control"].
-        layer: layer of the generated files that holds the counts; by default X.
+        layer: Layer of the generated files that holds the counts; by default X.
         genes: all: a file that lacks genes of the real cells is refused; shared: compare on the genes that every file
             has, and say in every result how many these are.
-        dataset: the data set's name; by default that of the folder of the real file.
-        sampling_seeds: how many samples are drawn from each checkpoint.
-        device: where to multiply matrices, such as cuda; by default the CPU.
-        seed: of every draw (floor, baselines, thinning).
-        umap: embed by UMAP in the report (takes up to a minute) where umap-learn is installed, else by PCA.
+        dataset: The data set's name; by default that of the folder of the real file.
+        sampling_seeds: How many samples are drawn from each checkpoint.
+        device: Where to multiply matrices, such as cuda; by default the CPU.
+        seed: Of every draw (floor, baselines, thinning).
+        umap: Embed by UMAP in the report (takes up to a minute) where umap-learn is installed, else by PCA.
     """
     command = command_of("dcm-evaluate", main, locals())
     _check_paths(generated, (real, train), out)

@@ -68,7 +68,7 @@ def main(
         cell_type: Cell type of all cells; with --like, instead of what the file says.
         perturbation: Perturbation of all cells, combinations joined as in KLF1+TGFBR2; with --like, instead of what the
             file says (counterfactuals).
-        covariates: Labels of covariates, as in --covariates donor D1; with --like, instead of what the file says.
+        covariates: Labels of covariates, as in --covariates donor=D1,day=3; with --like, instead of what the file says.
         like: An h5ad file: one cell is drawn for each of its cells, with that cell's conditions.
         like_library_size: Give each cell the total count that its cell of --like has over the panel's genes, instead of
             drawing one from the training cells.
@@ -82,7 +82,7 @@ def main(
             default (20 without such a curve).
         schedule: How many genes each step reveals; optimal goes by the model's entropy curve.
         guidance_scale: Strengthens all conditions together; 0 draws from the model.
-        guidance: Strengthens single conditions, as in --guidance perturbation 2.0 cell_type 0.5.
+        guidance: Strengthens single conditions, as in --guidance perturbation=2,cell_type=0.5.
         temperature: Below 1 sharpens; 1 draws from the model.
         library_size: Total counts of each cell; default: drawn from the training cells of the same condition.
         dtype: Of the network's weights.

@@ -125,14 +125,14 @@ def main(
     its effect.
 
     Args:
-        out: the h5ad to write.
-        num_cells: cells in all.
-        num_genes: genes in the panel.
-        num_cell_types: cell types.
-        num_perturbations: single perturbations, each of a gene of the panel; 0 leaves perturbations out.
-        num_pairs: pairs of them, labelled A+B.
-        vector_dim: length of a perturbation's vector.
-        seed: the same seed gives the same cells.
+        out: The h5ad to write.
+        num_cells: Cells in all.
+        num_genes: Genes in the panel.
+        num_cell_types: Cell types.
+        num_perturbations: Single perturbations, each of a gene of the panel; 0 leaves perturbations out.
+        num_pairs: Pairs of them, labelled A+B.
+        vector_dim: Length of a perturbation's vector.
+        seed: The same seed gives the same cells.
     """
     options = {name: value for name, value in locals().items() if name != "out"}
     check_writable(out)

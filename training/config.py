@@ -1,6 +1,8 @@
 """Every option of training, its one default and its help text; configuration files and command line override them.
 
 A YAML file in `configs/` sets some, the command line sets others, in that order.
+
+    dcm-train --config laptop --data shards/ --out checkpoint/
 """
 
 import argparse
@@ -14,7 +16,9 @@ import tyro
 import yaml
 
 from tokenization.labels_dcm import unknown_label_error
+from training.data import command_line
 
+CONFIGS = Path(__file__).parent / "configs"
 SHAPE_OF_SIZE = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 STATE_DIM = 16
 OF_PAPER = {"backbone": "dit", "count_distribution": "categorical", "state_dim": 0, "cell_summary": False}
@@ -29,7 +33,8 @@ class TrainConfig:
     out: Path
     """Folder of the checkpoint; made if missing."""
     config: Path | None = None
-    """YAML file with any of these options."""
+    """YAML file with any of these options, or the name of one that comes with the package: demo, laptop,
+    dentate-gyrus-5m, replogle-20m, replogle-k562-10m."""
     resume: bool = False
     """Go on from the newest state under OUT/checkpoints, if there is one."""
     init_from: str | None = None
@@ -224,29 +229,31 @@ def parse(arguments: list[str]) -> TrainConfig:
     first.add_argument("--paper", action="store_true")
     known, _ = first.parse_known_args(arguments)
     from_file = read_config(known.config) if known.config else {}
-    if known.size not in (None, "None"):  # the command line's size wins over the file's shape
+    if known.size and known.size.lower() != "none":  # the command line's size wins over the file's shape
         from_file = {name: value for name, value in from_file.items() if name not in SHAPE_OF_SIZE}
     if known.paper:  # likewise
         from_file = {name: value for name, value in from_file.items() if name not in OF_PAPER}
     of_paper = {**OF_PAPER, "paper": True} if known.paper or from_file.get("paper") else {}
     options = {"data": tyro.MISSING, "out": tyro.MISSING, **of_paper, **from_file}
     defaults = TrainConfig(**options, given=frozenset(from_file))
-    config = tyro.cli(TrainConfig, default=replace(defaults, given=frozenset()), args=arguments)
+    config = command_line.parse(TrainConfig, arguments=arguments, default=replace(defaults, given=frozenset()))
     words = [word.partition("=")[0].removeprefix("--").replace("-", "_") for word in arguments if word[:2] == "--"]
     words = [word if word in OPTIONS else word.removeprefix("no_") for word in words]
     return replace(config, given=frozenset({*from_file, *words}))
 
 
 def read_config(path: Path) -> dict[str, object]:
-    """Read the options of a YAML file.
+    """Read the options of a YAML file, or of the one in :data:`CONFIGS` that has this name.
 
     Raises:
-        FileNotFoundError: no such file; the message lists the files beside it.
+        FileNotFoundError: no such file; the message lists those names, and the files beside it.
         ValueError: not a mapping, an unknown option (the message names the nearest one), or a value of another type.
     """
+    shipped = {file.stem: file for file in sorted(CONFIGS.glob("*.yaml"))}
+    path = path if path.is_file() else shipped.get(str(path), path)
     if not path.is_file():
-        near = sorted(str(file) for file in path.parent.glob("*.yaml"))
-        raise FileNotFoundError(f"no config file {str(path)!r}; there are: {', '.join(near) or 'none'}")
+        known = [*shipped, *map(str, sorted(path.parent.glob("*.yaml")))]
+        raise FileNotFoundError(f"no config file {str(path)!r}; there are: {', '.join(known)}")
     try:
         options = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:

@@ -60,32 +60,32 @@ def main(
     Args:
         source: h5ad files, 10x .h5 files, or 10x folders of matrix.mtx; every gene and cell is kept unless told
             otherwise. The cells of several files get the obs column source_file.
-        out: folder to write; one that an earlier conversion wrote is replaced, any other is an error.
-        layer: layer with the counts, or "raw" for raw.X; default X.
-        cell_type_key: obs column of cell types; without it the data have none.
-        perturbation_key: obs column of perturbations; without it the data have none.
-        control: label of unperturbed cells; default "control" or "non-targeting" if one of them occurs.
-        covariate_keys: obs columns of other conditions (batch, donor, ...), separated by commas.
-        separator: what joins single perturbations to a combination; "" where names are never combined.
-        gene_key: var column that names the genes; default var_names. Versions of Ensembl ids are removed.
-        genes: text file of the genes to keep, one per line, in this order.
-        n_top_genes: keep this many variable genes, chosen by seurat_v3 on training cells; default all.
-        join: of several files, genes that all have, or that any has; genes that a file lacks are then marked as not
+        out: Folder to write; one that an earlier conversion wrote is replaced, any other is an error.
+        layer: Layer with the counts, or "raw" for raw.X; default X.
+        cell_type_key: Column of obs of cell types; without it the data have none.
+        perturbation_key: Column of obs of perturbations; without it the data have none.
+        control: Label of unperturbed cells; default "control" or "non-targeting" if one of them occurs.
+        covariate_keys: Column of obss of other conditions (batch, donor, ...), separated by commas.
+        separator: What joins single perturbations to a combination; "" where names are never combined.
+        gene_key: Column of var that names the genes; default var_names. Versions of Ensembl ids are removed.
+        genes: Text file of the genes to keep, one per line, in this order.
+        n_top_genes: Keep this many variable genes, chosen by seurat_v3 on training cells; default all.
+        join: Of several files, genes that all have, or that any has; genes that a file lacks are then marked as not
             measured in its cells. With --genes, "union" allows genes that the data lack.
-        duplicate_genes: what to do with several columns of one gene.
-        split: random (a share of every condition), held-out-perturbations, held-out-combinations (both members seen
+        duplicate_genes: What to do with several columns of one gene.
+        split: Random (a share of every condition), held-out-perturbations, held-out-combinations (both members seen
             alone), few-shot (some perturbations of --held-out-cell-type), zero-shot (all of them), or from-file.
-        held_out: perturbations to test on, separated by commas, or @FILE with one per line; default a share
+        held_out: Perturbations to test on, separated by commas, or @FILE with one per line; default a share
             --test-fraction of those that the split can hold out.
-        held_out_cell_type: cell type that few-shot and zero-shot test on.
-        controls: controls of the divided cells: "proportional" tests on as large a share of them as of the perturbed
+        held_out_cell_type: Cell type that few-shot and zero-shot test on.
+        controls: Controls of the divided cells: "proportional" tests on as large a share of them as of the perturbed
             cells, "train" and "test" take all; default "test" for zero-shot, else "proportional".
-        split_file: for from-file: JSON {"train": [cell names], "test": [...]}; an earlier split.json will do.
-        split_key: for from-file: obs column with the labels train, test and perhaps validation.
-        test_fraction: share of the cells held out for evaluation, in every condition; for splits that hold conditions
+        split_file: For from-file: JSON {"train": [cell names], "test": [...]}; an earlier split.json will do.
+        split_key: For from-file: obs column with the labels train, test and perhaps validation.
+        test_fraction: Share of the cells held out for evaluation, in every condition; for splits that hold conditions
             out, the share of the labels.
-        validation_fraction: share of the remaining cells held out for choices during training.
-        split_seed: seed of the split and of the order of the shards.
+        validation_fraction: Share of the remaining cells held out for choices during training.
+        split_seed: Seed of the split and of the order of the shards.
 
     Returns:
         The folder written.

@@ -47,17 +47,17 @@ def main(
     """Write one vector for each perturbation's name.
 
     Args:
-        perturbations: whose names: a folder of shards, a checkpoint, or a text file with one name per line.
-        out: the safetensors file to write; the vectors of proteins are also kept in a cache beside it.
-        source: proteins (a language model's vectors of protein sequences), coexpression (of the name's gene among
+        perturbations: Whose names: a folder of shards, a checkpoint, or a text file with one name per line.
+        out: The safetensors file to write; the vectors of proteins are also kept in a cache beside it.
+        source: Proteins (a language model's vectors of protein sequences), coexpression (of the name's gene among
             training controls), or a file with vectors by name: safetensors, or a .pt dictionary.
         proteins: FASTA file; a record belongs to a name by GN= or gene_symbol: in its header, else by its id.
         model: transformers' EsmModel: local folder, or name on the Hub.
-        shards: folder of shards with the controls of coexpression; default the one of --perturbations.
-        components: length of the vectors of coexpression.
-        allow_missing: pass over names that have no vector: they are listed and marked in the table, and training gives
+        shards: Folder of shards with the controls of coexpression; default the one of --perturbations.
+        components: Length of the vectors of coexpression.
+        allow_missing: Pass over names that have no vector: they are listed and marked in the table, and training gives
             those of training cells a learned vector. Without it they are an error.
-        batch_tokens: residues of one batch, at most.
+        batch_tokens: Residues of one batch, at most.
 
     Returns:
         The file written.

@@ -1,6 +1,7 @@
 """Train a Discrete Cell Model on shards: the whole loop on one page.
 
-    accelerate launch training/train.py --config training/configs/demo.yaml --data shards/ --out checkpoint/
+    dcm-train --config laptop --data shards/ --out checkpoint/
+    accelerate launch -m training.train --config laptop --data shards/ --out checkpoint/
 
 One process or many, CPU or GPU: what `accelerate config` chose. Order of cells, noise and label dropout are keyed by
 (seed, index of the batch) and drawn for the global batch, so processes that share one global batch do what a single

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from tokenization.labels_dcm import shortened
-from training.data.command_line import user_errors, versions_of
+from training.data.command_line import run, versions_of
 from training.data.files import check_folder, written_aside
 
 if TYPE_CHECKING:
@@ -253,10 +253,7 @@ def _expect_at_least(least: int, **options: int | None) -> None:
 
 def cli() -> None:
     """Entry point of ``dcm-benchmark``."""
-    with user_errors():
-        tyro.extras.subcommand_cli_from_dict(
-            {"entropy": entropy, "sampling": sampling, "training": training}, description=__doc__.splitlines()[0]
-        )
+    run(entropy, sampling, training)
 
 
 if __name__ == "__main__":

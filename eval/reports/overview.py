@@ -44,7 +44,7 @@ def main(
 
     Args:
         results: results.json files, in the order of the table.
-        write: page whose block between the two marks is replaced.
+        write: Page whose block between the two marks is replaced.
         figure: PNG file of W2 and the slope of correlations, each model beside the floor.
     """
     found = [json.loads(path.read_text(encoding="utf-8")) for path in results]

@@ -1,7 +1,7 @@
 """Hold perturbations out, train with several kinds of vectors, and score the held-out cells: one command, one table.
 
     python -m eval.studies.zero_shot cells.h5ad --out study --perturbation-key perturbation \\
-        --control control --vectors coexpression --config training/configs/laptop.yaml --max-steps 2000
+        --control control --vectors coexpression --config laptop --max-steps 2000
 
 Models of a split differ in their vectors and in nothing else. What is finished is not done again: the same command goes
 on after an interruption.
@@ -66,23 +66,23 @@ def main(
 
     Args:
         source: h5ad file with raw counts.
-        out: folder of the study; what an interrupted study left there is gone on with.
-        perturbation_key: obs column of perturbations.
-        control: label of unperturbed cells.
-        cell_type_key: obs column of cell types.
-        covariate_keys: obs columns of other conditions, separated by commas.
-        split: what is held out, as in dcm-convert.
-        held_out: labels of each split, separated by commas, as in --held-out A,B C,D for two splits; default a random
+        out: Folder of the study; what an interrupted study left there is gone on with.
+        perturbation_key: Column of obs of perturbations.
+        control: Label of unperturbed cells.
+        cell_type_key: Column of obs of cell types.
+        covariate_keys: Column of obss of other conditions, separated by commas.
+        split: What is held out, as in dcm-convert.
+        held_out: Labels of each split, separated by commas, as in --held-out A,B C,D for two splits; default a random
             share --test-fraction of the labels in each of --num-splits splits.
-        num_splits: number of random splits, unless --held-out names them.
-        test_fraction: share of the labels in a random split.
-        vectors: where vectors come from: coexpression, or a file with vectors by name; default none, and only the
+        num_splits: Number of random splits, unless --held-out names them.
+        test_fraction: Share of the labels in a random split.
+        vectors: Where vectors come from: coexpression, or a file with vectors by name; default none, and only the
             learned vectors are looked at.
         learned: Train a model with learned vectors, too.
         config: YAML file with options of training.
-        max_steps: steps of each training; default what --config says.
-        sampling_seeds: how often each model draws the test cells' conditions.
-        dataset: the data set's name; default that of the file.
+        max_steps: Steps of each training; default what --config says.
+        sampling_seeds: How often each model draws the test cells' conditions.
+        dataset: The data set's name; default that of the file.
 
     Raises:
         FileNotFoundError: a file is not there.

@@ -40,7 +40,7 @@ def test_a_card_of_an_untrained_checkpoint_says_plainly_what_is_missing(name, tm
     card = ModelCard(text)
     assert "No weights yet" in text
     assert "No results yet" in text
-    assert "accelerate launch training/train.py" in text
+    assert "accelerate launch -m training.train" in text
     assert card.data.eval_results is None
     assert "widget" not in card.data.to_dict()
     assert f'model="org/{name}"' in text
@@ -50,7 +50,7 @@ def test_a_card_of_an_untrained_checkpoint_says_plainly_what_is_missing(name, tm
 def test_options_of_a_cards_commands_exist(name):
     mains = {"dcm-convert": convert, "dcm-embed": embed, "dcm-sample": sample, "dcm-evaluate": evaluate}
     known = {command: set(inspect.signature(main).parameters) for command, main in mains.items()}
-    known["accelerate launch training/train.py"] = {field.name for field in dataclasses.fields(TrainConfig)}
+    known["accelerate launch -m training.train"] = {field.name for field in dataclasses.fields(TrainConfig)}
     for line in read_facts(CARDS / f"{name}.yaml")["train"].splitlines():
         command = next(command for command in known if line.startswith(f"{command} "))
         options = {option.replace("-", "_") for option in re.findall(r" --([\w-]+)", line)}

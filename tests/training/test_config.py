@@ -94,6 +94,16 @@ def test_bad_and_contradictory_options_are_refused_with_the_value_and_what_was_e
         TrainConfig(data=Path("d"), out=Path("o"), **options)
 
 
+def test_a_config_that_comes_with_the_package_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--data", "d", "--out", "o", "--config", "laptop"]
+    assert parse(arguments).query_genes == 150
+    (tmp_path / "laptop").write_text("query_genes: 3")  # a file of that name is meant first
+    assert parse(arguments).query_genes == 3
+    with pytest.raises(FileNotFoundError, match="no config file 'labtop'; there are: demo, dentate-gyrus-5m, laptop"):
+        read_config(Path("labtop"))
+
+
 def test_a_size_on_the_command_line_wins_over_the_shape_in_a_file(tmp_path):
     (tmp_path / "run.yaml").write_text("hidden_size: 48\nnum_hidden_layers: 2\n")
     arguments = ["--config", str(tmp_path / "run.yaml"), "--data", "d", "--out", "o", "--size"]

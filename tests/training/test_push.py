@@ -193,7 +193,7 @@ TINY = "hidden_size: 16\nnum_hidden_layers: 1\nnum_latents: 4\nmax_steps: 3\nbat
 
 # All that is put in place of the README's words: a small network, and what is installed here instead of a download.
 INSTEAD = {
-    "training/configs/demo.yaml": "tiny.yaml",
+    "--config demo": "--config tiny.yaml",
     "elsewhere/bin/pip install torch transformers": f"{sys.executable} -m tests.fresh_python elsewhere",
 }
 

@@ -1,8 +1,9 @@
 """Turn a typed, documented ``main`` into a command line, and say how far a long task is.
 
 Every stage (``dcm-convert``, ``dcm-train``, ...) is a plain function; tyro makes its options from the signature and its
-help from the docstring. A mistake of the user is one line on stderr and exit code 2, never a traceback; set
-``DCM_TRACEBACK=1`` to see the traceback all the same.
+help from the docstring, with the first command of its module's docstring as the example. A list is one word with commas,
+names with values are ``NAME=VALUE`` in it, and ``none`` is no value. A mistake of the user is one line on stderr and exit
+code 2, never a traceback; set ``DCM_TRACEBACK=1`` to see the traceback all the same.
 """
 
 import ctypes
@@ -11,24 +12,131 @@ import inspect
 import logging
 import os
 import platform
+import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import TracebackType
+from dataclasses import replace
+from types import NoneType, TracebackType
+from typing import TYPE_CHECKING, Annotated, Union, get_args, get_origin
+
+if TYPE_CHECKING:
+    from tyro.constructors import ConstructorRegistry
+
+PACKAGE = "discrete-cell-models"
 
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 30
 
 
-def run(main: Callable[..., object]) -> None:
-    """Run ``main`` with the options of the command line; exit 2 on a ``ValueError`` or ``OSError`` that it raises."""
+def run(*mains: Callable[..., object]) -> None:
+    """Run ``main``, or the one of several that the first word names, with the options of the command line; exit 2 on a
+    ``ValueError`` or ``OSError`` that it raises."""
+    with user_errors():
+        parse(*mains)
+
+
+def parse(*mains: Callable[..., object], arguments: list[str] | None = None, **options) -> object:
+    """Return what ``main``, a function or a dataclass, makes of the options of the command line.
+
+    Args:
+        mains: one, or several that are told apart by name; their signatures and docstrings are the options and the help.
+        arguments: words of the command line; default those of this program.
+        options: more for :func:`tyro.cli`.
+    """
     import tyro
 
-    with user_errors():
-        tyro.cli(main)
+    if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+        sys.stdout.write(f"{PACKAGE} {version_of(PACKAGE)}\n")
+        sys.exit()
+    for main in mains:
+        _make_helpful(main)
+    module = sys.modules[mains[0].__module__].__doc__
+    options |= {"prog": _program(_examples(module)[0]), "registry": grammar(), "args": arguments}
+    options["config"] = (tyro.conf.PositionalMetavarFromFieldName,)
+    if len(mains) == 1:
+        return tyro.cli(mains[0], **options)
+    commands = {main.__name__: main for main in mains}
+    return tyro.extras.subcommand_cli_from_dict(commands, description=module.partition("\n")[0], **options)
+
+
+def _make_helpful(main: Callable[..., object]) -> None:
+    """Let each option's help be one line, without the line breaks of the source, and say a default only where the text
+    does not: it is not None. Put the first command of the module's docstring that names ``main``, or else its first one,
+    behind the summary."""
+    import docstring_parser
+    import tyro
+
+    summary, args, rest = inspect.cleandoc(main.__doc__).partition("\n\nArgs:")
+    if "\n\nExample: " in summary:
+        return  # done before
+    defaults = {name: parameter.default for name, parameter in inspect.signature(main).parameters.items()}
+    for option in docstring_parser.parse_from_object(main).params:
+        told = {"help_behavior_hint": ""} if defaults[option.arg_name] is None else {}
+        words = tyro.conf.arg(help=" ".join(option.description.split()), **told)
+        main.__annotations__[option.arg_name] = Annotated[main.__annotations__[option.arg_name], words]
+    examples = _examples(sys.modules[main.__module__].__doc__)
+    example = next((line for line in examples if f" {main.__name__} " in line), examples[0])
+    summary = re.sub(r"(?<!\n)\n(?!\n)", " ", summary)
+    main.__doc__ = f"{summary}\n\nExample: {example}" + args + rest
+
+
+def _examples(text: str) -> list[str]:
+    """The commands of a module's docstring: its lines with an indent, those that end in a backslash with the next."""
+    return [" ".join(line.split()) for line in re.findall(r"^ {4}(\S.*)", re.sub(r"\\\n *", "", text), re.MULTILINE)]
+
+
+def _program(command: str) -> str:
+    words = command.split()
+    return " ".join(words[:3] if words[0] == "python" else words[:1])
+
+
+def grammar() -> "ConstructorRegistry":
+    """Return tyro's rules for what may be left out, and for names with values."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        kinds = get_args(info.type)
+        if get_origin(info.type) is dict or NoneType not in kinds:
+            return None
+        given = Union[tuple(kind for kind in kinds if kind is not NoneType)]  # noqa: UP007
+        spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(given, info.markers))
+        nothing = () if str in kinds else ("none", "None")  # a label may be called none
+        return replace(
+            spec,
+            choices=spec.choices and (*spec.choices, *nothing),
+            instance_from_str=lambda words: None if words[0] in nothing else spec.instance_from_str(words),
+            is_instance=lambda value: value is None or spec.is_instance(value),
+            str_from_instance=lambda value: ["none"] if value is None else spec.str_from_instance(value),
+        )
+
+    @registry.primitive_rule
+    def named_values(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if get_origin(info.type) is not dict:
+            return None
+        kind = get_args(info.type)[1]
+
+        def read(words: list[str]) -> dict[str, object]:
+            pairs = [part.partition("=") for part in re.split(",(?=[^,=]+=)", words[0])]
+            if not all(name and equals for name, equals, _ in pairs):
+                raise ValueError(f"expected NAME=VALUE, with commas between several, not {words[0]!r}")
+            return {name: kind(value) for name, _, value in pairs}
+
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="NAME=VALUE[,...]",
+            instance_from_str=read,
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda value: [",".join(f"{name}={each}" for name, each in value.items())],
+        )
+
+    return registry
 
 
 @contextmanager
