@@ -1,9 +1,9 @@
 """Turn a typed, documented ``main`` into a command line, and say how far a long task is.
 
 Every stage (``dcm-convert``, ``dcm-train``, ...) is a plain function; tyro makes its options from the signature and its
-help from the docstring, with the first command of its module's docstring as the example. A list is one word with commas,
-names with values are ``NAME=VALUE`` in it, and ``none`` is no value. A mistake of the user is one line on stderr and exit
-code 2, never a traceback; set ``DCM_TRACEBACK=1`` to see the traceback all the same.
+help from the docstring, with a command of its module's docstring as the example. A list is one word with commas, names
+with values are ``NAME=VALUE`` in it, and ``none`` is no value. A mistake of the user is one line on stderr and exit code
+2, never a traceback; set ``DCM_TRACEBACK=1`` to see the traceback all the same.
 """
 
 import ctypes
@@ -43,7 +43,7 @@ def parse(*mains: Callable[..., object], arguments: list[str] | None = None, **o
     """Return what ``main``, a function or a dataclass, makes of the options of the command line.
 
     Args:
-        mains: one, or several that are told apart by name; their signatures and docstrings are the options and the help.
+        mains: one, or several that are told apart by name; signatures and docstrings are options and help.
         arguments: words of the command line; default those of this program.
         options: more for :func:`tyro.cli`.
     """
@@ -65,8 +65,8 @@ def parse(*mains: Callable[..., object], arguments: list[str] | None = None, **o
 
 def _make_helpful(main: Callable[..., object]) -> None:
     """Let each option's help be one line, without the line breaks of the source, and say a default only where the text
-    does not: it is not None. Put the first command of the module's docstring that names ``main``, or else its first one,
-    behind the summary."""
+    does not: it is not None. Put the first command of the module's docstring that names ``main``, or else its first
+    one, behind the summary."""
     import docstring_parser
     import tyro
 
