@@ -2,8 +2,8 @@
 
 Every stage (``dcm-convert``, ``dcm-train``, ...) is a plain function; tyro makes its options from the signature and its
 help from the docstring, with a command of its module's docstring as the example. A list is one word with commas, names
-with values are ``NAME=VALUE`` in it, and ``none`` is no value. A mistake of the user is one line on stderr and exit code
-2, never a traceback; set ``DCM_TRACEBACK=1`` to see the traceback all the same.
+with values are ``NAME=VALUE`` in it, and ``none`` is no value. A mistake of the user is one line on stderr and exit
+code 2, never a traceback; set ``DCM_TRACEBACK=1`` to see the traceback all the same.
 """
 
 import ctypes
