@@ -4,8 +4,9 @@ The loop over steps is the sampler's (`sampling_dcm.py`), which asks the network
 Letters: N all cells, B cells of a chunk, L genes in the sequence, G all genes, E width of the state.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from tqdm.auto import tqdm
@@ -40,7 +41,8 @@ class CellGenerationMixin:
         temperature: float = 1.0,
         seed: int = 0,
         batch_size: int = 256,
-        chunks: Sequence[int] | None = None,
+        chunks: Iterable[int] | None = None,
+        on_chunk: Callable[[int, torch.Tensor], None] | None = None,
         progress: bool = False,
     ) -> torch.Tensor:
         """Draw cells.
@@ -65,7 +67,9 @@ class CellGenerationMixin:
             temperature: divides the logits; 1.0 draws from the model.
             seed: the same seed and ``batch_size`` give the same cells.
             batch_size: cells of a chunk.
-            chunks: draw only these of the ``ceil(N / batch_size)`` chunks; they are the same cells as in a whole run.
+            chunks: draw only these of the ``ceil(N / batch_size)`` chunks, each asked for when it is its turn; they are
+                the same cells as in a whole run.
+            on_chunk: is given the number and the cells (B, L) of each chunk, which are then not kept: none is returned.
             progress: show a bar with cells/s.
 
         Returns:
@@ -90,7 +94,7 @@ class CellGenerationMixin:
         if observed is not None:
             self._check_observed(observed, N, len(gene_ids))
         sizes = self._given_library_size(library_size, N, observed is not None)
-        origin, states = self._origin_of_states(state, N, given, seed, observed is not None)
+        origin, source = self._origin_of_states(state, N, given, seed, observed is not None)
         if origin == "null" and steps == "auto":
             raise ValueError(
                 "steps='auto' goes by cells whose state is given, and here it is not: give a number of steps"
@@ -105,28 +109,32 @@ class CellGenerationMixin:
             "mask_token_id": self.config.mask_token_id,
             "pad_token_id": self.config.pad_token_id,
         }
-        wanted = list(row_chunks(N, batch_size))
-        wanted = wanted if chunks is None else [wanted[chunk] for chunk in chunks]
-        cells, total = [], sum(rows.stop - rows.start for _, rows in wanted)
+        all_rows, cells = [rows for _, rows in row_chunks(N, batch_size)], []
         # a bar on a terminal only: in a log file it would be one endless line
+        total = N if chunks is None else None
         bar = tqdm(total=total, unit="cell", desc="sampling", disable=None if progress else True)
         with dropout_off(self), bar:
-            for chunk, rows in wanted:
+            for chunk in range(len(all_rows)) if chunks is None else chunks:
+                rows = all_rows[chunk]
                 generator = keyed_generator(seed, chunk, self.device)
                 conditions = select_rows(given, rows, self.device)
                 drawn = None
                 if origin in ("bank", "prior"):  # z and log1p(total) together
-                    drawn = self._prior_draw(rows, conditions, sizes, generator) if states is None else states[rows]
+                    if origin == "bank":
+                        drawn = self.state_source.bank[source[rows].to(self.device)]
+                    else:
+                        drawn = self._prior_draw(rows, conditions, sizes, generator)
                     conditions["state"] = self._told_state(drawn)
                 elif origin == "given":
-                    conditions["state"] = states[rows].to(self.device)
+                    conditions["state"] = source[rows].to(self.device)
                 conditions["library_size"] = self._library_size(sizes, drawn, rows, conditions, gene_ids, generator)
                 x = self._start(rows, len(gene_ids), observed).to(self.device)
                 genes = gene_ids.to(self.device)
                 denoise = denoiser(self, x, genes, conditions, guidance_scale, from_nothing=observed is None)
-                cells.append(sample_counts(denoise, x, generator=generator, **options).cpu())
-                bar.update(len(cells[-1]))
-        return torch.cat(cells)
+                x = sample_counts(denoise, x, generator=generator, **options).cpu()
+                (cells.append if on_chunk is None else partial(on_chunk, chunk))(x)
+                bar.update(len(x))
+        return torch.cat(cells) if cells else torch.empty(0, len(gene_ids), dtype=torch.long)
 
     def _panel(self, gene_ids: torch.Tensor | None) -> torch.Tensor:
         """Genes (L,) to generate, on the CPU."""
@@ -180,8 +188,8 @@ class CellGenerationMixin:
     def _origin_of_states(
         self, state, N: int, given, seed: int, is_imputation: bool
     ) -> tuple[str | None, torch.Tensor | None]:
-        """Where states come from, and those known: ``"given"`` (N, E), ``"bank"`` (N, d+1), ``"prior"`` (drawn for each
-        chunk) or ``"null"``; None for a model without a cell state."""
+        """Where states come from, and what is known of them: ``"given"`` with states (N, E), ``"bank"`` with its rows
+        (N,), ``"prior"`` (drawn for each chunk) or ``"null"``; None for a model without a cell state."""
         config, source = self.config, self.state_source
         is_tensor = torch.is_tensor(state)
         if state is not None and not is_tensor and state not in ("null", "prior", "bank"):
@@ -200,7 +208,7 @@ class CellGenerationMixin:
             raise ValueError("state='bank', but this checkpoint keeps no states of training cells: take 'prior'")
         if state != "null" and not len(source.keys):
             raise ValueError("this model stores no states of its training cells: give state=, or 'null'")
-        return state, source.draw_from_bank(self._group_keys(N, given), seed) if state == "bank" else None
+        return state, source.rows_of_bank(self._group_keys(N, given), seed) if state == "bank" else None
 
     def _prior_draw(self, rows: slice, conditions, sizes, generator) -> torch.Tensor:
         """(z, log1p(total)) of a chunk (B, d+1); where the library sizes are given, of about such cells."""

@@ -116,8 +116,8 @@ class StateSource(nn.Module):
         noise = torch.randn(len(keys), mean.shape[1], generator=generator, device=keys.device)
         return mean + self.location[row, part] + (self.scale[row, part] @ noise[..., None])[..., 0]
 
-    def draw_from_bank(self, keys: torch.Tensor, seed: int) -> torch.Tensor:
-        """Draw states (B, E) of training cells of each cell's conditions, without replacement as far as they go.
+    def rows_of_bank(self, keys: torch.Tensor, seed: int) -> torch.Tensor:
+        """Draw rows of the bank (N,), of each cell's conditions, without replacement as far as they go.
 
         The cells of one call share the states: what a cell gets depends on all of ``keys`` and on ``seed``.
         """
@@ -131,4 +131,4 @@ class StateSource(nn.Module):
             generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
             rounds = [torch.randperm(size, generator=generator) for _ in range(-(-len(wanted) // size))]
             rows[wanted] = start + torch.cat(rounds)[: len(wanted)]
-        return self.bank[rows.to(self.bank.device)]
+        return rows

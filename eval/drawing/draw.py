@@ -95,20 +95,26 @@ def _draw_chunks(
     missing = _agreed_chunks(files, state, fresh=fresh)
     already = files.num_cells_of(set(range(len(files.rows))) - set(missing))
     with _report(files.num_cells - already, state) as report:
-        for chunk in missing:
-            if not files.take(chunk):
-                continue
-            ids = model.generate(**asked, chunks=[chunk])
+
+        def write(chunk: int, ids: torch.Tensor) -> None:
             # of counts that share a bin: keyed as every other draw of the chunk is
             seed = keyed_generator(asked["seed"], chunk).initial_seed()
             files.write(chunk, tokenizer.decode(ids, seed=seed).X)
-            if report:
-                report.update(files.num_cells_of(files.written()) - already - report.done)
+
+        model.generate(**asked, chunks=_taken(files, missing, report), on_chunk=write)
         with _failure_of_another_explained():
             state.wait_for_everyone()
         if report:
-            report.update(files.num_cells - already - report.done)
             logger.info("drew %d cells, %.3g per second", report.done, report.rate)
+
+
+def _taken(files: ChunkFiles, missing: list[int], report: ProgressReport | None) -> Iterator[int]:
+    """The chunks that this process is to draw; those that others take count as drawn when it comes to them."""
+    for chunk in missing:
+        if files.take(chunk):
+            yield chunk
+        if report:
+            report.update(files.num_cells_of([chunk]))
 
 
 def _report(num_cells: int, state: PartialState) -> AbstractContextManager[ProgressReport | None]:

@@ -24,12 +24,13 @@ from tokenization import DCMTokenizer
 
 @pytest.fixture
 def calls(monkeypatch) -> list[dict]:
-    """Arguments of every call of ``generate`` that draws chunks."""
+    """Arguments of every call of ``generate`` that draws chunks, with the chunks that it draws."""
     found, generate = [], DCMForDenoising.generate
 
     def recorded(self, *arguments, **options):
         if options.get("chunks") is not None:
-            found.append(options)
+            found.append(options | {"chunks": list(options["chunks"])})
+            options = found[-1]
         return generate(self, *arguments, **options)
 
     monkeypatch.setattr(DCMForDenoising, "generate", recorded)
@@ -41,7 +42,7 @@ def test_drawn_and_written_in_chunks_the_file_holds_what_one_call_of_generate_dr
     name = next(name for name in DCMTokenizer.from_pretrained(trained).perturbations if name != "control")
     options = {"steps": 3, "schedule": "cubic", "temperature": 1.0, "seed": 5, "batch_size": 8, "guidance_scale": 0.0}
     main(str(trained), out=out, num_cells=23, cell_type="type1", perturbation=name, **options)
-    assert [call["chunks"] for call in calls] == [[0], [1], [2]]
+    assert [call["chunks"] for call in calls] == [[0, 1, 2]]
     model, tokenizer = load_checkpoint(str(trained))
     conditions = tokenizer.conditions(num_cells=23, cell_type="type1", perturbation=name)
     expected = tokenizer.decode(model.generate(**conditions, **options), conditions=conditions)

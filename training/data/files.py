@@ -86,11 +86,12 @@ def written_aside(path: str | Path) -> Iterator[Path]:
     """
     path = followed(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    put_back(path)
     aside = _aside(path.parent, path.name)
     try:
         yield aside
         share(aside)
+        if aside.is_dir():
+            put_back(path)
         if aside.is_dir() and path.is_dir():
             old = aside.with_suffix(".old")
             os.replace(path, old)
@@ -106,6 +107,9 @@ def written_aside(path: str | Path) -> Iterator[Path]:
                 with aside.open("rb") as file:
                     os.fsync(file.fileno())  # the bytes before the name
             os.replace(aside, path)
+    except BaseException:
+        put_back(path)  # not at each file that is written: it lists the folder
+        raise
     finally:
         if aside.is_dir():
             shutil.rmtree(aside)

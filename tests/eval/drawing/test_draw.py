@@ -12,24 +12,27 @@ from pathlib import Path
 import anndata
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from eval.drawing.checkpoint import load_checkpoint
+from eval.drawing.chunks import ChunkFiles
 from eval.sample import main
-from modeling_dcm import DCMForDenoising
+from modeling_dcm import generation_dcm
 from tests.tiny_training import assert_same_file
 
 
 def interrupted_run(monkeypatch, trained: Path, out: Path, options: dict) -> None:
     """Draw the first three chunks, and no more."""
-    generate = DCMForDenoising.generate
+    take = ChunkFiles.take
 
-    def interrupted(self, *arguments, **options):
-        if options.get("chunks") == [3]:
+    def interrupted(self, chunk):
+        if chunk == 3:
             raise KeyboardInterrupt
-        return generate(self, *arguments, **options)
+        return take(self, chunk)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(DCMForDenoising, "generate", interrupted)
+        patch.setattr(ChunkFiles, "take", interrupted)
         main(str(trained), out=out, **options)
 
 
@@ -93,6 +96,33 @@ def test_chunks_of_another_request_are_refused_or_thrown_away(trained, tmp_path,
     main(str(trained), out=out, **options | change, fresh=True)
     main(str(trained), out=tmp_path / "whole.h5ad", **options | change)
     assert_same_file(out, tmp_path / "whole.h5ad")
+
+
+class Touched(TorchDispatchMode):
+    """Counts the elements of all tensors that operations return."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        self.elements += sum(value.numel() for value in tree_leaves(out) if isinstance(value, torch.Tensor))
+        return out
+
+
+def test_a_chunk_costs_the_same_whether_there_are_10_100_or_1000(trained, tmp_path, monkeypatch):
+    """In elements of tensors and in listings of a folder, with a network that says nothing."""
+    monkeypatch.setattr(generation_dcm, "sample_counts", lambda denoise, x, **options: torch.zeros_like(x))
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
+    elements, listings = {}, {}
+    for chunks in (10, 100, 1000):
+        listed.clear()
+        with Touched() as touched:
+            main(str(trained), out=tmp_path / f"{chunks}.h5ad", num_cells=2 * chunks, batch_size=2)
+        elements[chunks], listings[chunks] = touched.elements, len(listed)
+    assert listings[10] == listings[100] == listings[1000] > 0
+    assert (elements[1000] - elements[100]) / 900 == pytest.approx((elements[100] - elements[10]) / 90, rel=0.01)
 
 
 @pytest.mark.slow
