@@ -1,6 +1,6 @@
 """The backbone of cost linear in genes: learned latents read the observed genes, think, and are read by queried genes.
 
-Letters: B cells, L genes in the sequence, Q queried genes, E condition tokens, M latents, H heads, D width.
+Letters: B cells, L genes in the sequence, Q queried genes, E condition tokens, M latents, D width.
 """
 
 from dataclasses import replace
@@ -68,16 +68,15 @@ class RevealedGenes:
     def __init__(self, backbone: LatentBackbone, cells: PartialCells, conditions: ConditionEncoder, totals: CellTotals):
         self.backbone, self.cells, self.conditions, self.totals = backbone, cells, conditions, totals
         B, L = cells.input_ids.shape
-        key, value = backbone.read.keys_and_values(backbone.nothing.weight[None])  # (1, H, 1, D/H)
-        shape = (B, key.shape[1], L + 1, key.shape[3])
-        self.key, self.value = key.new_empty(shape), value.new_empty(shape)
-        self.key[:, :, :1], self.value[:, :, :1] = key, value
+        nothing = backbone.read.keys_and_values(backbone.nothing.weight[None])  # (1, 1, 2D)
+        self.kv = nothing.new_empty(B, L + 1, nothing.shape[-1])
+        self.kv[:, :1] = nothing
         self.num_read = 0
         self.expected = cells.mean.sum(dim=1)
         self.expected_observed = torch.zeros_like(self.expected)
         self.observed_total = torch.zeros_like(self.expected)
         # added up in float32: in bfloat16 a sum of hundreds of genes would not hear of one more
-        self.observed = torch.zeros(B, backbone.nothing.embedding_dim, device=key.device)
+        self.observed = torch.zeros(B, backbone.nothing.embedding_dim, device=nothing.device)
 
     def __call__(self, x_t: torch.Tensor, known: torch.Tensor) -> tuple[Encoded, PartialCells]:
         """The cells ``x_t`` (B, L), of which the genes at ``known`` (B, j) are revealed, and their encoding."""
@@ -90,9 +89,8 @@ class RevealedGenes:
             library_size=self.cells.total,
         )
         cells = replace(self.cells, input_ids=x_t, progress=progress)
-        end = 1 + self.num_read
-        cached = (self.key[:, :, :end], self.value[:, :, :end])
-        observed = self.observed.to(self.key.dtype)
+        observed = self.observed.to(self.kv.dtype)
+        cached = self.kv[:, : 1 + self.num_read]
         return self.backbone.think(*self.conditions(cells, observed), cached=cached), cells
 
     def _read(self, x_t: torch.Tensor, new: torch.Tensor) -> None:
@@ -102,7 +100,7 @@ class RevealedGenes:
         cells = replace(self.cells, input_ids=x_t).at(new)
         tokens, observed = self.backbone.embedding(cells, with_expected=False)
         start, end = 1 + self.num_read, 1 + self.num_read + new.shape[1]
-        self.key[:, :, start:end], self.value[:, :, start:end] = self.backbone.read.keys_and_values(tokens)
+        self.kv[:, start:end] = self.backbone.read.keys_and_values(tokens)
         self.observed = self.observed + observed
         self.observed_total = self.observed_total + self.totals.total(cells.input_ids)
         self.expected_observed = self.expected_observed + cells.mean.sum(dim=1)

@@ -78,34 +78,32 @@ def eager_attention(module, query, key, value, attention_mask, dropout=0.0, scal
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class Projections(nn.Linear):
+    """Several square projections of the same tokens as one product, (.., D) to (.., nD); each initialised by itself."""
+
+
 class Attention(nn.Module):
-    """Multi-head attention of queries (B, Q, D) over keys (B, S, D), through transformers' attention interface."""
+    """Multi-head attention through transformers' attention interface; ``cross`` where keys are not the queries."""
 
     is_causal = False
 
-    def __init__(self, config: DCMConfig):
+    def __init__(self, config: DCMConfig, cross: bool = False):
         super().__init__()
         self.config = config
         self.heads = config.num_attention_heads
         self.head_dim = config.hidden_size // self.heads
-        self.q = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        D = config.hidden_size  # what comes from the same tokens is one product
+        self.qkv = None if cross else Projections(D, 3 * D)
+        self.q = Projections(D, D) if cross else None
+        self.kv = Projections(D, 2 * D) if cross else None
+        self.out = nn.Linear(D, D)
 
-    def forward(self, x: torch.Tensor, keys: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
-        """``key_mask`` (B, S), True at the keys to attend to; None: all of them."""
-        return self.attend(x, *self.keys_and_values(keys), key_mask)
+    def attend(self, query: torch.Tensor, kv: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+        """Attention of queries (B, Q, D) over keys and values (B, S, 2D).
 
-    def keys_and_values(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What queries attend to (B, H, S, D/H), twice."""
-        return self._heads(self.k(keys)), self._heads(self.v(keys))
-
-    def attend(
-        self, x: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Attention of queries ``x`` (B, Q, D) over keys and values (B, H, S, D/H)."""
-        query = self._heads(self.q(x))
+        ``key_mask`` (B, S) is True at the keys to attend to; None: all of them.
+        """
+        query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, *kv.chunk(2, dim=-1)))
         implementation = self.config._attn_implementation or "eager"
         mask = key_mask
         if key_mask is not None and not ("flash" in implementation and query.shape[2] == key.shape[2]):
@@ -116,9 +114,6 @@ class Attention(nn.Module):
         dropout = self.config.dropout if self.training else 0.0
         attended, _ = attend(self, query, key, value, mask, dropout=dropout, scaling=self.head_dim**-0.5)
         return self.out(attended.flatten(2))
-
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -146,7 +141,7 @@ class Block(GradientCheckpointingLayer):
         self.norm_attention = layer_norm(config.hidden_size)
         self.norm_keys = layer_norm(config.hidden_size) if cross else None
         self.norm_mlp = layer_norm(config.hidden_size)
-        self.attention = Attention(config)
+        self.attention = Attention(config, cross)
         self.mlp = MLP(config)
         self.modulation = AdaLNZero(config.hidden_size, 6 * config.hidden_size)
         self.open_gate = 1.0 if cross else 0.0
@@ -157,7 +152,7 @@ class Block(GradientCheckpointingLayer):
         condition: torch.Tensor,
         keys: torch.Tensor | None = None,
         key_mask: torch.Tensor | None = None,
-        cached: tuple[torch.Tensor, torch.Tensor] | None = None,
+        cached: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Tokens (B, L, D), or those at ``positions`` (B, Q) alone, which still attend to all.
@@ -166,16 +161,18 @@ class Block(GradientCheckpointingLayer):
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=-1)
         h = modulate(self.norm_attention(x), shift_a, scale_a)
-        if cached is None:
-            cached = self.attention.keys_and_values(h) if keys is None else self.keys_and_values(keys)
+        if self.norm_keys is None:
+            query, kv = self.attention.qkv(h).split([x.shape[-1], 2 * x.shape[-1]], dim=-1)
+        else:
+            query, kv = self.attention.q(h), self.keys_and_values(keys) if cached is None else cached
         if positions is not None:
-            x, h = at_positions(x, positions), at_positions(h, positions)
-        x = x + (self.open_gate + gate_a[:, None]) * self.attention.attend(h, *cached, key_mask)
+            x, query = at_positions(x, positions), at_positions(query, positions)
+        x = x + (self.open_gate + gate_a[:, None]) * self.attention.attend(query, kv, key_mask)
         return x + (self.open_gate + gate_m[:, None]) * self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
 
-    def keys_and_values(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (B, H, S, D/H) of a cross-attention block: the same at every noise level."""
-        return self.attention.keys_and_values(self.norm_keys(keys))
+    def keys_and_values(self, keys: torch.Tensor) -> torch.Tensor:
+        """Keys and values (B, S, 2D) of a cross-attention block: the same at every noise level."""
+        return self.attention.kv(self.norm_keys(keys))
 
 
 class CellEmbedding(nn.Module):

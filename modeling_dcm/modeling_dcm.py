@@ -28,7 +28,7 @@ from .diffusion_dcm import IGNORED_LABEL, alpha, denoising_loss
 from .dit_dcm import DiTBackbone
 from .generation_dcm import CellGenerationMixin
 from .latent_dcm import LatentBackbone
-from .layers_dcm import AdaLNZero, Encoded
+from .layers_dcm import AdaLNZero, Encoded, Projections
 from .pipeline_dcm import CUSTOM_PIPELINES
 from .scoring_dcm import CellScoringMixin
 from .state_dcm import CellState, StateSource
@@ -91,7 +91,8 @@ class DCMPreTrainedModel(PreTrainedModel):
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
         elif isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
+            of_one = ((1 + module.out_features / module.in_features) / 2) ** 0.5  # as if each were a layer of its own
+            nn.init.xavier_uniform_(module.weight, gain=of_one if isinstance(module, Projections) else 1.0)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, Loadings):

@@ -54,7 +54,7 @@ class TrainConfig:
     num_hidden_layers: int = 3
     """Blocks."""
     num_attention_heads: int = 4
-    """Heads of each attention."""
+    """Heads of each attention. Narrow ones are for CPUs: GPUs' kernels want hidden_size / num_attention_heads = 64."""
     mlp_ratio: float = 4.0
     """Hidden width of the blocks' MLP over the width."""
     masked_keys: bool = True
