@@ -64,5 +64,5 @@ def test_no_linear_layer_is_read_past_its_call_so_that_dynamic_quantisation_keep
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     assert num_linear(quantised) < num_linear(model)
     p, q = (network(**batch).logits.softmax(dim=-1) for network in (model, quantised))
-    assert (p - q).abs().max() < 0.1
+    assert (p - q).abs().mean() < 0.02
     assert quantised.generate(2, library_size=20, steps=2).shape == (2, 7)
