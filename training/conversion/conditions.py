@@ -24,19 +24,12 @@ RESERVED = (CELL_TYPE, PERTURBATION, *NOT_LABELS, PANEL)
 
 @dataclass(frozen=True)
 class ConditionColumns:
-    """Conditions of n cells.
+    """Conditions of n cells."""
 
-    Attributes:
-        columns: canonical name to n labels, as categories in alphabetical order; empty for unconditional data.
-        sources: canonical name to the column of ``obs`` that it came from.
-        control: the perturbation label of unperturbed cells, or None.
-        separator: joins single perturbations to a combination, or None.
-    """
-
-    columns: dict[str, pd.Categorical]
-    sources: dict[str, str]
-    control: str | None
-    separator: str | None
+    columns: dict[str, pd.Categorical]  # canonical name -> n labels, categories in alphabetical order
+    sources: dict[str, str]  # canonical name -> the column of ``obs`` that it came from
+    control: str | None  # the perturbation label of unperturbed cells
+    separator: str | None  # joins single perturbations to a combination
 
     def strata(self, num_cells: int) -> np.ndarray:
         """The full condition of each cell as an integer, (n,) int64; numbered in the order of the labels."""
@@ -72,15 +65,7 @@ def read_conditions(
     control: str | None,
     separator: str | None,
 ) -> ConditionColumns:
-    """Take the conditions out of ``obs``.
-
-    Args:
-        obs: annotations of n cells.
-        cell_type_key: its column of cell types, or None.
-        perturbation_key: its column of perturbations, or None.
-        covariate_keys: its columns of other conditions.
-        control: label of unperturbed cells; None takes "control" or "non-targeting" if one of them occurs.
-        separator: joins single perturbations to a combination, or None.
+    """Take the conditions out of the columns of ``obs``; the options are those of ``dcm-convert``.
 
     Raises:
         ValueError: a column is missing (those there are listed), a label is missing, an unknown or doubtful control.

@@ -44,28 +44,16 @@ def read_gene_list(path: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Panel:
-    """The genes that are kept, and what their counts are like.
+    """The genes that are kept, and what their counts are like."""
 
-    Attributes:
-        genes: their positions among the joint genes, ascending.
-        largest: the largest count of any cell, which sizes the columns of the shards and nothing else.
-        largest_in_training: the largest count of a training cell.
-        zero_genes: how many genes have no count in training.
-    """
-
-    genes: np.ndarray
-    largest: int
+    genes: np.ndarray  # their positions among the joint genes, ascending
+    largest: int  # count of any cell, which sizes the columns of the shards and nothing else
     largest_in_training: int
-    zero_genes: int
+    zero_genes: int  # how many have no count in training
 
 
 def choose_panel(cells: InputCells, train: np.ndarray, n_top_genes: int | None) -> Panel:
-    """Validate every value, and choose the genes.
-
-    Args:
-        cells: of all files.
-        train: positions of the training cells.
-        n_top_genes: how many variable genes to keep (seurat_v3); None keeps all.
+    """Validate every value, and choose the genes: all, or the ``n_top_genes`` most variable of the cells ``train``.
 
     Raises:
         ValueError: a value is no count, the training cells have no count, or there are too few genes or cells.
@@ -137,11 +125,9 @@ class CellTally:
 def fingerprints(counts: csr_matrix) -> np.ndarray:
     """A number (m,) uint64 for each cell: equal for equal counts, different for others but for one pair in 10^19.
 
-    The sum, modulo 2^64, of a mixed (gene, count) pair for each expressed gene (splitmix64's finaliser).
+    The sum, modulo 2^64, of the hash of a (gene, count) pair for each expressed gene.
     """
-    mixed = counts.indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + counts.data.astype(np.uint64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    mixed ^= mixed >> np.uint64(31)
+    pairs = counts.indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + counts.data.astype(np.uint64)
+    mixed = pd.util.hash_array(pairs)
     sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(mixed, dtype=np.uint64)])
     return sums[counts.indptr[1:]] - sums[counts.indptr[:-1]]

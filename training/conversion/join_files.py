@@ -30,34 +30,21 @@ SOURCE_FILE = "source_file"
 
 @dataclass(frozen=True)
 class FileCells:
-    """The cells of one file among all cells, and its genes among the joint ones.
-
-    Attributes:
-        file: where they are.
-        rows: their positions among all N cells.
-        columns: the joint gene of each of the file's columns, -1 where it is none.
-        measured: (G,) whether the file has a gene.
-    """
+    """The cells of one file among all cells, and its genes among the joint ones."""
 
     file: CountFile
-    rows: slice
-    columns: np.ndarray
-    measured: np.ndarray
+    rows: slice  # their positions among all N cells
+    columns: np.ndarray  # the joint gene of each of the file's columns, -1 where it is none
+    measured: np.ndarray  # (G,) whether the file has a gene
 
 
 @dataclass(frozen=True)
 class InputCells:
-    """N cells in all, and their G joint genes.
-
-    Attributes:
-        files: the files, in order.
-        obs: annotations of all cells (N rows), indexed by unique cell names.
-        var: annotations of the joint genes (G rows), indexed by gene name.
-    """
+    """N cells in all, and their G joint genes."""
 
     files: list[FileCells]
-    obs: pd.DataFrame
-    var: pd.DataFrame
+    obs: pd.DataFrame  # of all N cells, indexed by unique names
+    var: pd.DataFrame  # of the G joint genes, indexed by name
 
     @property
     def measured(self) -> np.ndarray:
@@ -67,9 +54,7 @@ class InputCells:
     def blocks(self, task: str, *, check: bool = False) -> Iterator[tuple[slice, csr_matrix, np.ndarray]]:
         """Yield positions among all cells, their counts (m, G), and which genes their file has (G,).
 
-        Args:
-            task: what the progress bar of each file says.
-            check: as of :meth:`CountFile.blocks`.
+        ``task`` and ``check`` are those of :meth:`CountFile.blocks`.
         """
         for cells in self.files:
             for rows, counts in cells.file.blocks(f"{task} of {cells.file.path.name}", check=check):

@@ -19,17 +19,11 @@ LENGTHS = np.dtype(np.int64)
 
 @dataclass(frozen=True)
 class StoredCells:
-    """A temporary sparse matrix (n, G) to which cells are appended: three raw arrays in files beside ``path``.
+    """A temporary sparse matrix (n, G) to which cells are appended: three raw arrays in files beside ``path``."""
 
-    Attributes:
-        path: without ending.
-        num_genes: G.
-        types: of the arrays ``genes`` and ``expressions``.
-    """
-
-    path: Path
+    path: Path  # without ending
     num_genes: int
-    types: Mapping[str, np.dtype]
+    types: Mapping[str, np.dtype]  # of the arrays ``genes`` and ``expressions``
 
     def append(self, counts: csr_matrix) -> None:
         """Add cells (m, G) behind those so far."""

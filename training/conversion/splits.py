@@ -75,15 +75,10 @@ class SplitOptions:
 
 @dataclass(frozen=True)
 class Split:
-    """Which cells are trained on, validated on and tested on.
+    """Which cells are trained on, validated on and tested on."""
 
-    Attributes:
-        cells: ``train``, ``validation`` and ``test``: disjoint ascending positions that together are all cells.
-        description: what ``split.json`` says of it besides the cells.
-    """
-
-    cells: dict[str, np.ndarray]
-    description: dict[str, object]
+    cells: dict[str, np.ndarray]  # of ``train``, ``validation``, ``test``: disjoint ascending positions, together all
+    description: dict[str, object]  # what ``split.json`` says of it besides the cells
 
 
 def split_cells(obs: pd.DataFrame, conditions: ConditionColumns, options: SplitOptions) -> Split:

@@ -34,23 +34,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tables:
-    """What is written of N cells besides their counts.
+    """What is written of N cells besides their counts."""
 
-    Attributes:
-        obs: their annotations, conditions first.
-        var: annotations of the genes of the panel.
-        uns: what every h5ad says of the conditions.
-        codes: condition name to (N,) ids.
-        features: columns of the shards.
-        panels: which genes were measured in which files, where these differ.
-    """
-
-    obs: pd.DataFrame
-    var: pd.DataFrame
-    uns: dict[str, object]
-    codes: dict[str, np.ndarray]
-    features: datasets.Features
-    panels: Panels | None
+    obs: pd.DataFrame  # conditions first
+    var: pd.DataFrame  # of the genes of the panel
+    uns: dict[str, object]  # what every h5ad says of the conditions
+    codes: dict[str, np.ndarray]  # condition name -> (N,) ids
+    features: datasets.Features  # columns of the shards
+    panels: Panels | None  # which genes were measured in which files, where these differ
 
     @property
     def types(self) -> dict[str, np.dtype]:
@@ -102,17 +93,8 @@ def write_splits(
 ) -> list[Path]:
     """Write ``SPLIT/*.parquet`` and ``SPLIT.h5ad`` for every split that has cells, and the statistics of ``train``.
 
-    Args:
-        folder: where to, and where temporary files go; made here, removed by the caller.
-        cells: of all files.
-        splits: positions of the cells of each split, ascending.
-        panel: the genes to keep.
-        tables: everything but the counts.
-        tokenizer: the vocabularies that the statistics are about.
-        seed: of the random order of the shards.
-
-    Returns:
-        The folders and files written.
+    Temporary files go to ``folder``, too, which is made here and removed by the caller. ``splits`` are ascending
+    positions among the cells of all files; ``seed`` orders the shards. Returns the folders and files written.
     """
     for name in splits:
         if not len(splits[name]):
@@ -175,11 +157,7 @@ def write_shard(
 
 
 def dataset_card(description: Mapping[str, object]) -> str:
-    """Markdown of ``README.md``: what ``datasets.load_dataset`` needs to find the shards, and what they are.
-
-    Args:
-        description: what ``split.json`` says.
-    """
+    """Markdown of ``README.md``: what ``datasets`` needs to find the shards, and what they are, by ``split.json``."""
     numbers = {name: len(cells) for name, cells in description["cells"].items() if cells}
     config = "\n".join(f"  - split: {name}\n    path: {name}/*.parquet" for name in numbers)
     rows = "\n".join(f"| {name} | {number:,} |" for name, number in numbers.items())

@@ -182,7 +182,7 @@ def write_h5ad_in_blocks(
     """Write an h5ad file whose matrices arrive in blocks of cells, one of which is in memory at a time.
 
     Args:
-        path: the file; whoever wants it whole or not at all gives the path of :func:`written_aside`.
+        path: the file, as of :func:`written_aside`.
         annotations: all but the matrices: ``obs`` in the order of the cells, ``var``, ``uns`` and others.
         blocks: for the next cells, the matrices (m, G) by their names in the file: ``X`` or ``layers/...``.
         dtypes: of the values, by these names.
@@ -229,12 +229,7 @@ class DenseRows:
 
 
 class StoredRows:
-    """A CSR matrix (n, F) in an HDF5 file.
-
-    Args:
-        path: the file.
-        name: of the group of ``data``, ``indices`` and ``indptr``.
-        shape: n and F.
+    """A CSR matrix (n, F) in the group ``name`` of an HDF5 file.
 
     Raises:
         ValueError: the index pointers contradict the shape or the number of stored values.
@@ -265,10 +260,7 @@ class StoredRows:
 class CellBuckets:
     """A matrix (n, F) whose values arrive in any order, sorted by cell through temporary files.
 
-    Args:
-        folder: where the temporary files go; made here, removed by the caller.
-        shape: n and F.
-        dtype: of the values.
+    These go to ``folder``, which is made here and removed by the caller.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, int], dtype: np.dtype):
@@ -350,28 +342,16 @@ def checked_indices(indices: np.ndarray, size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class CountFile:
-    """A file of n cells and F genes, whose counts stay on disk.
+    """A file of n cells and F genes, whose counts stay on disk."""
 
-    Attributes:
-        path: the file or folder.
-        source: what the counts are called in messages, such as ``"X of cells.h5ad"``.
-        matrix: the counts (n, F).
-        obs: annotations of the cells, indexed by cell name.
-        var: annotations of the genes, indexed by gene name.
-        layers: what ``--layer`` could name instead.
-        are_genes: (F,) which columns are genes; others (antibodies, guides) are no gene expression.
-        panels: what ``uns["dcm_panels"]`` says of the genes that were measured (:func:`~.shards.read_panels`), if it is
-            there.
-    """
-
-    path: Path
-    source: str
-    matrix: DenseRows | StoredRows | CellBuckets
-    obs: pd.DataFrame
-    var: pd.DataFrame
-    layers: list[str] = field(default_factory=list)
-    are_genes: np.ndarray | None = None
-    panels: Mapping[str, np.ndarray] | None = None
+    path: Path  # the file or folder
+    source: str  # what the counts are called in messages, such as "X of cells.h5ad"
+    matrix: DenseRows | StoredRows | CellBuckets  # (n, F)
+    obs: pd.DataFrame  # indexed by cell name
+    var: pd.DataFrame  # indexed by gene name
+    layers: list[str] = field(default_factory=list)  # what ``--layer`` could name instead
+    are_genes: np.ndarray | None = None  # (F,) which columns are no antibodies or guides
+    panels: Mapping[str, np.ndarray] | None = None  # what uns["dcm_panels"] says (:func:`~.shards.read_panels`)
 
     def measured(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Panel of each cell (n,), and which of the genes in ``columns`` (G,) each panel has (P, G): none where -1."""

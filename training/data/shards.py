@@ -26,18 +26,11 @@ SHARD_CELLS = 4 * ROW_GROUP_CELLS
 
 @dataclass(frozen=True)
 class Panels:
-    """Which genes were measured in which files, where files differ.
+    """Which genes were measured in which files, where files differ; panels by name."""
 
-    Attributes:
-        missing: name of each panel to the genes that were *not* measured in its cells, and its files: what
-            ``panels.json`` holds.
-        measured: name of each panel to (G,) bool.
-        of_file: (F,) the panel of each file.
-    """
-
-    missing: dict[str, dict[str, list[str]]]
-    measured: dict[str, np.ndarray]
-    of_file: np.ndarray
+    missing: dict[str, dict[str, list[str]]]  # what ``panels.json`` holds: files, and genes that were *not* measured
+    measured: dict[str, np.ndarray]  # (G,) bool
+    of_file: np.ndarray  # (F,) the panel of each file
 
 
 def find_panels(measured: np.ndarray, files: Sequence[str], genes: Sequence[str]) -> Panels | None:
