@@ -20,9 +20,9 @@ import tyro
 
 from eval.drawing.checkpoint import check_checkpoint, load_checkpoint
 from eval.sample import Schedule
-from tokenization.labels_dcm import read_names, unknown_label_error
+from tokenization.labels_dcm import label_ids
 from training.data.command_line import ProgressReport, run
-from training.data.files import check_writable, written_aside
+from training.data.files import check_writable, read_list, written_aside
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -79,7 +79,7 @@ def main(
         raise ValueError(f"--draws {draws}: expected at least 2, as the variance is over draws")
     check_checkpoint(checkpoint)
     check_writable(out)
-    names = None if genes_to_mask is None else _gene_names(genes_to_mask)
+    names = [] if genes_to_mask is None else read_list(genes_to_mask, "--genes-to-mask")
     if not cells.exists():
         raise FileNotFoundError(f"no file {str(cells)!r}; expected an h5ad file or 10x output")
     import torch
@@ -89,11 +89,8 @@ def main(
 
     model, tokenizer = load_checkpoint(checkpoint)
     measured = read_measured_cells(cells, tokenizer, layer)
-    known = set(tokenizer.genes)
-    unknown = [name for name in names or () if name not in known]
-    if unknown:
-        raise unknown_label_error("gene to mask", unknown, tokenizer.genes)
-    hidden_genes = np.isin(tokenizer.genes, names or [])
+    label_ids(names, tokenizer.genes, "gene to mask")
+    hidden_genes = np.isin(tokenizer.genes, names)
     is_masking = bool(mask_fraction) or bool((hidden_genes & measured.panels).any())
     if measured.panels.all() and not is_masking:
         raise ValueError(
@@ -227,16 +224,6 @@ def _write(
     score = {} if masked is None else {"masked": masked.scores()}
     with h5py.File(path, "r+") as file:
         write_elem(file["uns"], "dcm_imputation", {**options, **score})
-
-
-def _gene_names(path: Path) -> list[str]:
-    """The names in a file, one per line."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}; expected gene names, one per line")
-    names = read_names(path)
-    if not names:
-        raise ValueError(f"{str(path)!r} lists no genes; expected names, one per line")
-    return names
 
 
 def cli() -> None:

@@ -38,14 +38,10 @@ def log_cp10k(counts: sparse.csr_matrix) -> sparse.csr_matrix:
 
 
 def principal_components(values: sparse.csr_matrix, genes: np.ndarray | None = None) -> Projection:
-    """Fit at most 30 principal components; what comes back centres any cells by *these* means and projects them.
+    """Fit at most 30 principal components of real cells (n, G), of the columns ``genes`` or all.
 
-    Args:
-        values: (n, G) real cells, log-normalised.
-        genes: columns to use; None is all.
-
-    Returns:
-        A function (m, G) -> (m, d) with ``d = min(30, n - 1, genes)``. Signs are arbitrary, distances are not.
+    Return a function (m, G) -> (m, d), ``d = min(30, n - 1, genes)``, that centres any cells by *these* means and
+    projects them. Signs are arbitrary, distances are not.
     """
     chosen = np.arange(values.shape[1]) if genes is None else genes
     dense = values[:, chosen].toarray().astype(np.float64)

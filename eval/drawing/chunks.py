@@ -28,14 +28,10 @@ ARRAYS = ("indptr", "indices", "data")
 
 
 class ChunkFiles:
-    """Chunks of the cells of one output file.
+    """Chunks of ``batch_size`` cells of one output file.
 
-    Args:
-        out: the h5ad file that they become.
-        request: everything that decides which cells these are, as JSON can hold it; chunks of another request are
-            never mixed in.
-        num_cells: of all chunks.
-        batch_size: cells of a chunk.
+    ``request`` is everything that decides which cells these are, as JSON can hold it; chunks of another are never mixed
+    in.
     """
 
     def __init__(self, out: Path, request: dict[str, object], *, num_cells: int, batch_size: int):
@@ -46,13 +42,10 @@ class ChunkFiles:
         self.rows = [rows for _, rows in row_chunks(num_cells, batch_size)]
 
     def prepare(self, *, fresh: bool = False) -> tuple[list[int], int]:
-        """Make the folder, or find the chunks that an interrupted run left; to be called by one process.
+        """Make the folder, or find the chunks that an interrupted run left (``fresh``: throw them away).
 
-        Args:
-            fresh: throw away what an interrupted run left.
-
-        Returns:
-            The chunks that are still to be drawn, and how many of them had a damaged file, which is removed.
+        To be called by one process. Returns the chunks that are still to be drawn, and how many of them had a damaged
+        file, which is removed.
 
         Raises:
             ValueError: the folder holds chunks of another request.

@@ -42,14 +42,11 @@ def draw_cells(
     """Draw cells into an h5ad file, shared among the processes; return when this process has no more to do.
 
     Args:
-        model: is moved to the device of this process, and cast.
-        tokenizer: its.
+        model: is moved to the device of this process, and cast to ``dtype``.
         conditions: as :meth:`DCMTokenizer.conditions`.
         given: ``library_size`` and ``state`` as ``generate`` takes them.
         options: other arguments of ``generate``, ``seed`` and ``batch_size`` among them.
-        out: the file, written by the first process.
         checkpoint: its name, for the file.
-        dtype: of the weights.
         fresh: throw away what an interrupted run left.
 
     Raises:

@@ -34,25 +34,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MeasuredCells:
-    """N cells over the genes of a checkpoint.
-
-    Attributes:
-        obs: annotations of the cells.
-        counts: (N, G) CSR as they stand in the file, not clipped; nothing is stored at genes that it lacks.
-        panel: (N,) of each cell.
-        panels: (P, G) which genes were measured in the cells of each panel.
-        conditions: names of the conditions that ``obs`` gave.
-        condition_ids: their ids, one row for each cell; -1 is *not given*.
-        tokenizer: of the checkpoint.
-    """
+    """N cells over the genes of a checkpoint."""
 
     obs: pd.DataFrame
-    counts: sparse.csr_matrix
-    panel: np.ndarray
-    panels: np.ndarray
-    conditions: list[str]
-    condition_ids: dict[str, torch.Tensor]
-    tokenizer: DCMTokenizer
+    counts: sparse.csr_matrix  # (N, G) as they stand in the file, not clipped; nothing is stored at genes that it lacks
+    panel: np.ndarray  # (N,) of each cell
+    panels: np.ndarray  # (P, G) which genes were measured in the cells of each panel
+    conditions: list[str]  # names of those that ``obs`` gave
+    condition_ids: dict[str, torch.Tensor]  # one row for each cell; -1 is *not given*
+    tokenizer: DCMTokenizer  # of the checkpoint
 
     def __len__(self) -> int:
         return self.counts.shape[0]
@@ -86,13 +76,7 @@ class MeasuredCells:
 
 
 def read_measured_cells(path: Path, tokenizer: DCMTokenizer, layer: str | None = None) -> MeasuredCells:
-    """Read the cells of a file; what does not fit the checkpoint but can be left out is logged with its number.
-
-    Args:
-        path: a file that :func:`training.data.formats.open_counts` opens.
-        tokenizer: of the checkpoint: genes are matched by name, labels of conditions stand in ``obs`` under the names
-            of the conditions.
-        layer: where the counts are; None is ``X``.
+    """Read a file's cells, genes and labels by name; what can be left out to fit the checkpoint is logged.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -157,10 +141,8 @@ def _whole_cells(
         columns = panel_columns(file, genes)
         lacking = [gene for gene, of_panels in zip(genes, file.measured(columns)[1].T) if not of_panels.all()]
         if lacking:
-            of_panel = (
-                f"{len(lacking):,} of the panel's {len(genes):,} genes ({shortened(lacking)}), at least in some cells"
-            )
-            raise ValueError(f"{str(path)!r} lacks {of_panel}: {way_out}")
+            lacks = f"lacks {len(lacking):,} of the panel's {len(genes):,} genes ({shortened(lacking)})"
+            raise ValueError(f"{str(path)!r} {lacks}, at least in some cells: {way_out}")
         yield from file.panel_blocks(columns, f"reading {what}")
 
 

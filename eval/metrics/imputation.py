@@ -15,9 +15,7 @@ INTERVAL = 0.9
 class MaskedEntries:
     """Masked counts, what was drawn for them, and what each gene's mean would have said.
 
-    Args:
-        num_genes: G.
-        seed: of the random part of ranks among equal counts.
+    ``seed`` is of the random part of ranks among equal counts.
     """
 
     def __init__(self, num_genes: int, seed: int):

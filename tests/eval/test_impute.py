@@ -130,7 +130,7 @@ def test_genes_of_a_file_are_masked_in_all_cells(checkpoint, tmp_path):
     assert set(both.layers["imputed"].toarray().sum(axis=1)) == {3}  # and one of the five others
     for text, message in (
         ("g1\nG2\n", r"unknown gene to mask 'G2'; near matches: .*'g2'"),
-        ("\n", r"genes.txt' lists no genes; expected names, one per line"),
+        ("\n", r"genes.txt' \(--genes-to-mask\) is empty; expected one name per line"),
     ):
         (tmp_path / "genes.txt").write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -158,7 +158,10 @@ def test_binned_counts_are_filled_with_counts_and_not_with_ids(make_model, tmp_p
         ({"schedule": "fast"}, r"schedule='fast', expected one of"),
         ({"batch_size": 0}, r"batch_size=0, expected at least 1"),
         ({"genes": GENES}, r"nothing to fill: .*cells.h5ad' has all 7 genes of the model; mask some with"),
-        ({"genes_to_mask": Path("nowhere.txt")}, r"no file 'nowhere.txt'; expected gene names, one per line"),
+        (
+            {"genes_to_mask": Path("nowhere.txt")},
+            r"no file 'nowhere.txt' \(--genes-to-mask\); expected a text file with one name per line",
+        ),
     ],
 )
 def test_bad_options_are_refused_and_nothing_is_written(checkpoint, tmp_path, options, message):

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from tokenization.labels_dcm import read_names
 from training.conversion.join_files import InputCells
+from training.data.files import read_list
 from training.data.variable_genes import GeneTotals, seurat_v3_variances, top_genes
 
 logger = logging.getLogger(__name__)
@@ -23,17 +23,8 @@ FEWEST_GENES = 25  # expressed in a cell; with fewer, two cells may well have th
 
 
 def read_gene_list(path: Path) -> list[str]:
-    """Genes of a text file, one per line, in order; empty lines are passed over.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no text, names no gene, or one twice.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r} (--genes); expected a text file with one gene per line")
-    genes = read_names(path)
-    if not genes:
-        raise ValueError(f"{str(path)!r} names no gene; expected one per line")
+    """Genes of ``--genes``, as :func:`training.data.files.read_list`; one that is named twice is a ValueError, too."""
+    genes = read_list(path, "--genes")
     repeated = sorted({gene for gene in genes if genes.count(gene) > 1}) if len(set(genes)) < len(genes) else []
     if repeated:
         raise ValueError(

@@ -84,16 +84,9 @@ def read_cells(
     join: Literal["intersection", "union"] = "intersection",
     duplicate_genes: Literal["error", "sum"] = "error",
 ) -> InputCells:
-    """Read all of the files but their counts, and join their genes.
+    """Read all of the files but their counts, and join their genes; the options are those of ``dcm-convert``.
 
-    Args:
-        sources: files or folders that :func:`training.data.formats.open_counts` opens.
-        scratch: folder for temporary files; removed by the caller.
-        layer: of h5ad files, the matrix with the counts.
-        gene_key: column of ``var`` that names the genes; default its index.
-        genes: the genes to take, in this order; default those of the files in the order of the first.
-        join: genes that all files have, or that any has. With ``genes``: whether each file must have all of them.
-        duplicate_genes: what happens to several columns of one gene.
+    Temporary files go to ``scratch``, which the caller removes.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -52,15 +52,12 @@ def sort_cells(
     folder: Path,
     types: Mapping[str, np.dtype],
 ) -> tuple[dict[str, StoredCells], dict[str, list[StoredCells]]]:
-    """Sort all cells into temporary files, in the order of the input files.
+    """Sort all cells into temporary files in ``folder``, in the order of the input files.
 
     Args:
-        cells: of all files.
         panel: the genes to keep, positions among the joint ones, ascending.
         splits: (n,) positions of the cells of each split, ascending.
         shards: (n,) the shard that each of these goes to.
-        folder: where to.
-        types: of the arrays ``genes`` and ``expressions``.
 
     Returns:
         The cells of each split, and those of each of its shards.

@@ -20,13 +20,13 @@ from tokenization.conditions_dcm import CELL_TYPE, PERTURBATION
 from tokenization.labels_dcm import (
     factorize,
     join_perturbation,
-    read_names,
     read_text,
     shortened,
     split_perturbation,
     unknown_label_error,
 )
 from training.conversion.conditions import ConditionColumns, existing_column
+from training.data.files import read_list
 from training.data.shards import SPLITS
 
 # the options that each split has a use for, besides fractions and seed
@@ -277,10 +277,7 @@ def _read_labels(held_out: str) -> list[str]:
     """Labels of ``--held-out``: separated by commas, or one per line of the file after ``@``."""
     if not held_out.startswith("@"):
         return [label.strip() for label in held_out.split(",") if label.strip()]
-    path = Path(held_out[1:])
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r} (--held-out @FILE); expected one perturbation per line")
-    return read_names(path)
+    return read_list(Path(held_out[1:]), "--held-out @FILE")
 
 
 def _tested(name: str, conditions: ConditionColumns, label: np.ndarray, held: list[str]) -> np.ndarray:

@@ -17,6 +17,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tokenization.labels_dcm import read_names
+
 logger = logging.getLogger(__name__)
 
 DIGITS = "[0-9a-f]" * 8
@@ -32,6 +34,21 @@ def sha256_of(path: str | Path) -> str:
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
         digest.update(f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n".encode())
     return digest.hexdigest()
+
+
+def read_list(path: Path, option: str) -> list[str]:
+    """Names of a text file, one per line, in order; ``option`` is what it was given by.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no text, or names nothing.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {str(path)!r} ({option}); expected a text file with one name per line")
+    names = read_names(path)
+    if not names:
+        raise ValueError(f"{str(path)!r} ({option}) is empty; expected one name per line")
+    return names
 
 
 def check_writable(out: Path) -> None:
@@ -155,15 +172,9 @@ def scratch_folder(out: Path) -> Iterator[Path]:
 
 
 def check_replaceable(out: Path, *, mark: str, written: Collection[str]) -> None:
-    """Raise unless ``out`` may be (re)placed: absent, empty, or nothing but what an earlier run wrote.
+    """Raise ValueError unless the folder ``out`` is absent, empty, or holds nothing but what an earlier run wrote.
 
-    Args:
-        out: the folder.
-        mark: name of a file that every run writes.
-        written: names of all that a run writes.
-
-    Raises:
-        ValueError: replacing the folder would delete something else.
+    ``mark`` is the name of a file that every run writes, ``written`` are the names of all that a run writes.
     """
     if not out.exists():
         return

@@ -119,7 +119,7 @@ def _open_h5ad(path: Path, scratch: Path, layer: str | None) -> CountFile:
             panels = read_elem(file["uns/dcm_panels"]) if not raw and "uns/dcm_panels" in file else None
             element = file[name]
             if isinstance(element, h5py.Dataset):
-                matrix = DenseRows(path, name)
+                matrix = DenseRows(path, name, element.shape)
             elif (stored := sparse_dataset(element)).format == "csr":
                 matrix = StoredRows(path, name, stored.shape)
             else:
@@ -157,9 +157,8 @@ def _open_10x(path: Path) -> CountFile:
 
 
 def _file_of_10x(path: Path, barcodes, features: dict, matrix: StoredRows | CellBuckets) -> CountFile:
-    var = pd.DataFrame(
-        {"gene_ids": features["id"], "feature_types": features["feature_type"]}, index=pd.Index(features["name"])
-    )
+    columns = {"gene_ids": features["id"], "feature_types": features["feature_type"]}
+    var = pd.DataFrame(columns, index=pd.Index(features["name"]))
     are_genes = np.asarray(var["feature_types"] == GENE_EXPRESSION)
     if not are_genes.any():
         raise ValueError(

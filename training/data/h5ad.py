@@ -110,10 +110,10 @@ def _cause(path: str | Path, error: Exception) -> str:
 
 
 def _lacks_filter(item: h5py.Group | h5py.Dataset) -> bool:
-    if not isinstance(item, h5py.Dataset):
-        return False
-    created = item.id.get_create_plist()
-    return not all(h5py.h5z.filter_avail(created.get_filter(i)[0]) for i in range(created.get_nfilters()))
+    created = item.id.get_create_plist() if isinstance(item, h5py.Dataset) else None
+    return created is not None and not all(
+        h5py.h5z.filter_avail(created.get_filter(i)[0]) for i in range(created.get_nfilters())
+    )
 
 
 def refuse_zarr(path: Path) -> None:
@@ -215,10 +215,8 @@ def storable(values: np.ndarray) -> np.ndarray:
 class DenseRows:
     """A dense matrix (n, F) in an HDF5 file."""
 
-    def __init__(self, path: Path, name: str):
-        self.path, self.name = path, name
-        with h5py.File(path, "r") as file:
-            self.shape = file[name].shape
+    def __init__(self, path: Path, name: str, shape: tuple[int, int]):
+        self.path, self.name, self.shape = path, name, shape
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Yield values (m, F)."""
@@ -361,10 +359,8 @@ class CountFile:
     def blocks(self, task: str, *, check: bool = False) -> Iterator[tuple[slice, scipy.sparse.csr_matrix]]:
         """Yield slices of cells and their counts, CSR int64, with sorted genes and no stored zeros.
 
-        Args:
-            task: what the progress bar says.
-            check: look at every value as it is stored, and raise at the end of the file if one was no count. After
-                a value that is no count, blocks are still read but no longer yielded.
+        ``task`` is what the progress bar says. With ``check`` every value is looked at as it is stored; after one that
+        is no count blocks are still read, to say all that is wrong, but no longer yielded.
 
         Raises:
             ValueError: with ``check``, some value is not a count; or the file is damaged.

@@ -107,14 +107,9 @@ class Cells:
     def batches(
         self, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of this process, epoch after epoch without end.
+        """Batches of this process, of ``batch_size`` cells in an order by ``seed``, epoch after epoch without end.
 
-        Args:
-            batch_size: cells per process and batch.
-            seed: seeds the order of every epoch.
-            rank: this process.
-            world_size: number of processes.
-            start: batches to leave out, of all epochs: where a run that is resumed goes on. They are not read.
+        The first ``start`` of them are left out, and not read: where a run that is resumed goes on.
         """
         sampler = self._sampler(batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
         epoch, skip = divmod(start, len(sampler))
@@ -265,13 +260,6 @@ class GlobalBatchSampler:
     share the work: process ``rank`` of ``world_size`` gets positions ``rank * batch_size`` to
     ``(rank + 1) * batch_size``. What is left after the last full global batch is dropped (another rest each epoch);
     data smaller than one global batch are repeated to fill it.
-
-    Args:
-        num_cells: cells of the data set.
-        batch_size: cells per process and batch.
-        rank: this process.
-        world_size: number of processes.
-        seed: seeds the order of every epoch.
 
     Raises:
         ValueError: a number is below its smallest value, or ``rank`` is not below ``world_size``.

@@ -68,7 +68,7 @@ def test_a_list_of_genes_is_read_in_order(tmp_path):
     path.write_text("g2\n\n g1 \n")
     assert read_gene_list(path) == ["g2", "g1"]
     for content, message in (
-        ("\n", "names no gene"),
+        ("\n", "is empty; expected one name per line"),
         ("a\nb\na\n", r"names 1 genes twice \(a\)"),
         ("\xff", "not a text"),
     ):
