@@ -213,7 +213,8 @@ class NegativeBinomialHead(CategoricalHead):
     ``log p(c) = log NB(c; mu, r) + u(c)``, normalised in the same two stages. ``mu = expected exp(delta)``: what depth
     and cell type let expect, times what the network makes of the observed genes and the condition: a rate linear in
     the hidden state, one that is bilinear in gene and condition, and where the cell state is given ``<B, (z, 1)>``.
-    The dispersions 1/r are those around either mean, times a factor. Rates, factor and u are zero at the start.
+    The dispersions 1/r are those around either mean, times a factor. Rates, factor and u are zero at the start. No mean
+    is above what nearly all training cells have: the exponential of a state that is large by chance is.
     """
 
     def __init__(self, config: DCMConfig):
@@ -226,6 +227,7 @@ class NegativeBinomialHead(CategoricalHead):
         self.state_loading = Loadings(G, config.state_width + 1) if config.state_dim else None
         # log r without and with the state
         self.register_buffer("log_size", torch.zeros(2, G))
+        self.register_buffer("largest_mean", torch.full((G,), float(config.max_count)))
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor, queried: PartialCells) -> TwoStageCategorical:
         u = super().forward(x, condition, queried)
@@ -240,6 +242,7 @@ class NegativeBinomialHead(CategoricalHead):
             change = torch.where(given[:, None], change + of_state, change)
             log_size = torch.where(given[:, None], self.log_size[1][genes], log_size)
         mean = queried.expected.float().clamp(min=LOWEST_MEAN) * change.clamp(-LARGEST_CHANGE, LARGEST_CHANGE).exp()
+        mean = torch.minimum(mean, self.largest_mean[genes])
         size = (log_size + log_factor).exp()
         small = log_small_counts(mean, size, self.num_small)
         if self.large is None:
@@ -262,9 +265,15 @@ class NegativeBinomialHead(CategoricalHead):
 
     @torch.no_grad()
     def set_estimates(
-        self, dispersion: torch.Tensor, state_loading: torch.Tensor | None, state_dispersion: torch.Tensor | None
+        self,
+        largest_mean: torch.Tensor,
+        dispersion: torch.Tensor,
+        state_loading: torch.Tensor | None,
+        state_dispersion: torch.Tensor | None,
     ) -> None:
-        """Start at statistics: 1/r (G,) around what is expected, B (G, E+1), and 1/r (G,) around the regression."""
+        """Start at statistics: bounds of means (G,), 1/r (G,) around what is expected, B (G, E+1), and 1/r (G,) around
+        the regression."""
+        self.largest_mean.copy_(largest_mean)
         self.log_size[:] = -dispersion.log()
         if state_loading is not None:
             self.log_size[1] = -state_dispersion.log()

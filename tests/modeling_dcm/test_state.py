@@ -117,7 +117,7 @@ def test_without_library_size_conditioning_the_state_tells_the_depth(make_model,
     model = make_model(backbone, **OPTIONS, fresh=True)
     model.cell_state.log_total.copy_(torch.tensor([3.0, 0.5]))
     model.totals.gene_mean.fill_(2.0)
-    model.head.set_estimates(torch.full((7,), 0.1), torch.zeros(7, 4), torch.full((7,), 0.1))
+    model.head.set_estimates(torch.full((7,), 9.0), torch.full((7,), 0.1), torch.zeros(7, 4), torch.full((7,), 0.1))
     x = torch.full((2, 7), model.config.mask_token_id)
     state = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 2.0]])
     counts = torch.arange(21.0)

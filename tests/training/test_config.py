@@ -168,10 +168,3 @@ def test_what_contradicts_the_papers_model_is_refused(tmp_path, file, words, cap
     with pytest.raises((ValueError, SystemExit)) as error:
         parse(["--config", str(tmp_path / "run.yaml"), "--data", "d", "--out", "o", *words])
     assert "state_dim=16 contradicts paper, which is 0: leave" in str(error.value) + capsys.readouterr().err
-
-
-def test_where_vectors_are_to_tell_the_effects_there_is_no_state_unless_asked_for(tmp_path):
-    folders = {"data": tmp_path, "out": tmp_path}
-    assert TrainConfig(**folders).chosen_state_dim == 16
-    assert TrainConfig(**folders, perturbation_embeddings=tmp_path).chosen_state_dim == 0
-    assert TrainConfig(**folders, perturbation_embeddings=tmp_path, state_dim=16).chosen_state_dim == 16

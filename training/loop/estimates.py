@@ -10,16 +10,23 @@ from scipy.sparse.linalg import LinearOperator, svds
 from scipy.special import gammaln
 from sklearn.mixture import GaussianMixture
 
+from eval.metrics.distances import w2
+from modeling_dcm.count_distribution_dcm import LOWEST_MEAN
+
 DISPERSIONS = (1e-3, 30.0)  # least and largest 1 / r, the squared coefficient of variation beyond Poisson's
 GOLDEN = (5**0.5 - 1) / 2
 SEARCH_STEPS = 10  # to 5 % of a dispersion
 NEWTON_STEPS = 8
 LARGEST_STEP = 1.0  # of a loading in one Newton step
 LARGEST_EFFECT = 8.0  # of the state on the logarithm of a mean
-RIDGE = 10.0  # cells' worth of evidence that a loading is 0
+RIDGE = 300.0  # cells' worth of evidence that a loading is 0
 GENES_AT_ONCE = 2048
 CELLS_OF_A_COMPONENT = 40
 NO_WEIGHT = -1e4  # a logarithm of zero
+LARGEST_MEAN = 0.995  # quantile of a gene's counts above zero
+STATE_DIMS = (16, 32)  # that are tried
+HELD_OUT = 500  # cells that they are tried on, at most; and at most a fifth of all
+STATE_DRAWS = 3
 
 
 def principal_components(
@@ -88,7 +95,74 @@ def likely_dispersion(counts: csr_matrix, expected: np.ndarray) -> np.ndarray:
     return np.exp((low + high) / 2)
 
 
-def state_loadings(counts: csr_matrix, expected: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def state_dim_distances(
+    counts: csr_matrix, total: np.ndarray, cell_type: np.ndarray, group: np.ndarray, seed: int
+) -> dict[int, float]:
+    """Draw cells by the regression alone, with several numbers of components of the cell state: W2 of each.
+
+    A part of the cells is held out. Components and loadings are fitted to the others, cells are drawn from the states
+    of some of these, of the same groups as the held-out ones, and compared on log1p counts. Too few components miss
+    modules; too many repeat what was noise in the cell that gave its state.
+
+    Args:
+        counts: (n, G) sparse.
+        total: library sizes (n,).
+        cell_type: ids (n,), -1 where there is none.
+        group: numbers (n,) from 0; cells of one group have the same conditions.
+        seed: of the cells that are held out and of the draws.
+    """
+    rng = np.random.default_rng([seed, 79])
+    order = rng.permutation(len(total))
+    held, kept = np.split(order, [min(HELD_OUT, len(order) // 5)])
+    x, largest, median = counts[kept], largest_means(counts[kept]), float(np.median(total[kept]))
+    expected = _expected(x, total[kept], cell_type[kept])
+    rows = [_of_groups(group[kept], group[held], rng) for _ in range(STATE_DRAWS)]
+    real = np.log1p(counts[held].toarray())
+    distances = {}
+    for d in STATE_DIMS:
+        if d + 1 < min(x.shape):
+            center, components = principal_components(x, total[kept], median, d)
+            state = np.log1p(x.toarray() / np.maximum(total[kept], 1)[:, None] * median) - center
+            state = state @ components.T
+            loadings, dispersion = state_loadings(x, expected, state, largest)
+            mean = regressed(expected, loadings, state, largest)
+            drawn = [np.log1p(rng.poisson(rng.gamma(1 / dispersion, mean[i] * dispersion))) for i in rows]
+            distances[d] = float(np.mean([w2(cells, real) for cells in drawn]))
+    return distances
+
+
+def _expected(counts: csr_matrix, total: np.ndarray, cell_type: np.ndarray) -> np.ndarray:
+    """Means (n, G) of the cells' types, times depth."""
+    types, row = np.unique(cell_type, return_inverse=True)
+    mean = np.stack([np.asarray(counts[row == index].mean(axis=0))[0] for index in range(len(types))])[row]
+    depth = (total + 1) / (mean.sum(axis=1) + 1)
+    return np.maximum(mean * depth[:, None], LOWEST_MEAN).astype(np.float32)
+
+
+def _of_groups(groups: np.ndarray, wanted: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Rows (m,) of ``groups`` (n,) that are of the groups ``wanted`` (m,), each once as far as they go; any row where
+    there is none."""
+    rows = np.empty(len(wanted), dtype=np.int64)
+    for value in np.unique(wanted):
+        found, places = np.flatnonzero(groups == value), np.flatnonzero(wanted == value)
+        found = rng.permutation(found if len(found) else len(groups))
+        rows[places] = np.resize(found, len(places))
+    return rows
+
+
+def largest_means(counts: csr_matrix) -> np.ndarray:
+    """The largest mean (G,) that a gene may have: a high quantile of its counts above zero, at least 1.
+
+    The exponential of a state that is large by chance is beyond any count that was ever seen.
+    """
+    by_gene = counts.tocsc()
+    values = np.split(by_gene.data, by_gene.indptr[1:-1])
+    return np.array([np.quantile(x, LARGEST_MEAN) if len(x) else 1.0 for x in values]).clip(1.0)
+
+
+def state_loadings(
+    counts: csr_matrix, expected: np.ndarray, state: np.ndarray, largest_mean: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Regress the counts of every gene on the state: ``x ~ NB(expected exp(<B, (z, 1)>), r)``, with a ridge on B.
 
     Newton's method with Fisher's information, all genes side by side; dispersions by moments on the way and by
@@ -98,16 +172,19 @@ def state_loadings(counts: csr_matrix, expected: np.ndarray, state: np.ndarray) 
         counts: (n, G) sparse.
         expected: means (n, G) without the state, above 0.
         state: z (n, d).
+        largest_mean: of :func:`largest_means`.
 
     Returns:
         B (G, d + 1), the intercept last, and 1/r (G,) around the regression.
     """
     parts = [slice(start, start + GENES_AT_ONCE) for start in range(0, counts.shape[1], GENES_AT_ONCE)]
-    fits = [_loadings(counts[:, genes], expected[:, genes], state) for genes in parts]
+    fits = [_loadings(counts[:, genes], expected[:, genes], state, largest_mean[genes]) for genes in parts]
     return np.concatenate([loadings for loadings, _ in fits]), np.concatenate([spread for _, spread in fits])
 
 
-def _loadings(counts: csr_matrix, expected: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _loadings(
+    counts: csr_matrix, expected: np.ndarray, state: np.ndarray, largest_mean: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     n, d = state.shape
     x = counts.toarray().astype(np.float32)
     design = np.concatenate([state, np.ones((n, 1))], axis=1).astype(np.float32)  # (n, E)
@@ -125,7 +202,12 @@ def _loadings(counts: csr_matrix, expected: np.ndarray, state: np.ndarray) -> tu
         change = np.linalg.solve(information, gradient[..., None])[..., 0]
         largest = np.abs(change).max(axis=1, keepdims=True).clip(min=1e-9)
         loadings += change * np.minimum(1, LARGEST_STEP / largest)
-    return loadings, likely_dispersion(counts, expected * state_effect(loadings, state))
+    return loadings, likely_dispersion(counts, regressed(expected, loadings, state, largest_mean))
+
+
+def regressed(expected: np.ndarray, loadings: np.ndarray, state: np.ndarray, largest_mean: np.ndarray) -> np.ndarray:
+    """Means (n, G) told the state: what was expected times its effect, bounded."""
+    return np.minimum(expected * state_effect(loadings, state), largest_mean.astype(np.float32))
 
 
 def state_effect(loadings: np.ndarray, state: np.ndarray) -> np.ndarray:

@@ -21,7 +21,15 @@ from training.config import TrainConfig
 from training.data.loader import Cells
 from training.data.statistics import Statistics, library_size_quantiles, read_statistics
 from training.data.streaming import open_cells as open_split
-from training.loop.estimates import likely_dispersion, principal_components, state_loadings, state_mixture
+from training.loop.estimates import (
+    STATE_DIMS,
+    largest_means,
+    likely_dispersion,
+    principal_components,
+    state_dim_distances,
+    state_loadings,
+    state_mixture,
+)
 from training.loop.fine_tune import Source, take_state_map, transfer
 from training.perturbations.table import PerturbationTable, read_table
 
@@ -132,7 +140,7 @@ def build_model(
     A gene's marginal and mean counts are those of the cells in which it was measured. With a ``source`` the weights are
     then taken over from there, see :func:`transfer`.
     """
-    config = replace(config, state_dim=config.chosen_state_dim)
+    config = replace(config, state_dim=chosen_state_dim(config, cells))
     statistics = read_statistics(cells.folder)
     found, named = len(statistics.vocabulary["genes"]), len(tokenizer.genes)
     if found != named:
@@ -263,6 +271,31 @@ STATE_BATCH = 512
 BANK_CELLS = 200_000  # states of training cells that a checkpoint keeps, at most
 
 
+def _statistic_cells(config: TrainConfig, cells: Cells) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the cells in which every gene was measured, and a random choice of them."""
+    complete = np.flatnonzero(cells.measured.all(axis=1)[cells.panel])
+    return complete, np.sort(np.random.default_rng([config.seed, 77]).permutation(complete)[:STATISTIC_CELLS])
+
+
+def chosen_state_dim(config: TrainConfig, cells: Cells) -> int:
+    """Components of the cell state: as asked, or what draws the best cells by regression."""
+    if config.state_dim is not None:
+        return config.state_dim
+    if config.perturbation_embeddings is not None:
+        return 0
+    _, rows = _statistic_cells(config, cells)
+    labels = [np.full((len(rows), 1), -1)]
+    labels += [ids.numpy()[rows].reshape(len(rows), -1) for ids in cells.conditions.values()]
+    group = np.unique(np.hstack(labels), axis=0, return_inverse=True)[1].ravel()
+    cell_type = cells.conditions["cell_type_ids"].numpy()[rows] if "cell_type_ids" in cells.conditions else group * 0
+    total = cells.library_size.numpy()[rows].astype(np.float64)
+    distances = state_dim_distances(cells.csr(rows), total, cell_type, group, config.seed)
+    found = ", ".join(f"{d}: {distance:.4g}" for d, distance in distances.items())
+    best = min(distances, key=distances.get, default=STATE_DIMS[0])
+    logger.info("cell state: %d components (W2 of held-out cells, drawn by regression: %s)", best, found)
+    return best
+
+
 @torch.no_grad()
 def set_estimates(model: DCMForDenoising, config: TrainConfig, cells: Cells, source: Source | None = None) -> None:
     """Start the count distribution and the cell state at what statistics of the training cells say.
@@ -275,13 +308,12 @@ def set_estimates(model: DCMForDenoising, config: TrainConfig, cells: Cells, sou
     """
     if config.count_distribution != "nb" and not config.state_dim:
         return
-    complete = np.flatnonzero(cells.measured.all(axis=1)[cells.panel])
+    complete, rows = _statistic_cells(config, cells)
     if len(complete) <= config.state_dim + 1:
         raise ValueError(
             f"{len(complete)} training cells have every gene measured, expected more than {config.state_dim + 1}: "
             "pass --state-dim 0 --count-distribution categorical"
         )
-    rows = np.sort(np.random.default_rng([config.seed, 77]).permutation(complete)[:STATISTIC_CELLS])
     counts, total = cells.csr(rows), cells.library_size.numpy()[rows].astype(np.float64)
     state = None
     if config.state_dim:
@@ -299,8 +331,9 @@ def set_estimates(model: DCMForDenoising, config: TrainConfig, cells: Cells, sou
         tells_depth = config.library_size_conditioning or config.state_dim
         depth = (total + 1) / (mean.sum(axis=1) + 1) if tells_depth else np.ones(len(rows))
         expected = np.maximum(mean * depth[:, None], LOWEST_MEAN).astype(np.float32)
-        estimates = [likely_dispersion(counts, expected)]
-        estimates += [None, None] if state is None else state_loadings(counts, expected, state)
+        largest = largest_means(counts)
+        estimates = [largest, likely_dispersion(counts, expected)]
+        estimates += [None, None] if state is None else state_loadings(counts, expected, state, largest)
         model.head.set_estimates(*(None if value is None else torch.from_numpy(value) for value in estimates))
 
 

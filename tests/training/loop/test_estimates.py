@@ -8,12 +8,17 @@ from scipy.stats import nbinom
 
 from training.loop import start
 from training.loop.estimates import (
+    largest_means,
     likely_dispersion,
     moment_dispersion,
+    regressed,
+    state_dim_distances,
     state_effect,
     state_loadings,
     state_mixture,
 )
+
+NO_BOUND = np.full(10, np.inf)
 
 
 def negative_binomial(mean: np.ndarray, dispersion: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -47,20 +52,44 @@ def test_loadings_and_dispersions_of_a_simulated_state_are_found_whatever_the_bl
     state = rng.normal(size=(n, d))
     expected = rng.gamma(5, 1, (n, G)).astype(np.float32)
     x = csr_matrix(negative_binomial(expected * state_effect(truth, state), spread, rng))
-    loadings, dispersion = state_loadings(x, expected, state)
+    loadings, dispersion = state_loadings(x, expected, state, NO_BOUND[:G])
     np.testing.assert_allclose(loadings, truth, atol=0.05)
     np.testing.assert_allclose(dispersion, spread, rtol=0.25)
     monkeypatch.setattr("training.loop.estimates.GENES_AT_ONCE", 3)
-    in_blocks = state_loadings(x, expected, state)
+    in_blocks = state_loadings(x, expected, state, NO_BOUND[:G])
     np.testing.assert_allclose(in_blocks[0], loadings, rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(in_blocks[1], dispersion)
 
 
 def test_a_gene_that_no_cell_has_gets_finite_loadings():
     rng = np.random.default_rng(2)
-    loadings, dispersion = state_loadings(csr_matrix((300, 2)), np.full((300, 2), 1e-3), rng.normal(size=(300, 4)))
+    x = csr_matrix((300, 2))
+    assert largest_means(x).tolist() == [1, 1]
+    loadings, dispersion = state_loadings(x, np.full((300, 2), 1e-3), rng.normal(size=(300, 4)), largest_means(x))
     assert np.isfinite(loadings).all()
     assert np.isfinite(dispersion).all()
+
+
+@pytest.mark.parametrize(("modules", "level", "best"), [(30, 8.0, 32), (2, 0.3, 16)])
+def test_as_many_components_are_best_as_the_cells_have_modules(modules, level, best):
+    rng = np.random.default_rng(4)
+    n, G = 1_000, 120
+    strength = rng.normal(0, 1, (n, modules))[:, np.arange(G) % modules]
+    x = csr_matrix(rng.poisson(level * np.exp(strength - 0.5)))
+    total, group = np.asarray(x.sum(axis=1))[:, 0], rng.integers(0, 3, n)
+    distances = state_dim_distances(x, total, np.zeros(n), group, seed=0)
+    assert min(distances, key=distances.get) == best
+
+
+def test_no_mean_is_beyond_what_cells_have_and_a_rare_population_keeps_its_own():
+    x = np.zeros((10_000, 2))
+    x[:, 0] = np.random.default_rng(5).poisson(20, len(x))
+    x[:10, 1] = 80  # one cell of a thousand
+    largest = largest_means(csr_matrix(x))
+    assert 30 < largest[0] < x[:, 0].max()
+    assert largest[1] == 80
+    mean = regressed(np.ones((1, 2)), np.array([[9.0, 0.0], [1.0, 0.0]]), np.ones((1, 1)), largest)
+    np.testing.assert_allclose(mean, [[largest[0], np.e]], rtol=1e-5)
 
 
 def test_draws_from_a_fitted_mixture_have_the_moments_of_the_cells():
