@@ -1,10 +1,12 @@
 """Write every split as a folder of Parquet shards in a random order, and as one h5ad in the order of the files.
 
-Two passes: the input files are sorted into temporary files; from these come each h5ad, each shard and the statistics.
+Two passes: the input files are sorted into temporary files, by split and by the shard that a random order sends a cell
+to; from these come each h5ad, each shard and the statistics. Letters: N cells in all, n of a split, m of a block, G
+genes of the panel.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,22 +16,23 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from scipy.sparse import vstack
+from scipy.sparse import csr_matrix, vstack
 
 from tokenization import DCMTokenizer
 from tokenization.conditions_dcm import PERTURBATION
 from tokenization.count_checks_dcm import library_size
 from training.conversion.conditions import ConditionColumns
 from training.conversion.genes import Panel
-from training.conversion.join_files import InputCells
-from training.conversion.shuffle import StoredCells, sort_cells
+from training.conversion.join_files import InputCells, with_genes
 from training.data import shards
 from training.data.command_line import ProgressReport
-from training.data.h5ad import write_h5ad_in_blocks
-from training.data.shards import LIBRARY_SIZE, PANEL, SPLITS, Panels, find_panels, shard_features
+from training.data.h5ad import BLOCK_CELLS, write_h5ad_in_blocks
+from training.data.shards import COUNTS, LIBRARY_SIZE, PANEL, SPLITS, Panels, find_panels, shard_features
 from training.data.statistics import STATISTICS, compute_statistics, vocabulary_of, write_statistics
 
 logger = logging.getLogger(__name__)
+
+LENGTHS = np.dtype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,40 @@ class Tables:
     @property
     def types(self) -> dict[str, np.dtype]:
         """Of the positions and counts in the shards."""
-        return {name: np.dtype(self.features[name].feature.dtype) for name in shards.COUNTS}
+        return {name: np.dtype(self.features[name].feature.dtype) for name in COUNTS}
 
     def measured(self, cells: np.ndarray) -> dict[str, np.ndarray]:
         """The panel of each of some cells (n,), and which genes were measured in each panel (P, G)."""
         if self.panels is None:
             return {"panel": np.zeros(len(cells), dtype=np.int64), "measured": np.ones((1, len(self.var)), dtype=bool)}
         return {"panel": self.codes[PANEL][cells], "measured": np.stack(list(self.panels.measured.values()))}
+
+
+@dataclass(frozen=True)
+class StoredCells:
+    """A temporary sparse matrix (n, G) to which cells are appended: three raw arrays in files beside ``path``."""
+
+    path: Path  # without ending
+    num_genes: int
+    types: Mapping[str, np.dtype]  # of the arrays ``genes`` and ``expressions``
+
+    def append(self, counts: csr_matrix) -> None:
+        """Add cells (m, G) behind those so far."""
+        arrays = {"genes": counts.indices, "expressions": counts.data, "lengths": np.diff(counts.indptr)}
+        for name, values in arrays.items():
+            with self.path.with_suffix(f".{name}").open("ab") as file:
+                values.astype(self.types.get(name, LENGTHS)).tofile(file)
+
+    def blocks(self) -> Iterator[csr_matrix]:
+        """The cells in order, some thousands (m, G) at a time."""
+        lengths = np.fromfile(self.path.with_suffix(".lengths"), LENGTHS)
+        files = [self.path.with_suffix(f".{name}") for name in COUNTS]
+        with files[0].open("rb") as genes, files[1].open("rb") as expressions:
+            for start in range(0, len(lengths), BLOCK_CELLS):
+                pointers = np.concatenate([[0], np.cumsum(lengths[start : start + BLOCK_CELLS])])
+                indices = np.fromfile(genes, self.types["genes"], pointers[-1])
+                values = np.fromfile(expressions, self.types["expressions"], pointers[-1])
+                yield csr_matrix((values, indices, pointers), shape=(len(pointers) - 1, self.num_genes))
 
 
 def build_tables(cells: InputCells, conditions: ConditionColumns, panel: Panel, files: Sequence[str]) -> Tables:
@@ -132,6 +162,42 @@ def write_splits(
                 write_shard(path, stored, order, codes, tables.features.arrow_schema)
                 report.update(len(rows))
     return [*(folder / name for split in splits for name in (split, f"{split}.h5ad")), folder / STATISTICS]
+
+
+def sort_cells(
+    cells: InputCells,
+    panel: np.ndarray,
+    splits: Mapping[str, np.ndarray],
+    shard_of: Mapping[str, np.ndarray],
+    folder: Path,
+    types: Mapping[str, np.dtype],
+) -> tuple[dict[str, StoredCells], dict[str, list[StoredCells]]]:
+    """Sort all cells into temporary files in ``folder``, in the order of the input files.
+
+    Args:
+        panel: the genes to keep, positions among the joint ones, ascending.
+        splits: (n,) positions of the cells of each split, ascending.
+        shard_of: (n,) the shard that each of these goes to.
+
+    Returns:
+        The cells of each split, and those of each of its shards.
+    """
+    whole = {name: StoredCells(folder / name, len(panel), types) for name in splits}
+    parts = {
+        name: [StoredCells(folder / f"{name}-{shard:05d}", len(panel), types) for shard in range(of_cell.max() + 1)]
+        for name, of_cell in shard_of.items()
+    }
+    position = np.full(len(cells.var), -1)
+    position[panel] = np.arange(len(panel))
+    for rows, counts, _ in cells.blocks("sorting cells"):
+        counts = with_genes(counts, position, len(panel))
+        for name, members in splits.items():
+            here = slice(*np.searchsorted(members, [rows.start, rows.stop]))
+            chosen = counts[members[here] - rows.start]
+            whole[name].append(chosen)
+            for shard in np.unique(shard_of[name][here]):
+                parts[name][shard].append(chosen[np.flatnonzero(shard_of[name][here] == shard)])
+    return whole, parts
 
 
 def write_shard(

@@ -23,7 +23,6 @@ from eval.comparison.protocols import (
 )
 from eval.metrics import distances, gene_agreement
 
-BY_GENE = (gene_agreement.mean_r2, gene_agreement.variance_r2, gene_agreement.zero_fraction_error)
 LOG, PAPER = PROTOCOLS["log"], PROTOCOLS["paper"]
 
 

@@ -194,7 +194,7 @@ def test_counts_above_the_largest_are_an_error_in_training_and_clipped_elsewhere
     assert "validation cells have counts above max_count=2" in caplog.text
 
 
-def test_folders_and_conditions_that_are_not_there_are_refused(folder, tmp_path):
+def test_folders_and_conditions_that_are_not_there_are_refused(folder):
     with pytest.raises(FileNotFoundError, match=r"no holdout/\*\.parquet in .*; expected a folder that dcm-convert"):
         Cells(folder, "holdout")
     with pytest.raises(ValueError, match="no condition 'donor' in the shards; they have: cell_type, perturbation, day"):
