@@ -1,13 +1,15 @@
 """Draw cells from a checkpoint into an h5ad file.
 
     dcm-sample checkpoint/ --out generated.h5ad --num-cells 500 --cell-type k562 --perturbation KLF1
+    dcm-sample checkpoint/ --out generated.h5ad --num-cells 500
     dcm-sample checkpoint/ --out generated.h5ad --like test.h5ad
     dcm-sample checkpoint/ --out counterfactual.h5ad --like control.h5ad --perturbation KLF1 --like-library-size
     accelerate launch -m eval.sample checkpoint/ --out generated.h5ad --num-cells 1000000
 
-Cells are drawn and written in chunks of `--batch-size`, so memory does not grow with their number. Processes share the
-chunks (all of them must see the folder of `--out`) and the first one merges them into one file; the same command given
-again after an interruption draws only what is missing. The checkpoint is a folder or a Hub id.
+Labels that are not given are drawn, too, in the proportions of the training cells. Cells are drawn and written in
+chunks of `--batch-size`, so memory does not grow with their number. Processes share the chunks (all of them must see
+the folder of `--out`) and the first one merges them into one file; the same command given again after an interruption
+draws only what is missing. The checkpoint is a folder or a Hub id.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ def main(
     cell_type: str | None = None,
     perturbation: str | None = None,
     covariates: dict[str, str] | None = None,
+    no_labels: bool = False,
     like: Path | None = None,
     like_library_size: bool = False,
     keep_state: bool = False,
@@ -65,10 +68,12 @@ def main(
         out: The h5ad file to write: integer counts in X, conditions in obs. Until it is whole, the cells drawn so far
             stand in the folder .NAME.parts beside it; the same command given again goes on from there.
         num_cells: How many cells; default 500. Not with --like, which draws as many as that file has.
-        cell_type: Cell type of all cells; with --like, instead of what the file says.
+        cell_type: Cell type of all cells; with --like, instead of what the file says. Labels that are not given are
+            drawn in the proportions of the training cells that have the given ones.
         perturbation: Perturbation of all cells, combinations joined as in KLF1+TGFBR2; with --like, instead of what the
             file says (counterfactuals).
         covariates: Labels of covariates, as in --covariates donor=D1,day=3; with --like, instead of what the file says.
+        no_labels: Tell the model nothing of the labels that are not given, instead of drawing them.
         like: An h5ad file: one cell is drawn for each of its cells, with that cell's conditions.
         like_library_size: Give each cell the total count that its cell of --like has over the panel's genes, instead of
             drawing one from the training cells.
@@ -103,6 +108,7 @@ def main(
         ("--library-size", library_size, library_size is None or library_size >= 0, "0 or more"),
         ("--seed", seed, seed >= 0, "0 or more"),
         ("--batch-size", batch_size, batch_size >= 1, "at least 1"),
+        ("--no-labels", no_labels, like is None or not no_labels, "left out with --like, which brings all labels"),
     ):
         if not holds:
             raise ValueError(f"{option} is {value}; expected {expected}")
@@ -115,6 +121,13 @@ def main(
     labels = {"cell_type": cell_type, "perturbation": perturbation, "covariates": covariates or None}
     conditions = _conditions(checkpoint, like, DEFAULT_NUM_CELLS if num_cells is None else num_cells, labels)
     model, tokenizer = load_checkpoint(checkpoint)
+    asked = {name: label for name, label in labels.items() if label is not None}
+    if like is not None:
+        asked["like"] = like.name
+    elif set(tokenizer.known_conditions()) - set(asked) - set(covariates or ()):
+        asked["other_labels"] = "null" if no_labels else "drawn"
+        if not no_labels:
+            conditions = model.draw_labels(**conditions, seed=seed)
     given = {"library_size": library_size, "state": state}
     if like_library_size or keep_state:
         from eval.drawing.measured import library_sizes_of, states_of
@@ -127,8 +140,8 @@ def main(
 
     options = {"steps": steps, "schedule": schedule, "guidance_scale": guidance or guidance_scale}
     options |= {"temperature": temperature, "seed": seed, "batch_size": batch_size}
-    name = Path(checkpoint).name
-    draw_cells(model, tokenizer, conditions, given, options, out, checkpoint=name, dtype=dtype, fresh=fresh)
+    asked = {"checkpoint": Path(checkpoint).name, **asked}
+    draw_cells(model, tokenizer, conditions, given, options, out, asked=asked, source=like, dtype=dtype, fresh=fresh)
     return out
 
 
@@ -167,9 +180,6 @@ def _conditions(
             from eval.drawing.measured import conditions_like
 
             return conditions_like(like, known, **labels)
-        if known.known_conditions() and not any(labels.values()):
-            names = ", ".join(known.known_conditions())
-            logger.info("no labels given: cells are drawn without %s (--like FILE draws those of its cells)", names)
         return known.conditions(num_cells=num_cells, **labels)
 
 

@@ -334,3 +334,32 @@ class LibrarySizes(nn.Module):
         perturbations = torch.where(too_wide, -3, perturbations)
         cell_type = missing if cell_type_ids is None else cell_type_ids[:, None]
         return torch.cat([cell_type, covariates[:, : self.num_covariates], perturbations], dim=1)
+
+
+class LabelCounts(nn.Module):
+    """How many training cells had which labels; cells of which nobody said a label get labels in these proportions.
+
+    ``keys`` are those of :meth:`LibrarySizes.group_keys`.
+    """
+
+    def __init__(self, config: DCMConfig, key_width: int):
+        super().__init__()
+        self.num_single = 1 + len(config.covariates)  # columns of the cell type and the covariates
+        self.register_buffer("keys", torch.full((config.label_groups, key_width), -1))
+        self.register_buffer("number", torch.zeros(config.label_groups, dtype=torch.long))
+
+    def complete(self, keys: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Keys (B, W) with the labels that are not given drawn from the training cells that have the given ones, where
+        there are any."""
+        wanted, drawn = keys.clone(), keys.clone()
+        single, several = wanted[:, : self.num_single], wanted[:, self.num_single :]
+        single[single == -1] = ANY
+        several[(several == -1).all(dim=1)] = ANY
+        known, number = self.keys.to(keys.device), self.number.to(keys.device)
+        unique, group = wanted.unique(dim=0, return_inverse=True)
+        for index, key in enumerate(unique):
+            weight = number * ((known == key) | (key == ANY)).all(dim=1)
+            rows = (group == index).nonzero()[:, 0]
+            if (key == ANY).any() and weight.any():
+                drawn[rows] = known[weight.double().multinomial(len(rows), replacement=True, generator=generator)]
+        return drawn

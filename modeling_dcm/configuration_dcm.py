@@ -60,6 +60,7 @@ class DCMConfig(PreTrainedConfig):
     loss_weighting: str = "uniform"
     entropy_curve: dict[str, list[float]] | None = None  # {"observed": j, "entropy": h(j)}, nats per gene
     library_size_groups: int = 0  # rows of the buffer of library-size quantiles
+    label_groups: int = 0  # rows of the buffer that counts the training cells of each combination of labels
     max_perturbations_per_cell: int = 2  # widest combination among those rows
 
     def __post_init__(self, **kwargs):
@@ -107,7 +108,7 @@ class DCMConfig(PreTrainedConfig):
         at_least_one = ("num_genes", "max_count", "max_perturbations_per_cell", "num_latents")
         for name in (*at_least_one, "hidden_size", "num_hidden_layers", "num_attention_heads"):
             _expect(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("num_cell_types", "num_perturbations", "gene_output_bias", "library_size_groups"):
+        for name in ("num_cell_types", "num_perturbations", "gene_output_bias", "library_size_groups", "label_groups"):
             _expect(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         heads = self.num_attention_heads
         _expect(self.hidden_size % heads == 0, "hidden_size", self.hidden_size, f"a multiple of the {heads} heads")

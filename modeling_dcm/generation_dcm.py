@@ -17,6 +17,8 @@ from .guidance_dcm import denoiser
 from .sampling_dcm import sample_counts
 from .schedule_dcm import as_curve
 
+LABELS = 2**40  # the piece of a run that draws its labels; no chunk has this number
+
 
 class CellGenerationMixin:
     """`generate` of :class:`DCMForDenoising`."""
@@ -135,6 +137,50 @@ class CellGenerationMixin:
                 (cells.append if on_chunk is None else partial(on_chunk, chunk))(x)
                 bar.update(len(x))
         return torch.cat(cells) if cells else torch.empty(0, len(gene_ids), dtype=torch.long)
+
+    @torch.no_grad()
+    def draw_labels(
+        self,
+        num_cells: int,
+        *,
+        cell_type_ids: torch.Tensor | None = None,
+        perturbation_ids: torch.Tensor | None = None,
+        covariate_ids: torch.Tensor | None = None,
+        seed: int = 0,
+    ) -> dict[str, int | torch.Tensor]:
+        """Draw the labels that are not given, in the proportions of the training cells that have the given ones.
+
+        Args:
+            num_cells: N.
+            cell_type_ids: (N,), -1 is not given; likewise the other conditions, as in :meth:`forward`.
+            seed: the same seed gives the same labels.
+
+        Returns:
+            Arguments of :meth:`generate`. What no training cell has is left as it is given.
+        """
+        given = {"cell_type_ids": cell_type_ids, "perturbation_ids": perturbation_ids, "covariate_ids": covariate_ids}
+        given = {name: ids for name, ids in given.items() if ids is not None}
+        check_conditions(self.config, given)
+        N = _num_cells(num_cells, given)
+        if not len(self.label_counts.keys):
+            return {"num_cells": N, **given}
+        keys = self.label_counts.complete(self._group_keys(N, given).cpu(), keyed_generator(seed, LABELS))
+        first = 1 + len(self.config.covariates)  # column of the perturbations
+        drawn = {}
+        if self.config.num_cell_types:
+            drawn["cell_type_ids"] = keys[:, 0]
+        if self.config.num_perturbations:
+            drawn["perturbation_ids"] = keys[:, first:]
+            if perturbation_ids is not None:  # a combination may be wider than those of training cells
+                width = max(perturbation_ids.shape[1], keys.shape[1] - first)
+                theirs, ours = (
+                    torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=-1)
+                    for ids in (perturbation_ids.cpu(), keys[:, first:])
+                )
+                drawn["perturbation_ids"] = torch.where((theirs >= 0).any(dim=1, keepdim=True), theirs, ours)
+        if first > 1:
+            drawn["covariate_ids"] = keys[:, 1:first]
+        return {"num_cells": N, **drawn}
 
     def _panel(self, gene_ids: torch.Tensor | None) -> torch.Tensor:
         """Genes (L,) to generate, on the CPU."""

@@ -14,7 +14,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .conditioning_dcm import CellTotals, ConditionEncoder, LabelEncoder, LibrarySizes, PartialCells, check_conditions
+from .conditioning_dcm import (
+    CellTotals,
+    ConditionEncoder,
+    LabelCounts,
+    LabelEncoder,
+    LibrarySizes,
+    PartialCells,
+    check_conditions,
+)
 from .configuration_dcm import DCMConfig
 from .count_distribution_dcm import (
     CategoricalHead,
@@ -115,6 +123,7 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         self.backbone = DiTBackbone(config) if config.backbone == "dit" else LatentBackbone(config)
         self.head = (NegativeBinomialHead if config.count_distribution == "nb" else CategoricalHead)(config)
         self.library_sizes = LibrarySizes(config)
+        self.label_counts = LabelCounts(config, self.library_sizes.keys.shape[1])
         self.cell_state = CellState(config) if config.state_dim else None
         self.state_source = StateSource(config, self.library_sizes.keys.shape[1]) if config.state_dim else None
         # gene of the panel with each perturbation's name, or -1; filled at training by name

@@ -27,7 +27,8 @@ class CellGenerationPipeline(Pipeline):
 
     A request is a dictionary with any of:
 
-    - ``cell_type``, ``perturbation``: a label for all cells, or one per cell; combinations as in ``KLF1+TGFBR2``.
+    - ``cell_type``, ``perturbation``: a label for all cells, or one per cell; combinations as in ``KLF1+TGFBR2``. Where
+      nothing is observed, labels that are not given are drawn in the proportions of the training cells.
     - ``covariates``: name to label, or labels.
     - ``num_cells``: how many; default as many as labels or observed cells are given, or 1.
     - ``library_size``: total counts of each cell, or ``"null"``; default as in ``model.generate``.
@@ -112,10 +113,11 @@ class CellGenerationPipeline(Pipeline):
         if observed is not None:
             ids = torch.from_numpy(self.tokenizer.count_ids(np.maximum(observed, 0)))
             ids = ids.masked_fill(torch.from_numpy(observed < 0), -1)
-        cells = self.model.generate(
-            sum(inputs["sizes"]), **inputs["arguments"], library_size=inputs["library_size"], observed=ids, **options
-        )
-        return {**inputs, "cells": cells}
+        known = {"num_cells": sum(inputs["sizes"]), **inputs["arguments"]}
+        if observed is None:
+            known = self.model.draw_labels(**known, seed=options.get("seed", 0))
+        cells = self.model.generate(**known, library_size=inputs["library_size"], observed=ids, **options)
+        return {**inputs, "arguments": known, "cells": cells}
 
     def postprocess(self, drawn: dict[str, object], seed: int = 0) -> list[dict[str, object]]:
         """One result per request."""
@@ -131,8 +133,10 @@ class CellGenerationPipeline(Pipeline):
             asked = {name: request[name] for name in FIELDS[:3] if request.get(name) is not None}
             result = {"counts": counts[rows], "genes": list(self.tokenizer.genes), "conditions": asked}
             if has_anndata:
-                conditions = {name: value[rows].cpu() for name, value in drawn["arguments"].items()}
-                result["adata"] = self.tokenizer.decode(ids[rows], conditions=conditions)
+                known = {name: value for name, value in drawn["arguments"].items() if name != "num_cells"}
+                conditions = {name: value[rows].cpu() for name, value in known.items()}
+                result["adata"] = self.tokenizer.decode(ids[rows], conditions=conditions, seed=seed)
+                result["adata"].obs_names = [f"dcm-{seed}-{i}" for i in range(start, stop)]
                 result["adata"].X = type(result["adata"].X)(counts[rows].astype(np.int32))
             results.append(result)
         return results

@@ -283,7 +283,8 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
             ids: (n, G) count ids, as ``model.generate`` returns them.
             conditions: ids as :meth:`conditions` or calling the tokenizer returns them; other entries are ignored. A
                 condition that no cell was given leaves no column.
-            seed: with ``count_bins``, a bin's id becomes a count drawn uniformly inside the bin with this seed.
+            seed: cells are named ``dcm-SEED-0``, ...; with ``count_bins``, a bin's id becomes a count drawn uniformly
+                inside the bin with this seed.
 
         Raises:
             ImportError: anndata is not installed.
@@ -307,7 +308,7 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
         counts = self.counts(ids, seed)
         labels, uns = self.condition_labels(conditions or {}, len(ids))
         adata = anndata.AnnData(csr_matrix(counts.astype(np.int32)), uns=uns)
-        adata.obs_names = [str(i) for i in range(len(ids))]
+        adata.obs_names = [f"dcm-{seed}-{i}" for i in range(len(ids))]
         adata.var_names = self.genes
         for name, column in labels.items():
             adata.obs[name] = column

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from eval.drawing.chunks import ChunkFiles
+from eval.drawing.measured import read_obs
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.diffusion_dcm import keyed_generator
 from tokenization import DCMTokenizer
@@ -35,7 +36,8 @@ def draw_cells(
     options: dict[str, object],
     out: Path,
     *,
-    checkpoint: str,
+    asked: dict[str, object],
+    source: Path | None = None,
     dtype: str = "float32",
     fresh: bool = False,
 ) -> None:
@@ -46,7 +48,8 @@ def draw_cells(
         conditions: as :meth:`DCMTokenizer.conditions`.
         given: ``library_size`` and ``state`` as ``generate`` takes them.
         options: other arguments of ``generate``, ``seed`` and ``batch_size`` among them.
-        checkpoint: its name, for the file.
+        asked: for the file, the checkpoint's name and what was asked for, as JSON can hold it.
+        source: the h5ad file, if any, that has one cell for each of these: the output gets its cells' names and labels.
         fresh: throw away what an interrupted run left.
 
     Raises:
@@ -54,10 +57,11 @@ def draw_cells(
         ConnectionError: another process failed.
     """
     state, num_cells = PartialState(cpu=not torch.cuda.is_available()), conditions["num_cells"]
+    sampling = {**asked, **options} | ({} if dtype == "float32" else {"dtype": dtype})
+    sampling |= {
+        name: value if isinstance(value, str | float) else "given" for name, value in given.items() if value is not None
+    }
     asked = {**conditions, **given}
-    sampling = {"checkpoint": checkpoint, **options} | ({} if dtype == "float32" else {"dtype": dtype})
-    if given["state"] is not None:
-        sampling["state"] = given["state"] if isinstance(given["state"], str) else "given"
     weights_and_names = {**model.state_dict(), "config": model.config.to_json_string(), "genes": tokenizer.genes}
     request = {"num_cells": num_cells, **sampling, "device": state.device.type}
     request |= {"checkpoint_sha256": _sha256(weights_and_names), "conditions_sha256": _sha256(asked)}
@@ -69,7 +73,7 @@ def draw_cells(
     _refuse_what_does_not_fit(model, asked)
     _draw_chunks(model, tokenizer, asked, files, state, fresh=fresh)
     if state.is_main_process:
-        annotations = _annotations(tokenizer, conditions, sampling)
+        annotations = _annotations(tokenizer, conditions, sampling, source)
         ids, unseen = conditions.get("perturbation_ids"), model.config.perturbations_without_cells or ()
         names = [tokenizer.perturbations[i] for i in unseen if ids is not None and (ids == i).any()]
         if names:
@@ -157,13 +161,21 @@ def _refuse_what_does_not_fit(model: DCMForDenoising, asked: dict[str, object]) 
     model.generate(**{**first, "num_cells": 1, "gene_ids": torch.arange(1)})
 
 
-def _annotations(tokenizer: DCMTokenizer, conditions: dict, sampling: dict[str, object]) -> anndata.AnnData:
-    """What the tokenizer decodes cells of these conditions to, but for the counts."""
+def _annotations(
+    tokenizer: DCMTokenizer, conditions: dict, sampling: dict[str, object], source: Path | None
+) -> anndata.AnnData:
+    """What the tokenizer decodes cells of these conditions to, but for the counts; beside them the names of the cells
+    of ``source``, and their labels as they stand there."""
     num_cells = conditions["num_cells"]
     labels, uns = tokenizer.condition_labels(conditions, num_cells)
-    obs = pd.DataFrame(index=np.arange(num_cells).astype(str))
+    obs = pd.DataFrame(index=[f"dcm-{sampling['seed']}-{i}" for i in range(num_cells)])
     for name, column in labels.items():
         obs[name] = pd.Categorical(column)
+    if source is not None:
+        theirs = read_obs(source)
+        obs["source_cell"] = theirs.index.astype(str)
+        for name in theirs.columns.intersection(tokenizer.known_conditions()):
+            obs[f"source_{name}"] = pd.Categorical(theirs[name].astype(str))
     uns |= {"generator": "dcm", "dcm_sampling": sampling}
     return anndata.AnnData(obs=obs, var=pd.DataFrame(index=tokenizer.genes), uns=uns)
 

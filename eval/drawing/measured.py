@@ -167,13 +167,18 @@ def conditions_like(
     Raises:
         ValueError: a missing column, cells without label, or unknown labels.
     """
-    with open_h5ad(path) as file, damage_named(path):
-        obs = read_table(file, "obs")
+    obs = read_obs(path)
     given = {CELL_TYPE: cell_type, PERTURBATION: perturbation, **(covariates or {})}
     given = {name: label for name, label in given.items() if label is not None}
     needed = [name for name in labels.known_conditions() if name not in given]
     columns = labelled(obs, needed, file=str(path), way_out="or give all cells one label by its option")
     return {"num_cells": len(obs), **labels.condition_ids(columns.assign(**given))}
+
+
+def read_obs(path: Path) -> pd.DataFrame:
+    """Names and labels of the cells of an h5ad file."""
+    with open_h5ad(path) as file, damage_named(path):
+        return read_table(file, "obs")
 
 
 def labelled(obs: pd.DataFrame, columns: Sequence[str], *, file: str, way_out: str) -> pd.DataFrame:

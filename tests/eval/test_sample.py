@@ -7,6 +7,7 @@ from typing import get_args
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -45,9 +46,9 @@ def test_drawn_and_written_in_chunks_the_file_holds_what_one_call_of_generate_dr
     assert [call["chunks"] for call in calls] == [[0, 1, 2]]
     model, tokenizer = load_checkpoint(str(trained))
     conditions = tokenizer.conditions(num_cells=23, cell_type="type1", perturbation=name)
-    expected = tokenizer.decode(model.generate(**conditions, **options), conditions=conditions)
+    expected = tokenizer.decode(model.generate(**conditions, **options), conditions=conditions, seed=5)
     expected.uns["generator"] = "dcm"
-    expected.uns["dcm_sampling"] = {"checkpoint": "checkpoint", **options}
+    expected.uns["dcm_sampling"] = {"checkpoint": "checkpoint", "cell_type": "type1", "perturbation": name, **options}
     expected.write_h5ad(tmp_path / "expected.h5ad")
     assert isinstance(anndata.read_h5ad(out).X, sparse.csr_matrix)
     assert_same_file(out, tmp_path / "expected.h5ad")
@@ -59,17 +60,37 @@ def test_like_draws_one_cell_for_each_cell_of_the_file_with_its_labels_and_libra
 ):
     real = anndata.read_h5ad(shards / "test.h5ad")
     real.X = real.X * 7  # labels alone are looked at
-    real.write_h5ad(tmp_path / "louder.h5ad")
-    for like in (shards / "test.h5ad", tmp_path / "louder.h5ad"):
-        main(str(trained), out=tmp_path / f"like_{like.name}", like=like, steps=2)
-    assert_same_file(tmp_path / "like_test.h5ad", tmp_path / "like_louder.h5ad")
+    (tmp_path / "louder").mkdir()
+    real.write_h5ad(tmp_path / "louder" / "test.h5ad")
+    for like in (shards / "test.h5ad", tmp_path / "louder" / "test.h5ad"):
+        main(str(trained), out=tmp_path / f"like_{like.parent.name}.h5ad", like=like, steps=2)
+    assert_same_file(tmp_path / "like_shards.h5ad", tmp_path / "like_louder.h5ad")
     main(str(trained), out=tmp_path / "cells.h5ad", like=like, like_library_size=True, steps=2)
     totals = np.asarray(real.X.sum(axis=1)).ravel()
     assert torch.equal(calls[-1]["library_size"], torch.from_numpy(totals.astype(np.float32)))
-    drawn = anndata.read_h5ad(tmp_path / "like_test.h5ad")
+    drawn = anndata.read_h5ad(tmp_path / "like_shards.h5ad")
     assert len(drawn) == len(real)
     for condition in ("cell_type", "perturbation"):
         assert drawn.obs[condition].astype(str).tolist() == real.obs[condition].astype(str).tolist()
+
+
+def test_labels_that_are_not_given_are_drawn_as_the_training_cells_have_them(trained, shards, tmp_path):
+    out, given = tmp_path / "cells.h5ad", {"num_cells": 1500, "steps": 1, "state": "null", "library_size": 50.0}
+    train = anndata.read_h5ad(shards / "train.h5ad").obs[["cell_type", "perturbation"]].astype(str)
+    main(str(trained), out=out, **given)
+    drawn = anndata.read_h5ad(out)
+    shares = [obs.value_counts(normalize=True) for obs in (drawn.obs[train.columns].astype(str), train)]
+    shares = pd.concat(shares, axis=1).fillna(0).to_numpy()
+    assert (shares[:, 0] > 0).sum() > 5
+    assert np.abs(np.subtract(*shares.T)).max() < 0.04  # four standard errors
+    assert drawn.uns["dcm_sampling"]["other_labels"] == "drawn"
+    name = train["perturbation"][train["cell_type"] == "type1"].iloc[0]
+    main(str(trained), out=out, perturbation=name, **given)
+    drawn = anndata.read_h5ad(out).obs
+    assert set(drawn["perturbation"]) == {name}
+    assert set(drawn["cell_type"]) == set(train["cell_type"][train["perturbation"] == name])
+    main(str(trained), out=out, no_labels=True, **given)
+    assert "cell_type" not in anndata.read_h5ad(out).obs
 
 
 def relabelled(shards: Path, folder: Path, change) -> Path:
@@ -86,6 +107,8 @@ def test_a_label_beside_like_makes_counterfactuals_and_need_not_be_in_the_file(t
     main(str(trained), out=tmp_path / "cells.h5ad", like=like, perturbation=name, steps=2)
     drawn, real = (anndata.read_h5ad(file) for file in (tmp_path / "cells.h5ad", like))
     assert set(drawn.obs["perturbation"]) == {name}
+    assert drawn.obs_names[1] == "dcm-0-1"
+    assert drawn.obs["source_cell"].tolist() == real.obs_names.tolist()
     assert drawn.obs["cell_type"].astype(str).tolist() == real.obs["cell_type"].astype(str).tolist()
 
 

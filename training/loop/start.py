@@ -178,6 +178,8 @@ def build_model(
     model.target_gene_ids.copy_(torch.from_numpy(tokenizer.target_gene_ids))
     if config.library_size_conditioning:
         _set_library_sizes(model, tokenizer, statistics, cells)
+    if model.config.condition_names:
+        _set_label_counts(model, cells)
     set_estimates(model, config, cells, source)
     if table is not None:
         _set_vectors(model, tokenizer, table)
@@ -256,6 +258,14 @@ def _set_library_sizes(model: DCMForDenoising, tokenizer: DCMTokenizer, statisti
         groups = library_size_quantiles(cells.library_size.numpy(), conditions, cells.panel, cells.measured, gene_mean)
     model.library_sizes.keys, model.library_sizes.quantiles = map(torch.from_numpy, groups)
     model.config.library_size_groups = len(groups[0])
+
+
+def _set_label_counts(model: DCMForDenoising, cells: Cells) -> None:
+    """How many training cells have which labels."""
+    labels = [cells.conditions.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids")]
+    keys, number = model.library_sizes.group_keys(len(cells), *labels).unique(dim=0, return_counts=True)
+    model.label_counts.keys, model.label_counts.number = keys, number
+    model.config.label_groups = len(keys)
 
 
 def compile_blocks(model: DCMForDenoising, backend: str = "inductor") -> None:
