@@ -271,7 +271,6 @@ def test_saving_and_loading_keeps_everything(tokenizer, tmp_path):
     [
         ({"genes": []}, "genes is empty"),
         ({"genes": ["A", "B", "A"]}, "genes has 1 names more than once: A"),
-        ({"genes": ["A", "B\n"]}, "genes has the name 'B.n'"),
         ({"max_count": 0}, "max_count is 0"),
         ({"perturbations": ["KLF1"], "control": "ctrl"}, "unknown control 'ctrl'; known labels: 'KLF1'"),
         ({"covariates": {"cell_type": ["x"]}}, "covariate 'cell_type'"),

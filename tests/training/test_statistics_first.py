@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from modeling_dcm import DCMForDenoising
 from tests.tiny_training import tiny_training
@@ -62,17 +61,6 @@ def test_drawn_states_have_the_mean_of_their_cell_type(shards, tmp_path, keep_st
         own = states[types == label]
         assert (drawn[:, :3].mean(dim=0) - own.mean(dim=0)).abs().max() < 0.3
         assert (drawn[:, :3].std(dim=0) - own.std(dim=0)).abs().max() < 0.4
-
-
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(shards, tmp_path):
-    whole = train(tiny_training(shards, tmp_path / "whole", **FIRST))
-    half = tiny_training(shards, tmp_path / "half", **FIRST, learning_rate_schedule="constant", max_steps=3)
-    train(half)
-    again = tiny_training(shards, tmp_path / "half", **FIRST, learning_rate_schedule="constant", resume=True)
-    steady = train(tiny_training(shards, tmp_path / "steady", **FIRST, learning_rate_schedule="constant"))
-    first, second = (load_file(out / "model.safetensors") for out in (train(again), steady))
-    assert first.keys() == second.keys() == load_file(whole / "model.safetensors").keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_checkpoint_draws_completes_and_scores_in_a_fresh_model(shards, tmp_path):

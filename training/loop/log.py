@@ -78,11 +78,8 @@ class NotFinite(ValueError):  # noqa: N818 (a user's mistake like every ValueErr
 class TrainingLog:
     """Collects the numbers of steps. Every process has one and calls it alike; the main process writes.
 
-    Args:
-        config: options of the run.
-        start: steps that are done already; lines of later ones are dropped from the log.
-        accelerator: of this process.
-        utilisation_per_cell: share of one second of the device's peak that a cell needs; None where it is not known.
+    ``start`` steps are done already: lines of later ones are dropped from the log. ``utilisation_per_cell`` is the
+    share of one second of the device's peak that a cell needs; None where it is not known.
     """
 
     def __init__(self, config: TrainConfig, start: int, accelerator: Accelerator, utilisation_per_cell: float | None):

@@ -42,21 +42,13 @@ ENTROPY_BATCH = 64
 
 @dataclass(frozen=True)
 class Reference:
-    """Validation cells that generated ones are compared with, as log1p counts.
+    """Validation cells that generated ones are compared with, as log1p counts."""
 
-    Attributes:
-        genes: (G,) which genes were measured in all cells.
-        real: (n, genes) the validation cells.
-        width: of the kernel.
-        directions: (genes, d) principal components of training cells.
-        floor: what training cells score.
-    """
-
-    genes: np.ndarray
-    real: np.ndarray
-    width: float
-    directions: np.ndarray
-    floor: dict[str, float]
+    genes: np.ndarray  # (G,) which were measured in all cells
+    real: np.ndarray  # (n, genes)
+    width: float  # of the kernel
+    directions: np.ndarray  # (genes, d) principal components of training cells
+    floor: dict[str, float]  # what training cells score
 
     def compare(self, x: np.ndarray) -> dict[str, float]:
         """Scores of cells (n, genes); ``variance_...`` for each band of components. Those that are nan are left out."""

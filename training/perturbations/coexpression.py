@@ -23,11 +23,7 @@ def coexpression_vectors(cells: Cells, num_components: int) -> dict[str, np.ndar
     Principal components of log1p counts per 10,000 of the controls (of all cells, where no perturbation is known),
     centred within each cell type, so that types do not pass for coexpression. A loading is the component's weight
     times its standard deviation; the sign of a component makes its largest weight positive; all loadings are divided
-    by their root mean square over the genes, one number for all of them.
-
-    Args:
-        cells: the training split.
-        num_components: C, at most one less than controls and genes.
+    by their root mean square over the genes, one number for all of them. C is at most one less than controls and genes.
 
     Raises:
         ValueError: cells of another split, no controls, or too many components.

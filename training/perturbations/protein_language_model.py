@@ -32,23 +32,14 @@ NOT_OF_THE_NETWORK = ("transformers_version", "_name_or_path", "architectures", 
 
 @dataclass(frozen=True)
 class ProteinEncoder:
-    """A language model of proteins, ready to run.
+    """A language model of proteins, ready to run."""
 
-    Attributes:
-        model: on its device, in its precision.
-        residue_ids: token of each residue.
-        special_ids: tokens before the first residue, after the last one, and of padding.
-        window: longest stretch of residues that the network sees at once; longer proteins are cut.
-        overlap: residues that neighbouring windows share, at least.
-        batch_tokens: tokens of a batch, at most (a single window may be longer).
-    """
-
-    model: EsmModel
-    residue_ids: dict[str, int]
-    special_ids: tuple[int, int, int]
-    window: int
-    overlap: int
-    batch_tokens: int
+    model: EsmModel  # on its device, in its precision
+    residue_ids: dict[str, int]  # token of each residue
+    special_ids: tuple[int, int, int]  # tokens before the first residue, after the last one, and of padding
+    window: int  # longest stretch of residues that the network sees at once; longer proteins are cut
+    overlap: int  # residues that neighbouring windows share, at least
+    batch_tokens: int  # of a batch, at most (a single window may be longer)
 
     @classmethod
     def load(cls, name: str, *, window: int = 1022, overlap: int = 256, batch_tokens: int = 8192) -> "ProteinEncoder":
@@ -162,15 +153,11 @@ def batches(items: Sequence, length_of, most_tokens: int) -> Iterator[list]:
 
 
 def embed_proteins(sequences: Sequence[str], encoder: ProteinEncoder, cache: Path) -> dict[str, torch.Tensor]:
-    """Compute the vector (D,) of each distinct sequence; what ``cache`` has is not computed again.
+    """Compute the vector (D,) of each distinct sequence; what the folder ``cache`` has of this encoder is not computed
+    again.
 
     Batches are cut from all sequences, whatever the cache has, and are written whole. So after a kill at any moment
     the rest is computed in the same batches, and the vectors have the same bits.
-
-    Args:
-        sequences: residues; repeated ones are computed once.
-        encoder: the language model.
-        cache: folder of caches; that of this encoder is the subfolder named by its fingerprint.
 
     Raises:
         ValueError: a sequence has a residue that the language model does not know.

@@ -23,23 +23,14 @@ ISOFORM = re.compile(r"^[A-Z0-9]{6,10}-\d+$")  # UniProt's accession of an isofo
 
 @dataclass(frozen=True)
 class Protein:
-    """One record of a FASTA file.
+    """One record of a FASTA file."""
 
-    Attributes:
-        record: the header's first word, for messages.
-        sequence: residues in capitals.
-        symbols: gene names, from ``GN=`` or ``gene_symbol:``.
-        ids: other names: the record's own, fields between bars, Ensembl ids with and without their version.
-        is_unreviewed: of UniProt's TrEMBL.
-        is_isoform: of UniProt's isoforms, not the canonical sequence.
-    """
-
-    record: str
-    sequence: str
-    symbols: frozenset[str]
-    ids: frozenset[str]
-    is_unreviewed: bool = False
-    is_isoform: bool = False
+    record: str  # the header's first word, for messages
+    sequence: str  # residues in capitals
+    symbols: frozenset[str]  # gene names, from ``GN=`` or ``gene_symbol:``
+    ids: frozenset[str]  # the record's own, fields between bars, Ensembl ids with and without their version
+    is_unreviewed: bool = False  # of UniProt's TrEMBL
+    is_isoform: bool = False  # of UniProt's isoforms, not the canonical sequence
 
 
 def read_fasta(path: Path) -> list[Protein]:

@@ -26,17 +26,11 @@ WITHOUT_VECTOR = "without_vector"
 
 @dataclass(frozen=True)
 class PerturbationTable:
-    """What a file says of perturbations.
+    """What a file says of perturbations."""
 
-    Attributes:
-        vectors: name to vector (D,), float32.
-        without_vector: names that are to have a learned vector instead.
-        sha256: of the file.
-    """
-
-    vectors: dict[str, torch.Tensor]
-    without_vector: frozenset[str]
-    sha256: str
+    vectors: dict[str, torch.Tensor]  # (D,) float32, by name
+    without_vector: frozenset[str]  # names that are to have a learned vector instead
+    sha256: str  # of the file
 
     @property
     def dim(self) -> int:
@@ -61,11 +55,8 @@ def write_table(
 
 
 def read_table(path: Path, control: str | None) -> PerturbationTable:
-    """Read a table, of ``dcm-embed`` or any safetensors file with vectors by name.
-
-    Args:
-        path: the file.
-        control: the label of unperturbed cells: its vector is always learned, and is left out here.
+    """Read a table, of ``dcm-embed`` or any safetensors file with vectors by name; the ``control``'s is left out, as it
+    is always learned.
 
     Raises:
         ValueError: the file holds something else, or vectors of different lengths, not finite, or all zero.

@@ -150,7 +150,7 @@ def test_a_run_says_what_is_new_trains_resumes_and_can_be_loaded(trained, make_s
     main(replace(config, resume=True, init_from=None))
 
 
-def test_another_shape_than_the_checkpoints_is_a_contradiction(trained, make_shards, tmp_path):
+def test_another_shape_than_the_checkpoints_is_a_contradiction(trained, tmp_path):
     config = started_from(trained, trained.data, tmp_path)
     given = {"hidden_size": 32}, {"hidden_size": 64, "given": frozenset({"hidden_size"})}  # 64 is the default
     for options in given:

@@ -132,10 +132,6 @@ def test_a_damaged_cache_file_is_computed_again(esm_folder, tmp_path, computed, 
     assert torch.equal(after[sequences[0]], before[sequences[0]])
 
 
-# Imports once, then forks a process for each run that it is told to start. Batches and writing are slow, so that many
-# kills find a file half written.
-
-
 def test_stopped_again_and_again_a_rerun_has_identical_bytes_and_what_was_computed_is_kept(
     esm_folder, tmp_path, computed, monkeypatch
 ):
