@@ -4,12 +4,13 @@ The loop over steps is the sampler's (`sampling_dcm.py`), which asks the network
 Letters: N all cells, B cells of a chunk, L genes in the sequence, G all genes, E width of the state.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer
 
 from .conditioning_dcm import check_conditions
 from .diffusion_dcm import keyed_generator
@@ -23,11 +24,16 @@ LABELS = 2**40  # the piece of a run that draws its labels; no chunk has this nu
 class CellGenerationMixin:
     """`generate` of :class:`DCMForDenoising`."""
 
+    tokenizer = None  # what names of labels are looked up in; loaded from the model's own folder when it is needed
+
     @torch.no_grad()
     def generate(
         self,
         num_cells: int | None = None,
         *,
+        cell_type: str | Sequence[str] | None = None,
+        perturbation: str | Sequence[str] | None = None,
+        covariates: Mapping[str, str | Sequence[str]] | None = None,
         cell_type_ids: torch.Tensor | None = None,
         perturbation_ids: torch.Tensor | None = None,
         perturbation_embeds: torch.Tensor | None = None,
@@ -51,6 +57,9 @@ class CellGenerationMixin:
 
         Args:
             num_cells: N; may be left out when a condition or ``observed`` says it.
+            cell_type: a label, or N of them, instead of ids; likewise ``perturbation`` (combinations as in
+                ``KLF1+TGFBR2``) and ``covariates`` (name to label). They are looked up in ``model.tokenizer``, or else
+                in the tokenizer in the folder that the model was loaded from.
             cell_type_ids: (N,), -1 is not given; likewise the other conditions, as in :meth:`forward`.
             library_size: total counts wanted over ``gene_ids``, one for all or (N,); None draws them from the training
                 cells of the same condition (for some genes of the panel: times their share of a mean cell's counts;
@@ -80,6 +89,8 @@ class CellGenerationMixin:
         Raises:
             ValueError: arguments that do not fit each other or the model.
         """
+        names = {"cell_type": cell_type, "perturbation": perturbation, "covariates": covariates}
+        named = self._ids_of(names, num_cells if observed is None else len(observed))
         given = {
             "cell_type_ids": cell_type_ids,
             "perturbation_ids": perturbation_ids,
@@ -88,6 +99,9 @@ class CellGenerationMixin:
             "covariate_ids": covariate_ids,
         }
         given = {name: value for name, value in given.items() if value is not None}
+        if named and {"cell_type_ids", "perturbation_ids", "covariate_ids"} & set(given):
+            raise ValueError("labels were given by name and as ids: give all of them one way")
+        given |= named
         check_conditions(self.config, given)
         if not temperature > 0:
             raise ValueError(f"temperature={temperature}, expected above 0")
@@ -137,6 +151,22 @@ class CellGenerationMixin:
                 (cells.append if on_chunk is None else partial(on_chunk, chunk))(x)
                 bar.update(len(x))
         return torch.cat(cells) if cells else torch.empty(0, len(gene_ids), dtype=torch.long)
+
+    def _ids_of(self, names: dict[str, object], num_cells: int | None) -> dict[str, torch.Tensor]:
+        """Ids of labels given by name, {} where none is."""
+        if all(name is None for name in names.values()):
+            return {}
+        if self.tokenizer is None:
+            is_remote = type(self).__module__.startswith("transformers_modules")  # its code was trusted already
+            try:
+                self.tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, trust_remote_code=is_remote)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"labels were given by name, and there is no tokenizer in {self.name_or_path!r} to look them up "
+                    "in: set model.tokenizer to the model's DCMTokenizer"
+                ) from error
+        ids = self.tokenizer.conditions(**names, num_cells=num_cells)
+        return {name: value for name, value in ids.items() if name != "num_cells"}
 
     @torch.no_grad()
     def draw_labels(

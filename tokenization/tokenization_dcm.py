@@ -276,7 +276,9 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
         widths = np.diff(self._left_edges, append=self.max_count + 1)[ids]
         return self._left_edges[ids] + np.random.default_rng(seed).integers(widths)
 
-    def decode(self, ids: object, conditions: Mapping[str, object] | None = None, *, seed: int = 0) -> object:
+    def decode(
+        self, ids: object, conditions: Mapping[str, object] | None = None, *, seed: int = 0, **names: object
+    ) -> object:
         """Cells as AnnData: counts in ``X`` (CSR int32), genes in ``var_names``, labels of the conditions in ``obs``.
 
         Args:
@@ -285,6 +287,7 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
                 condition that no cell was given leaves no column.
             seed: cells are named ``dcm-SEED-0``, ...; with ``count_bins``, a bin's id becomes a count drawn uniformly
                 inside the bin with this seed.
+            names: ``cell_type="B"`` and so on instead of ``conditions``, as :meth:`conditions` takes them.
 
         Raises:
             ImportError: anndata is not installed.
@@ -306,7 +309,8 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
         if ids.size and (ids.min() < 0 or ids.max() >= self.num_count_ids):
             raise ValueError(f"ids run from {ids.min()} to {ids.max()}; expected 0 to {self.num_count_ids - 1}")
         counts = self.counts(ids, seed)
-        labels, uns = self.condition_labels(conditions or {}, len(ids))
+        conditions = self.conditions(**names, num_cells=len(ids)) if names else conditions or {}
+        labels, uns = self.condition_labels(conditions, len(ids))
         adata = anndata.AnnData(csr_matrix(counts.astype(np.int32)), uns=uns)
         adata.obs_names = [f"dcm-{seed}-{i}" for i in range(len(ids))]
         adata.var_names = self.genes

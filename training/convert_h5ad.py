@@ -65,7 +65,7 @@ def main(
         cell_type_key: Column of obs of cell types; without it the data have none.
         perturbation_key: Column of obs of perturbations; without it the data have none.
         control: Label of unperturbed cells; default "control" or "non-targeting" if one of them occurs.
-        covariate_keys: Column of obss of other conditions (batch, donor, ...), separated by commas.
+        covariate_keys: Columns of obs with other conditions (batch, donor, ...), separated by commas.
         separator: What joins single perturbations to a combination; "" where names are never combined.
         gene_key: Column of var that names the genes; default var_names. Versions of Ensembl ids are removed.
         genes: Text file of the genes to keep, one per line, in this order.

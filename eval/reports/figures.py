@@ -20,6 +20,7 @@ from scipy.spatial.distance import squareform
 from eval.comparison.cells import PERTURBATION, CellCounts, Comparison
 from eval.comparison.protocols import FEW_CELLS, log_cp10k, principal_components
 from eval.metrics import gene_agreement as metrics
+from eval.reports.tables import model_label
 from tokenization.count_checks_dcm import library_size
 
 INK = "#010203"
@@ -31,6 +32,9 @@ STYLE = dict.fromkeys(INK_PARTS, INK) | {
     "legend.frameon": False,
     "svg.fonttype": "none",
 }
+# twenty colours that can be told apart on white and on black
+PALETTE = [matplotlib.colors.to_hex(colour) for colour in matplotlib.colormaps["tab20"].colors]
+PALETTE = PALETTE[::2] + PALETTE[1::2]
 COLOURS = REAL, GENERATED, BASELINE = "#3b82c4", "#e8762d", "#8c8c8c"
 CELLS_DRAWN = 2000
 BANDWIDTH = 0.1  # of the density, in standard deviations of all cells: clusters are tighter than Scott's rule says
@@ -46,59 +50,61 @@ def overview_figures(
 ) -> Iterator[tuple[str, Figure]]:
     """Yield one overview per generator, of its first file: ``figure.png``, and ``figure_NAME.png`` from the second."""
     rng = np.random.default_rng(seed)
-    real, drawn = (side.thinned(CELLS_DRAWN, rng).counts for side in (cells.real, baseline))
+    real, drawn = (side.thinned(CELLS_DRAWN, rng) for side in (cells.real, baseline))
     for position, (model, files) in enumerate(cells.generated.items()):
-        counts = {"real": real, model: files[0].thinned(CELLS_DRAWN, rng).counts, baseline_name: drawn}
+        shown = {"real": real, model: files[0].thinned(CELLS_DRAWN, rng), baseline_name: drawn}
         name = f"figure_{re.sub(r'[^A-Za-z0-9._-]+', '_', model)}.png" if position else "figure.png"
-        yield name, overview_figure(counts, dataset=dataset)
+        yield name, overview_figure(shown, dataset=dataset)
 
 
 @matplotlib.rc_context(STYLE)
-def overview_figure(counts: dict[str, sparse.csr_matrix], *, dataset: str) -> Figure:
-    """Draw six panels: principal components, library sizes, and per gene mean, variance, zeros and correlation."""
-    figure, axes = _figure(2, 3, (15, 9.4))
+def overview_figure(cells: dict[str, CellCounts], *, dataset: str) -> Figure:
+    """Draw eight panels: principal components of each kind of cells, coloured by label, library sizes, and per gene
+    mean, variance, zeros and correlation."""
+    figure, axes = _figure(2, 4, (17, 9.2))
+    counts = {name: side.counts for name, side in cells.items()}
     points, labels = _components(counts)
-    _points(axes[0, 0], points, COLOURS)
-    axes[0, 0].legend(loc="best", markerscale=3)
-    axes[0, 0].set(title="principal components of the real cells", xlabel=labels[0], ylabel=labels[1])
-    _gene_panels([*axes[0, 1:], *axes[1, :2]], counts)
-    _against_real(axes[1, 2], _correlations(counts), *PAIRS)
-    (real, genes), (generated, _), _ = (cells.shape for cells in counts.values())
+    _coloured(axes[0, :3], points, cells, labels)
+    _gene_panels([axes[0, 3], *axes[1, :3]], counts)
+    _against_real(axes[1, 3], _correlations(counts), *PAIRS)
+    (real, genes), (generated, _), _ = (side.shape for side in counts.values())
     sizes = f"{real:,} real, {generated:,} generated cells, {genes:,} genes"
     figure.suptitle(f"{list(counts)[1]} on {dataset}: {sizes}", fontsize=15)
     return figure
 
 
 @matplotlib.rc_context(STYLE)
-def embedding_figure(real: sparse.csr_matrix, generated: sparse.csr_matrix, *, umap: bool) -> tuple[Figure, str]:
-    """Draw real and generated cells in two dimensions with density contours (the paper's Figure 2).
+def embedding_figure(cells: dict[str, CellCounts], *, umap: bool) -> tuple[Figure, str]:
+    """Draw real and generated cells in two dimensions, coloured by label, and both with density contours (the paper's
+    Figure 2).
+
+    Args:
+        cells: two kinds by name, the real ones first.
+        umap: UMAP of 30 principal components (fitted on the real cells' log1p CP10k) where umap-learn is installed,
+            else PCA, the first two of them.
 
     Returns:
-        The figure, and the method: UMAP of 30 principal components (fitted on the real cells' log1p CP10k) where
-        umap-learn is installed and wanted, else PCA, the first two of them.
+        The figure, and the method.
     """
     is_umap = umap and importlib.util.find_spec("umap") is not None
-    points, labels = _components({"real": real, "generated": generated})
+    points, labels = _components({name: side.counts for name, side in cells.items()})
     together = np.concatenate(list(points.values()))
     if is_umap:
         from umap import UMAP
 
         together = UMAP(n_neighbors=min(15, len(together) - 1), random_state=0, n_jobs=1).fit_transform(together)
         labels = ["UMAP 1", "UMAP 2"]
-    points = dict(zip(points, np.split(together[:, :2].astype(np.float64), [real.shape[0]])))
-    low, high = np.quantile(together[:, :2], [0.001, 0.999], axis=0)
-    pad = 0.08 * np.maximum(high - low, 1e-9)
-    low, high = low - pad, high + pad
-    figure, panels = _figure(1, 3, (13, 4.4))
-    for axes, (name, found), colour in zip(panels, points.items(), COLOURS):
-        _points(axes, {name: found}, [colour])
-        axes.set_title(f"{name}, {len(found):,} cells")
-        for place in (axes, panels[2]):
-            _contours(place, found, colour, low, high)
-    panels[2].set_title("both: real blue, generated orange")
-    for axes in panels:
-        axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xticks=[], yticks=[])
-        axes.set(xlabel=labels[0], ylabel=labels[1])
+    first = len(next(iter(cells.values())))
+    points = dict(zip(points, np.split(together[:, :2].astype(np.float64), [first])))
+    figure, panels = _figure(1, 3, (13, 4.8))
+    _coloured(panels[:2], points, cells, labels)
+    low, high = (np.array(edges) for edges in zip(panels[0].get_xlim(), panels[0].get_ylim()))
+    _points(panels[2], points, COLOURS)
+    for found, colour in zip(points.values(), COLOURS):
+        _contours(panels[2], found, colour, low, high)
+    panels[2].set(title="both", xlabel=labels[0], ylabel=labels[1], xticks=[], yticks=[])
+    panels[2].set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    _legend_below(panels[2])
     return figure, "UMAP" if is_umap else "PCA"
 
 
@@ -121,7 +127,7 @@ def correlation_figure(counts: dict[str, sparse.csr_matrix]) -> Figure:
     for axes, (name, triangle) in zip(panels, triangles.items()):
         matrix = _square(triangle)[np.ix_(order, order)]
         image = axes.imshow(matrix, vmin=-limit, vmax=limit, cmap="RdBu_r", interpolation="nearest")
-        axes.set(title=name, xticks=[], yticks=[])
+        axes.set(title=model_label(name), xticks=[], yticks=[])
     figure.colorbar(image, ax=panels[: len(counts)], location="bottom", shrink=0.4, aspect=30, label="correlation")
     _against_real(panels[-1], triangles, *PAIRS)
     return figure
@@ -176,17 +182,47 @@ def _components(counts: dict[str, sparse.csr_matrix]) -> tuple[dict[str, np.ndar
     return points, [f"PC {axis} ({share:.0%} of variance)" for axis, share in enumerate(shares, start=1)]
 
 
+def _coloured(
+    panels: Sequence[Axes], points: dict[str, np.ndarray], cells: dict[str, CellCounts], labels: Sequence[str]
+) -> None:
+    """Draw each kind of cells in a panel of its own, with the same limits, coloured by the first condition that has a
+    few labels."""
+    together = np.concatenate(list(points.values()))[:, :2]
+    low, high = np.quantile(together, [0.001, 0.999], axis=0)
+    pad = 0.08 * np.maximum(high - low, 1e-9)
+    tables = {name: side.labels for name, side in cells.items()}
+    number = next(iter(tables.values())).nunique()
+    column = next((name for name in number.index if 1 < number[name] <= len(PALETTE)), None)
+    groups = [] if column is None else sorted(set(next(iter(tables.values()))[column]))
+    for axes, (name, found), colour in zip(panels, points.items(), COLOURS):
+        of_cell = np.full(len(found), colour, dtype=object)
+        for group, of_group in zip(groups, PALETTE):
+            of_cell[(tables[name][column] == group).to_numpy()] = of_group
+        axes.scatter(*found[:, :2].T, s=7, c=list(of_cell), alpha=0.7, linewidths=0, rasterized=True)
+        axes.set(title=f"{model_label(name)}, {len(found):,} cells", xlabel=labels[0], ylabel=labels[1])
+        axes.set(xlim=(low[0] - pad[0], high[0] + pad[0]), ylim=(low[1] - pad[1], high[1] + pad[1]))
+        axes.set(xticks=[], yticks=[])
+    for group, colour in zip(groups, PALETTE):
+        panels[0].scatter([], [], s=7, c=colour, label=group)
+    if groups:
+        _legend_below(panels[0])
+
+
+def _legend_below(axes: Axes) -> None:
+    """Put the legend under the panel, where no cell is."""
+    columns = 2 if len(axes.get_legend_handles_labels()[1]) > 1 else 1
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.09), "ncols": columns}
+    axes.legend(**place, markerscale=2.5, fontsize=9, handletextpad=0.1, columnspacing=1)
+
+
 def _points(axes: Axes, points: dict[str, np.ndarray], colours: Sequence[str]) -> None:
-    """Draw cells as points: the first two kinds in mixed order, a baseline behind them."""
-    kinds = [found[:, :2] for found in points.values()]
-    for found, colour in zip(kinds[2:], colours[2:]):
-        axes.scatter(*found.T, s=5, c=colour, alpha=0.25, linewidths=0, rasterized=True)
-    mixed = np.concatenate(kinds[:2])
-    colour = np.repeat(colours[: len(kinds[:2])], [len(found) for found in kinds[:2]])
+    """Draw two kinds of cells as points in mixed order."""
+    mixed = np.concatenate([found[:, :2] for found in points.values()])
+    colour = np.repeat(colours[: len(points)], [len(found) for found in points.values()])
     order = np.random.default_rng(0).permutation(len(mixed))
     axes.scatter(*mixed[order].T, s=6, c=colour[order], alpha=0.5, linewidths=0, rasterized=True)
     for name, colour in zip(points, colours):
-        axes.scatter([], [], s=6, c=colour, label=name)  # for a legend
+        axes.scatter([], [], s=6, c=colour, label=model_label(name))  # for a legend
 
 
 def _contours(axes: Axes, points: np.ndarray, colour: str, low: np.ndarray, high: np.ndarray) -> None:
@@ -218,7 +254,7 @@ def _library_sizes(axes: Axes, counts: dict[str, sparse.csr_matrix]) -> None:
     bins = np.geomspace(joined.min(), joined.max() + 1, 40)
     for name, colour in reversed(list(zip(sizes, COLOURS))):
         weights = np.full(sizes[name].size, 1 / sizes[name].size)
-        axes.hist(sizes[name], bins=bins, weights=weights, histtype="step", lw=2, color=colour, label=name)
+        axes.hist(sizes[name], bins=bins, weights=weights, histtype="step", lw=2, color=colour, label=model_label(name))
     axes.set(title="library size", xlabel="counts per cell + 1", ylabel="share of cells", xscale="log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -234,7 +270,7 @@ def _against_real(axes: Axes, values: dict[str, np.ndarray], title: str, label: 
     the legend is that of the values themselves.
     """
     names, real = list(values), next(iter(values.values()))
-    agreement = {name: f"{name}, r = {_correlation(real, values[name]):.3f}" for name in names[1:]}
+    agreement = {name: f"{model_label(name)}, r = {_correlation(real, values[name]):.3f}" for name in names[1:]}
     if log:
         positive = [v[v > 0] for v in values.values() if (v > 0).any()]
         lowest = min(v.min() for v in positive) / 2 if positive else 1e-3

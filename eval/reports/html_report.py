@@ -197,7 +197,8 @@ def _pictures(shown: dict[str, CellCounts], genes: Sequence[str], *, umap: bool,
     rng = np.random.default_rng(seed)
     counts = {name: side.thinned(figures.CELLS_DRAWN, rng).counts for name, side in shown.items()}
     (_, model, baseline_name), (real, generated, _) = shown, shown.values()
-    embedding, method = figures.embedding_figure(counts["real"], counts[model], umap=umap)
+    two = {name: side.thinned(figures.CELLS_DRAWN, rng) for name, side in list(shown.items())[:2]}
+    embedding, method = figures.embedding_figure(two, umap=umap)
     of_pca = "The first two principal components of log1p(CP10k), fitted on the real cells"
     of_umap = "UMAP of 30 principal components of log1p(CP10k), both sides together"
     pictures = [

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from eval.comparison.baselines import BASELINES
 from eval.comparison.floor import FLOOR
 from eval.comparison.metric_table import METRICS
 from eval.comparison.protocols import FEW_CELLS, PROTOCOLS, Score
@@ -177,6 +178,11 @@ def _not_beside_floor(rows: Sequence[Row]) -> Unlike:
     for row in _in_mean(rows):
         sizes[row["model"], row["metric"]][row["condition"]] = (row["n"], row["mean"] is None)
     return {(model, metric) for (model, metric), found in sizes.items() if found != sizes.get((FLOOR, metric))}
+
+
+def model_label(name: str) -> str:
+    """Return the name of a row's model as a reader sees it: a baseline's in words, any other as it was given."""
+    return name.replace("_", " ") if name in BASELINES else name
 
 
 def metric_label(metric: str) -> tuple[str, str]:

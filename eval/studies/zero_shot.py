@@ -70,7 +70,7 @@ def main(
         perturbation_key: Column of obs of perturbations.
         control: Label of unperturbed cells.
         cell_type_key: Column of obs of cell types.
-        covariate_keys: Column of obss of other conditions, separated by commas.
+        covariate_keys: Columns of obs with other conditions, separated by commas.
         split: What is held out, as in dcm-convert.
         held_out: Labels of each split, separated by commas, as in --held-out A,B C,D for two splits; default a random
             share --test-fraction of the labels in each of --num-splits splits.

@@ -95,6 +95,20 @@ def read_counts(path: Path, layer: str | None = None) -> anndata.AnnData:
         return anndata.AnnData(scipy.sparse.vstack(blocks, format="csr"), obs=file.obs, var=file.var, uns=uns)
 
 
+def write_counts(path: Path, adata: anndata.AnnData, layer: str | None = None) -> None:
+    """Write the counts, names and labels of cells in memory to an h5ad file, and what ``uns`` says for this package.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    if layer is not None and layer not in adata.layers:
+        raise ValueError(f"there is no layer {layer!r}; layers there: {', '.join(adata.layers) or 'none'}")
+    counts = adata.X if layer is None else adata.layers[layer]
+    uns = {name: adata.uns[name] for name in adata.uns if name.startswith("dcm_")}
+    obs = adata.obs.set_axis(adata.obs_names.astype(str))
+    anndata.AnnData(counts, obs=obs, var=adata.var[[]], uns=uns).write_h5ad(path)
+
+
 def _no_layer(path: Path, layer: str | None) -> None:
     if layer is not None:
         raise ValueError(f"--layer {layer!r} was given, but {str(path)!r} is 10x output, which has no layers")

@@ -86,7 +86,7 @@ class TrainingLog:
         self.config, self.accelerator = config, accelerator
         self.utilisation_per_cell = utilisation_per_cell
         self.path = config.out / "training.jsonl"
-        self.terminal = sys.stderr.isatty()
+        self.terminal = sys.stderr.isatty() or "ipykernel" in sys.modules  # a notebook has bars, too
         shows_bar = accelerator.is_main_process and self.terminal
         self.bar = tqdm(total=config.max_steps, initial=start, unit="step", desc="training", disable=not shows_bar)
         self.skipped = 0  # steps in a row up to now
