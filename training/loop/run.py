@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from modeling_dcm import DCMForDenoising
+from modeling_dcm import DCMConfig, DCMForDenoising
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
 from training.data.files import written_aside
@@ -21,7 +21,14 @@ from training.loop.fine_tune import load_source, merged_tokenizer, shaped_like
 from training.loop.log import NotFinite, TrainingLog, draw_curves, peak_flops, training_flops
 from training.loop.optimiser import build_optimizer
 from training.loop.processes import start_trackers
-from training.loop.start import attention_implementation, build_model, build_tokenizer, compile_blocks, open_cells
+from training.loop.start import (
+    attention_implementation,
+    build_model,
+    build_tokenizer,
+    compile_blocks,
+    empty_model,
+    open_cells,
+)
 from training.loop.states import (
     all_states,
     load_state_model,
@@ -56,10 +63,10 @@ def prepare_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Run, tor
     """Return what the loop works with, the network as it is called, and the number of steps already done."""
     attn = attention_implementation(config, accelerator.device, accelerator.mixed_precision)
     config = replace(config, attn=attn, mixed_precision=accelerator.mixed_precision)
-    network, tokenizer, cells, state = prepare_start(config, accelerator)
     facts = run_facts(config, accelerator.num_processes)
     if len(set(gather_object([facts["hashes"]["data"]]))) > 1:
         raise ValueError(f"processes see different files in {str(config.data)!r}: copy the same shards to every node")
+    network, tokenizer, cells, state = prepare_start(config, accelerator, facts)
     optimizer = build_optimizer(network, config)
     ema = [parameter.detach().clone().float() for parameter in network.parameters()]
     start = restore_state(state, network, ema, optimizer, accelerator.scaler) if state else 0
@@ -84,13 +91,16 @@ def prepare_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Run, tor
 
 
 def prepare_start(
-    config: TrainConfig, accelerator: Accelerator
+    config: TrainConfig, accelerator: Accelerator, facts: dict[str, object]
 ) -> tuple[DCMForDenoising, DCMTokenizer, Cells, Path | None]:
-    """Return network, tokenizer and training cells, of the state to resume from or new ones, and that state."""
+    """Return network, tokenizer and training cells, of the state to resume from or new ones, and that state.
+
+    The first process reads the cells to know what a new network starts from, and sends the others what it found.
+    """
     if accelerator.is_main_process:
         remove_leftovers(config.out)
     with accelerator.local_main_process_first():
-        state = newest_state(config, accelerator.num_processes, log=logger if accelerator.is_main_process else None)
+        state = newest_state(config, facts, log=logger if accelerator.is_main_process else None)
         if state is not None:
             model, tokenizer = load_state_model(state, config)
             return model, tokenizer, open_cells(config, "train", tokenizer), state
@@ -101,7 +111,20 @@ def prepare_start(
         if source is not None:
             tokenizer = merged_tokenizer(tokenizer, source.tokenizer)
         cells = open_cells(config, "train", tokenizer)
-        return build_model(config, tokenizer, cells, source), tokenizer, cells, None
+        built = build_model(config, tokenizer, cells, source) if accelerator.is_main_process else None
+    return _sent_to_all(built, config, accelerator), tokenizer, cells, None
+
+
+def _sent_to_all(built: DCMForDenoising | None, config: TrainConfig, accelerator: Accelerator) -> DCMForDenoising:
+    """The network that the first process ``built``, in every process."""
+    if accelerator.num_processes == 1:
+        return built
+    said = [None if built is None else built.config.to_dict()]
+    broadcast_object_list(said)
+    network = empty_model(DCMConfig.from_dict(said[0]), config) if built is None else built
+    for value in network.state_dict().values():
+        value.copy_(broadcast(value.to(accelerator.device)))
+    return network
 
 
 def take_step(

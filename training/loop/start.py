@@ -169,8 +169,7 @@ def build_model(
         perturbation_dim=vector_size,
         perturbation_table_sha256=table_sha256,
     )
-    model_config._attn_implementation = None if config.attn == "auto" else config.attn
-    model = DCMForDenoising(model_config)
+    model = empty_model(model_config, config)
     model.set_marginals(torch.from_numpy(statistics.histogram(tokenizer)))
     if tokenizer.cell_types:
         totals = statistics.cell_type_totals(tokenizer, model.totals.gene_mean[-1].numpy())
@@ -188,8 +187,6 @@ def build_model(
     if model_config.perturbation_dim:
         model_config.perturbations_without_cells = _vectors_without_cells(model, tokenizer, cells, source)
     _warn_of_names_never_seen(tokenizer, cells, table, source)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
     logger.info(
         "model: %s, %s attention, %s parameters; %d genes, counts to %d; conditions: %s",
         config.backbone,
@@ -199,6 +196,15 @@ def build_model(
         tokenizer.max_count,
         ", ".join(model_config.condition_names) or "none",
     )
+    return model
+
+
+def empty_model(model_config: DCMConfig, config: TrainConfig) -> DCMForDenoising:
+    """A network with random weights that computes as ``config`` says."""
+    model_config._attn_implementation = None if config.attn == "auto" else config.attn
+    model = DCMForDenoising(model_config)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     return model
 
 

@@ -4,6 +4,7 @@ A state is a folder `OUT/checkpoints/step-N`: the averaged weights with configur
 loads like any other, and beside them all else that the loop needs to go on.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -37,8 +38,8 @@ RANKED_BY = ("score_distance", "validation_loss")
 PACKAGES = ("discrete-cell-models", "torch", "transformers", "accelerate", "datasets", "safetensors", "numpy")
 
 
-def newest_state(config: TrainConfig, num_processes: int, *, log: logging.Logger | None) -> Path | None:
-    """Return the newest state of ``config.out`` when resuming; None starts afresh.
+def newest_state(config: TrainConfig, facts: dict[str, object], *, log: logging.Logger | None) -> Path | None:
+    """Return the newest state of ``config.out`` when resuming; None starts afresh. ``facts`` as of :func:`run_facts`.
 
     Raises:
         ValueError: without ``resume`` the folder holds a run already; or the state is damaged, or trained with other
@@ -53,7 +54,7 @@ def newest_state(config: TrainConfig, num_processes: int, *, log: logging.Logger
         if log:
             log.info("nothing to resume under %s: starting afresh", config.out / "checkpoints")
         return None
-    _check_same_run(config, num_processes, states[-1])
+    _check_same_run(config, facts, states[-1])
     if log:
         log.info("resuming from %s", states[-1])
     return states[-1]
@@ -64,11 +65,11 @@ def all_states(out: Path) -> list[Path]:
     return sorted((out / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def _check_same_run(config: TrainConfig, num_processes: int, state: Path) -> None:
+def _check_same_run(config: TrainConfig, facts: dict[str, object], state: Path) -> None:
     before = _facts(state)
     defaults = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
     then = {**defaults, **before["options"], "num_processes": before["num_processes"]}
-    now = {**config.options(), "num_processes": num_processes}
+    now = {**config.options(), "num_processes": facts["num_processes"]}
     differ = [name for name in now if name not in FREE_TO_CHANGE and then.get(name) != now[name]]
     if config.learning_rate_schedule == "constant" and "max_steps" in differ:
         differ.remove("max_steps")
@@ -79,7 +80,7 @@ def _check_same_run(config: TrainConfig, num_processes: int, state: Path) -> Non
             f"{state.name} cannot be resumed with other options ({changes}{hint}): give the same ones, or start "
             f"another run from its weights with --init-from {state} and another --out"
         )
-    hashes = _hashes(config)
+    hashes = facts["hashes"]
     for what, value in (before["hashes"] | hashes).items():
         if what not in hashes:
             raise ValueError(f"{state.name} was trained with --{what.replace('_', '-')}: give the same file again")
@@ -91,12 +92,28 @@ def _check_same_run(config: TrainConfig, num_processes: int, state: Path) -> Non
 
 
 def _hashes(config: TrainConfig) -> dict[str, str]:
-    """SHA-256 of what training reads: of the folders of shards that it looks at, and of the table of perturbations."""
-    read = [config.data / name for name in ("train", "validation", "tokenizer")]
-    hashes = {"data": " ".join(sha256_of(folder) for folder in read if folder.is_dir())}
+    """SHA-256 of what training reads: shards that it looks at, their vocabularies, the table of perturbations.
+
+    Of a shard the size and the footer are looked at, where Parquet says what lies where with which extremes: the counts
+    of a hundred million cells would take longer than many a run."""
+    digest = hashlib.sha256(sha256_of(config.data / "tokenizer").encode())
+    for shard in sorted(config.data.glob("train/*.parquet")) + sorted(config.data.glob("validation/*.parquet")):
+        digest.update(f"{shard.relative_to(config.data).as_posix()} {shard.stat().st_size}\n".encode())
+        digest.update(_footer(shard))
+    hashes = {"data": digest.hexdigest()}
     if config.perturbation_embeddings is not None:
         hashes["perturbation_embeddings"] = sha256_of(config.perturbation_embeddings)
     return hashes
+
+
+def _footer(shard: Path) -> bytes:
+    """The metadata at the end of a Parquet file, whose length is in the four bytes before the last four."""
+    with shard.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 8, 0))
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(max(size - 8 - length, 0))
+        return file.read(length)
 
 
 def run_facts(config: TrainConfig, num_processes: int) -> dict[str, object]:

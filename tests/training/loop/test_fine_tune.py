@@ -22,6 +22,7 @@ from training.loop.fine_tune import load_source, merged_tokenizer, shaped_like
 from training.loop.processes import build_accelerator
 from training.loop.run import prepare_start
 from training.loop.start import build_model, build_tokenizer
+from training.loop.states import run_facts
 from training.perturbations.table import write_table
 from training.train import main
 
@@ -57,7 +58,8 @@ def make_shards(cells_h5ad, tmp_path_factory):
 
 
 def started(config: TrainConfig) -> tuple[DCMForDenoising, DCMTokenizer]:
-    model, tokenizer, _, _ = prepare_start(replace(config, attn="sdpa"), build_accelerator(config))
+    accelerator, facts = build_accelerator(config), run_facts(config, 1)
+    model, tokenizer, _, _ = prepare_start(replace(config, attn="sdpa"), accelerator, facts)
     return model.eval(), tokenizer
 
 

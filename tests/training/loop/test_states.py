@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +15,9 @@ from modeling_dcm import DCMForDenoising
 from tests.tiny_training import tiny_training
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
-from training.data.files import sha256_of
 from training.loop import run
 from training.loop.optimiser import build_optimizer
-from training.loop.states import all_states, newest_state, remove_leftovers, restore_state, save_state
+from training.loop.states import all_states, newest_state, remove_leftovers, restore_state, run_facts, save_state
 from training.train import main
 
 OFTEN = {"log_every": 2, "validate_every": 2, "save_every": 2, "learning_rate_schedule": "constant"}
@@ -85,29 +85,30 @@ def test_weights_averages_moments_and_loss_scale_come_back(config, make_model, t
     assert restored.state_dict() == scaler.state_dict()
 
 
+def resumed_from(config: TrainConfig, processes: int = 1) -> Path | None:
+    return newest_state(config, run_facts(config, processes), log=None)
+
+
 def test_what_made_a_state_is_known_and_only_how_the_same_numbers_are_computed_may_change_on_resume(copy, tmp_path):
     state = all_states(copy.out)[-1]
     model, tokenizer = DCMForDenoising.from_pretrained(state), DCMTokenizer.from_pretrained(state)
     assert model.generate(**tokenizer.conditions(num_cells=2), steps=2).shape == (2, 15)
     facts = json.loads((state / "state.json").read_text())
     assert facts["versions"]["torch"]
-    assert sha256_of(copy.data / "train") in facts["hashes"]["data"]
+    assert facts["hashes"] == run_facts(copy, 1)["hashes"]
     assert facts["validation_loss"] > 0
     other = replace(copy, attn="eager", compile=True, gradient_checkpointing=True, max_steps=7)
-    assert newest_state(other, 1, log=None).name == "step-6"
+    assert resumed_from(other).name == "step-6"
     with pytest.raises(ValueError, match="num_processes: 1 then, 2 now"):
-        newest_state(copy, 2, log=None)
+        resumed_from(copy, 2)
     with pytest.raises(ValueError, match=r"learning_rate: 0.002 then, 0.1 now"):
-        newest_state(replace(copy, learning_rate=0.1), 1, log=None)
+        resumed_from(replace(copy, learning_rate=0.1))
     moved = tmp_path / "moved"
     shutil.copytree(copy.data, moved)
-    assert newest_state(replace(copy, data=moved), 1, log=None).name == "step-6"
-    shard = next((moved / "train").glob("*.parquet"))
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
+    assert resumed_from(replace(copy, data=moved)).name == "step-6"
+    shutil.copy(*(next((moved / split).glob("*.parquet")) for split in ("validation", "train")))
     with pytest.raises(ValueError, match=r"step-6 cannot be resumed: .*moved' does not hold the data it was trained"):
-        newest_state(replace(copy, data=moved), 1, log=None)
+        resumed_from(replace(copy, data=moved))
 
 
 def test_the_weights_are_saved_before_the_entropy_curve_is_measured(config, monkeypatch):
@@ -128,7 +129,7 @@ def test_the_weights_are_saved_before_the_entropy_curve_is_measured(config, monk
 
 
 def test_only_a_constant_schedule_can_be_prolonged(copy):
-    assert newest_state(replace(copy, max_steps=9), 1, log=None).name == "step-6"
+    assert resumed_from(replace(copy, max_steps=9)).name == "step-6"
     cosine = replace(copy, learning_rate_schedule="cosine")
     for state in all_states(copy.out):
         facts = json.loads((state / "state.json").read_text())
@@ -136,7 +137,7 @@ def test_only_a_constant_schedule_can_be_prolonged(copy):
         (state / "state.json").write_text(json.dumps(facts))
     said = r"max_steps: 6 then, 9 now; a cosine schedule ends at max_steps, only a constant one can be prolonged\): "
     with pytest.raises(ValueError, match=said + "give the same ones, or start another run from .* with --init-from .*"):
-        newest_state(replace(cosine, max_steps=9), 1, log=None)
+        resumed_from(replace(cosine, max_steps=9))
 
 
 def test_leftovers_of_a_killed_run_are_removed_and_a_damaged_state_is_named_with_the_way_out(copy):
