@@ -1,12 +1,14 @@
 """Convert files of counts (h5ad, 10x) to shards: the folder that training, sampling and evaluation read.
 
     dcm-convert cells.h5ad --out shards/ --cell-type-key cell_type --perturbation-key perturbation --control control
+    dcm-convert --merge plate1/ plate2/ --out shards/
 
 Everything that can be learnt from data is decided here, from training cells only (gene panel, largest count,
 statistics), and stored: vocabularies in ``tokenizer/``, the cells of each split in ``split.json``. Needed packages are
 imported where they are needed, so that ``--help`` and a wrong option answer at once.
 """
 
+import inspect
 import json
 import logging
 from collections.abc import Sequence
@@ -34,6 +36,7 @@ def main(
     source: Annotated[Path | tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IN.h5ad [IN.h5ad ...]")],
     *,
     out: Path,
+    merge: bool = False,
     layer: str | None = None,
     cell_type_key: str | None = None,
     perturbation_key: str | None = None,
@@ -61,6 +64,8 @@ def main(
         source: h5ad files, 10x .h5 files, or 10x folders of matrix.mtx; every gene and cell is kept unless told
             otherwise. The cells of several files get the obs column source_file.
         out: Folder to write; one that an earlier conversion wrote is replaced, any other is an error.
+        merge: Make one data set of folders of shards that earlier calls wrote, of other files or on other machines:
+            their files are linked, and no count is read. Genes and options must be the same: give each --genes.
         layer: Layer with the counts, or "raw" for raw.X; default X.
         cell_type_key: Column of obs of cell types; without it the data have none.
         perturbation_key: Column of obs of perturbations; without it the data have none.
@@ -94,6 +99,7 @@ def main(
         FileNotFoundError: there is no such file.
         ValueError: a file, a value, a label or an option is wrong; nothing has been written then.
     """
+    arguments = dict(locals())
     from training.conversion.splits import SplitOptions
     from training.data.files import check_replaceable, folder_written_aside, remove_leftovers, scratch_folder
 
@@ -101,6 +107,8 @@ def main(
     for path in sources:
         if not path.exists():
             raise FileNotFoundError(f"no file {str(path)!r}; expected an h5ad file")
+    if merge:
+        return _merge(sources, out, arguments)
     if genes is not None and n_top_genes is not None:
         raise ValueError("--genes and --n-top-genes were both given; pass one of them")
     options = SplitOptions(
@@ -181,10 +189,30 @@ def main(
     return out
 
 
+def _merge(parts: Sequence[Path], out: Path, arguments: dict[str, object]) -> Path:
+    """Make one data set of folders that this command wrote; no count is read."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(main).parameters.items()}
+    own = ("source", "out", "merge")
+    others = [name.replace("_", "-") for name in arguments if name not in own and arguments[name] != defaults[name]]
+    if others:
+        raise ValueError(f"--merge takes what the parts were converted with: leave out --{others[0]}")
+    from training.conversion.merge import merge_shards
+    from training.conversion.write import dataset_card
+    from training.data.files import check_replaceable, folder_written_aside, remove_leftovers
+
+    remove_leftovers(out)
+    check_replaceable(out, mark="split.json", written=_names_written())
+    with folder_written_aside(out) as folder:
+        description = merge_shards(parts, folder)
+        (folder / "README.md").write_text(dataset_card(description), encoding="utf-8")
+    logger.info("written: %s", out)
+    return out
+
+
 def _names_written() -> set[str]:
     """Names of all files and folders that a conversion writes."""
     splits = ("train", "validation", "test")
-    others = {"README.md", "split.json", "panels.json", "statistics.safetensors", "tokenizer"}
+    others = {"README.md", "split.json", "merged.json", "panels.json", "statistics.safetensors", "tokenizer"}
     return {*others, *splits, *(f"{split}.h5ad" for split in splits)}
 
 

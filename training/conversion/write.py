@@ -27,7 +27,7 @@ from training.conversion.join_files import InputCells, with_genes
 from training.data import shards
 from training.data.command_line import ProgressReport
 from training.data.h5ad import BLOCK_CELLS, write_h5ad_in_blocks
-from training.data.shards import COUNTS, LIBRARY_SIZE, PANEL, SPLITS, Panels, find_panels, shard_features
+from training.data.shards import COUNTS, LIBRARY_SIZE, MERGED, PANEL, SPLITS, Panels, find_panels, shard_features
 from training.data.statistics import STATISTICS, compute_statistics, vocabulary_of, write_statistics
 
 logger = logging.getLogger(__name__)
@@ -224,14 +224,23 @@ def write_shard(
 
 def dataset_card(description: Mapping[str, object]) -> str:
     """Markdown of ``README.md``: what ``datasets`` needs to find the shards, and what they are, by ``split.json``."""
-    numbers = {name: len(cells) for name, cells in description["cells"].items() if cells}
-    config = "\n".join(f"  - split: {name}\n    path: {name}/*.parquet" for name in numbers)
+    parts = description.get("parts", {})
+    if parts:  # labels are numbered anew in each, so that they are no one table
+        numbers = {name: sum(part["cells"][name] for part in parts.values()) for name in SPLITS}
+        where = f"`{MERGED}` says what the numbers of labels mean in each of the {len(parts)} parts, which are linked."
+    else:
+        numbers = {name: len(cells) for name, cells in description["cells"].items()}
+        where = "`split.json` names the cells of each, and the `.h5ad` files are the same cells as AnnData."
+    numbers = {name: number for name, number in numbers.items() if number}
+    configs = "\n".join(
+        f"- config_name: {part or 'default'}\n  data_files:\n"
+        + "\n".join(f"  - split: {name}\n    path: {name}/{part and part + '-'}*.parquet" for name in numbers)
+        for part in parts or [""]
+    )
     rows = "\n".join(f"| {name} | {number:,} |" for name, number in numbers.items())
     return f"""---
 configs:
-- config_name: default
-  data_files:
-{config}
+{configs}
 tags:
 - single-cell
 - gene-expression
@@ -248,7 +257,7 @@ Conditions: {", ".join(f"`{name}`" for name in description["conditions"]) or "no
 
 Each row is a cell: `genes` are the positions of its expressed genes in `tokenizer/genes.txt`, `expressions` their
 counts, `library_size` the total of these, and each condition a `ClassLabel`. Genes that are not listed have the count
-0. The largest count in training is {description["max_count"]:,}. The split is `{description["split"]}`
-(seed {description["seed"]}): `split.json` names the cells of each, and the `.h5ad` files are the same cells as AnnData.
+0. The largest count in training is {description["max_count"]:,}. The split is `{description["split"]}`:
+{where}
 `statistics.safetensors` is what a fresh network starts from: statistics of the training cells.
 """

@@ -17,12 +17,13 @@ import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from scipy.sparse import csr_matrix
 
 from tokenization import DCMTokenizer
 from tokenization.labels_dcm import read_text
-from training.data.shards import COUNTS, LIBRARY_SIZE, NOT_LABELS, PANEL
+from training.data.shards import COUNTS, LIBRARY_SIZE, NOT_LABELS, PANEL, MergedLabels, shard_features
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,8 @@ class Cells:
         self.split = split
         self.tokenizer = tokenizer or DCMTokenizer.from_pretrained(folder / "tokenizer")
         self._type_of_ids = np.min_scalar_type(-self.tokenizer.pad_token_id - 1)
-        self._features, columns = self._open(files)
+        self._merged = MergedLabels.read(folder)
+        features, columns = self._open(files)
         if LIBRARY_SIZE not in columns.column_names:
             raise ValueError(
                 f"the shards in {str(folder)!r} have no column {LIBRARY_SIZE!r}: an older dcm-convert wrote them; "
@@ -69,6 +71,11 @@ class Cells:
         self.library_size = torch.from_numpy(columns[LIBRARY_SIZE].to_numpy().copy())
         names = [name for name in columns.column_names if name not in NOT_LABELS]
         self._codes = {name: columns[name].fill_null(-1).to_numpy() for name in names}
+        if self._merged is None:
+            self._names = {name: features[name].names for name in names}
+        else:
+            sizes, self._names = [pq.read_metadata(file).num_rows for file in files], self._merged.labels
+            self._codes = {name: self._merged.recoded(name, of, files, sizes) for name, of in self._codes.items()}
         self.panel = self._codes.pop(PANEL, np.zeros(len(self), dtype=np.int64))
         self.measured = self._read_panels() if PANEL in names else np.ones((1, len(self.tokenizer.genes)), dtype=bool)
         self.conditions = self._condition_ids()
@@ -138,11 +145,15 @@ class Cells:
         if condition not in self._codes:
             there = ", ".join(self._codes) or "none"
             raise ValueError(f"no condition {condition!r} in the shards; they have: {there}")
-        return pd.Categorical.from_codes(self._codes[condition], categories=self._features[condition].names)
+        return pd.Categorical.from_codes(self._codes[condition], categories=self._names[condition])
 
     def _open(self, files: Sequence[Path]) -> tuple[datasets.Features, pa.Table]:
         """Features and columns of the shards; sets the number of cells and what ``_take`` reads."""
-        shards = datasets.load_dataset("parquet", data_files={self.split: list(map(str, files))}, split=self.split)
+        features, merged = None, self._merged
+        if merged is not None:
+            features = shard_features(len(self.tokenizer.genes), merged.largest_count, merged.labels)
+        data_files = {self.split: list(map(str, files))}
+        shards = datasets.load_dataset("parquet", data_files=data_files, split=self.split, features=features)
         table = shards.data.table
         self._num_cells = len(table)
         self._rows = SparseRows(*(table.column(name) for name in COUNTS))
@@ -167,8 +178,7 @@ class Cells:
         if not path.is_file():
             raise FileNotFoundError(f"no panels.json in {str(self.folder)!r}, though cells have panels; convert again")
         panels = json.loads(read_text(path))
-        names = self._features[PANEL].names
-        return np.stack([~np.isin(self.tokenizer.genes, panels[name]["missing_genes"]) for name in names])
+        return np.stack([~np.isin(self.tokenizer.genes, panels[name]["missing_genes"]) for name in self._names[PANEL]])
 
     def _condition_ids(self) -> dict[str, torch.Tensor]:
         known = self.tokenizer.known_conditions()

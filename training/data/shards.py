@@ -5,8 +5,10 @@ A row is a cell: ``genes`` and ``expressions`` (positions and counts of its expr
 measured different genes.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     import datasets
     import pandas as pd
 
+MERGED = "merged.json"
 SPLITS = ("train", "validation", "test")
 COUNTS = ("genes", "expressions")
 LIBRARY_SIZE = "library_size"
@@ -31,6 +34,37 @@ class Panels:
     missing: dict[str, dict[str, list[str]]]  # what ``panels.json`` holds: files, and genes that were *not* measured
     measured: dict[str, np.ndarray]  # (G,) bool
     of_file: np.ndarray  # (F,) the panel of each file
+
+
+@dataclass(frozen=True)
+class MergedLabels:
+    """Labels of shards that several conversions wrote, each of which numbered its own labels.
+
+    Attributes:
+        labels: name of each condition, and ``panel`` where files measured different genes, to the labels of all parts.
+        largest_count: that any shard has room for.
+        parts: what the names of a part's files begin with to what ``labels`` is of it.
+    """
+
+    labels: dict[str, list[str]]
+    largest_count: int
+    parts: dict[str, dict[str, list[str]]]
+
+    @classmethod
+    def read(cls, folder: Path) -> "MergedLabels | None":
+        """What ``merged.json`` says; None in a folder of one conversion."""
+        path = folder / MERGED
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+    def recoded(self, name: str, codes: np.ndarray, files: Sequence[Path], sizes: Sequence[int]) -> np.ndarray:
+        """Positions (N,) in ``labels`` of the cells of all files, whose ``codes`` (N,) are their part's; a part without
+        a column of panels has one."""
+        found = np.empty_like(codes)
+        for file, rows in zip(files, np.split(np.arange(len(codes)), np.cumsum(sizes)[:-1])):
+            own = self.parts[file.name.partition("-")[0]][name]
+            position = np.array([*(self.labels[name].index(label) for label in own), -1])
+            found[rows] = position[codes[rows].clip(min=0) if name == PANEL else codes[rows]]
+        return found
 
 
 def find_panels(measured: np.ndarray, files: Sequence[str], genes: Sequence[str]) -> Panels | None:

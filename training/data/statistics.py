@@ -81,18 +81,11 @@ def compute_statistics(
     histogram = csr_matrix(small)
     histogram.resize(G, V)
     histogram = histogram + large
-    gene_mean = (histogram @ np.arange(V) / np.maximum(num_measured, 1)).astype(np.float32)
-    logs = np.log1p(sizes.astype(np.float64))
-    keys, quantiles = library_size_quantiles(sizes, conditions, panel, measured, gene_mean)
     statistics = {
         "num_measured": num_measured,
         "histogram.indptr": histogram.indptr.astype(np.int64),
         "histogram.counts": histogram.indices.astype(np.int64),
         "histogram.cells": histogram.data,
-        "library_size.log_mean": np.array([logs.mean()]),
-        "library_size.log_std": np.array([logs.std()]),
-        "library_size.keys": keys,
-        "library_size.quantiles": quantiles,
     }
     if num_cell_types:
         of_type_and_panel = np.zeros((num_cell_types, num_panels), dtype=np.int64)
@@ -100,10 +93,54 @@ def compute_statistics(
         statistics["cell_type.num_cells"] = of_type_and_panel.sum(axis=1)
         statistics["cell_type.num_measured"] = of_type_and_panel @ measured
         statistics["cell_type.sums"] = type_sums
-    return statistics
+    return statistics | _of_library_sizes(sizes, conditions, panel, measured, _gene_mean(histogram, num_measured))
+
+
+def merged_statistics(
+    parts: Sequence["Statistics"],
+    tokenizer: DCMTokenizer,
+    sizes: np.ndarray,
+    conditions: Mapping[str, np.ndarray],
+    *,
+    panel: np.ndarray,
+    measured: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """What :func:`compute_statistics` would say of the cells of all ``parts``, whose genes are the same, without a look
+    at a count: of the N cells only library sizes (N,), conditions and panels are asked for."""
+    G, types = len(tokenizer.genes), tokenizer.cell_types
+    merged = {"num_measured": sum(part.tensors["num_measured"] for part in parts)}
+    histogram = csr_matrix((G, max(SMALL_COUNTS, tokenizer.max_count + 1)), dtype=np.int64)
+    for part in parts:
+        arrays = (part.tensors[f"histogram.{name}"] for name in ("cells", "counts", "indptr"))
+        histogram = histogram + csr_matrix(tuple(arrays), shape=histogram.shape)
+    for name, array in (("indptr", histogram.indptr), ("counts", histogram.indices), ("cells", histogram.data)):
+        merged[f"histogram.{name}"] = array.astype(np.int64)
+    for name, shape in (("num_cells", ()), ("num_measured", (G,)), ("sums", (G,))) if types else ():
+        merged[f"cell_type.{name}"] = total = np.zeros((len(types), *shape), dtype=np.int64)
+        for part in parts:
+            total[[types.index(label) for label in part.vocabulary["cell_types"]]] += part.tensors[f"cell_type.{name}"]
+    gene_mean = _gene_mean(histogram, merged["num_measured"])
+    return merged | _of_library_sizes(sizes, conditions, panel, measured, gene_mean)
+
+
+def _gene_mean(histogram: csr_matrix, num_measured: np.ndarray) -> np.ndarray:
+    """Mean count (G,) of each gene in the cells that measured it."""
+    return (histogram @ np.arange(histogram.shape[1]) / np.maximum(num_measured, 1)).astype(np.float32)
 
 
 # --- library sizes ----------------------------------------------------------------------------------------------------
+
+
+def _of_library_sizes(sizes: np.ndarray, *arguments: object) -> dict[str, np.ndarray]:
+    """The entries of library sizes (N,); ``arguments`` are the others of :func:`library_size_quantiles`."""
+    logs = np.log1p(sizes.astype(np.float64))
+    keys, quantiles = library_size_quantiles(sizes, *arguments)
+    return {
+        "library_size.log_mean": np.array([logs.mean()]),
+        "library_size.log_std": np.array([logs.std()]),
+        "library_size.keys": keys,
+        "library_size.quantiles": quantiles,
+    }
 
 
 def library_size_quantiles(

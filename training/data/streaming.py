@@ -85,10 +85,10 @@ class StreamedCells(Cells):
         self._first_cells = np.cumsum([0, *sizes])  # (M + 1,)
         self._blocks: OrderedDict[int, SparseRows] = OrderedDict()  # the last used is the last
         self._num_cells = int(self._first_cells[-1])
-        schema = self._files[0].schema_arrow
-        others = [name for name in schema.names if name not in COUNTS]
-        table = pa.concat_tables(file.read(columns=others) for file in self._files)
-        return datasets.Features.from_arrow_schema(schema), table
+        names = ([name for name in file.schema_arrow.names if name not in COUNTS] for file in self._files)
+        tables = [file.read(columns=columns) for file, columns in zip(self._files, names)]
+        table = pa.concat_tables(tables, promote_options="default")  # of merged parts not all may have panels
+        return datasets.Features.from_arrow_schema(self._files[0].schema_arrow), table
 
     def _take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         blocks = np.searchsorted(self._first_cells, rows, side="right") - 1

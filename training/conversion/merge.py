@@ -1,0 +1,184 @@
+"""Merge the shards of several conversions, of several machines perhaps, into one data set; no count is read or copied.
+
+Files are linked. Vocabularies, statistics and what is known of the split are written anew; as each part numbered its
+labels for itself, `merged.json` says what the numbers in its files mean.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+
+from tokenization import DCMTokenizer
+from tokenization.labels_dcm import shortened
+from training.data.shards import MERGED, PANEL, SPLITS, MergedLabels, Panels, find_panels
+from training.data.statistics import (
+    STATISTICS,
+    Statistics,
+    merged_statistics,
+    read_statistics,
+    vocabulary_of,
+    write_statistics,
+)
+from training.data.streaming import open_cells
+
+logger = logging.getLogger(__name__)
+
+SAME = ("format", "split", "held_out", "held_out_cell_type", "conditions", "control", "separator")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one conversion wrote."""
+
+    folder: Path
+
+    @cached_property
+    def description(self) -> dict[str, object]:
+        """Its ``split.json``."""
+        path = self.folder / "split.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"no split.json in {str(self.folder)!r}; expected a folder that dcm-convert wrote")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    @cached_property
+    def tokenizer(self) -> DCMTokenizer:
+        return DCMTokenizer.from_pretrained(self.folder / "tokenizer")
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        return read_statistics(self.folder)
+
+    @cached_property
+    def files(self) -> dict[str, list[Path]]:
+        """Of each split that has cells."""
+        found = {split: sorted((self.folder / split).glob("*.parquet")) for split in SPLITS}
+        return {split: files for split, files in found.items() if files}
+
+    @cached_property
+    def features(self) -> datasets.Features:
+        """Columns of its shards."""
+        return datasets.Features.from_arrow_schema(pq.read_schema(next(iter(self.files.values()))[0]))
+
+    @cached_property
+    def measured(self) -> dict[str, np.ndarray]:
+        """Name of each panel of its cells, in their order, to the genes that were measured (G,)."""
+        genes = self.tokenizer.genes
+        if PANEL not in self.features:
+            return {"": np.ones(len(genes), dtype=bool)}
+        panels = json.loads((self.folder / "panels.json").read_text(encoding="utf-8"))
+        return {name: ~np.isin(genes, panels[name]["missing_genes"]) for name in self.features[PANEL].names}
+
+
+def merge_shards(folders: Sequence[Path], out: Path) -> dict[str, object]:
+    """Write the data set of all ``folders`` to the empty folder ``out``; return what its ``split.json`` says.
+
+    Raises:
+        FileNotFoundError: a folder is none of shards.
+        ValueError: the parts differ in their genes, conditions or split, so that they are no one data set.
+    """
+    parts = [Part(folder) for folder in folders]
+    _check_alike(parts)
+    genes = parts[0].tokenizer.genes
+    rows = [f"{part.folder.name}/{name}".strip("/") for part in parts for name in part.measured]
+    panels = find_panels(np.stack([row for part in parts for row in part.measured.values()]), rows, genes)
+    labels = _merged_labels(parts, panels)
+    for number, part in zip(labels.parts, parts):
+        for split, files in part.files.items():
+            (out / split).mkdir(exist_ok=True)
+            for file in files:
+                _link(file, out / split / f"{number}-{file.name}")
+    tokenizer = _merged_tokenizer(parts)
+    tokenizer.save_pretrained(out / "tokenizer")
+    _write_json(out / MERGED, asdict(labels))
+    if panels is not None:
+        _write_json(out / "panels.json", panels.missing)
+    cells = open_cells(out, "train", tokenizer, streaming=True)
+    conditions = {name: ids.numpy() for name, ids in cells.conditions.items()}
+    known = {"panel": cells.panel, "measured": cells.measured}
+    of_parts = [part.statistics for part in parts]
+    statistics = merged_statistics(of_parts, tokenizer, cells.library_size.numpy(), conditions, **known)
+    write_statistics(out / STATISTICS, statistics, vocabulary_of(tokenizer))
+    numbers = {split: [len(part.description["cells"][split]) for part in parts] for split in SPLITS}
+    description = {
+        **{name: parts[0].description[name] for name in SAME if name in parts[0].description},
+        "max_count": tokenizer.max_count,
+        "sources": [source for part in parts for source in part.description["sources"]],
+        "genes": parts[0].description["genes"],
+        "parts": {
+            number: {"folder": part.folder.name, "cells": {split: numbers[split][i] for split in SPLITS}}
+            for i, (number, part) in enumerate(zip(labels.parts, parts))
+        },
+    }
+    _write_json(out / "split.json", description)
+    for split in SPLITS:
+        logger.info("%s %s cells of %d parts", f"{sum(numbers[split]):,}", split, len(parts))
+    return description
+
+
+def _check_alike(parts: Sequence[Part]) -> None:
+    first, descriptions = parts[0], [part.description for part in parts]
+    for part, description in zip(parts[1:], descriptions[1:]):
+        both = f"{str(first.folder)!r} and {str(part.folder)!r}"
+        genes = [one.tokenizer.genes for one in (first, part)]
+        if genes[0] != genes[1]:
+            raise ValueError(
+                f"{both} have other genes, or in another order ({shortened(genes[0], 3)}; {shortened(genes[1], 3)}): "
+                "convert every part with the same --genes FILE, and --join union where some lack genes"
+            )
+        for name in SAME:
+            here, there = descriptions[0].get(name), description.get(name)
+            if here != there:
+                raise ValueError(f"{both} differ in {name} ({here!r}, {there!r}): convert them with the same options")
+
+
+def _merged_labels(parts: Sequence[Part], panels: Panels | None) -> MergedLabels:
+    own = [
+        {name: feature.names for name, feature in part.features.items() if isinstance(feature, datasets.ClassLabel)}
+        for part in parts
+    ]
+    rows = iter([] if panels is None else panels.of_file)
+    for part, labels in zip(parts, own):
+        labels.pop(PANEL, None)
+        if panels is not None:
+            labels[PANEL] = [f"panel{next(rows)}" for _ in part.measured]
+    joined = {name: sorted({label for labels in own for label in labels[name]}) for name in own[0]}
+    widest = max(np.iinfo(part.features["expressions"].feature.dtype).max for part in parts)
+    numbers = [f"part{number:05d}" for number in range(len(parts))]
+    return MergedLabels(joined, min(int(widest), 2**31 - 1), dict(zip(numbers, own)))
+
+
+def _merged_tokenizer(parts: Sequence[Part]) -> DCMTokenizer:
+    tokenizers = [part.tokenizer for part in parts]
+    first = tokenizers[0]
+    labels = {
+        name: [label for tokenizer in tokenizers for label in getattr(tokenizer, name)] or None
+        for name in ("cell_types", "perturbations")
+    }
+    return DCMTokenizer.from_labels(
+        genes=first.genes,
+        max_count=max(tokenizer.max_count for tokenizer in tokenizers),
+        **labels,
+        control=first.control,
+        covariates={name: [label for one in tokenizers for label in one.covariates[name]] for name in first.covariates},
+        separator=first.separator,
+    )
+
+
+def _link(file: Path, place: Path) -> None:
+    """A hard link, or where there can be none (another file system) a symbolic one."""
+    try:
+        os.link(file.resolve(), place)
+    except OSError:
+        place.symlink_to(file.resolve())
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
