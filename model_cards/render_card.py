@@ -17,6 +17,7 @@ from typing import Annotated
 import tyro
 import yaml
 
+from model_cards.draft_card import is_asked
 from tokenization.labels_dcm import read_text
 from training.data.command_line import run
 from training.data.files import written_aside
@@ -139,10 +140,13 @@ def read_facts(path: Path) -> dict[str, object]:
     if not isinstance(facts, dict):
         raise ValueError(f"{str(path)!r} holds {type(facts).__name__}, expected a mapping of facts")
     may_be_empty = ("datasets", "tags", "example")
+    asked = [name for name, value in facts.items() if is_asked(value)]
+    if asked:
+        raise ValueError(f"{str(path)!r} still asks for {', '.join(asked)}: write them there")
     missing = [name for name in FACTS if name not in facts or (not facts[name] and name not in may_be_empty)]
     if missing:
         raise ValueError(f"{str(path)!r} lacks facts for the card: {', '.join(missing)}")
-    unknown = sorted(set(facts) - {*FACTS, "plan"})
+    unknown = sorted(set(facts) - {*FACTS, "plan", "panel_sha256"})
     if unknown:
         raise ValueError(f"{str(path)!r} has unknown facts {', '.join(unknown)}; expected {', '.join(FACTS)}, plan")
     if not isinstance(facts["example"], dict):

@@ -1,7 +1,8 @@
 """Push a checkpoint to the Hugging Face Hub: code, weights, vocabularies, handler, model card, in one commit.
 
-    dcm-push checkpoint/ org/name --results results/results.json
-    dcm-push checkpoint/ org/name --dry-run
+    dcm-push checkpoint/ org/name --card card.yaml --results results/results.json
+    dcm-push checkpoint/ org/name --draft-card card.yaml
+    dcm-push checkpoint/ org/name --card card.yaml --dry-run --out folder/
 
 The folder that is pushed is built aside from a list of files, and loaded in a fresh process before anything is sent:
 states of the optimiser, logs and whatever else lies in the checkpoint are never uploaded.
@@ -21,13 +22,16 @@ from pathlib import Path, PurePath
 from typing import Annotated, TypeVar
 
 import tyro
+import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
+from model_cards.draft_card import drafted_facts, is_asked, panel_sha256
 from model_cards.render_card import read_facts, render
 from training import standalone
 from training.data.command_line import run
+from training.data.files import written_aside
 from training.standalone import add_shipped_files
 
 logger = logging.getLogger(__name__)
@@ -49,8 +53,10 @@ def main(
     *,
     private: bool = False,
     dry_run: bool = False,
+    out: Path | None = None,
     results: Path | None = None,
     card: Path | None = None,
+    draft_card: Path | None = None,
 ) -> str:
     """Push a checkpoint to the Hub and print its address.
 
@@ -59,14 +65,20 @@ def main(
         repo_id: Where to, as in org/name.
         private: Make the repository private; an existing public one is then refused.
         dry_run: Build, check and list what would be uploaded, and send nothing.
+        out: With --dry-run, a folder to leave it in; made, and not there yet.
         results: results.json of dcm-evaluate for the card; the figure.png beside it is shown.
-        card: YAML file of the card's facts; default: the one of that name among the prepared cards, or card.yaml
-            in the checkpoint.
+        card: YAML file of the card's facts; default: card.yaml in the checkpoint, or the card that comes with the
+            package for a checkpoint of exactly these genes and labels.
+        draft_card: Write such a file instead of pushing: it says what the checkpoint tells, and asks for the rest.
     """
     if repo_id.count("/") != 1:
         raise ValueError(f"repo_id={repo_id!r}, expected org/name")
     validate_repo_id(repo_id)
-    facts = read_facts(card or _facts_of(checkpoint, repo_id))
+    if out is not None and (not dry_run or out.exists()):
+        raise ValueError(f"--out {str(out)!r} is a new folder for --dry-run" + " that exists already" * out.exists())
+    if draft_card is not None:
+        return _draft(checkpoint, repo_id, draft_card)
+    facts = read_facts(card or _facts_of(checkpoint))
     with tempfile.TemporaryDirectory(prefix="dcm-push-") as aside:
         folder = Path(aside) / "checkpoint"
         stage(checkpoint, folder)
@@ -78,6 +90,8 @@ def main(
         for file in files:
             logger.info("%12s  %s", f"{file.stat().st_size:,}", file.name)
         if dry_run:
+            if out is not None:
+                shutil.copytree(folder, out)
             logger.info("dry run: %d files would be pushed to %s; nothing was sent", len(files), repo_id)
             return ""
         address = push(folder, repo_id, private=private)
@@ -91,13 +105,7 @@ def stage(checkpoint: Path, folder: Path) -> None:
     Raises:
         FileNotFoundError: no such checkpoint, or files that it lacks.
     """
-    if not checkpoint.is_dir():
-        raise FileNotFoundError(f"no checkpoint folder {str(checkpoint)!r}")
-    missing = [name for name in NEEDED if not (checkpoint / name).is_file()]
-    if not any((checkpoint / name).is_file() for name in WEIGHTS[:2]):
-        missing.append(WEIGHTS[0])
-    if missing:
-        raise FileNotFoundError(f"{str(checkpoint)!r} is no complete checkpoint: it has no {', '.join(missing)}")
+    _check_complete(checkpoint)
     folder.mkdir()
     names = sorted(path.name for path in checkpoint.iterdir())
     for name in names:
@@ -110,6 +118,16 @@ def stage(checkpoint: Path, folder: Path) -> None:
     options = json.loads((folder / "training_options.json").read_text())
     options |= {name: PurePath(options[name]).name for name in PATHS if options.get(name)}
     (folder / "training_options.json").write_text(json.dumps(options, indent=1))
+
+
+def _check_complete(checkpoint: Path) -> None:
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(f"no checkpoint folder {str(checkpoint)!r}")
+    missing = [name for name in NEEDED if not (checkpoint / name).is_file()]
+    if not any((checkpoint / name).is_file() for name in WEIGHTS[:2]):
+        missing.append(WEIGHTS[0])
+    if missing:
+        raise FileNotFoundError(f"{str(checkpoint)!r} is no complete checkpoint: it has no {', '.join(missing)}")
 
 
 def answer_of(folder: Path, request: object) -> str:
@@ -201,14 +219,32 @@ def _add_results(results: Path | None, folder: Path) -> list[str]:
     return ["figure.png"]
 
 
-def _facts_of(checkpoint: Path, repo_id: str) -> Path:
-    own, prepared = checkpoint / "card.yaml", CARDS / f"{repo_id.split('/')[-1]}.yaml"
-    for path in (own, prepared):
-        if path.is_file():
-            return path
+def _draft(checkpoint: Path, repo_id: str, path: Path) -> str:
+    """Write facts for the card as far as the checkpoint tells them, and return the file's name."""
+    if path.exists():
+        raise ValueError(f"--draft-card {str(path)!r} exists already")
+    _check_complete(checkpoint)
+    facts = drafted_facts(checkpoint, repo_id)
+    asked = [name for name, value in facts.items() if is_asked(value)]
+    with written_aside(path) as aside:
+        aside.write_text(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=110), encoding="utf-8")
+    logger.info("%s: answer what it asks for (%s), then push with --card %s", path, ", ".join(asked), path)
+    return str(path)
+
+
+def _facts_of(checkpoint: Path) -> Path:
+    """The facts in the checkpoint, or those that were prepared for its data, whatever the repository is called."""
+    own = checkpoint / "card.yaml"
+    if own.is_file():
+        return own
+    if (checkpoint / "genes.txt").is_file() and (checkpoint / "conditions.json").is_file():
+        panel = panel_sha256(checkpoint)
+        for prepared in sorted(CARDS.glob("*.yaml")):
+            if read_facts(prepared).get("panel_sha256") == panel:
+                return prepared
     raise FileNotFoundError(
-        f"no facts for the model card of {repo_id}: write {str(own)!r} as {str(CARDS / 'dcm-demo.yaml')!r} is written, "
-        "or name a file with --card"
+        f"no facts for the model card of {str(checkpoint)!r}: let --draft-card card.yaml write what the checkpoint tells, "
+        "answer what it asks for, and push with --card card.yaml"
     )
 
 

@@ -9,15 +9,18 @@ import sys
 import tomllib
 from pathlib import Path
 
+import anndata
 import pytest
+import yaml
 
+from eval.simulate import main as simulate
 from model_cards.render_card import read_facts
 from modeling_dcm import DCMForDenoising
 from tests.fresh_python import fresh_python
 from tests.hub_server import LoopbackHub
 from tests.tiny_checkpoint import write_tiny_checkpoint
 from tokenization import DCMTokenizer
-from training.push_to_hub import answer_of, main, stage
+from training.push_to_hub import _facts_of, answer_of, main, stage
 
 ROOT = Path(__file__).parents[2]
 TOKEN, READ_TOKEN = "hf_writes" + "x" * 25, "hf_reads" + "x" * 26
@@ -84,8 +87,42 @@ def test_an_incomplete_checkpoint_says_what_it_lacks(missing, checkpoint, tmp_pa
 def test_a_repository_that_cannot_be_or_has_no_facts_is_refused_first(repo_id, tmp_path):
     with pytest.raises(ValueError, match=r"expected org/name|Repo id"):
         main(tmp_path / "nothing", repo_id)
-    with pytest.raises(FileNotFoundError, match="no facts for the model card of org/unheard-of"):
-        main(tmp_path, "org/unheard-of")
+    with pytest.raises(
+        FileNotFoundError, match=r"no facts for the model card of .*: let --draft-card card\.yaml write"
+    ):
+        main(tmp_path, "org/dcm-demo")
+
+
+def test_a_prepared_card_is_that_of_the_data_it_describes_whatever_the_repository_is_called(checkpoint, tmp_path):
+    simulate(tmp_path / "cells.h5ad", num_cells=5000, num_genes=100)  # as `make demo` does
+    cells = anndata.read_h5ad(tmp_path / "cells.h5ad")
+    labels = {"cell_types": sorted(set(cells.obs["cell_type"])), "control": "control"}
+    names = {name for label in cells.obs["perturbation"] for name in label.split("+")}
+    tokenizer = DCMTokenizer(genes=list(cells.var_names), max_count=9, perturbations=sorted(names), **labels)
+    tokenizer.save_pretrained(tmp_path / "demo")
+    assert _facts_of(tmp_path / "demo").name == "dcm-demo.yaml"
+    (tmp_path / "demo" / "genes.txt").write_text("\n".join([*cells.var_names[:-1], "another"]) + "\n")
+    with pytest.raises(FileNotFoundError, match="no facts"):
+        _facts_of(tmp_path / "demo")
+
+
+@pytest.mark.slow
+def test_a_drafted_card_has_what_is_known_and_is_refused_until_the_rest_is_answered(checkpoint, tmp_path):
+    card, out = tmp_path / "card.yaml", tmp_path / "folder"
+    main(checkpoint, "org/x", draft_card=card)
+    facts = yaml.safe_load(card.read_text())
+    asked = [name for name, value in facts.items() if str(value).startswith("ASK: ")]
+    assert asked == ["dataset_name", "license", "intended_use", "data", "split", "citation"]
+    assert "7 genes by cell type (3 labels), perturbation (4 labels)" in facts["summary"]
+    with pytest.raises(ValueError, match=f"still asks for {', '.join(asked)}: write them there"):
+        main(checkpoint, "org/x", card=card, dry_run=True)
+    with pytest.raises(ValueError, match="exists already"):
+        main(checkpoint, "org/x", draft_card=card)
+    card.write_text(yaml.safe_dump({**facts, **dict.fromkeys(asked, "answered"), "license": "mit"}))
+    main(checkpoint, "org/x", card=card, dry_run=True, out=out)
+    assert {"README.md", "model.safetensors", "handler.py"} <= {path.name for path in out.iterdir()}
+    with pytest.raises(ValueError, match="is a new folder for --dry-run that exists already"):
+        main(checkpoint, "org/x", card=card, dry_run=True, out=out)
 
 
 @pytest.mark.slow
@@ -230,6 +267,7 @@ def test_the_readmes_story_of_the_hub_holds_word_for_word(hub, shards, tmp_path)
 
     train, *others = here.splitlines()
     shell(train)
+    shutil.copyfile(ROOT / "model_cards" / "dcm-demo.yaml", tmp_path / "my-model" / "card.yaml")  # of other shards
     asked = json.loads(re.search(r"pipe\((\{.*\})", python)[1])
     tokenizer = DCMTokenizer.from_pretrained(tmp_path / "my-model")
     model = DCMForDenoising.from_pretrained(tmp_path / "my-model")
