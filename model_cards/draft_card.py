@@ -1,4 +1,4 @@
-"""Draft the facts of a model card from a checkpoint: what it tells is filled in, the rest is asked for, never guessed."""
+"""Draft the facts of a model card from a checkpoint: what it tells is filled in, the rest asked for, never guessed."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ def panel_sha256(folder: Path) -> str:
 
 
 def drafted_facts(folder: Path, repo_id: str) -> dict[str, object]:
-    """Return the facts of ``folder``'s card, those that nobody but its maker knows as text that begins with :data:`ASK`."""
+    """Return the facts of ``folder``'s card; those that only its maker knows begin with :data:`ASK`."""
     labels, config, options = (
         json.loads(read_text(folder / name)) for name in ("conditions.json", "config.json", "training_options.json")
     )
@@ -46,7 +46,7 @@ def drafted_facts(folder: Path, repo_id: str) -> dict[str, object]:
         "tags": ["perturb-seq"] if labels["perturbations"] else [],
         "example": {**example, "num_cells": 100},
         "intended_use": f"{ASK}what these cells may be used for, and what not",
-        "limits": f"- It knows one data set, and of that {genes}. A count above {config['max_count']:,} is never generated."
+        "limits": f"- It knows {genes} of one data set. A count above {config['max_count']:,} is never generated."
         + (unknown if config["perturbation_dim"] is None else ""),
         "data": f"{ASK}where the cells come from (source, accession, tissue, assay, how many), and their licence",
         "split": f"{ASK}which cells were kept for testing, and how they were chosen",

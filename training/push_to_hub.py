@@ -243,8 +243,8 @@ def _facts_of(checkpoint: Path) -> Path:
             if read_facts(prepared).get("panel_sha256") == panel:
                 return prepared
     raise FileNotFoundError(
-        f"no facts for the model card of {str(checkpoint)!r}: let --draft-card card.yaml write what the checkpoint tells, "
-        "answer what it asks for, and push with --card card.yaml"
+        f"no facts for the model card of {str(checkpoint)!r}: let --draft-card card.yaml write what the checkpoint "
+        "tells, answer what it asks for, and push with --card card.yaml"
     )
 
 
