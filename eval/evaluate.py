@@ -10,6 +10,7 @@ figures in one file). Reads test cells only to score.
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from itertools import filterfalse
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -214,10 +215,7 @@ def _write(
             figure.savefig(aside, format="png", dpi=130)
 
 
-def cli() -> None:
-    """Run the stage from the command line."""
-    run(main)
-
+cli = partial(run, main)
 
 if __name__ == "__main__":
     cli()

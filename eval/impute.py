@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -226,10 +227,7 @@ def _write(
         write_elem(file["uns"], "dcm_imputation", {**options, **score})
 
 
-def cli() -> None:
-    """Entry point of ``dcm-impute``."""
-    run(main)
-
+cli = partial(run, main)
 
 if __name__ == "__main__":
     cli()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -183,10 +184,7 @@ def _write(
                 write_elem(file[group], key, value)
 
 
-def cli() -> None:
-    """Entry point of ``dcm-score``."""
-    run(main)
-
+cli = partial(run, main)
 
 if __name__ == "__main__":
     cli()

@@ -9,6 +9,7 @@ never seen can be predicted from its vector. Pairs add.
 """
 
 import logging
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -197,10 +198,7 @@ def _draw_counts(log_level: np.ndarray, rng: np.random.Generator) -> sparse.csr_
     return sparse.csr_matrix(rng.poisson(rate).astype(np.int32))
 
 
-def cli() -> None:
-    """Run the stage from the command line."""
-    run(main)
-
+cli = partial(run, main)
 
 if __name__ == "__main__":
     cli()

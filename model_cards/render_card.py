@@ -10,6 +10,7 @@ still to be trained, without ``--results`` that nothing was evaluated. Numbers c
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from string import Template
 from typing import Annotated
@@ -310,10 +311,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def cli() -> None:
-    """Entry point of ``python -m model_cards.render_card``."""
-    run(main)
-
+cli = partial(run, main)
 
 if __name__ == "__main__":
     cli()

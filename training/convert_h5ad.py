@@ -12,6 +12,7 @@ import inspect
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -258,10 +259,7 @@ def _report(tokenizer: "DCMTokenizer", panel: "Panel") -> None:
         logger.info("%d of %d perturbations are named like a gene of the panel", (targets >= 0).sum(), len(targets))
 
 
-def cli() -> None:
-    """Command line of ``dcm-convert``."""
-    run(main)
-
+cli = partial(run, main)
 
 if __name__ == "__main__":
     cli()

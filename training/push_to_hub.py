@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Annotated, TypeVar
 
@@ -252,10 +253,7 @@ def _is_listed(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def cli() -> None:
-    """Entry point of ``dcm-push``."""
-    run(main)
-
+cli = partial(run, main)
 
 if __name__ == "__main__":
     cli()

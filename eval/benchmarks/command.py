@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -251,10 +252,7 @@ def _expect_at_least(least: int, **options: int | None) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
 
 
-def cli() -> None:
-    """Entry point of ``dcm-benchmark``."""
-    run(entropy, sampling, training)
-
+cli = partial(run, entropy, sampling, training)
 
 if __name__ == "__main__":
     cli()

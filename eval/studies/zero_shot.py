@@ -14,6 +14,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -257,10 +258,7 @@ def _write(out: Path, study: dict[str, object], rows: list[Row]) -> None:
     logger.info("numbers: %s\ntables:  %s\nfigure:  %s", *(out / f"zero_shot.{kind}" for kind in ("json", "md", "png")))
 
 
-def cli() -> None:
-    """Entry point of ``python -m eval.studies.zero_shot``."""
-    run(main)
-
+cli = partial(run, main)
 
 if __name__ == "__main__":
     cli()
