@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from eval.benchmarks.costs import Cost
 from eval.benchmarks.naive_sampler import STEPS as NAIVE_STEPS
 from eval.benchmarks.naive_sampler import forward_rule, naive_cells
-from eval.comparison.cells import CellCounts, together
-from eval.comparison.floor import FLOOR_DRAWS, beside_half, compared_half, floor_draws, without_training_cells
+from eval.comparison.cells import CellCounts
+from eval.comparison.floor import FLOOR_DRAWS, Halves, floor_draws
 from eval.comparison.protocols import PROTOCOLS, Reference, evaluate_pair, prepare_reference
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.diffusion_dcm import reveal_probability
@@ -96,16 +96,11 @@ class Sampled:
         )
 
     @cached_property
-    def halved(self) -> list[str]:
-        """Conditions of which one half of the real cells is compared with the other, as no training cell has them."""
-        return [] if self.train is None else without_training_cells(self.train, self.real)
-
-    @cached_property
-    def references(self) -> list[tuple[Reference, np.ndarray]]:
-        """What the draws in turn are compared with, and the rows of the other halves."""
-        draws = range(FLOOR_DRAWS if self.halved else 1)
-        halves = [compared_half(self.real, self.halved, np.random.default_rng([0, draw])) for draw in draws]
-        return [(prepare_reference(compared, PROTOCOL), other) for compared, other in halves]
+    def references(self) -> list[tuple[Reference, Halves]]:
+        """What the draws in turn are compared with."""
+        halves = [Halves(self.train, self.real, np.random.default_rng([0, draw])) for draw in range(FLOOR_DRAWS)]
+        halves = halves if halves[0].conditions else halves[:1]
+        return [(prepare_reference(half.compared, PROTOCOL), half) for half in halves]
 
     def decoded(self, ids: torch.Tensor, seed: int) -> CellCounts:
         return CellCounts(self.tokenizer.decode(ids, seed=seed).X, self.real.labels)
@@ -113,15 +108,14 @@ class Sampled:
     def scores(self, draws: Iterable[CellCounts]) -> dict[str, list[float]]:
         """Each metric of every draw."""
         found = []
-        for drawn, (reference, other) in zip(draws, itertools.cycle(self.references)):
-            compared = beside_half(drawn, self.real, self.halved, other)
-            found.append({score.metric: score.value for score in evaluate_pair(compared, reference)})
+        for drawn, (reference, halves) in zip(draws, itertools.cycle(self.references)):
+            found.append({score.metric: score.value for score in evaluate_pair(halves.beside(drawn), reference)})
         return {metric: [values[metric] for values in found] for metric in METRICS}
 
     def floor(self) -> Iterator[CellCounts]:
         """Draws of real cells in the place of drawn ones: of the training cells, or the other half."""
-        for drawn, (_, other) in zip(floor_draws(self.train, self.real), itertools.cycle(self.references)):
-            yield together([drawn, self.real.take(other)])
+        for drawn, (_, halves) in zip(floor_draws(self.train, self.real), itertools.cycle(self.references)):
+            yield halves.floor(drawn)
 
     def predicted_kl(self, revealed: Sequence[int]) -> float | None:
         """What a schedule loses, if the model has an entropy curve."""

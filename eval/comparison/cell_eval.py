@@ -22,8 +22,8 @@ from scipy import sparse
 from tqdm import tqdm
 
 from eval.comparison.baselines import BASELINES, needs_control
-from eval.comparison.cells import PERTURBATION, CellCounts, Comparison, joined_labels, together
-from eval.comparison.floor import FLOOR, beside_half, compared_half, floor_draws, without_training_cells
+from eval.comparison.cells import PERTURBATION, CellCounts, Comparison, joined_labels
+from eval.comparison.floor import FLOOR, Halves, floor_draws
 from eval.comparison.protocols import Score, log_cp10k, mean_scores
 from eval.reports.tables import Row, summary_rows
 
@@ -49,21 +49,20 @@ def cell_eval_rows(
         reason = needs_control(cells)
         if reason is not None:
             raise ValueError(f"--cell-eval compares perturbations with control cells, and {reason}")
-    halved = without_training_cells(train, real)
-    compared, other = compared_half(real, halved, np.random.default_rng([seed, 0]))
-    floor = together([next(floor_draws(train, real, draws=1, seed=seed)), real.take(other)])
-    log_compared, found = _log_cells(compared), {}
+    halves = Halves(train, real, np.random.default_rng([seed, 0]))
+    floor = halves.floor(next(floor_draws(train, real, draws=1, seed=seed)))
+    log_compared, found = _log_cells(halves.compared), {}
     with tqdm(desc=PROTOCOL, unit=" files", disable=None) as bar:
         for model, files in {FLOOR: [floor], **comparison.generated, **baselines}.items():
             found[model] = []
             for file in files:
-                drawn = file if model == FLOOR else beside_half(file, real, halved, other)
+                drawn = file if model == FLOOR else halves.beside(file)
                 found[model].append(_scores(_log_cells(drawn), log_compared))
                 bar.update()
-        found[MEAN_BASELINE] = [_scores(_mean_cells(train, compared), log_compared)]
+        found[MEAN_BASELINE] = [_scores(_mean_cells(train, halves.compared), log_compared)]
         bar.update()
         found[CEILING] = [_ceiling(_log_cells(real), seed=seed)]
-    test_cells = {condition: rows.size for condition, rows in compared.rows_by_condition.items()}
+    test_cells = {condition: rows.size for condition, rows in halves.compared.rows_by_condition.items()}
     return [row for model in found for row in summary_rows(model, PROTOCOL, found[model], test_cells=test_cells)]
 
 

@@ -5,11 +5,11 @@ are halved: one half is compared with the other, and so is every model.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
-from eval.comparison.cells import CellCounts
+from eval.comparison.cells import CellCounts, together
 from tokenization.labels_dcm import shortened
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ def floor_draws(
     """Yield samples of real training cells with as many cells in each condition as the test cells have.
 
     Drawn without replacement; with replacement only in a condition with fewer training than test cells, which is
-    logged, as is a condition without any training cell: it has none here (see :func:`split_half`).
+    logged, as is a condition without any training cell: it has none here (see :class:`Halves`).
     """
     wanted = {condition: rows.size for condition, rows in real.rows_by_condition.items()}
     available, none = train.rows_by_condition, np.empty(0, dtype=np.int64)
@@ -43,7 +43,7 @@ def floor_draws(
 
 
 def without_training_cells(train: CellCounts, real: CellCounts) -> list[str]:
-    """Conditions of the test cells that no training cell has: held-out ones, whose floor is :func:`split_half`."""
+    """Conditions of the test cells that no training cell has: held-out ones, whose floor :class:`Halves` makes."""
     return [condition for condition in real.rows_by_condition if condition not in train.rows_by_condition]
 
 
@@ -59,30 +59,37 @@ def split_half_note(train: CellCounts, real: CellCounts) -> str | None:
     )
 
 
-def split_half(cells: CellCounts, conditions: Sequence[str], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of two random halves of equal size of each of these conditions; the odd cell is left out."""
-    shuffled = [rng.permutation(cells.rows_by_condition[condition]) for condition in conditions]
-    halves = [(rows[: len(rows) // 2], rows[len(rows) // 2 : 2 * (len(rows) // 2)]) for rows in shuffled]
-    none = np.empty(0, dtype=np.int64)
-    return np.concatenate([none, *(one for one, _ in halves)]), np.concatenate([none, *(two for _, two in halves)])
+class Halves:
+    """The test cells as one draw compares them: of the conditions without training cells one random half.
 
-
-def compared_half(real: CellCounts, halved: Sequence[str], rng: np.random.Generator) -> tuple[CellCounts, np.ndarray]:
-    """The test cells to compare with, those of the conditions ``halved`` by one half, and the rows of the other."""
-    one, other = split_half(real, halved, rng)
-    whole = [rows for condition, rows in real.rows_by_condition.items() if condition not in halved]
-    return real.take(np.sort(np.concatenate([*whole, one]))), other
-
-
-def beside_half(drawn: CellCounts, real: CellCounts, halved: Sequence[str], half: np.ndarray) -> CellCounts:
-    """The drawn cells to compare with the test cells that are not in ``half``, rows of the conditions ``halved``.
-
-    Where a sample has a cell for each test cell, those drawn for ``half`` are taken: no cell of a copy of the test
-    cells is then compared with itself, and their copy is as near as the floor, not nearer.
+    The ``other`` half (rows) is the floor there. An odd cell is left out; without ``train`` nothing is halved.
     """
-    rows = dict(drawn.rows_by_condition)
-    for condition in halved:
-        there = real.rows_by_condition[condition]
-        if condition in rows and rows[condition].size == there.size:
-            rows[condition] = rows[condition][np.isin(there, half)]
-    return drawn.take(np.sort(np.concatenate(list(rows.values()))))
+
+    def __init__(self, train: CellCounts | None, real: CellCounts, rng: np.random.Generator):
+        self.real = real
+        self.conditions = [] if train is None else without_training_cells(train, real)
+        kept, other = [], [np.empty(0, dtype=np.int64)]
+        for condition, rows in real.rows_by_condition.items():
+            if condition in self.conditions:
+                shuffled, half = rng.permutation(rows), len(rows) // 2
+                rows = shuffled[:half]
+                other.append(shuffled[half : 2 * half])
+            kept.append(rows)
+        self.compared, self.other = real.take(np.sort(np.concatenate(kept))), np.concatenate(other)
+
+    def floor(self, drawn: CellCounts) -> CellCounts:
+        """A draw of :func:`floor_draws` with the other half of the conditions that it lacks."""
+        return together([drawn, self.real.take(self.other)])
+
+    def beside(self, drawn: CellCounts) -> CellCounts:
+        """The drawn cells to compare.
+
+        Where a sample has a cell for each test cell, those drawn for the other half are taken: no cell of a copy of the
+        test cells is then compared with itself, and their copy is as near as the floor, not nearer.
+        """
+        rows = dict(drawn.rows_by_condition)
+        for condition in self.conditions:
+            there = self.real.rows_by_condition[condition]
+            if condition in rows and rows[condition].size == there.size:
+                rows[condition] = rows[condition][np.isin(there, self.other)]
+        return drawn.take(np.sort(np.concatenate(list(rows.values())))) if self.conditions else drawn

@@ -9,8 +9,8 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from eval.comparison.baselines import BASELINE_DRAWS, Sampler, baseline_draws
-from eval.comparison.cells import CellCounts, Comparison, together
-from eval.comparison.floor import FLOOR, FLOOR_DRAWS, beside_half, compared_half, floor_draws, without_training_cells
+from eval.comparison.cells import CellCounts, Comparison
+from eval.comparison.floor import FLOOR, FLOOR_DRAWS, Halves, floor_draws, without_training_cells
 from eval.comparison.metric_table import COPYING
 from eval.comparison.protocols import Protocol, Reference, Score, averaged_scores, evaluate_pair, prepare_reference
 
@@ -54,22 +54,18 @@ def score_models(
     ):
         for draw in range(draws):
             if halved or not draw:
-                compared, other = compared_half(real, halved, np.random.default_rng([seed, draw]))
-                references = [prepare_reference(compared, p, train=comparison.train, seed=seed) for p in protocols]
+                halves = Halves(comparison.train, real, np.random.default_rng([seed, draw]))
+                options = {"train": comparison.train, "seed": seed}
+                references = [prepare_reference(halves.compared, protocol, **options) for protocol in protocols]
             for model, number in numbers.items():
                 drawn = next(samples[model], None)
                 if drawn is None:
                     continue
                 bar.set_postfix_str(model)
-                if halved and model == FLOOR:
-                    drawn = together([drawn, real.take(other)])
-                elif halved:
-                    drawn = beside_half(drawn, real, halved, other)
+                drawn = halves.floor(drawn) if model == FLOOR else halves.beside(drawn)
                 for reference, found in zip(references, scores):
                     pair = evaluate_pair(drawn, reference, seed=seed, device=device)
-                    if (
-                        model == FLOOR
-                    ):  # training cells are at no distance from themselves; test cells are what it is 1 for
+                    if model == FLOOR:  # training cells are at no distance from themselves; it is 1 for test cells
                         pair = [replace(score, value=1.0) if score.metric == COPYING else score for score in pair]
                     found[model][draw % number].append(pair)
                     bar.update()
