@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from training.data.command_line import command_of, run, versions_of
-from training.data.files import check_folder, written_aside
+from training.data.files import check_folder, write_text, written_aside
 
 if TYPE_CHECKING:  # these import seconds of packages: only after the options are known to be right
     from eval.comparison.baselines import Sampler
@@ -208,8 +208,7 @@ def _write(
         "report.html": html_report.html_report(header, rows, comparison, marginals, umap=umap, **options),
     }
     for file, text in pages.items():
-        with written_aside(out / file) as aside:
-            aside.write_text(text, encoding="utf-8")
+        write_text(out / file, text)
     for file, figure in overview_figures(comparison, marginals, dataset=str(header["dataset"]), **options):
         with written_aside(out / file) as aside:
             figure.savefig(aside, format="png", dpi=130)

@@ -21,7 +21,7 @@ import yaml
 from model_cards.draft_card import is_asked
 from tokenization.labels_dcm import read_text
 from training.data.command_line import run
-from training.data.files import written_aside
+from training.data.files import write_text
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 FRONT_MATTER = ("license", "datasets", "tags", "dataset_name")
@@ -70,8 +70,7 @@ def main(
     text = render(
         read_facts(facts), repo_id=repo_id, checkpoint=checkpoint, results=results, example_output=example_output
     )
-    with written_aside(out) as aside:
-        aside.write_text(text, encoding="utf-8")
+    write_text(out, text)
     return out
 
 

@@ -9,7 +9,6 @@ imported where they are needed, so that ``--help`` and a wrong option answer at 
 """
 
 import inspect
-import json
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -153,6 +152,7 @@ def main(
 
         # takes seconds, so not before labels and counts are known to be right
         from training.conversion.write import build_tables, dataset_card, write_splits
+        from training.data.files import write_json
 
         tokenizer = _build_tokenizer(cells.var.index[panel.genes], conditions, panel)
         tables = build_tables(cells, conditions, panel, [path.name for path in sources])
@@ -181,8 +181,8 @@ def main(
                 path.rename(folder / path.name)
             tokenizer.save_pretrained(folder / "tokenizer")
             if tables.panels is not None:
-                _write_json(folder / "panels.json", tables.panels.missing)
-            _write_json(folder / "split.json", description)
+                write_json(folder / "panels.json", tables.panels.missing)
+            write_json(folder / "split.json", description)
             (folder / "README.md").write_text(dataset_card(description), encoding="utf-8")
     logger.info("cells: %s", ", ".join(f"{len(here):,} {name}" for name, here in chosen.cells.items()))
     _report(tokenizer, panel)
@@ -232,10 +232,6 @@ def _build_tokenizer(genes: Sequence[str], conditions: "ConditionColumns", panel
         covariates=labels,
         separator=conditions.separator,
     )
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _describe_sources(sources: Sequence[Path]) -> list[dict[str, str]]:

@@ -19,7 +19,7 @@ import tyro
 
 from tokenization.labels_dcm import shortened
 from training.data.command_line import run, versions_of
-from training.data.files import check_folder, written_aside
+from training.data.files import check_folder, write_text, written_aside
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -182,8 +182,7 @@ def store_curve(checkpoint: Path, curve: dict[str, list[float]]) -> None:
     path = checkpoint / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["entropy_curve"] = curve
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def last_line(result: dict[str, float]) -> str:
@@ -196,11 +195,9 @@ def _write(
 ) -> None:
     """Write path.json, path.md and path.png; the text goes to stdout too."""
     found = {name: value if math.isfinite(value) else None for name, value in result.items()}
-    with written_aside(path.with_suffix(".json")) as aside:
-        whole = {**content, **found, "versions": versions_of(PACKAGES)}
-        aside.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    with written_aside(path.with_suffix(".md")) as aside:
-        aside.write_text("\n\n".join([f"# {title}", *text, f"`{last_line(result)}`"]) + "\n", encoding="utf-8")
+    whole = {**content, **found, "versions": versions_of(PACKAGES)}
+    write_text(path.with_suffix(".json"), json.dumps(whole, indent=1, allow_nan=False) + "\n")
+    write_text(path.with_suffix(".md"), "\n\n".join([f"# {title}", *text, f"`{last_line(result)}`"]) + "\n")
     if picture is not None:
         with written_aside(path.with_suffix(".png")) as aside:
             picture.savefig(aside, format="png")

@@ -19,7 +19,7 @@ from scipy.sparse import csr_matrix
 
 from modeling_dcm.generation_dcm import row_chunks
 from training.data.command_line import ProgressReport
-from training.data.files import followed, written_aside
+from training.data.files import followed, write_text, written_aside
 from training.data.h5ad import write_h5ad_in_blocks
 
 REQUEST = "request.json"
@@ -56,8 +56,7 @@ class ChunkFiles:
             else:
                 shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with written_aside(self.folder / REQUEST) as aside:
-            aside.write_text(json.dumps(self.request, indent=1) + "\n")
+        write_text(self.folder / REQUEST, json.dumps(self.request, indent=1) + "\n")
         for taken in self.folder.glob("*.taken"):
             taken.unlink()
         written = set(self.written())

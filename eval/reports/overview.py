@@ -15,7 +15,7 @@ import tyro
 from eval.comparison.floor import FLOOR
 from eval.reports.tables import Row, at_floor, markdown_table, metric_label
 from training.data.command_line import run
-from training.data.files import written_aside
+from training.data.files import write_text, written_aside
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,7 @@ def main(
     if not all(page.count(mark) == 1 for mark in MARKS):
         raise ValueError(f"{str(write)!r} has no place for the table; expected the lines {MARKS[0]} and {MARKS[1]}")
     before, rest = page.split(MARKS[0])
-    with written_aside(write) as aside:
-        aside.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8")
+    write_text(write, f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
 
 
 def overview(results: list[dict]) -> str:

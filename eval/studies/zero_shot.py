@@ -24,7 +24,7 @@ from eval.sample import main as sample
 from training.config import parse, read_config
 from training.convert_h5ad import main as convert
 from training.data.command_line import command_of, run, versions_of
-from training.data.files import sha256_of, written_aside
+from training.data.files import sha256_of, write_text, written_aside
 from training.embed_perturbations import main as embed
 from training.embed_perturbations import perturbation_names, seen_in_training
 from training.train import main as train
@@ -187,8 +187,7 @@ def _check_same_study(out: Path, facts: dict[str, object]) -> None:
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {str(out)!r} exists and holds no study; expected a new or empty folder")
-    with written_aside(path) as aside:
-        aside.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
 
 
 def _tables(folder: Path, shards: Path, vectors: str | None, *, learned: bool, seed: int) -> dict[str, Path | None]:
@@ -239,8 +238,7 @@ def _scores(folder: Path, models: list[str], sampling_seeds: int) -> list[Row]:
     if not path.exists():
         reserved = (FLOOR, *(fit.__name__ for fit in BASELINES))
         rows = score_held_out(read_comparison(samples, real, train_cells, reserved_names=reserved))
-        with written_aside(path) as aside:
-            aside.write_text(json.dumps(rows, indent=1, allow_nan=False), encoding="utf-8")
+        write_text(path, json.dumps(rows, indent=1, allow_nan=False))
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -250,8 +248,7 @@ def _write(out: Path, study: dict[str, object], rows: list[Row]) -> None:
     from eval.studies.tables import dot_plot, study_markdown, study_tables
 
     for name, text in (("zero_shot.json", results_json(study, rows)), ("zero_shot.md", study_markdown(study, rows))):
-        with written_aside(out / name) as aside:
-            aside.write_text(text, encoding="utf-8")
+        write_text(out / name, text)
     with written_aside(out / "zero_shot.png") as aside:
         dot_plot(study, rows).savefig(aside, format="png")
     sys.stdout.write(study_tables(study, rows) + "\n")

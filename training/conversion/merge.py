@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from tokenization import DCMTokenizer
 from tokenization.labels_dcm import shortened
+from training.data.files import write_json
 from training.data.shards import MERGED, PANEL, SPLITS, MergedLabels, Panels, find_panels
 from training.data.statistics import (
     STATISTICS,
@@ -97,9 +98,9 @@ def merge_shards(folders: Sequence[Path], out: Path) -> dict[str, object]:
                 _link(file, out / split / f"{number}-{file.name}")
     tokenizer = _merged_tokenizer(parts)
     tokenizer.save_pretrained(out / "tokenizer")
-    _write_json(out / MERGED, asdict(labels))
+    write_json(out / MERGED, asdict(labels))
     if panels is not None:
-        _write_json(out / "panels.json", panels.missing)
+        write_json(out / "panels.json", panels.missing)
     cells = open_cells(out, "train", tokenizer, streaming=True)
     conditions = {name: ids.numpy() for name, ids in cells.conditions.items()}
     known = {"panel": cells.panel, "measured": cells.measured}
@@ -117,7 +118,7 @@ def merge_shards(folders: Sequence[Path], out: Path) -> dict[str, object]:
             for i, (number, part) in enumerate(zip(labels.parts, parts))
         },
     }
-    _write_json(out / "split.json", description)
+    write_json(out / "split.json", description)
     for split in SPLITS:
         logger.info("%s %s cells of %d parts", f"{sum(numbers[split]):,}", split, len(parts))
     return description
@@ -178,7 +179,3 @@ def _link(file: Path, place: Path) -> None:
         os.link(file.resolve(), place)
     except OSError:
         place.symlink_to(file.resolve())
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import glob
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -132,6 +133,17 @@ def written_aside(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(aside)
         else:
             aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file aside, and rename it."""
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file that a person can read, likewise."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def put_back(path: Path) -> None:

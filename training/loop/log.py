@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from training.config import TrainConfig
-from training.data.files import written_aside
+from training.data.files import write_text, written_aside
 
 try:
     import resource
@@ -99,8 +99,7 @@ class TrainingLog:
             config.out.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 kept = [line for line in self.path.read_text().splitlines() if _is_of_step_before(line, start)]
-                with written_aside(self.path) as aside:
-                    aside.write_text("".join(f"{line}\n" for line in kept))
+                write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def note(self, measured: tuple[torch.Tensor, ...], learning_rate: float) -> None:
         """Keep the numbers of one step, :data:`MEASURED`, still on the device: reading them would make it wait."""
