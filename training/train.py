@@ -68,8 +68,9 @@ def main(config: TrainConfig) -> Path:
         sys.exit(SAVED_AFTER_SIGNAL)
     if reason == "time":
         logger.info("%g minutes are over at step %d of %d; --resume goes on", config.max_time, done, config.max_steps)
+    network, ema = run.as_whole()
     if accelerator.is_main_process:
-        with averaged_weights(run.network, run.ema) as averaged:
+        with averaged_weights(network, ema) as averaged:
             save_final(config, averaged, run.tokenizer)
             averaged.config.entropy_curve = run.validation.entropy_curve(averaged)  # the weights are safe by now
             save_config(config, averaged)

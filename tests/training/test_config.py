@@ -55,13 +55,14 @@ def test_configurations_of_the_repository_are_valid(file):
 @pytest.mark.parametrize(
     ("kind", "accumulated", "message"),
     [
-        (DistributedType.FSDP, 1, "configured for FSDP, expected plain data parallelism: these networks"),
-        (DistributedType.MEGATRON_LM, 1, "configured for MEGATRON_LM, expected plain data parallelism: these networks"),
+        (DistributedType.FSDP, 1, "configured for FSDP, expected plain data parallelism, or .* FSDP2"),
+        (DistributedType.MEGATRON_LM, 1, "configured for MEGATRON_LM, expected plain data parallelism, or"),
         (DistributedType.NO, 4, "gradient_accumulation_steps=4, training for 1: give --gradient-accumulation"),
     ],
 )
 def test_what_accelerate_was_told_otherwise_is_refused(kind, accumulated, message, monkeypatch):
     told = SimpleNamespace(distributed_type=kind, gradient_accumulation_steps=accumulated, num_processes=2)
+    told.is_fsdp2 = False
     monkeypatch.setattr("training.loop.processes.Accelerator", lambda **options: told)
     with pytest.raises(ValueError, match=message):
         build_accelerator(TrainConfig(data=Path("d"), out=Path("o"), trackers="none"))

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from modeling_dcm import DCMForDenoising
 from training.config import TrainConfig
@@ -31,7 +32,26 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def update_average(ema: list[torch.Tensor], model: torch.nn.Module, step: int, decay: float) -> None:
     """Move the exponential average of the weights, in float32, faster at the start."""
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(ema, [parameter.detach().float() for parameter in model.parameters()], 1 - decay)
+    torch._foreach_lerp_(ema, [own_part(parameter.detach()).float() for parameter in model.parameters()], 1 - decay)
+
+
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor that FSDP2 has split over the processes; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def split_like(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The tensor of which this process holds ``part``, split as ``like`` is, if that is split."""
+    if not isinstance(like, DTensor):
+        return part
+    return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+
+
+def whole_averages(ema: list[torch.Tensor], model: torch.nn.Module) -> list[torch.Tensor]:
+    """Averages of a ``model`` that is split, of which each process holds its part, put together; all must call it."""
+
+    split = [split_like(part, parameter) for part, parameter in zip(ema, model.parameters(), strict=True)]
+    return [average.full_tensor() if isinstance(average, DTensor) else average for average in split]
 
 
 @contextmanager

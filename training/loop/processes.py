@@ -28,8 +28,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     """Return the accelerator of this process.
 
     Raises:
-        ValueError: a tracker is not installed, or accelerate was told to split the network over the processes, or to
-            accumulate another number of batches.
+        ValueError: a tracker is not installed, or accelerate was told to split the network over the processes by
+            another engine than FSDP2, or to accumulate another number of batches.
     """
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
@@ -39,10 +39,10 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         project_config=ProjectConfiguration(logging_dir=str(config.out / "trackers")),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
-    if accelerator.distributed_type not in WHOLE_COPIES:
+    if accelerator.distributed_type not in WHOLE_COPIES and not accelerator.is_fsdp2:
         raise ValueError(
-            f"accelerate was configured for {accelerator.distributed_type.value}, expected plain data parallelism: "
-            "these networks fit on one device, and averages and states need all of their weights"
+            f"accelerate was configured for {accelerator.distributed_type.value}, expected plain data parallelism, or "
+            "for networks that outgrow a device FSDP2 (fsdp_version: 2)"
         )
     accumulate = accelerator.gradient_accumulation_steps
     if accumulate != config.gradient_accumulation_steps:

@@ -1,6 +1,7 @@
 """Prepare what the loop of `training/train.py` works with, take its steps, and write what is due after each."""
 
 import logging
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import islice, repeat
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_dcm import DCMConfig, DCMForDenoising
@@ -19,7 +21,7 @@ from training.data.loader import Cells
 from training.loop.batches import TrainBatches
 from training.loop.fine_tune import load_source, merged_tokenizer, shaped_like
 from training.loop.log import NotFinite, TrainingLog, draw_curves, peak_flops, training_flops
-from training.loop.optimiser import build_optimizer
+from training.loop.optimiser import build_optimizer, own_part, whole_averages
 from training.loop.processes import start_trackers
 from training.loop.start import (
     attention_implementation,
@@ -36,6 +38,7 @@ from training.loop.states import (
     remove_leftovers,
     restore_state,
     run_facts,
+    save_part,
     save_state,
 )
 from training.loop.validation import Validation
@@ -57,19 +60,31 @@ class Run:
     validation: Validation | None  # of the main process
     log: TrainingLog
     facts: dict[str, object]  # see `run_facts`
+    whole: DCMForDenoising | None  # of the main process, to look at, where FSDP2 has split the network
+
+    def as_whole(self) -> tuple[DCMForDenoising | None, list[torch.Tensor]]:
+        """The network and its averages as the main process looks at them and saves them; all processes call it."""
+        if not self.facts["is_split"]:
+            return self.network, self.ema
+        return self.whole, whole_averages(self.ema, self.network)
 
 
 def prepare_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Run, torch.nn.Module, int]:
     """Return what the loop works with, the network as it is called, and the number of steps already done."""
     attn = attention_implementation(config, accelerator.device, accelerator.mixed_precision)
     config = replace(config, attn=attn, mixed_precision=accelerator.mixed_precision)
-    facts = run_facts(config, accelerator.num_processes)
+    is_split = accelerator.is_fsdp2
+    facts = run_facts(config, accelerator.num_processes, is_split=is_split)
     if len(set(gather_object([facts["hashes"]["data"]]))) > 1:
         raise ValueError(f"processes see different files in {str(config.data)!r}: copy the same shards to every node")
     network, tokenizer, cells, state = prepare_start(config, accelerator, facts)
-    optimizer = build_optimizer(network, config)
-    ema = [parameter.detach().clone().float() for parameter in network.parameters()]
-    start = restore_state(state, network, ema, optimizer, accelerator.scaler) if state else 0
+    optimizer, whole, start = build_optimizer(network, config), None, 0
+    if is_split:
+        whole = deepcopy(network).to(accelerator.device) if accelerator.is_main_process else None
+        network.get_input_embeddings = lambda: None  # accelerate asks for them, to split them apart
+    else:
+        ema = [parameter.detach().clone().float() for parameter in network.parameters()]
+        start = restore_state(state, network, ema, optimizer, accelerator.scaler) if state else 0
     if config.compile:
         compile_blocks(network)
     # buffers are the same everywhere: no need to send them around at each step
@@ -77,6 +92,10 @@ def prepare_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Run, tor
         network, [n for n, _ in network.named_buffers()]
     )
     model, optimizer = accelerator.prepare(network, optimizer)
+    if is_split:
+        ema = [own_part(parameter.detach()).clone().float() for parameter in network.parameters()]
+        part = {"part": accelerator.process_index}
+        start = restore_state(state, network, ema, optimizer, accelerator.scaler, **part) if state else 0
     ema = [average.to(accelerator.device) for average in ema]
     rank, world = accelerator.process_index, accelerator.num_processes
     device, state = accelerator.device, network.state if network.config.state_dim else None
@@ -86,7 +105,7 @@ def prepare_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Run, tor
         validation = Validation(config, tokenizer, cells, accelerator.autocast)
     log = TrainingLog(config, start, accelerator, _utilisation_per_cell(train_batches, network, accelerator.device))
     start_trackers(accelerator, config)
-    run = Run(config, accelerator, network, ema, optimizer, tokenizer, train_batches, validation, log, facts)
+    run = Run(config, accelerator, network, ema, optimizer, tokenizer, train_batches, validation, log, facts, whole)
     return run, model, start
 
 
@@ -149,6 +168,7 @@ def take_step(
             accelerator.backward(output.loss * weight)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+                norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             optimizer.step()
             optimizer.zero_grad()
         loss += output.loss.detach() * weight / config.gradient_accumulation_steps
@@ -173,18 +193,25 @@ def write_what_is_due(run: Run, done: int, reason: str | None) -> None:
             log.check(done)
     except NotFinite as error:
         raise ValueError(_explained(error, run)) from error
+    score = config.score_every is not None and (done % config.score_every == 0 or last)
+    if not (validate or score or save):
+        return
+    network, ema = run.as_whole()
+    if save and run.facts["is_split"]:
+        save_part(config.out, done, run.accelerator.process_index, run.network, run.ema, run.optimizer)
+        run.accelerator.wait_for_everyone()
     if not run.accelerator.is_main_process:
         return
     with log.paused():
-        seen = run.validation.losses(run.network, run.ema) if validate else {}
+        seen = run.validation.losses(network, ema) if validate else {}
         if validate:
             log.write({"step": done, **seen})
-        if config.score_every is not None and (done % config.score_every == 0 or last):
-            scores = run.validation.score(run.network, run.ema)
+        if score:
+            scores = run.validation.score(network, ema)
             log.write({"step": done, **scores})
             seen |= scores
         if save:
-            parts = (run.network, run.ema, run.optimizer, run.tokenizer)
+            parts = (network, ema, None if run.facts["is_split"] else run.optimizer, run.tokenizer)
             save_state(config, run.facts, done, *parts, scaler=run.accelerator.scaler, validation=seen)
             draw_curves(config.out)
 

@@ -25,7 +25,7 @@ from tokenization import DCMTokenizer
 from training.config import TrainConfig
 from training.data.command_line import version_of
 from training.data.files import sha256_of, share, written_aside
-from training.loop.optimiser import averaged_weights
+from training.loop.optimiser import averaged_weights, own_part, split_like
 from training.standalone import add_shipped_files
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 FREE_TO_CHANGE = {"data", "out", "config", "resume", "init_from", "perturbation_embeddings", "max_time"}
 FREE_TO_CHANGE |= {"log_every", "validate_every", "score_every", "save_every", "keep_last", "keep_best", "trackers"}
 FREE_TO_CHANGE |= {"validation_cells", "score_cells", "attn", "compile", "gradient_checkpointing"}
+PART = "state-of-process-{:05d}.safetensors"  # of a network that is split over the processes
 RANKED_BY = ("score_distance", "validation_loss")
 PACKAGES = ("discrete-cell-models", "torch", "transformers", "accelerate", "datasets", "safetensors", "numpy")
 
@@ -69,7 +70,8 @@ def _check_same_run(config: TrainConfig, facts: dict[str, object], state: Path) 
     before = _facts(state)
     defaults = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
     then = {**defaults, **before["options"], "num_processes": before["num_processes"]}
-    now = {**config.options(), "num_processes": facts["num_processes"]}
+    then["is_split"] = before.get("is_split", False)
+    now = {**config.options(), **{name: facts[name] for name in ("num_processes", "is_split")}}
     differ = [name for name in now if name not in FREE_TO_CHANGE and then.get(name) != now[name]]
     if config.learning_rate_schedule == "constant" and "max_steps" in differ:
         differ.remove("max_steps")
@@ -116,10 +118,12 @@ def _footer(shard: Path) -> bytes:
         return file.read(length)
 
 
-def run_facts(config: TrainConfig, num_processes: int) -> dict[str, object]:
-    """Return what a state says of its run: options, hashes of what was read, versions, number of processes."""
+def run_facts(config: TrainConfig, num_processes: int, *, is_split: bool = False) -> dict[str, object]:
+    """Return what a state says of its run: options, hashes of what was read, versions, number of processes, and whether
+    the network is split over them."""
     return {
         "num_processes": num_processes,
+        "is_split": is_split,
         "options": config.options(),
         "hashes": _hashes(config),
         "versions": {name: version_of(name) for name in PACKAGES},
@@ -132,7 +136,7 @@ def save_state(
     step: int,
     model: DCMForDenoising,
     ema: list[torch.Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     tokenizer: DCMTokenizer,
     *,
     scaler: torch.amp.GradScaler | None = None,
@@ -140,6 +144,7 @@ def save_state(
 ) -> None:
     """Write `checkpoints/step-N`, then remove the states that are neither among the last nor among the best.
 
+    Without an ``optimizer`` each process has written its own part of the state, :func:`save_part`; ``model`` is whole.
     ``validation`` is what was seen there: the best have the least ``score_distance`` of generated cells; where no cells
     were scored, the least ``validation_loss``.
 
@@ -147,9 +152,6 @@ def save_state(
         OSError: the state could not be written; earlier ones are as they were.
     """
     folder = config.out / "checkpoints" / f"step-{step}"
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
     scaled = None if scaler is None else scaler.state_dict()
     seen = {name: (validation or {}).get(name) for name in RANKED_BY}
     said = {**facts, "step": step, **seen, "scaler": scaled}
@@ -159,8 +161,11 @@ def save_state(
             with averaged_weights(model, ema) as averaged:
                 averaged.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
-            tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
-            save_file(tensors, aside / "state.safetensors")
+            if optimizer is None:
+                for rank in range(facts["num_processes"]):
+                    os.replace(_waiting_part(config.out, step, rank), aside / PART.format(rank))
+            else:
+                save_file(_tensors(model, optimizer), aside / "state.safetensors")
             (aside / "state.json").write_text(json.dumps(said, indent=1))
             for file in aside.iterdir():
                 with file.open("rb") as stream:
@@ -168,6 +173,39 @@ def save_state(
     except (OSError, SafetensorError) as error:
         raise _not_written(folder, config.out, error) from error
     _remove_others(config)
+
+
+def save_part(
+    out: Path, step: int, rank: int, model: torch.nn.Module, ema: list[torch.Tensor], optimizer: torch.optim.Optimizer
+) -> None:
+    """Write what this process holds of a network that is split, of its averages and of the optimiser's moments. It
+    waits under a name of its own for the other parts, with which :func:`save_state` makes it a state.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    names = (name for name, _ in model.named_parameters())
+    averages = {f"average.{name}": average.clone() for name, average in zip(names, ema, strict=True)}
+    place = _waiting_part(out, step, rank)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file(_tensors(model, optimizer) | averages, place)
+        with place.open("rb") as stream:
+            os.fsync(stream.fileno())
+    except (OSError, SafetensorError) as error:
+        raise _not_written(place, out, error) from error
+
+
+def _waiting_part(out: Path, step: int, rank: int) -> Path:
+    return out / "checkpoints" / f".step-{step}.{PART.format(rank)}"
+
+
+def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What this process holds of the weights and of the optimiser's moments."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+    return {name: own_part(value).contiguous().clone() for name, value in tensors.items()}
 
 
 def _not_written(what: Path, out: Path, error: Exception) -> OSError:
@@ -195,7 +233,7 @@ def remove_leftovers(out: Path) -> None:
     """Remove what a killed run left while it was writing or removing a state."""
     for pattern in ("checkpoints/.step-*", ".final-*"):
         for path in out.glob(pattern):
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def load_state_model(folder: Path, config: TrainConfig) -> tuple[DCMForDenoising, DCMTokenizer]:
@@ -215,25 +253,32 @@ def restore_state(
     ema: list[torch.Tensor],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None = None,
+    *,
+    part: int | None = None,
 ) -> int:
     """Load a state into model, average, optimiser and fp16's loss scaler; return the number of steps done.
+
+    Of a network that is split, each process loads its ``part``.
 
     Raises:
         ValueError: a file of the state is damaged.
     """
     with _damage_named(folder):
-        tensors = load_file(folder / "state.safetensors")
-        averages = load_file(folder / "model.safetensors")
-    weights: dict[str, torch.Tensor] = {}
+        tensors = load_file(folder / ("state.safetensors" if part is None else PART.format(part)))
+        averages = load_file(folder / "model.safetensors") if part is None else {}
+    values = model.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         of, _, name = name.partition(".")
         if of == "model":
-            weights[name] = value
+            own_part(values[name]).copy_(value)
+        elif of == "average":
+            averages[name] = value
         else:
             index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = value
-    model.load_state_dict(weights)
+            like = parameters[int(index)]
+            state.setdefault(int(index), {})[key] = value if key == "step" else split_like(value, like)
     for (name, _), average in zip(model.named_parameters(), ema, strict=True):
         average.copy_(averages[name])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

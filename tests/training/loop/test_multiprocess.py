@@ -20,9 +20,12 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 import training.loop.optimiser
+import training.loop.processes
 import training.loop.states
 import training.train
 from tests.tiny_training import TINY_TRAINING, shards_of_two_panels, tiny_training
@@ -57,19 +60,33 @@ def killed_at(event: int) -> None:
     training.loop.states.os.fsync = counted(os.fsync)
 
 
-def work(config: TrainConfig, cache: str, environment: dict[str, str], kill_at: int | None) -> None:
+class Split(Accelerator):
+    """With FSDP2 on CPUs, where PyTorch has it and accelerate asks for it on other devices only."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.state.distributed_type = DistributedType.FSDP
+        how = {"fsdp_version": 2, "auto_wrap_policy": "transformer_based_wrap"}
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin(**how)
+
+
+def work(config: TrainConfig, cache: str, environment: dict[str, str], kill_at: int | None, is_split: bool) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     datasets.config.HF_DATASETS_CACHE = cache
     if kill_at is not None:
         killed_at(kill_at)
+    if is_split:
+        training.loop.processes.Accelerator = Split
     faulthandler.dump_traceback_later(90)  # where it waits, should it wait for ever
     training.train.main(config)
     sys.stderr.flush()
     os._exit(0)  # threads of the server are not in its forks: at their end nobody waits for them
 
 
-def start(config: TrainConfig, processes: int, kill_at: int | None = None) -> list[multiprocessing.Process]:
+def start(
+    config: TrainConfig, processes: int, kill_at: int | None = None, *, is_split: bool = False
+) -> list[multiprocessing.Process]:
     """Processes of one run; the first is killed at event ``kill_at``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -81,7 +98,8 @@ def start(config: TrainConfig, processes: int, kill_at: int | None = None) -> li
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         cache = str(datasets.config.HF_DATASETS_CACHE)
-        worker = SERVER.Process(target=work, args=(config, cache, environment, kill_at if rank == 0 else None))
+        kill_first_at = kill_at if rank == 0 else None
+        worker = SERVER.Process(target=work, args=(config, cache, environment, kill_first_at, is_split))
         worker.start()
         workers.append(worker)
     return workers
@@ -123,6 +141,26 @@ def test_a_run_of_two_processes_killed_three_times_ends_bit_for_bit_as_an_undist
         assert torch.equal(value, expected[name]), name
     assert losses(killed) == losses(whole)
     assert not list(killed.out.rglob(".*"))
+
+
+@pytest.mark.slow
+def test_a_network_split_by_fsdp2_learns_what_a_whole_one_does_and_resumes_bit_for_bit(config):
+    config = replace(config, max_steps=7, save_every=3, score_every=None, dropout=0.1)
+    whole, split, stopped = (replace(config, out=config.out / name) for name in ("whole", "split", "stopped"))
+    assert finish(start(whole, 2)) == [0, 0]
+    assert finish(start(split, 2, is_split=True)) == [0, 0]
+    assert losses(split) == pytest.approx(losses(whole), abs=1e-5)
+    files = len(list(training.loop.states.all_states(split.out)[0].iterdir()))
+    assert finish(start(stopped, 2, kill_at=3 + files + 3, is_split=True))[0] == -signal.SIGKILL
+    state = training.loop.states.all_states(stopped.out)[-1]
+    parts = {f"state-of-process-0000{rank}.safetensors" for rank in (0, 1)}
+    assert {path.name for path in state.glob("state*.safetensors")} == parts
+    assert state.name == "step-3"
+    assert finish(start(replace(stopped, resume=True), 2, is_split=True)) == [0, 0]
+    assert losses(stopped) == losses(split)
+    expected = weights(split)
+    for name, value in weights(stopped).items():
+        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.slow
