@@ -66,7 +66,9 @@ def main(
     check_writable(out)
     from training.data.h5ad import open_h5ad
 
-    open_h5ad(cells).close()
+    with open_h5ad(cells) as file:
+        if hasattr(file["obs"], "dtype"):  # a compound dataset takes no more columns
+            raise ValueError(f"{str(cells)!r} was written before anndata 0.7; read it and write it again")
     import numpy as np
     import torch
 
@@ -171,8 +173,6 @@ def _write(
         shutil.copyfile(cells, aside)
         with h5py.File(aside, "r+") as file:
             obs = file["obs"]
-            if not isinstance(obs, h5py.Group):
-                raise ValueError(f"{str(cells)!r} was written before anndata 0.7; read it and write it again")
             order = [str(name) for name in obs.attrs["column-order"]]
             for name, values in columns.items():
                 write_elem(obs, name + ending, values)

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from eval.comparison.cells import read_comparison
 from eval.drawing.checkpoint import check_checkpoint
 from eval.drawing.measured import library_sizes_of, read_measured_cells
+from eval.score import main as score
 from tests.tiny_esm import write_tiny_esm
 from tokenization import DCMTokenizer
 from training.conversion.conditions import ConditionColumns
@@ -170,6 +171,10 @@ def test_tables_of_anndata_0_6_are_read_with_their_categories(x):
     raw = read_counts(of_anndata_0_6(x), "raw")
     assert (raw.X != 2 * cells.X).nnz == 0
     assert raw.var_names.tolist() == GENES
+    with pytest.raises(
+        ValueError, match=r"before anndata 0\.7; read it and write it again"
+    ):  # before a model is loaded
+        score("no/model", x.with_name("old.h5ad"), out=x.with_name("scored.h5ad"))
 
 
 def test_a_column_of_unknown_encoding_is_not_read(x, caplog):

@@ -124,14 +124,8 @@ class BlockBatchSampler(GlobalBatchSampler):
 
     Blocks are dealt anew each epoch, by (seed, epoch) alone; the cells of :data:`BLOCKS_IN_MEMORY` blocks at a time
     are then permuted. All processes have the same number of batches in every epoch: as many as the fewest cells that
-    any deal can give to a process; what is left is dropped (another rest each epoch).
-
-    Args:
-        first_cells: (M + 1,) first cell of each block, and the number of cells.
-        batch_size: cells per process and batch.
-        rank: this process.
-        world_size: number of processes.
-        seed: seeds the order of every epoch.
+    any deal can give to a process; what is left is dropped (another rest each epoch). ``first_cells`` (M + 1,) are the
+    first cell of each block, and the number of cells.
 
     Raises:
         ValueError: as :class:`GlobalBatchSampler`; also when a process could get less than one batch.
