@@ -39,7 +39,7 @@ class PartialCells:
     """
 
     input_ids: torch.Tensor  # (B, L) counts, MASK or PAD
-    gene_ids: torch.Tensor  # (B, L)
+    gene_ids: torch.Tensor  # (B, L), or (1, L) where all cells have the same genes: they are then looked up once
     mean: torch.Tensor  # (B, L) mean counts of the genes in training cells of the cell's type
     is_target: torch.Tensor | None  # (B, L) genes that the cell's perturbations target; None: nobody said
     progress: Progress
@@ -50,7 +50,7 @@ class PartialCells:
     library_size: torch.Tensor  # (B,)
     state: torch.Tensor  # (B, E), NaN where not given
     total: torch.Tensor  # (B,) what tells the depth: library_size, or what the state says where that is no condition
-    all_measured: bool = False  # promises that there is no PAD, so that nobody has to look
+    all_measured: bool | None = None  # whether there is no PAD; None: somebody has to look
 
     @property
     def expected(self) -> torch.Tensor:
@@ -60,7 +60,8 @@ class PartialCells:
     def at(self, positions: torch.Tensor) -> "PartialCells":
         """The same cells with the genes at ``positions`` (B, Q) as their sequence."""
         names = ("input_ids", "gene_ids", "mean", *(() if self.is_target is None else ("is_target",)))
-        return replace(self, **{name: getattr(self, name).gather(1, positions) for name in names})
+        B = len(positions)
+        return replace(self, **{name: getattr(self, name).expand(B, -1).gather(1, positions) for name in names})
 
 
 def check_conditions(config: DCMConfig, given: dict[str, torch.Tensor | None]) -> None:
@@ -109,7 +110,7 @@ class CellTotals(nn.Module):
         self.register_buffer("twice_count", (2 * count_values(config)).long())
 
     def mean(self, gene_ids: torch.Tensor, cell_type_ids: torch.Tensor) -> torch.Tensor:
-        """Mean counts (B, L) of genes (B, L) in each cell's type, or in all cells where it is not given (-1)."""
+        """Mean counts (B, L) of genes (B or 1, L) in each cell's type, or in all cells where it is not given (-1)."""
         row = torch.where(cell_type_ids < 0, len(self.gene_mean) - 1, cell_type_ids)
         return self.gene_mean[row[:, None], gene_ids].float()
 

@@ -83,6 +83,12 @@ class DCMConfig(PreTrainedConfig):
         return self.count_bins[0] + len(self.count_bins)
 
     @property
+    def num_small(self) -> int:
+        """S, counts with a logit of their own in the head's first stage; all of them where there is one stage."""
+        columns = min(self.gene_output_bias, self.num_counts)
+        return columns - 1 if 0 < columns < self.num_counts else self.num_counts
+
+    @property
     def mask_token_id(self) -> int:
         return self.num_counts
 

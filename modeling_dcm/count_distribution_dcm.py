@@ -6,6 +6,7 @@ Letters: B cells, Q queried genes, S small counts, K largest count, D width, C c
 """
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from .layers_dcm import NUM_COUNT_FEATURES, count_features, layer_norm, modulate
 
 TAIL_TERMS = 12
 SMALL_TAIL = 1e-3
+LARGEST_RATIO = 0.99
+LARGE_AT_ONCE = 2**26  # logits of large counts
 SCORES = 64  # columns of the bilinear rate
 LOWEST_MEAN = 1e-6
 LARGEST_CHANGE = 8.0  # of the logarithms of mean and dispersion
@@ -52,31 +55,49 @@ class TwoStageCategorical(NamedTuple):
             return logits
         S = self.small.shape[-1] - 1
         number = logits.shape[-1] if self.id_of_count is None else len(self.id_of_count)
-        counts = torch.arange(S, S + number, device=logits.device)
-        base = log_negative_binomial(counts, self.mean[rows][..., None], self.size[rows][..., None])
+        ratios = log_ratios(S, number - 1, self.mean[rows], self.size[rows])  # of each large count to the one before
+        base = nn.functional.pad(ratios.cumsum(dim=-1), (1, 0))  # of S it is 0: a constant is lost in the normalisation
         if self.id_of_count is None:
             return logits + base
         largest = base.amax(dim=-1, keepdim=True)  # the mass of a bin is the sum over its counts
         mass = torch.zeros_like(logits).index_add(-1, self.id_of_count, (base - largest).exp())
         return logits + mass.clamp(min=torch.finfo(mass.dtype).tiny).log() + largest
 
-    def cross_entropy(self, labels: torch.Tensor) -> torch.Tensor:
-        """``-log p(labels)`` (..), nats."""
+    def cross_entropy(self, labels: torch.Tensor, num_large: int | None = None) -> torch.Tensor:
+        """``-log p(labels)`` (B, Q), nats.
+
+        ``num_large`` says how many large counts there are at most, so that nobody has to look and wait for the answer.
+        """
         if self.weight is None:
             return _cross_entropy(self.small, labels)
         S = self.small.shape[-1] - 1
         nats = _cross_entropy(self.small, labels.clamp(max=S))
-        rows = (labels >= S).nonzero(as_tuple=True)
-        return nats.index_put(rows, _cross_entropy(self.large(rows), labels[rows] - S), accumulate=True)
+        is_large = labels >= S
+        number = int(is_large.sum()) if num_large is None else min(num_large, labels.numel())
+        places = is_large.flatten().float().topk(number, sorted=False).indices  # large counts first, then any others
+        rows = (places // labels.shape[1], places % labels.shape[1])
+        of_rows = _cross_entropy(self.large(rows), (labels[rows] - S).clamp(min=0)) * is_large[rows]
+        return nats.index_put(rows, of_rows, accumulate=True)
 
     def draw(self, generator: torch.Generator, temperature: float = 1.0) -> torch.Tensor:
-        """One count (..) from each distribution, its logits divided by the temperature."""
+        """One count (B, Q) from each distribution, its logits divided by the temperature.
+
+        On a CPU the second stage is drawn where the first says so alone. Other devices would wait for such a look: they
+        draw it everywhere, some genes at a time.
+        """
         if self.weight is None or temperature != 1.0:
             return draw_counts(self.full(), temperature, generator)
         counts = draw_counts(self.small, 1.0, generator)
         S = self.small.shape[-1] - 1
-        rows = (counts == S).nonzero(as_tuple=True)
-        return counts.index_put(rows, S + draw_counts(self.large(rows), 1.0, generator))
+        if counts.device.type == "cpu":
+            rows = (counts == S).nonzero(as_tuple=True)
+            return counts.index_put(rows, S + draw_counts(self.large(rows), 1.0, generator))
+        genes = max(1, LARGE_AT_ONCE // (len(counts) * len(self.weight)))
+        for start in range(0, counts.shape[1], genes):
+            part = (slice(None), slice(start, start + genes))
+            large = S + draw_counts(self.large(part), 1.0, generator)
+            counts[part] = torch.where(counts[part] == S, large, counts[part])
+        return counts
 
 
 def draw_counts(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
@@ -90,41 +111,38 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nats.view(labels.shape)
 
 
-def log_negative_binomial(counts: torch.Tensor, mean: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-    """``log NB(c; mu, r)``, broadcast; ``mean`` mu and ``size`` r are above 0, the variance is ``mu + mu^2 / r``."""
-    at_random = torch.lgamma(counts + size) - torch.lgamma(size) - torch.lgamma(counts + 1.0)
-    return at_random - size * torch.log1p(mean / size) - counts * torch.log1p(size / mean)
+def log_ratios(first: int, number: int, mean: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """``log NB(c + 1) / NB(c)`` (.., number) of a negative binomial, from the count ``first`` on.
 
-
-def log_small_counts(mean: torch.Tensor, size: torch.Tensor, num_small: int) -> torch.Tensor:
-    """``log NB(c; mu, r)`` (.., S) of the counts below S, each from the one before it."""
-    c = torch.arange(1, num_small, device=mean.device)
-    of_zero = -size * torch.log1p(mean / size)
-    ratios = ((size[..., None] + c - 1) / c).log() - torch.log1p(size / mean)[..., None]
-    return torch.cat([of_zero[..., None], of_zero[..., None] + ratios.cumsum(dim=-1)], dim=-1)
-
-
-def log_large_count(small: torch.Tensor, mean: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-    """``log P(c >= S)`` (..), given ``small`` (.., S) of :func:`log_small_counts`.
-
-    A large tail is what the small counts leave. A small one, where that difference would be rounding errors, is the
-    probability of S times a series of ratios, of which the terms beyond :data:`TAIL_TERMS` are as good as geometric.
+    ``mean`` mu and ``size`` r are above 0, the variance is ``mu + mu^2 / r``.
     """
-    S = small.shape[-1]
+    c = torch.arange(first, first + number, device=mean.device)
+    return ((c + size[..., None]) / (c + 1)).log() - torch.log1p(size / mean)[..., None]
+
+
+def log_counts_and_tail(mean: torch.Tensor, size: torch.Tensor, num_small: int) -> torch.Tensor:
+    """``log NB(c; mu, r)`` of the counts below S, each from the one before it, and ``log P(c >= S)``: (.., S+1).
+
+    A large tail is what the small counts leave. A small one, where that difference would be rounding errors, is a sum
+    over the next counts, and from :data:`TAIL_TERMS` after S on of what is as good as a geometric series.
+    """
+    ratios = log_ratios(0, num_small + TAIL_TERMS + 1, mean, size)
+    last = ratios[..., -1:].clamp(max=math.log(LARGEST_RATIO))
+    log_p = nn.functional.pad(ratios[..., :-1].cumsum(dim=-1), (1, 0)) - (size * torch.log1p(mean / size))[..., None]
+    small, others = log_p[..., :num_small], log_p[..., num_small:]
+    rest = others[..., -1:] + last - torch.log1p(-last.exp())
+    in_series = torch.cat([others, rest], dim=-1).logsumexp(dim=-1)
     left = 1 - small.exp().sum(dim=-1)
-    odds = mean / (mean + size)
+    tail = torch.where(left > SMALL_TAIL, left.clamp(min=SMALL_TAIL).log(), in_series)
+    return torch.cat([small, tail[..., None]], dim=-1)
 
-    def ratio(count: int) -> torch.Tensor:  # of NB(count + 1) to NB(count)
-        return odds * (count + size) / (count + 1)
 
-    term = series = torch.ones_like(mean)
-    for j in range(TAIL_TERMS):
-        term = term * ratio(S + j)
-        series = series + term
-    rest = ratio(S + TAIL_TERMS).clamp(max=0.99)
-    series = series + term * rest / (1 - rest)
-    in_series = small[..., -1] + ratio(S - 1).log() + series.log()
-    return torch.where(left > SMALL_TAIL, left.clamp(min=SMALL_TAIL).log(), in_series)
+@lru_cache
+@torch.inference_mode(False)
+def ids_of_counts(first: int, bins: tuple[int, ...], max_count: int, device: torch.device) -> torch.Tensor:
+    """Which of the ids from ``first`` on each count from there to ``max_count`` has; ``bins`` are left edges."""
+    edges = torch.tensor([*range(first, bins[0]), *bins], device=device)
+    return torch.searchsorted(edges, torch.arange(first, max_count + 1, device=device), right=True) - 1
 
 
 class ZeroLinear(nn.Linear):
@@ -155,7 +173,7 @@ class CategoricalHead(nn.Module):
         super().__init__()
         self.num_counts = config.num_counts
         columns = min(config.gene_output_bias, config.num_counts)
-        self.num_small = columns - 1 if 0 < columns < config.num_counts else config.num_counts
+        self.num_small = config.num_small
         self.norm = layer_norm(config.hidden_size)
         self.modulation = nn.Linear(config.hidden_size, 2 * config.hidden_size)
         self.counts = ZeroLinear(NUM_COUNT_FEATURES, config.hidden_size, bias=False)
@@ -233,26 +251,24 @@ class NegativeBinomialHead(CategoricalHead):
         u = super().forward(x, condition, queried)
         genes = queried.gene_ids
         change, log_factor = self.rate(u.hidden).float().clamp(-LARGEST_CHANGE, LARGEST_CHANGE).unbind(dim=-1)
-        change = change + (self.loading(genes) @ self.score(condition)[..., None])[..., 0].float()
+        of_gene = nn.functional.linear(self.score(condition), self.loading.weight).float()  # (B, G)
         log_size = self.log_size[0][genes]
         if self.state_loading is not None:
-            given = ~queried.state.isnan().any(dim=1)  # (B,)
-            z = nn.functional.pad(torch.nan_to_num(queried.state), (0, 1), value=1.0).to(self.state_loading.weight)
-            of_state = (self.state_loading(genes) @ z[..., None])[..., 0].float()
-            change = torch.where(given[:, None], change + of_state, change)
-            log_size = torch.where(given[:, None], self.log_size[1][genes], log_size)
+            given = ~queried.state.isnan().any(dim=1, keepdim=True)  # (B, 1)
+            z = nn.functional.pad(torch.nan_to_num(queried.state), (0, 1), value=1.0) * given
+            with torch.autocast(x.device.type, enabled=False):  # an error of its rounding is one of the mean itself
+                of_gene = of_gene + nn.functional.linear(z.float(), self.state_loading.weight.float())
+            log_size = torch.where(given, self.log_size[1][genes], log_size)
+        change = change + of_gene.gather(1, genes.expand(len(x), -1))
         mean = queried.expected.float().clamp(min=LOWEST_MEAN) * change.clamp(-LARGEST_CHANGE, LARGEST_CHANGE).exp()
         mean = torch.minimum(mean, self.largest_mean[genes])
         size = (log_size + log_factor).exp()
-        small = log_small_counts(mean, size, self.num_small)
+        small = log_counts_and_tail(mean, size, self.num_small)
         if self.large is None:
-            return u._replace(small=u.small + small)
-        small = torch.cat([small, log_large_count(small, mean, size)[..., None]], dim=-1)
+            return u._replace(small=u.small + small[..., :-1])
         id_of_count = None
         if self.count_bins is not None:
-            edges = torch.tensor([*range(self.num_small, self.count_bins[0]), *self.count_bins], device=x.device)
-            counts = torch.arange(self.num_small, self.max_count + 1, device=x.device)
-            id_of_count = torch.searchsorted(edges, counts, right=True) - 1
+            id_of_count = ids_of_counts(self.num_small, tuple(self.count_bins), self.max_count, x.device)
         return u._replace(small=u.small + small, mean=mean, size=size, id_of_count=id_of_count)
 
     @torch.no_grad()

@@ -43,9 +43,9 @@ def reveal_probability(t: torch.Tensor, s: torch.Tensor, eps: float = DEFAULT_EP
     return (m_t - mask_probability(s, eps)) / m_t
 
 
-def keyed_generator(seed: int, index: int, device: torch.device | str = "cpu") -> torch.Generator:
+def keyed_generator(seed: int, *index: int, device: torch.device | str = "cpu") -> torch.Generator:
     """The generator of piece ``index`` of a run: the same whoever computes the piece, and in whatever order."""
-    state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
+    state = np.random.SeedSequence([seed, *index]).generate_state(1, np.uint64)[0]
     return torch.Generator(device=device).manual_seed(int(state >> np.uint64(1)))
 
 

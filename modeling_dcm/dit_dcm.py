@@ -39,7 +39,8 @@ class DiTBackbone(Backbone):
             key_mask = cells.input_ids < self.num_counts
         else:
             measured = cells.input_ids != self.pad_token_id
-            key_mask = None if cells.all_measured or bool(measured.all()) else measured
+            everywhere = bool(measured.all()) if cells.all_measured is None else cells.all_measured
+            key_mask = None if everywhere else measured
         if key_mask is not None:
             key_mask = nn.functional.pad(key_mask, (extra.shape[1], 0), value=True)
         states = torch.cat([extra, tokens], dim=1) if extra.shape[1] else tokens

@@ -132,7 +132,7 @@ class CellGenerationMixin:
         with dropout_off(self), bar:
             for chunk in range(len(all_rows)) if chunks is None else chunks:
                 rows = all_rows[chunk]
-                generator = keyed_generator(seed, chunk, self.device)
+                generator = keyed_generator(seed, chunk, device=self.device)
                 conditions = select_rows(given, rows, self.device)
                 drawn = None
                 if origin in ("bank", "prior"):  # z and log1p(total) together

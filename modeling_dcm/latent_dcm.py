@@ -37,7 +37,7 @@ class LatentBackbone(Backbone):
 
     def think(self, condition: torch.Tensor, extra: torch.Tensor | None, **read) -> Encoded:
         """Latents (B, E+M, D) after reading; ``read`` says from where, see :class:`Block`."""
-        x = self.latents.weight.expand(len(condition), -1, -1)
+        x = self.latents.weight.expand(len(condition), -1, -1).to(condition.dtype)
         if extra is not None:
             x = torch.cat([extra, x], dim=1)
         x = self.read(x, condition, **read)

@@ -7,6 +7,7 @@ D width, H heads, K largest count, V ids, R count features.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ NUM_COUNT_FEATURES = NUM_SMALL_COUNTS + NUM_BUMPS
 LOWEST_LEVEL = 3e-3  # expected counts below are not told apart
 
 
+@lru_cache
+@torch.inference_mode(False)
 def count_features(num_counts: int, device: torch.device) -> torch.Tensor:
     """Functions of a count (K+1, R): which of the small counts it is, and smooth bumps over log1p(count).
 
@@ -192,11 +195,12 @@ class CellEmbedding(nn.Module):
         self.level = nn.Linear(NUM_BUMPS, config.hidden_size) if config.cell_summary else None
 
     def identity(self, cells: PartialCells, *, with_expected: bool) -> torch.Tensor:
-        """Who the genes (B, L, D) of ``cells`` are, flagged where the perturbation targets them, and on request what is
-        expected of them."""
+        """Who the genes (B or 1, L, D) of ``cells`` are, flagged where the perturbation targets them, and on request
+        what is expected of them."""
         identity = self.gene(cells.gene_ids)
         if self.level is not None and with_expected:
-            identity = identity + self.level(level_features(cells.expected, self.max_count).to(identity.dtype))
+            level = self.level(level_features(cells.expected, self.max_count).to(identity.dtype))
+            identity = identity.to(level.dtype) + level
         if cells.is_target is None:
             return identity
         return identity + cells.is_target[..., None].to(identity.dtype) * self.target.weight
@@ -208,9 +212,10 @@ class CellEmbedding(nn.Module):
         counts = self.count(features.to(self.mask_and_pad.weight.dtype))
         table = torch.cat([counts, self.mask_and_pad.weight.to(counts.dtype)])  # (V, 2D)
         count, level = (nn.functional.embedding(input_ids, half.contiguous()) for half in table.chunk(2, dim=-1))
-        reading = count + level * self.gene_reading(cells.gene_ids)
+        reading = count + level * self.gene_reading(cells.gene_ids).to(level.dtype)
         is_observed = (input_ids < self.num_counts).to(reading.dtype)
-        return self.identity(cells, with_expected=with_expected) + reading, (is_observed[:, None] @ reading)[:, 0]
+        tokens = self.identity(cells, with_expected=with_expected).to(reading.dtype) + reading
+        return tokens, (is_observed[:, None] @ reading)[:, 0]
 
 
 class Encoded(NamedTuple):

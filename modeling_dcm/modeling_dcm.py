@@ -7,7 +7,7 @@ Letters: B cells, L genes in the sequence, Q queried genes, P perturbations of a
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -147,6 +147,8 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         labels: torch.Tensor | None = None,
         query_positions: torch.Tensor | None = None,
         return_logits: bool | None = None,
+        all_measured: bool | None = None,
+        num_large: int | None = None,
     ) -> DCMOutput:
         """Logits over counts for each gene, and the loss at masked genes when ``labels`` are given.
 
@@ -166,6 +168,9 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
             query_positions: positions (B, Q) of the sequence to compute logits for, -1 is padding.
             return_logits: whether to compute logits besides the loss, which does not need all of them; default: only
                 outside training, or without labels.
+            all_measured: whether ``input_ids`` are known to hold no PAD, or some; default: look, and wait for it.
+            num_large: how many of the ``labels`` are large counts (``config.num_small`` or more) at most; likewise. Who
+                knows has looked at them: they are not checked.
 
         Raises:
             ValueError: shapes or ids do not fit the configuration. Labels are read on the CPU, elsewhere once only.
@@ -186,18 +191,20 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
             covariate_ids=covariate_ids,
             library_size=library_size,
             state=state,
+            all_measured=all_measured,
         )
         if labels is None:
             return DCMOutput(logits=distribution.full())
         is_query = is_masked & (labels != IGNORED_LABEL)
-        self._check_labels(labels, is_query)
+        if num_large is None:
+            self._check_labels(labels, is_query)
         num_ignored = k - is_query.sum(dim=1)
         k, n = k - num_ignored, n - num_ignored
         if query_positions is not None:
             positions = query_positions.clamp(min=0)
             labels = labels.gather(1, positions)
             is_query = is_query.gather(1, positions) & (query_positions >= 0)
-        cross_entropy = distribution.cross_entropy(labels.masked_fill(~is_query, 0))
+        cross_entropy = distribution.cross_entropy(labels.masked_fill(~is_query, 0), num_large)
         uniform, elbo = denoising_loss(cross_entropy, is_query, k, n)
         wanted = not self.training if return_logits is None else return_logits
         return DCMOutput(
@@ -227,6 +234,7 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         input_ids: torch.Tensor,
         gene_ids: torch.Tensor | None = None,
         query_positions: torch.Tensor | None = None,
+        all_measured: bool | None = None,
         **conditions: torch.Tensor | None,
     ) -> TwoStageCategorical:
         """The distribution over counts of each queried gene, in two stages: not all of the logits are computed.
@@ -234,7 +242,8 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         Arguments are those of :meth:`forward`, which see; ``distribution.full()`` are its logits.
         """
         positions = None if query_positions is None else query_positions.clamp(min=0)
-        return self.predict(self.partial_cells(input_ids, gene_ids, **conditions), positions)
+        cells = self.partial_cells(input_ids, gene_ids, **conditions)
+        return self.predict(replace(cells, all_measured=all_measured), positions)
 
     def partial_cells(
         self, input_ids: torch.Tensor, gene_ids: torch.Tensor | None = None, **conditions: torch.Tensor | None
@@ -247,7 +256,7 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
             gene_ids = torch.arange(L, device=input_ids.device)
         if gene_ids.shape[-1] != L:
             raise ValueError(f"gene_ids has shape {tuple(gene_ids.shape)}, expected ({L},) or ({B}, {L})")
-        gene_ids = gene_ids.expand(B, L)
+        gene_ids = gene_ids.view(-1, L)
         check_conditions(config, conditions)
         given = {name: value for name, value in conditions.items() if value is not None}
         targets = given.pop("target_gene_ids", None)

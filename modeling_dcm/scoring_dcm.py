@@ -66,7 +66,7 @@ class CellScoringMixin:
         error = torch.zeros(len(input_ids), dtype=torch.float64)
         with dropout_off(self):
             for chunk, rows in row_chunks(len(input_ids), batch_size):
-                generator = keyed_generator(seed, chunk, self.device)
+                generator = keyed_generator(seed, chunk, device=self.device)
                 x_0, given = input_ids[rows].to(self.device), select_rows(conditions, rows, self.device)
                 nats = self._paired_nats(x_0, given, num_samples // 2, generator)  # (H, 2, B)
                 bound[rows] = -nats.mean(dim=(0, 1)).cpu()
@@ -163,7 +163,7 @@ def measure_entropy(
                 raise ValueError("the entropy curve needs cells in which every gene of the panel was measured")
             num_queries = min(QUERIES, -(-L // 4))
             observed = curve_points(L - num_queries, points)
-            keys = torch.rand(B, L, generator=keyed_generator(seed, index, model.device), device=model.device)
+            keys = torch.rand(B, L, generator=keyed_generator(seed, index, device=model.device), device=model.device)
             order = keys.argsort(dim=1)
             queries = order[:, L - num_queries :]
             labels = x_0.gather(1, queries)

@@ -77,7 +77,7 @@ def naive_cells(
     with dropout_off(model):
         for chunk, rows in row_chunks(num_cells, CELLS_AT_ONCE):
             size = rows.stop - rows.start
-            generator = keyed_generator(seed, chunk, model.device)
+            generator = keyed_generator(seed, chunk, device=model.device)
             given = select_rows(conditions, rows, model.device)
             if model.config.library_size_conditioning:
                 labels = [given.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids")]

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eval.metrics.distances import median_bandwidth, mmd2
-from modeling_dcm import DCMForDenoising
+from modeling_dcm import DCMConfig, DCMForDenoising
 from tests.tiny_checkpoint import LABELS
 from tests.tiny_training import shards_of_two_panels, tiny_training
 from tokenization import DCMTokenizer
@@ -109,7 +109,7 @@ def test_the_validation_loss_is_the_sum_over_all_batches_by_all_measured_genes(c
     total = measured = 0.0
     for index in range(0, min(len(validation.cells), 16), 3):
         batch = validation.cells[list(range(index, min(index + 3, len(validation.cells), 16)))]
-        inputs = noised(batch, validation.quiet, tokenizer, index, 0, 1, "cpu")
+        inputs = noised(batch, validation.quiet, model.config, index, 0, 1, "cpu")
         n = int((inputs["labels"] != tokenizer.pad_token_id).sum())
         total, measured = total + model.eval()(**inputs).loss.item() * n, measured + n
     assert losses["validation_loss"] == pytest.approx(total / measured)
@@ -149,6 +149,10 @@ def clean_batch(B: int, tokenizer: DCMTokenizer) -> dict[str, torch.Tensor]:
     }
 
 
+def ids(tokenizer) -> DCMConfig:
+    return DCMConfig(num_genes=len(tokenizer.genes), max_count=tokenizer.max_count, gene_output_bias=4)
+
+
 def rows(batch: dict[str, torch.Tensor], start: int, stop: int) -> dict[str, torch.Tensor]:
     return {name: value[start:stop] for name, value in batch.items()}
 
@@ -159,28 +163,29 @@ def test_batches_from_any_number_on_are_those_of_the_whole_run(config, world):
     options = replace(config, batch_size=40)
     tokenizer = build_tokenizer(options)
     cells = Cells(options.data, "train", tokenizer)
-    batches = TrainBatches(cells, options, rank=world - 1, world=world, device="cpu")
+    batches = TrainBatches(cells, options, ids(tokenizer), rank=world - 1, world=world, device="cpu")
     whole = list(islice(batches.starting_at(0), 12))
     orders = GlobalBatchSampler(len(cells), batch_size=40, seed=options.seed, rank=world - 1, world_size=world)
     assert len(orders) < 7
     for start in (1, 7, 11):
         for expected, batch in zip(whole[start:], batches.starting_at(start)):
             assert expected.keys() == batch.keys()
-            assert all(torch.equal(expected[name], value) for name, value in batch.items())
+            assert all(torch.equal(torch.as_tensor(expected[name]), torch.as_tensor(batch[name])) for name in batch)
     rows_of_first = next(orders.epoch(1))
     assert torch.equal(whole[len(orders)]["labels"], cells[rows_of_first]["input_ids"].long())
 
 
 def test_noise_is_keyed_by_seed_and_batch_whoever_shares_it_and_leaves_the_global_state_alone(config, tokenizer):
     batch = clean_batch(12, tokenizer)
-    alone = noised(batch, config, tokenizer, 5, 0, 1, "cpu")
-    shared = [noised(rows(batch, 6 * rank, 6 * rank + 6), config, tokenizer, 5, rank, 2, "cpu") for rank in (0, 1)]
+    alone = noised(batch, config, ids(tokenizer), 5, 0, 1, "cpu")
+    shared = [noised(rows(batch, 6 * rank, 6 * rank + 6), config, ids(tokenizer), 5, rank, 2, "cpu") for rank in (0, 1)]
     assert alone.keys() == shared[0].keys()
     for name, value in alone.items():
-        assert torch.equal(torch.cat([part[name] for part in shared]), value), name
+        if torch.is_tensor(value):
+            assert torch.equal(torch.cat([part[name] for part in shared]), value), name
     before = torch.get_rng_state()
     first, again, other, seeded = (
-        noised(batch, options, tokenizer, index, 0, 1, "cpu")["input_ids"]
+        noised(batch, options, ids(tokenizer), index, 0, 1, "cpu")["input_ids"]
         for options, index in ((config, 5), (config, 5), (config, 6), (replace(config, seed=1), 5))
     )
     assert torch.equal(torch.get_rng_state(), before)
@@ -191,7 +196,7 @@ def test_noise_is_keyed_by_seed_and_batch_whoever_shares_it_and_leaves_the_globa
 
 def test_every_number_of_genes_is_masked_and_queried_ones_are_masked_and_within_the_budget(config, tokenizer):
     batch = clean_batch(90, tokenizer)
-    inputs = noised(batch, config, tokenizer, 0, 0, 1, "cpu")
+    inputs = noised(batch, config, ids(tokenizer), 0, 0, 1, "cpu")
     queries = inputs["query_positions"]
     assert queries.shape == (90, 6)
     chosen = inputs["input_ids"].gather(1, queries.clamp(min=0))
@@ -202,13 +207,13 @@ def test_every_number_of_genes_is_masked_and_queried_ones_are_masked_and_within_
     observed = inputs["input_ids"] != tokenizer.mask_token_id
     assert torch.equal(inputs["input_ids"][observed], inputs["labels"][observed])
     for budget in (None, 9):
-        everything = noised(batch, replace(config, query_genes=budget), tokenizer, 0, 0, 1, "cpu")
+        everything = noised(batch, replace(config, query_genes=budget), ids(tokenizer), 0, 0, 1, "cpu")
         assert "query_positions" not in everything
 
 
 def test_each_condition_is_dropped_on_its_own_and_never_becomes_another_label(config, tokenizer):
     batch = clean_batch(4000, tokenizer)
-    inputs = noised(batch, replace(config, label_dropout=0.3), tokenizer, 0, 0, 1, "cpu")
+    inputs = noised(batch, replace(config, label_dropout=0.3), ids(tokenizer), 0, 0, 1, "cpu")
     clean, noisy = (
         {
             "cell_type": of["cell_type_ids"],
@@ -227,7 +232,7 @@ def test_each_condition_is_dropped_on_its_own_and_never_becomes_another_label(co
         kept = noisy[name] != -1
         assert torch.equal(noisy[name][kept], value[kept]), name
     assert bool((inputs["perturbation_ids"][noisy["perturbation"] == -1] == -1).all())
-    without = noised(batch, replace(config, label_dropout=0.0), tokenizer, 0, 0, 1, "cpu")
+    without = noised(batch, replace(config, label_dropout=0.0), ids(tokenizer), 0, 0, 1, "cpu")
     assert all(torch.equal(without[name], batch[name]) for name in batch if name != "input_ids")
 
 

@@ -1,13 +1,17 @@
 """From clean cells to what the network sees: batches in a known order, genes masked, conditions dropped.
 
-Everything is keyed by (seed, index of the batch) and drawn for the global batch: any batch of a run can be made again.
-Letters: B cells, L genes.
+All noise is keyed by the index of the batch in the run: any batch can be made again, by however many processes. What is
+one number for each cell is drawn on the CPU for the global batch, in a thread that is one batch ahead; what is one for
+each gene is drawn on the device, for :data:`BLOCK` rows of the global batch at a time. Letters: B cells, L genes.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from modeling_dcm import DCMConfig
 from modeling_dcm.diffusion_dcm import (
     choose_queries,
     drop_labels,
@@ -19,59 +23,129 @@ from modeling_dcm.diffusion_dcm import (
 from training.config import TrainConfig
 from training.data.loader import Cells
 
+BLOCK = 32  # rows of the global batch whose keys come from one generator
+
 
 class TrainBatches:
-    """Noised batches of one process among ``world``, by their index in the run."""
+    """Noised batches of one process among ``world``, by their index in the run.
 
-    def __init__(self, cells: Cells, config: TrainConfig, *, rank: int, world: int, device, state=None):
-        self.cells, self.config, self.rank, self.world, self.device = cells, config, rank, world, device
+    Attributes:
+        waited: seconds that the loop has waited for a batch of cells.
+    """
+
+    def __init__(
+        self, cells: Cells, config: TrainConfig, model_config: DCMConfig, *, rank: int, world: int, device, state=None
+    ):
+        self.cells, self.config, self.model_config = cells, config, model_config
+        self.rank, self.world, self.device, self.state = rank, world, torch.device(device), state
         self.several_panels = len(cells.measured) > 1
-        self.state = state
+        self.waited = 0.0
 
     def starting_at(self, index: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield batches without end, from number ``index`` of the run on."""
-        config, cells = self.config, self.cells
-        batches = cells.batches(
+        config = self.config
+        batches = self.cells.batches(
             batch_size=config.batch_size, seed=config.seed, rank=self.rank, world_size=self.world, start=index
         )
-        for number, batch in enumerate(batches, start=index):
-            yield noised(batch, config, cells.tokenizer, number, self.rank, self.world, self.device, self.state)
+        drawn = (
+            self._pinned(drawn_for_cells(batch, config, self.model_config, number, self.rank, self.world))
+            for number, batch in enumerate(batches, start=index)
+        )
+        for number, batch in enumerate(self._one_ahead(drawn), start=index):
+            yield masked(batch, config, self.model_config, number, self.rank, self.device, self.state)
+
+    def _one_ahead(self, batches: Iterable[dict]) -> Iterator[dict]:
+        """The same batches, each made in a thread while the one before it is in use."""
+        batches = iter(batches)
+        # memory is pinned for the current device, which is another one in a new thread
+        of_device = (torch.cuda.set_device, (self.device,)) if self.device.index is not None else (None, ())
+        with ThreadPoolExecutor(1, "batches", *of_device) as thread:
+            ahead = thread.submit(next, batches)
+            while True:
+                began = time.perf_counter()
+                batch = ahead.result()
+                self.waited += time.perf_counter() - began
+                ahead = thread.submit(next, batches)
+                yield batch
+
+    def _pinned(self, batch: dict) -> dict:
+        """The batch in memory that a GPU reads while the CPU goes on."""
+        if self.device.type != "cuda":
+            return batch
+        return {name: value.pin_memory() if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
 def noised(
-    batch, config: TrainConfig, tokenizer, index: int, rank: int, world: int, device, state=None
+    batch, config: TrainConfig, model_config: DCMConfig, index: int, rank: int, world: int, device, state=None
 ) -> dict[str, torch.Tensor]:
     """Make the arguments of the model's forward for one batch: genes masked, some conditions dropped.
 
-    Noise is drawn for the whole global batch from (seed, index of the batch), and this process takes its rows.
     ``state`` computes the states of whole cells from ids and library sizes; None where the model has none.
     """
+    drawn = drawn_for_cells(batch, config, model_config, index, rank, world)
+    return masked(drawn, config, model_config, index, rank, torch.device(device), state)
+
+
+def drawn_for_cells(batch, config: TrainConfig, model_config: DCMConfig, index: int, rank: int, world: int) -> dict:
+    """Draw how many genes of each cell are masked and which conditions are dropped; look at what is to be known.
+
+    Drawn for the whole global batch from (seed, index of the batch); this process takes its rows. ``num_large`` is
+    rounded up to a power of two, so that tensors have few sizes.
+    """
     generator = keyed_generator(config.seed, index)
-    x_0 = batch["input_ids"].to(device, non_blocking=True).long()  # sent as narrow as they come
-    B, L = x_0.shape
+    x_0 = batch["input_ids"]
+    B = len(x_0)
     own = slice(rank * B, (rank + 1) * B)
     u = stratified_uniform(B * world, generator)[own]
-    keys = torch.rand(B * world, L, generator=generator)[own].to(device, non_blocking=True)
-    ids = {"mask_token_id": tokenizer.mask_token_id, "pad_token_id": tokenizer.pad_token_id}
-    k = num_masked(u, (batch["input_ids"] != tokenizer.pad_token_id).sum(dim=1))
-    inputs = {"input_ids": mask_smallest(x_0, k, keys, **ids), "labels": x_0}
-    if config.query_genes is not None and config.query_genes < L:
-        inputs["query_positions"] = choose_queries(
-            inputs["input_ids"], keys, config.query_genes, mask_token_id=tokenizer.mask_token_id
-        )
+    n = (x_0 != model_config.pad_token_id).sum(dim=1)
+    num_large = int(((x_0 >= model_config.num_small) & (x_0 < model_config.num_counts)).sum())
+    drawn = {"input_ids": x_0, "k": num_masked(u, n), "all_measured": bool((n == x_0.shape[1]).all())}
+    drawn["num_large"] = 1 << (num_large - 1).bit_length() if num_large else 0
     for name in ("cell_type_ids", "perturbation_ids"):
         if name in batch:
             drop = torch.rand(B * world, generator=generator)[own]
-            inputs[name] = drop_labels(batch[name], drop, config.label_dropout)
+            drawn[name] = drop_labels(batch[name], drop, config.label_dropout)
     if "covariate_ids" in batch:
         columns = batch["covariate_ids"].unbind(dim=1)
         drops = torch.rand(len(columns), B * world, generator=generator)[:, own]
         dropped = [drop_labels(column, u, config.label_dropout) for column, u in zip(columns, drops, strict=True)]
-        inputs["covariate_ids"] = torch.stack(dropped, dim=1)
+        drawn["covariate_ids"] = torch.stack(dropped, dim=1)
     if config.library_size_conditioning:
         drop = torch.rand(B * world, generator=generator)[own]
-        inputs["library_size"] = drop_labels(batch["library_size"].float(), drop, config.label_dropout)
+        drawn["library_size"] = drop_labels(batch["library_size"].float(), drop, config.label_dropout)
+    if model_config.state_dim:
+        drawn["total"] = batch["library_size"]
+        drawn["is_stateless"] = torch.rand(B * world, generator=generator)[own] < config.state_dropout
+    return drawn
+
+
+def masked(
+    drawn: dict, config: TrainConfig, model_config: DCMConfig, index: int, rank: int, device: torch.device, state=None
+) -> dict[str, torch.Tensor]:
+    """Choose and mask genes on the device; see :func:`noised`."""
+    inputs = {name: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for name, v in drawn.items()}
+    x_0 = inputs["input_ids"].long()  # sent as narrow as they come
+    keys = gene_keys(config.seed, index, rank * len(x_0), x_0.shape, device)
+    ids = {"mask_token_id": model_config.mask_token_id, "pad_token_id": model_config.pad_token_id}
+    inputs |= {"input_ids": mask_smallest(x_0, inputs.pop("k"), keys, **ids), "labels": x_0}
+    if config.query_genes is not None and config.query_genes < x_0.shape[1]:
+        inputs["query_positions"] = choose_queries(
+            inputs["input_ids"], keys, config.query_genes, mask_token_id=model_config.mask_token_id
+        )
     if state is not None:
-        drop = torch.rand(B * world, generator=generator)[own] < config.state_dropout
-        inputs["state"] = state(x_0, batch["library_size"].to(device)).masked_fill(drop[:, None].to(device), torch.nan)
-    return {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
+        is_stateless = inputs.pop("is_stateless")[:, None]
+        inputs["state"] = state(x_0, inputs.pop("total")).masked_fill(is_stateless, torch.nan)
+    return inputs
+
+
+def gene_keys(seed: int, index: int, first: int, shape: torch.Size, device: torch.device) -> torch.Tensor:
+    """Random numbers (B, L) in [0, 1) of rows ``first`` to ``first + B`` of global batch ``index``.
+
+    A block of rows has its own generator, so that no process draws those of all.
+    """
+    B, L = shape
+    blocks = range(first // BLOCK, (first + B - 1) // BLOCK + 1)
+    # numbered from 1: numpy pads keys with zeros, and (seed, index) has drawn for cells
+    generators = [keyed_generator(seed, index, block + 1, device=device) for block in blocks]
+    keys = torch.cat([torch.rand(BLOCK, L, generator=generator, device=device) for generator in generators])
+    return keys[first - blocks.start * BLOCK :][:B]

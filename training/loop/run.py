@@ -99,7 +99,7 @@ def prepare_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Run, tor
     ema = [average.to(accelerator.device) for average in ema]
     rank, world = accelerator.process_index, accelerator.num_processes
     device, state = accelerator.device, network.state if network.config.state_dim else None
-    train_batches = TrainBatches(cells, config, rank=rank, world=world, device=device, state=state)
+    train_batches = TrainBatches(cells, config, network.config, rank=rank, world=world, device=device, state=state)
     validation = None
     if accelerator.is_main_process:
         validation = Validation(config, tokenizer, cells, accelerator.autocast)
@@ -221,7 +221,8 @@ def _explained(error: NotFinite, run: Run) -> str:
     config, of_run = run.config, run.train_batches
     first = (error.step - 1) * config.gradient_accumulation_steps
     batches = list(islice(of_run.starting_at(first), config.gradient_accumulation_steps))
-    tensors = {name: torch.cat([batch[name] for batch in batches]).cpu().contiguous() for name in batches[0]}
+    names = [name for name, value in batches[0].items() if torch.is_tensor(value)]
+    tensors = {name: torch.cat([batch[name] for batch in batches]).cpu().contiguous() for name in names}
     of_process = f"-process-{of_run.rank}" if of_run.world > 1 else ""
     file = config.out / f"not-finite-step-{error.step}{of_process}.safetensors"
     with written_aside(file) as aside:

@@ -92,7 +92,7 @@ class Validation:
             for index in range(0, len(rows), self.config.batch_size):
                 batch = self.cells[rows[index : index + self.config.batch_size]]
                 cells = measured[index : index + self.config.batch_size].sum()
-                inputs = noised(batch, self.quiet, self.tokenizer, index, 0, 1, model.device, state)
+                inputs = noised(batch, self.quiet, model.config, index, 0, 1, model.device, state)
                 share = cells / measured.sum()
                 if "state" in inputs:  # told the state, it is no bound on the cells' likelihood
                     told = model(**inputs, return_logits=False).loss.item()
