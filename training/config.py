@@ -117,8 +117,8 @@ class TrainConfig:
     """Precision of the forward pass; default what accelerate was told, else no."""
     gradient_checkpointing: bool = False
     """Recompute activations to save memory."""
-    compile: bool = False
-    """Compile the blocks with torch.compile, for static shapes."""
+    compile: bool | None = None
+    """Compile the blocks with torch.compile, for static shapes. Default: on a GPU, where that works; False: never."""
     attn: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation; auto: the fastest that is installed and fits device and precision."""
     streaming: bool = False

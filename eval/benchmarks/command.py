@@ -145,16 +145,21 @@ def training(
     out: Path = Path("benchmark"),
     sizes: tuple[Literal["small", "5m", "10m", "20m"], ...] | None = None,
     genes: tuple[int, ...] | None = None,
+    backbones: tuple[Literal["dit", "latent"], ...] = ("dit", "latent"),
+    plain: bool = True,
     rounds: int = 5,
 ) -> dict[str, float]:
-    """Time training steps on simulated counts: cells/s, memory and utilisation, beside a plain step.
+    """Time training steps on simulated counts: operations, cells/s, waiting, memory and utilisation of the peak.
 
-    On a GPU in bf16. Writes training.json and .md; the last line printed is step_speedup=.. latent_vs_dit=..
+    On a GPU in bf16, with blocks compiled. Writes training.json and .md; the last line printed is
+    step_speedup=.. latent_vs_dit=..
 
     Args:
         out: Folder to write to.
         sizes: Shapes of networks; default small and 5m on a CPU, 5m, 10m and 20m on a GPU.
         genes: Numbers of genes; default 500 and 2,000, on a GPU 17,002 too.
+        backbones: Which of the networks.
+        plain: Measure a plain step too: every gene is asked, and the head has one stage.
         rounds: How often the compared steps take turns.
     """
     _expect_at_least(1, genes=min(genes or (1,)), rounds=rounds)
@@ -167,7 +172,8 @@ def training(
     on_gpu = accelerator.device.type == "cuda"
     sizes = sizes or (("5m", "10m", "20m") if on_gpu else ("small", "5m"))
     genes = genes or ((500, 2000, 17_002) if on_gpu else (500, 2000))
-    rows, left_out = measured.measure_steps(sizes, genes, rounds=rounds, accelerator=accelerator)
+    options = {"rounds": rounds, "accelerator": accelerator, "backbones": backbones, "plain": plain}
+    rows, left_out = measured.measure_steps(sizes, genes, **options)
     result = measured.summarise_steps(rows)
     where = f"{device_name(accelerator.device)}, {'bf16' if on_gpu else 'float32'}"
     content = {"device": where, "left_out": left_out, "rows": [row.as_json() for row in rows]}

@@ -1,19 +1,23 @@
-"""Measure what a piece of work costs: time and peak memory; the operations of attention are counted on a CPU too."""
+"""Measure what a piece of work costs: time, peak memory and number of operations."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
 import torch
-from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
 
 MIB = 2**20
-_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-if _CPU_ATTENTION not in flop_registry:  # PyTorch counts the kernels of GPUs only
 
-    @register_flop_formula(_CPU_ATTENTION)
-    def _cpu_attention_flops(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs) -> int:
-        return sdpa_flop_count(query_shape, key_shape, value_shape)
+
+class Operations(TorchDispatchMode):
+    """Context that counts the operations of PyTorch that compute or copy something: no views."""
+
+    number = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.number += not operation.is_view
+        return operation(*args, **(kwargs or {}))
 
 
 class Cost:

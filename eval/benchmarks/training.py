@@ -1,6 +1,6 @@
 """Measure what a training step costs, by size, backbone and number of genes, beside a plain step.
 
-A step is what `training/train.py` does between two lines of its log: noise for a global batch, forward and backward
+A step is what `training/train.py` does between two lines of its log: cells made dense, noise, forward and backward
 pass, clipping, the optimiser, the averages. The plain step asks every gene, and its head has one stage over all counts.
 Letters: B cells, G genes.
 """
@@ -9,27 +9,31 @@ import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
-from eval.benchmarks.costs import interleaved, product_rate
+from eval.benchmarks.costs import Operations, interleaved, product_rate
 from modeling_dcm import SIZES, DCMConfig, DCMForDenoising
 from training.config import TrainConfig
-from training.loop.batches import noised
+from training.loop.batches import TrainBatches
 from training.loop.log import peak_flops, training_flops
 from training.loop.optimiser import build_optimizer, update_average
 from training.loop.processes import build_accelerator
 from training.loop.run import take_step
-from training.loop.start import attention_implementation
+from training.loop.start import attention_implementation, compile_blocks, compiles
 
 SHAPES = {"small": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}, **SIZES}
 PLAIN, OURS = "plain", "ours"
 TOKENS = {"cpu": 4_096, "cuda": 262_144}  # cells times genes of a step
+STEPS = {"cpu": 1, "cuda": 5}  # of a turn
+BATCHES = 4  # of different cells
 MAX_QUERIES = 2048
 MAX_COUNT = 500
 MEAN_COUNT = 1.5  # of a gene in a cell: deep data
@@ -38,7 +42,7 @@ OPTIONS = TrainConfig(data=Path("."), out=Path("."), trackers="none", conditions
 
 @dataclass
 class Case:
-    """One network on one batch, and what its steps cost, once they are measured."""
+    """One network on batches of one size, and what its steps cost, once they are measured."""
 
     size: str
     backbone: str
@@ -46,8 +50,10 @@ class Case:
     genes: int  # G
     cells: int  # B
     parameters: int = 0
-    flops: float = 0.0  # of a step
+    operations: int = 0  # of a step, see `Operations`
+    flops: float = 0.0  # of a step, by formula
     seconds: list[float] = field(default_factory=list)  # of each step
+    waiting: float = 0.0  # share of them that the step waited for cells
     memory_mib: float | None = None
 
     @property
@@ -62,13 +68,31 @@ class Case:
         return {**asdict(self), "cells_per_second": self.cells_per_second}
 
 
-class Training:
-    """One network in training on simulated cells: ``step()`` takes the next step."""
+class SimulatedCells:
+    """Cells in memory, of which each batch is made dense as those of shards are."""
 
-    def __init__(self, case: Case, accelerator: Accelerator):
-        self.case, self.accelerator = case, accelerator
+    def __init__(self, G: int, batch_size: int):
+        rng = np.random.default_rng(0)
+        rates = rng.gamma(0.3, MEAN_COUNT / 0.3, G)  # a few loud genes, many silent ones
+        counts = [rng.poisson(rates * rng.gamma(4, 1 / 4, (batch_size, 1))) for _ in range(BATCHES)]
+        self.measured = np.ones((1, G), dtype=bool)
+        self.counts = [csr_matrix(np.minimum(of_batch, MAX_COUNT), dtype=np.int16) for of_batch in counts]
+
+    def batches(self, *, start: int, **order: int) -> Iterator[dict[str, torch.Tensor]]:
+        """The same few batches over and over."""
+        for index in count(start):
+            counts = self.counts[index % BATCHES]
+            total = torch.from_numpy(np.asarray(counts.sum(axis=1, dtype=np.int64))[:, 0])
+            yield {"input_ids": torch.from_numpy(counts.toarray()), "library_size": total}
+
+
+class Training:
+    """One network in training on simulated cells."""
+
+    def __init__(self, case: Case, accelerator: Accelerator, cells: SimulatedCells | None = None):
+        self.accelerator = accelerator
         queries = min(MAX_QUERIES, max(1, case.genes // 4)) if case.variant == OURS else None
-        self.config = replace(OPTIONS, backbone=case.backbone, query_genes=queries)
+        self.config = replace(OPTIONS, backbone=case.backbone, query_genes=queries, batch_size=case.cells)
         torch.manual_seed(0)
         shape = DCMConfig(
             **SHAPES[case.size],
@@ -83,26 +107,21 @@ class Training:
         shape._attn_implementation = attention_implementation(self.config, *how)
         self.network = DCMForDenoising(shape)
         optimizer = build_optimizer(self.network, self.config)
+        if compiles(self.config, accelerator.device):
+            compile_blocks(self.network)
         self.model, self.optimizer = accelerator.prepare(self.network.train(), optimizer)
         self.ema = [parameter.detach().clone().float() for parameter in self.network.parameters()]
-        self.batches = self._batches()
+        cells = cells or SimulatedCells(case.genes, case.cells)
+        self.train_batches = TrainBatches(cells, self.config, shape, rank=0, world=1, device=accelerator.device)
+        self.batches = self.train_batches.starting_at(0)
+        case.parameters = self.network.num_parameters()
+        case.flops = case.cells * training_flops(shape, case.genes, queries)
 
-    def step(self) -> None:
-        """Everything from noise to averages, once."""
-        take_step(self.model, self.optimizer, self.batches, self.accelerator, self.config)
-        update_average(self.ema, self.network, 0, self.config.ema_decay)
-
-    def flops(self) -> float:
-        """Floating-point operations of a step, by the counter."""
-        return training_flops(self.model, next(self.batches))
-
-    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        rng = np.random.default_rng(0)
-        rates = rng.gamma(0.3, MEAN_COUNT / 0.3, self.case.genes)  # a few loud genes, many silent ones
-        counts = torch.from_numpy(rng.poisson(rates * rng.gamma(4, 1 / 4, (self.case.cells, 1))))
-        cells = {"input_ids": counts.clamp(max=MAX_COUNT), "library_size": counts.sum(dim=1)}
-        for index in count():
-            yield noised(cells, self.config, self.network.config, index, 0, 1, self.accelerator.device)
+    def steps(self, number: int) -> None:
+        """Everything from cells to averages, so many times."""
+        for _ in range(number):
+            take_step(self.model, self.optimizer, self.batches, self.accelerator, self.config)
+            update_average(self.ema, self.network, 0, self.config.ema_decay)
 
 
 def start_accelerator() -> Accelerator:
@@ -111,26 +130,38 @@ def start_accelerator() -> Accelerator:
 
 
 def measure_steps(
-    sizes: tuple[str, ...], genes: tuple[int, ...], *, rounds: int, accelerator: Accelerator
+    sizes: tuple[str, ...],
+    genes: tuple[int, ...],
+    *,
+    rounds: int,
+    accelerator: Accelerator,
+    backbones: tuple[str, ...] = ("dit", "latent"),
+    plain: bool = True,
 ) -> tuple[list[Case], list[str]]:
-    """Rows of both backbones, ours and plain, which take turns at each size and number of genes; what was left out."""
+    """Rows of ``backbones``, ours and plain, which take turns at each size and number of genes; what was left out."""
     device = accelerator.device
+    variants = (PLAIN, OURS) if plain else (OURS,)
     rows, left_out = [], []
     jobs = [(size, number) for size in sizes for number in sorted(genes)]
     for size, number in tqdm(jobs, desc="training steps", delay=1, disable=None):
         cells = max(1, TOKENS[device.type] // number)
-        found, works = {}, {}
-        for case in (Case(size, b, variant, number, cells) for b in ("dit", "latent") for variant in (PLAIN, OURS)):
+        steps = STEPS[device.type]
+        shared, found, trainings = SimulatedCells(number, cells), {}, {}
+        for case in (Case(size, backbone, variant, number, cells) for backbone in backbones for variant in variants):
             try:
-                training = Training(case, accelerator)
-                training.step()
+                training = Training(case, accelerator, shared)
+                training.steps(2 * steps)
+                with torch.compiler.set_stance("force_eager"), Operations() as operations:
+                    training.steps(1)
             except torch.OutOfMemoryError as error:
                 left_out.append(f"{case.name} at {number:,} genes: {str(error).splitlines()[0]}")
                 continue
-            case.parameters, case.flops = training.network.num_parameters(), training.flops()
-            found[case.name], works[case.name] = case, training.step
+            case.operations, training.train_batches.waited = operations.number, 0.0
+            found[case.name], trainings[case.name] = case, training
+        works = {name: partial(training.steps, steps) for name, training in trainings.items()}
         for name, cost in interleaved(works, device, rounds=rounds).items():
-            found[name].seconds, found[name].memory_mib = cost.seconds, cost.most_mib
+            found[name].waiting = trainings[name].train_batches.waited / sum(cost.seconds)
+            found[name].seconds, found[name].memory_mib = [turn / steps for turn in cost.seconds], cost.most_mib
         rows += found.values()
         accelerator.free_memory()
     return rows, left_out
@@ -153,11 +184,13 @@ def summarise_steps(rows: list[Case]) -> dict[str, float]:
 def steps_table(rows: list[Case], device: torch.device) -> list[tuple[str, ...]]:
     """Lines of the table, the header first."""
     peak = peak_flops(device) or product_rate(device)
-    lines = [("network", "genes", "cells", "parameters", "cells/s", "s/step", "MiB", "FLOP use")]
+    header = ("network", "genes", "cells", "parameters", "operations", "cells/s", "s/step", "waiting", "MiB")
+    lines = [(*header, "TFLOP/s", "of peak")]
     for row in rows:
         memory = "" if row.memory_mib is None else f"{row.memory_mib:,.0f}"
         seconds = statistics.median(row.seconds)
-        numbers = (f"{row.genes:,}", f"{row.cells:,}", f"{row.parameters / 1e6:.1f} M")
-        numbers += (f"{row.cells_per_second:,.3g}", f"{seconds:.3g}", memory, f"{row.flops / seconds / peak:.1%}")
+        numbers = (f"{row.genes:,}", f"{row.cells:,}", f"{row.parameters / 1e6:.1f} M", f"{row.operations:,}")
+        numbers += (f"{row.cells_per_second:,.3g}", f"{seconds:.3g}", f"{row.waiting:.1%}", memory)
+        numbers += (f"{row.flops / seconds / 1e12:.3g}", f"{row.flops / seconds / peak:.1%}")
         lines.append((row.name, *numbers))
     return lines

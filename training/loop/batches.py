@@ -132,9 +132,9 @@ def masked(
         inputs["query_positions"] = choose_queries(
             inputs["input_ids"], keys, config.query_genes, mask_token_id=model_config.mask_token_id
         )
+    total, is_stateless = inputs.pop("total", None), inputs.pop("is_stateless", None)
     if state is not None:
-        is_stateless = inputs.pop("is_stateless")[:, None]
-        inputs["state"] = state(x_0, inputs.pop("total")).masked_fill(is_stateless, torch.nan)
+        inputs["state"] = state(x_0, total).masked_fill(is_stateless[:, None], torch.nan)
     return inputs
 
 

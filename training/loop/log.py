@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from matplotlib.figure import Figure
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
+from modeling_dcm import DCMConfig
+from modeling_dcm.layers_dcm import NUM_BUMPS
 from training.config import TrainConfig
 from training.data.files import write_text, written_aside
+from training.loop.batches import TrainBatches
 
 try:
     import resource
@@ -79,11 +81,19 @@ class TrainingLog:
     """Collects the numbers of steps. Every process has one and calls it alike; the main process writes.
 
     ``start`` steps are done already: lines of later ones are dropped from the log. ``utilisation_per_cell`` is the
-    share of one second of the device's peak that a cell needs; None where it is not known.
+    share of one second of the device's peak that a cell needs; None where it is not known. ``batches`` are what may
+    have been waited for.
     """
 
-    def __init__(self, config: TrainConfig, start: int, accelerator: Accelerator, utilisation_per_cell: float | None):
-        self.config, self.accelerator = config, accelerator
+    def __init__(
+        self,
+        config: TrainConfig,
+        start: int,
+        accelerator: Accelerator,
+        utilisation_per_cell: float | None,
+        batches: TrainBatches | None = None,
+    ):
+        self.config, self.accelerator, self.batches, self.waited = config, accelerator, batches, 0.0
         self.utilisation_per_cell = utilisation_per_cell
         self.path = config.out / "training.jsonl"
         self.terminal = sys.stderr.isatty() or "ipykernel" in sys.modules  # a notebook has bars, too
@@ -142,6 +152,9 @@ class TrainingLog:
         cells = len(self.interval) * self.config.batch_size * self.config.gradient_accumulation_steps
         of_process = cells / (now - self.since)
         means["cells_per_second"] = per_second = of_process * self.accelerator.num_processes
+        if self.batches is not None:
+            means["share_waiting"] = (self.batches.waited - self.waited) / (now - self.since)
+            self.waited = self.batches.waited
         memory = peak_memory(self.accelerator.device)
         if memory is not None:
             means["memory_gib"] = memory
@@ -235,11 +248,29 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def training_flops(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
-    """Count the floating-point operations of forward and backward pass for one batch: three forward passes."""
-    with FlopCounterMode(display=False) as counter:
-        model(**batch)
-    return 3.0 * counter.get_total_flops()
+def training_flops(config: DCMConfig, genes: int, queries: int | None = None) -> float:
+    """Return the floating-point operations of forward and backward pass for one cell: three forward passes.
+
+    By formula, of products of matrices and attention: a counter does not see into the kernels of flash attention. What
+    is computed again with gradient checkpointing is left out, as is usual for a model's own operations.
+    """
+    D, M, layers = config.hidden_size, config.num_latents, config.num_hidden_layers
+    Q = genes if queries is None else min(queries, genes)
+    level = 2 * NUM_BUMPS * D if config.cell_summary else 0  # of one gene
+    condition = 2 * D * D * (6 * layers + 6 + len(config.condition_names))
+
+    def block(queries: int, keys: int, projected: int) -> float:
+        """Of a block in which ``queries`` tokens attend to ``keys``, after ``projected`` products of width D."""
+        of_tokens = 2 * D * D * (queries * (1 + 2 * config.mlp_ratio) + projected)
+        return of_tokens + 4 * queries * keys * D
+
+    if config.backbone == "dit":
+        blocks = (layers - 1) * block(genes, genes, 3 * genes) + block(Q, genes, 3 * genes) + genes * level
+    else:
+        blocks = block(M, genes, 2 * genes + M) + layers * block(M, M, 3 * M) + block(Q, M, 2 * M + Q) + Q * level
+        condition += 2 * D * D * 12
+    head = 2 * Q * D * (config.num_small + 1)
+    return 3.0 * (blocks + condition + head)
 
 
 def peak_memory(device: torch.device) -> float | None:

@@ -31,6 +31,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         ValueError: a tracker is not installed, or accelerate was told to split the network over the processes by
             another engine than FSDP2, or to accumulate another number of batches.
     """
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32 for what bf16 leaves in float32
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,

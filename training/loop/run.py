@@ -28,6 +28,7 @@ from training.loop.start import (
     build_model,
     build_tokenizer,
     compile_blocks,
+    compiles,
     empty_model,
     open_cells,
 )
@@ -85,7 +86,7 @@ def prepare_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Run, tor
     else:
         ema = [parameter.detach().clone().float() for parameter in network.parameters()]
         start = restore_state(state, network, ema, optimizer, accelerator.scaler) if state else 0
-    if config.compile:
+    if compiles(config, accelerator.device):
         compile_blocks(network)
     # buffers are the same everywhere: no need to send them around at each step
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
@@ -103,7 +104,8 @@ def prepare_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Run, tor
     validation = None
     if accelerator.is_main_process:
         validation = Validation(config, tokenizer, cells, accelerator.autocast)
-    log = TrainingLog(config, start, accelerator, _utilisation_per_cell(train_batches, network, accelerator.device))
+    flops, peak = training_flops(network.config, len(tokenizer.genes), config.query_genes), peak_flops(device)
+    log = TrainingLog(config, start, accelerator, flops / peak if peak else None, train_batches)
     start_trackers(accelerator, config)
     run = Run(config, accelerator, network, ema, optimizer, tokenizer, train_batches, validation, log, facts, whole)
     return run, model, start
@@ -230,12 +232,3 @@ def _explained(error: NotFinite, run: Run) -> str:
     states = all_states(config.out)
     way_out = f"go on from the last good state with --init-from {states[-1]}" if states else "start again"
     return f"{error}; its noised batch is in {str(file)!r}; {way_out}, a lower --learning-rate and another --out"
-
-
-def _utilisation_per_cell(run_batches: TrainBatches, network: DCMForDenoising, device: torch.device) -> float | None:
-    """Share of one second of the device's peak that a cell needs; None where the peak is not known."""
-    peak = peak_flops(device)
-    if peak is None:
-        return None
-    batch = next(run_batches.starting_at(0))
-    return training_flops(network, batch) / len(batch["input_ids"]) / peak

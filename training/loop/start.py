@@ -274,6 +274,19 @@ def _set_label_counts(model: DCMForDenoising, cells: Cells) -> None:
     model.config.label_groups = len(keys)
 
 
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    """Whether blocks are compiled: as ``compile`` says, or by default on a GPU, if torch.compile works there."""
+    if config.compile is not None or device.type != "cuda":
+        return bool(config.compile)
+    try:
+        torch.compile(torch.nn.functional.gelu)(torch.ones(8, device=device))
+    except Exception as error:  # of whatever kind: a compiler is missing, or the device is too old
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        logger.warning("torch.compile does not work here (%s): blocks run as they are written", reason)
+        return False
+    return True
+
+
 def compile_blocks(model: DCMForDenoising, backend: str = "inductor") -> None:
     """Compile each block in place, for static shapes; the rest of the network depends on the data (rare counts)."""
     for block in model.modules():

@@ -19,7 +19,7 @@ from modeling_dcm.layers_dcm import eager_attention
 from tests.tiny_training import tiny_training
 from training.config import TrainConfig
 from training.data.command_line import AboveBars, user_errors
-from training.loop.log import MOST_SKIPPED, PEAK_FLOPS, NotFinite, TrainingLog, draw_curves, peak_flops, training_flops
+from training.loop.log import MOST_SKIPPED, PEAK_FLOPS, NotFinite, TrainingLog, draw_curves, peak_flops
 from training.loop.optimiser import averaged_weights
 from training.loop.processes import tracker_names
 from training.loop.start import attention_implementation, compile_blocks
@@ -133,11 +133,6 @@ def test_peaks_are_known_by_the_device_name_and_not_for_a_cpu(monkeypatch):
     assert peak_flops(torch.device("cpu")) is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
     assert peak_flops(torch.device("cuda")) == PEAK_FLOPS["H100 PCIe"]
-
-
-def test_flops_of_a_linear_layer_are_counted():
-    layer = torch.nn.Linear(6, 5)
-    assert training_flops(layer, {"input": torch.zeros(4, 6)}) == 3 * 2 * 4 * 6 * 5
 
 
 def test_attention_is_the_best_that_is_installed_and_fits(config, monkeypatch):
