@@ -256,8 +256,9 @@ class NegativeBinomialHead(CategoricalHead):
         if self.state_loading is not None:
             given = ~queried.state.isnan().any(dim=1, keepdim=True)  # (B, 1)
             z = nn.functional.pad(torch.nan_to_num(queried.state), (0, 1), value=1.0) * given
-            with torch.autocast(x.device.type, enabled=False):  # an error of its rounding is one of the mean itself
-                of_gene = of_gene + nn.functional.linear(z.float(), self.state_loading.weight.float())
+            # autocast leaves float64 alone: rounding here would be an error of the mean
+            of_state = nn.functional.linear(z.double(), self.state_loading.weight.double())
+            of_gene = of_gene + of_state.float()
             log_size = torch.where(given, self.log_size[1][genes], log_size)
         change = change + of_gene.gather(1, genes.expand(len(x), -1))
         mean = queried.expected.float().clamp(min=LOWEST_MEAN) * change.clamp(-LARGEST_CHANGE, LARGEST_CHANGE).exp()
