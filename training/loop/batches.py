@@ -58,7 +58,8 @@ class TrainBatches:
         """The same batches, each made in a thread while the one before it is in use."""
         batches = iter(batches)
         # memory is pinned for the current device, which is another one in a new thread
-        of_device = (torch.cuda.set_device, (self.device,)) if self.device.index is not None else (None, ())
+        is_one_of_several = self.device.type == "cuda" and self.device.index is not None
+        of_device = (torch.cuda.set_device, (self.device,)) if is_one_of_several else (None, ())
         with ThreadPoolExecutor(1, "batches", *of_device) as thread:
             ahead = thread.submit(next, batches)
             while True:
