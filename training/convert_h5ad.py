@@ -61,8 +61,9 @@ def main(
     """Convert files of counts to shards.
 
     Args:
-        source: h5ad files, 10x .h5 files, or 10x folders of matrix.mtx; every gene and cell is kept unless told
-            otherwise. The cells of several files get the obs column source_file.
+        source: h5ad files, 10x .h5 files, 10x folders of matrix.mtx, or Parquet files of Tahoe-100M with their
+            gene_metadata.parquet; every gene and cell is kept unless told otherwise. The cells of several files get the
+            obs column source_file.
         out: Folder to write; one that an earlier conversion wrote is replaced, any other is an error.
         merge: Make one data set of folders of shards that earlier calls wrote, of other files or on other machines:
             their files are linked, and no count is read. Genes and options must be the same: give each --genes.

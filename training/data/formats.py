@@ -1,6 +1,7 @@
 """Open a file of counts of any usual kind as a :class:`CountFile`.
 
-An h5ad file (``X``, a layer, ``raw``), 10x ``.h5``, or a 10x folder of ``.mtx``.
+An h5ad file (``X``, a layer, ``raw``), 10x ``.h5``, a 10x folder of ``.mtx``, or Parquet with a row for each cell, as
+Tahoe-100M is published.
 """
 
 import gzip
@@ -14,6 +15,7 @@ import anndata
 import h5py
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import scipy.sparse
 from anndata.io import read_elem, sparse_dataset
 
@@ -24,6 +26,7 @@ from training.data.h5ad import (
     CountFile,
     DenseRows,
     StoredRows,
+    TokenRows,
     damage_named,
     open_h5ad,
     read_known,
@@ -31,11 +34,13 @@ from training.data.h5ad import (
     refuse_zarr,
     sorted_by_cell,
 )
+from training.data.shards import COUNTS
 
 RAW = "raw"
 GENE_EXPRESSION = "Gene Expression"
 FEATURES = ("name", "id", "feature_type")
 MTX_LINES = 2**20
+GENE_TABLE, BARCODE = "gene_metadata.parquet", "BARCODE_SUB_LIB_ID"  # of Tahoe-100M
 MTX_FILES = {"matrix": ("matrix.mtx",), "features": ("features.tsv", "genes.tsv"), "barcodes": ("barcodes.tsv",)}
 
 
@@ -44,7 +49,8 @@ def open_counts(path: Path, scratch: Path, layer: str | None = None) -> CountFil
 
     Args:
         path: an h5ad file, a 10x ``.h5`` file, or a folder with ``matrix.mtx``, ``features.tsv`` (or ``genes.tsv``)
-            and ``barcodes.tsv``, each of them also as ``.gz``.
+            and ``barcodes.tsv``, each of them also as ``.gz``, or Parquet with the lists ``genes`` and ``expressions``
+            and a table of genes beside it.
         scratch: folder for counts that must be sorted by cell first; need not exist, removed by the caller.
         layer: of an h5ad file, a layer, or ``"raw"`` for ``raw.X`` (unless a layer has that name); default ``X``.
 
@@ -59,6 +65,9 @@ def open_counts(path: Path, scratch: Path, layer: str | None = None) -> CountFil
     elif _is_10x(path):
         _no_layer(path, layer)
         file = _open_10x(path)
+    elif path.suffix == ".parquet":
+        _no_layer(path, layer)
+        file = _open_rows(path)
     elif path.name.removesuffix(".gz").endswith(".mtx"):
         raise ValueError(f"{str(path)!r} has no names of genes and cells; give its folder, with features and barcodes")
     else:
@@ -89,7 +98,7 @@ def read_counts(path: Path, layer: str | None = None) -> anndata.AnnData:
     with opened_counts(path, layer) as file:
         blocks = [counts.astype(np.int32) for _, counts in file.blocks(f"reading {path.name}", check=True)]
         uns = {}
-        if path.is_file():
+        if h5py.is_hdf5(path):
             with damage_named(path), h5py.File(path, "r") as source:
                 uns = read_known(source["uns"]) if "uns" in source else {}
         return anndata.AnnData(scipy.sparse.vstack(blocks, format="csr"), obs=file.obs, var=file.var, uns=uns)
@@ -111,7 +120,7 @@ def write_counts(path: Path, adata: anndata.AnnData, layer: str | None = None) -
 
 def _no_layer(path: Path, layer: str | None) -> None:
     if layer is not None:
-        raise ValueError(f"--layer {layer!r} was given, but {str(path)!r} is 10x output, which has no layers")
+        raise ValueError(f"--layer {layer!r} was given, but {str(path)!r} has no layers: leave it out")
 
 
 # --- h5ad -------------------------------------------------------------------------------------------------------------
@@ -242,3 +251,35 @@ def _read_mtx(path: Path, scratch: Path) -> CellBuckets:
 
 def _opened_text(path: Path) -> IO[str]:
     return gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig")
+
+
+# --- rows of Parquet --------------------------------------------------------------------------------------------------
+
+
+def _open_rows(path: Path) -> CountFile:
+    """One file of Tahoe-100M (or of its schema): each row is a cell, with the tokens of its genes and their counts.
+
+    ``gene_metadata.parquet`` (columns ``token_id``, ``ensembl_id``, ``gene_symbol``) stands beside the file or in
+    ``../metadata/``, as in the published data set.
+    """
+    places = [folder / GENE_TABLE for folder in (path.parent, path.absolute().parent.parent / "metadata")]
+    table = next((place for place in places if place.is_file()), None)
+    if table is None:
+        raise FileNotFoundError(
+            f"no {GENE_TABLE} beside {str(path)!r} or in ../metadata/; expected the table of its genes (columns "
+            "token_id, ensembl_id, gene_symbol)"
+        )
+    with damage_named(table):
+        var = pq.read_table(table).to_pandas()
+    with damage_named(path):
+        names = pq.read_schema(path).names
+        lacking = [name for name in COUNTS if name not in names]
+        if lacking or not {"token_id", "ensembl_id"} <= set(var):
+            what = f"column {lacking[0]!r}" if lacking else f"column token_id or ensembl_id in {str(table)!r}"
+            raise ValueError(f"{str(path)!r} has no {what}; expected lists of genes and expressions, and their table")
+        obs = pq.read_table(path, columns=[name for name in names if name not in COUNTS])
+        obs = obs.to_pandas(strings_to_categorical=True)
+    matrix = TokenRows(path, (len(obs), len(var)), var.pop("token_id").to_numpy())
+    barcodes = obs.pop(BARCODE) if BARCODE in obs else pd.Series([f"{path.stem}-{row}" for row in range(len(obs))])
+    obs.index, var.index = pd.Index(barcodes.astype(str)), pd.Index(var["ensembl_id"].astype(str))
+    return CountFile(path, f"expressions of {path.name}", matrix, obs, var)

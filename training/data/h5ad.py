@@ -20,6 +20,7 @@ import anndata
 import h5py
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import scipy.sparse
 from anndata.io import read_elem, sparse_dataset, write_elem
 
@@ -27,7 +28,7 @@ from tokenization.count_checks_dcm import CountCheck
 from tokenization.labels_dcm import shortened
 from training.data.command_line import ProgressReport
 from training.data.files import check_readable
-from training.data.shards import read_panels
+from training.data.shards import COUNTS, read_panels
 
 with contextlib.suppress(ImportError):
     import hdf5plugin  # noqa: F401 (HDF5 then knows zstd, lz4 and other filters)
@@ -255,6 +256,41 @@ class StoredRows:
                 start = stop
 
 
+class TokenRows:
+    """Rows of a Parquet file: lists of ``genes``, by token, and their ``expressions`` (n, F).
+
+    Args:
+        path: the file.
+        shape: (n, F).
+        tokens: (F,) of each gene.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int], tokens: np.ndarray):
+        self.path, self.shape = path, shape
+        self.gene_of_token = np.full(int(tokens.max()) + 1, -1)
+        self.gene_of_token[tokens] = np.arange(len(tokens))
+
+    def blocks(self) -> Iterator[scipy.sparse.csr_matrix]:
+        """Yield stored values (m, F), without the marker that begins a row: a token that is no gene, with a negative
+        expression."""
+        for batch in pq.ParquetFile(self.path).iter_batches(BLOCK_CELLS, columns=list(COUNTS)):
+            lists = [batch.column(name) for name in COUNTS]
+            pointers, others = (np.concatenate([[0], np.cumsum(column.value_lengths())]) for column in lists)
+            if not np.array_equal(pointers, others):
+                raise ValueError("a row has another number of genes than of expressions; copy the file again")
+            tokens, values = (column.flatten().to_numpy() for column in lists)
+            is_known = (tokens >= 0) & (tokens < len(self.gene_of_token))
+            genes = np.where(is_known, self.gene_of_token[np.where(is_known, tokens, 0)], -1)
+            first = pointers[:-1][np.diff(pointers) > 0]
+            kept = np.ones(len(values), dtype=bool)
+            kept[first] = (values[first] >= 0) | (genes[first] >= 0)
+            if (genes[kept] < 0).any():
+                raise ValueError(f"the gene token {tokens[kept & (genes < 0)][0]} is not in the table of genes")
+            pointers = np.concatenate([[0], np.cumsum(kept)])[pointers]
+            rows = storable(values[kept]), genes[kept], pointers
+            yield scipy.sparse.csr_matrix(rows, shape=(len(pointers) - 1, self.shape[1]))
+
+
 class CellBuckets:
     """A matrix (n, F) whose values arrive in any order, sorted by cell through temporary files.
 
@@ -344,7 +380,7 @@ class CountFile:
 
     path: Path  # the file or folder
     source: str  # what the counts are called in messages, such as "X of cells.h5ad"
-    matrix: DenseRows | StoredRows | CellBuckets  # (n, F)
+    matrix: DenseRows | StoredRows | TokenRows | CellBuckets  # (n, F)
     obs: pd.DataFrame  # indexed by cell name
     var: pd.DataFrame  # indexed by gene name
     layers: list[str] = field(default_factory=list)  # what ``--layer`` could name instead

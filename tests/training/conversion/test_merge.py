@@ -7,13 +7,17 @@ from pathlib import Path
 import anndata
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
+from tests.tiny_training import tiny_training
+from tests.token_rows import write_token_rows
 from tokenization import DCMTokenizer
 from training.convert_h5ad import main as convert
 from training.data.loader import Cells
 from training.data.streaming import open_cells
+from training.train import main as train
 
 KEYS = {"cell_type_key": "cell_type", "perturbation_key": "perturbation", "split": "from-file", "split_key": "split"}
 
@@ -84,6 +88,32 @@ def test_shards_are_linked_and_each_part_is_a_configuration_with_its_own_labels_
     assert part.features == own.features
     assert part["expressions"] == own["expressions"]
     assert json.loads((folder / "split.json").read_text())["parts"]["part00001"]["cells"]["train"] == len(own)
+
+
+def test_files_of_tahoe_are_converted_one_by_one_merged_and_streamed(cells_h5ad, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    cells = anndata.read_h5ad(cells_h5ad)
+    drugs = cells.obs["perturbation"].astype(str).replace({"control": "DMSO_TF"})
+    obs = pd.DataFrame({"drug": drugs, "cell_line_id": cells.obs["cell_type"], "plate": "plate1"})
+    keys = {
+        "cell_type_key": "cell_line_id",
+        "perturbation_key": "drug",
+        "control": "DMSO_TF",
+        "covariate_keys": "plate",
+    }
+    parts, expected = [], []
+    for name, rows in (("0", slice(0, 120)), ("1", slice(120, 300))):
+        file = write_token_rows(tmp_path / "data" / f"{name}.parquet", cells.X[rows], obs.iloc[rows])
+        parts.append(convert(file, out=tmp_path / name, control="DMSO_TF", **keys))
+        split = json.loads((parts[-1] / "split.json").read_text())["cells"]["train"]
+        expected += [(drugs[cell], *cells[cell].X.toarray()[0].tolist()) for cell in split]
+    convert(tuple(parts), out=tmp_path / "shards", merge=True)
+    streamed = open_cells(tmp_path / "shards", "train", streaming=True)
+    found = zip(streamed.labels("perturbation").astype(str), streamed.csr().toarray().tolist())
+    assert sorted((drug, *counts) for drug, counts in found) == sorted(expected)
+    assert streamed.tokenizer.genes[0] == "ENSG00000000000"
+    out = train(tiny_training(tmp_path / "shards", tmp_path / "checkpoint", max_steps=1, streaming=True, batch_size=4))
+    assert (out / "model.safetensors").is_file()
 
 
 def test_parts_of_other_genes_or_options_are_refused_and_nothing_is_written(files, merged, tmp_path):

@@ -7,10 +7,13 @@ import anndata
 import h5py
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import scipy.io
 import scipy.sparse
 
+from tests.token_rows import write_token_rows
 from training.data import h5ad as h5ad_blocks
 from training.data.formats import open_counts
 
@@ -60,6 +63,9 @@ def as_mtx(counts, folder: Path, *, version: int = 3) -> Path:
     return folder
 
 
+CELL_NAMES = pd.DataFrame(index=[f"cell{i}" for i in range(CELLS)])
+
+
 def read(path: Path, scratch: Path, layer: str | None = None) -> scipy.sparse.csr_matrix:
     file = open_counts(path, scratch, layer)
     return scipy.sparse.vstack([counts for _, counts in file.blocks("reading")]).tocsr()
@@ -80,6 +86,10 @@ KINDS = {
     ),
     "10x h5": lambda counts, folder: (as_10x_h5(counts, folder / "a.h5"), None),
     "mtx": lambda counts, folder: (as_mtx(counts, folder / "a"), None),
+    "rows of tokens": lambda counts, folder: (
+        write_token_rows(folder / "data" / "a.parquet", counts, CELL_NAMES),
+        None,
+    ),
     "mtx of Cell Ranger 2": lambda counts, folder: (as_mtx(counts, folder / "a", version=2), None),
 }
 
@@ -137,9 +147,29 @@ def test_text_cut_short_is_refused(counts, tmp_path):
         read(zipped, tmp_path / "fourth")
 
 
+def test_rows_of_tokens_need_their_table_and_only_a_marker_may_stand_for_no_gene(counts, tmp_path):
+    path = write_token_rows(tmp_path / "data" / "a.parquet", counts, CELL_NAMES.assign(drug="DMSO_TF"))
+    file = open_counts(path, tmp_path / "scratch")
+    assert file.var.index[3] == "ENSG00000000003"
+    assert file.var["gene_symbol"].iloc[3] == "GENE3"
+    assert file.obs.index[3] == "cell3"
+    assert file.obs["drug"].tolist() == ["DMSO_TF"] * CELLS
+    rows = pq.read_table(path).to_pydict()
+    for change, error in (((0, 99, 1.0), "token 99 is not in the table"), ((2, 1, 4.0), "token 1 is not in the table")):
+        place, token, value = change
+        genes, expressions = ([list(row) for row in rows[name]] for name in ("genes", "expressions"))
+        genes[4][place], expressions[4][place] = token, value
+        pq.write_table(pa.table({"genes": genes, "expressions": expressions}), path)
+        with pytest.raises(ValueError, match=rf"a\.parquet'.*{error}"):
+            read(path, tmp_path / "scratch")
+    (tmp_path / "metadata" / "gene_metadata.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no gene_metadata\.parquet beside .* or in \.\./metadata/"):
+        read(path, tmp_path / "scratch")
+
+
 def test_a_missing_matrix_or_layer_lists_those_there(counts, tmp_path):
     path = as_h5ad(counts, tmp_path / "a.h5ad", layers={"umi": counts}, raw={"X": counts})
     with pytest.raises(ValueError, match="has no layer 'counts'; layers there: umi, raw"):
         read(path, tmp_path, "counts")
-    with pytest.raises(ValueError, match="is 10x output, which has no layers"):
+    with pytest.raises(ValueError, match=r"a\.h5' has no layers: leave it out"):
         read(as_10x_h5(counts, tmp_path / "a.h5"), tmp_path, "counts")
