@@ -166,7 +166,8 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
         """Ids of measured cells.
 
         Args:
-            cells: an AnnData, a DataFrame, a scipy sparse matrix or an array of counts (n, number of genes).
+            cells: an AnnData, a DataFrame, a scipy sparse matrix or an array of counts (n, number of genes); or a row
+                of a DataFrame, one cell.
             genes: names of the columns; for an AnnData default its ``var_names``, for a DataFrame its ``columns``,
                 else the panel itself. Versions of Ensembl ids need not be the panel's.
             layer: of an AnnData, the layer with the counts, or ``"raw"`` for ``raw.X`` (default ``X``).
@@ -185,6 +186,8 @@ class DCMTokenizer(ConditionLabels, PreTrainedTokenizer):
         """
         is_anndata = hasattr(cells, "obs") and hasattr(cells, "var_names")
         layers = list(cells.layers) if is_anndata else []
+        if hasattr(cells, "to_frame") and not hasattr(cells, "columns"):  # a Series, whose index names the genes
+            cells = cells.to_frame().T
         named = cells
         if layer == "raw" and layer not in layers and getattr(cells, "raw", None) is not None:
             layer, named = None, cells.raw

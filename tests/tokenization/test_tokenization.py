@@ -71,6 +71,7 @@ def test_csr_csc_dense_backed_anndata_and_tables_give_the_same_ids(tokenizer, ce
     backed, table = anndata.read_h5ad(tmp_path / "cells.h5ad", "r"), cells.to_df().iloc[:, ::-1]
     for same in (cells, cells.X, cells.X.tocsc(), cells.X.toarray(), backed, table):
         assert torch.equal(tokenizer(same)["input_ids"], expected)
+    assert torch.equal(tokenizer(table.iloc[1])["input_ids"], expected[1:2])
 
 
 def test_genes_are_matched_by_name_and_those_not_measured_are_pad_and_others_dropped(tokenizer, cells, caplog):
