@@ -51,7 +51,7 @@ class DCMConfig(PreTrainedConfig):
     gene_output_bias: int = 64  # columns of the head's bias for each gene: counts below have their own; 0: none
     count_distribution: str = "categorical"  # the paper's head; "nb": corrections of a negative binomial
     state_dim: int = 0  # d, components of the cell state; 0: the paper's conditioning
-    state_mixture: int = 8  # components of the mixture that states are drawn from, for each cell type
+    state_mixture: int = 20  # components of the mixture that states are drawn from, for each cell type
     state_groups: int = 0  # groups of conditions with a mean state of their own
     state_bank: int = 0  # states of training cells that are kept; 0: none
     label_dropout: int | float = 0.1  # probability of dropping each condition in training

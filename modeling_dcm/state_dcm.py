@@ -71,10 +71,10 @@ class StateEncoder(nn.Module):
 class StateSource(nn.Module):
     """Where generation draws (z, log1p(total)) from, together, for the conditions of a cell.
 
-    The *prior* is a Gaussian mixture around a mean: the mixture is that of the cell type (the last one of all cells),
-    the mean that of the most specific group of conditions that matches. The *bank* holds states of training cells in an
-    order in which each group is one stretch; it is empty where training was asked to keep none. Groups are rows of keys
-    as in the table of library sizes, from the most specific to the one that matches everything.
+    The *prior* is a mixture of Gaussians with one covariance around a mean: the mixture is that of the cell type (the
+    last one of all cells), the mean that of the most specific group of conditions that matches. The *bank* holds states
+    of training cells in an order in which each group is one stretch; it is empty where training was asked to keep none.
+    Groups are rows of keys as in the table of library sizes, from the most specific to the one that matches everything.
     """
 
     def __init__(self, config: DCMConfig, key_width: int):
@@ -84,7 +84,7 @@ class StateSource(nn.Module):
         self.register_buffer("mean", torch.zeros(config.state_groups, E))
         self.register_buffer("log_weight", torch.zeros(C, M))
         self.register_buffer("location", torch.zeros(C, M, E))
-        self.register_buffer("scale", torch.zeros(C, M, E, E))  # lower triangles of Cholesky's factors
+        self.register_buffer("scale", torch.zeros(C, E, E))  # lower triangles of Cholesky's factors
         self.register_buffer("span", torch.zeros(config.state_groups, 2, dtype=torch.long))  # of each group in the bank
         self.register_buffer("bank", torch.zeros(config.state_bank, E))
 
@@ -114,7 +114,7 @@ class StateSource(nn.Module):
             row = torch.where(cell_type_ids < 0, row, cell_type_ids)
         part = self.log_weight[row].exp().multinomial(1, generator=generator)[:, 0]
         noise = torch.randn(len(keys), mean.shape[1], generator=generator, device=keys.device)
-        return mean + self.location[row, part] + (self.scale[row, part] @ noise[..., None])[..., 0]
+        return mean + self.location[row, part] + (self.scale[row] @ noise[..., None])[..., 0]
 
     def rows_of_bank(self, keys: torch.Tensor, seed: int) -> torch.Tensor:
         """Draw rows of the bank (N,), of each cell's conditions, without replacement as far as they go.

@@ -101,8 +101,8 @@ def state_dim_distances(
     """Draw cells by the regression alone, with several numbers of components of the cell state: W2 of each.
 
     A part of the cells is held out. Components and loadings are fitted to the others, cells are drawn from the states
-    of some of these, of the same groups as the held-out ones, and compared on log1p counts. Too few components miss
-    modules; too many repeat what was noise in the cell that gave its state.
+    of some of these, of the same groups as the held-out ones, and compared on log1p counts of the genes with the most
+    counts. Too few components miss modules; too many repeat what was noise in the cell that gave its state.
 
     Args:
         counts: (n, G) sparse.
@@ -111,6 +111,8 @@ def state_dim_distances(
         group: numbers (n,) from 0; cells of one group have the same conditions.
         seed: of the cells that are held out and of the draws.
     """
+    loudest = np.argsort(-np.asarray(counts.sum(axis=0))[0], kind="stable")[:GENES_AT_ONCE]
+    counts = counts[:, np.sort(loudest)]
     rng = np.random.default_rng([seed, 79])
     order = rng.permutation(len(total))
     held, kept = np.split(order, [min(HELD_OUT, len(order) // 5)])
@@ -217,21 +219,19 @@ def state_effect(loadings: np.ndarray, state: np.ndarray) -> np.ndarray:
 
 
 def state_mixture(residuals: np.ndarray, num_components: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fit a Gaussian mixture to states around their groups' means.
+    """Fit a mixture of Gaussians with one covariance to states around their groups' means.
 
     With fewer than :data:`CELLS_OF_A_COMPONENT` cells for each component there are fewer: the others have no weight.
 
     Returns:
-        Log weights (M,), means (M, E) and Cholesky factors (M, E, E), lower triangles.
+        Log weights (M,), means (M, E) and Cholesky factor (E, E), lower triangle.
     """
     n, E = residuals.shape
     M = max(1, min(num_components, n // CELLS_OF_A_COMPONENT))
     log_weight, location = np.full(num_components, NO_WEIGHT), np.zeros((num_components, E))
-    scale = np.zeros((num_components, E, E))
     if n < 2:
-        log_weight[0], scale[0] = 0.0, np.eye(E)
-        return log_weight, location, scale
-    fit = GaussianMixture(M, reg_covar=1e-2, random_state=seed).fit(residuals)
+        log_weight[0] = 0.0
+        return log_weight, location, np.eye(E)
+    fit = GaussianMixture(M, covariance_type="tied", reg_covar=1e-2, random_state=seed).fit(residuals)
     log_weight[:M], location[:M] = np.log(fit.weights_), fit.means_
-    scale[:M] = np.linalg.cholesky(fit.covariances_)
-    return log_weight, location, scale
+    return log_weight, location, np.linalg.cholesky(fit.covariances_)
