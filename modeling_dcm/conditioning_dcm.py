@@ -40,7 +40,8 @@ class PartialCells:
 
     input_ids: torch.Tensor  # (B, L) counts, MASK or PAD
     gene_ids: torch.Tensor  # (B, L), or (1, L) where all cells have the same genes: they are then looked up once
-    mean: torch.Tensor  # (B, L) mean counts of the genes in training cells of the cell's type
+    mean: torch.Tensor  # (B, L) mean counts of the genes in training cells of the cell's type, times exp(effect)
+    effect: torch.Tensor  # (B, L) logarithm of what the perturbations change
     is_target: torch.Tensor | None  # (B, L) genes that the cell's perturbations target; None: nobody said
     progress: Progress
     cell_type_ids: torch.Tensor  # (B,)
@@ -59,7 +60,7 @@ class PartialCells:
 
     def at(self, positions: torch.Tensor) -> "PartialCells":
         """The same cells with the genes at ``positions`` (B, Q) as their sequence."""
-        names = ("input_ids", "gene_ids", "mean", *(() if self.is_target is None else ("is_target",)))
+        names = ("input_ids", "gene_ids", "mean", "effect", *(() if self.is_target is None else ("is_target",)))
         B = len(positions)
         return replace(self, **{name: getattr(self, name).expand(B, -1).gather(1, positions) for name in names})
 
@@ -184,7 +185,8 @@ class LabelEncoder(nn.Embedding):
 class PerturbationEncoder(nn.Module):
     """Sum over a cell's perturbations of linear(frozen vector), or of a learned vector where a name has none.
 
-    The control has no protein: it always has a learned vector. All -1 is *not given*, the learned null.
+    The control has no protein: it always has a learned vector. All -1 is *not given*, the learned null. A perturbation
+    of which only a predicted effect is known, ``is_unseen``, is told by that alone, as training told others by theirs.
     """
 
     def __init__(self, config: DCMConfig):
@@ -195,10 +197,11 @@ class PerturbationEncoder(nn.Module):
             self.linear = nn.Linear(config.perturbation_dim, config.hidden_size, bias=False)
             self.register_buffer("table", torch.zeros(config.num_perturbations, config.perturbation_dim))
             self.register_buffer("has_vector", torch.zeros(config.num_perturbations, dtype=torch.bool))
+        self.register_buffer("is_unseen", torch.zeros(config.num_perturbations, dtype=torch.bool))
 
     def forward(self, ids: torch.Tensor, embeds: torch.Tensor | None) -> torch.Tensor:
         """Condition vectors (B, D) of ``ids`` (B, P); ``embeds`` (B, P, vector) are added, NaN rows are padding."""
-        given = ids >= 0
+        given = (ids >= 0) & ~self.is_unseen[ids.clamp(min=0)]
         vectors = self.learned(ids.clamp(min=0))  # (B, P, D)
         if self.linear is not None:
             known = ids.clamp(min=0)
@@ -301,7 +304,8 @@ class LibrarySizes(nn.Module):
     def __init__(self, config: DCMConfig):
         super().__init__()
         self.num_covariates = len(config.covariates)
-        width = 1 + self.num_covariates + config.max_perturbations_per_cell
+        self.perturbation_columns = config.max_perturbations_per_cell
+        width = 1 + self.num_covariates + self.perturbation_columns
         self.register_buffer("keys", torch.full((config.library_size_groups, width), ANY))
         self.register_buffer("quantiles", torch.zeros(config.library_size_groups, LIBRARY_QUANTILES))
 

@@ -54,6 +54,7 @@ class DCMConfig(PreTrainedConfig):
     state_mixture: int = 20  # components of the mixture that states are drawn from, for each cell type
     state_groups: int = 0  # groups of conditions with a mean state of their own
     state_bank: int = 0  # states of training cells that are kept; 0: none
+    effect_groups: int = 0  # rows of effects of perturbations; 0: none are known
     label_dropout: int | float = 0.1  # probability of dropping each condition in training
     noise_schedule: str = "log_linear"
     noise_eps: int | float = 1e-3
@@ -118,7 +119,7 @@ class DCMConfig(PreTrainedConfig):
             _expect(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         heads = self.num_attention_heads
         _expect(self.hidden_size % heads == 0, "hidden_size", self.hidden_size, f"a multiple of the {heads} heads")
-        for name in ("state_dim", "state_groups", "state_bank"):
+        for name in ("state_dim", "state_groups", "state_bank", "effect_groups"):
             _expect(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         known = COUNT_DISTRIBUTIONS
         _expect(self.count_distribution in known, "count_distribution", self.count_distribution, f"one of {known}")

@@ -231,6 +231,7 @@ class NegativeBinomialHead(CategoricalHead):
     ``log p(c) = log NB(c; mu, r) + u(c)``, normalised in the same two stages. ``mu = expected exp(delta)``: what depth
     and cell type let expect, times what the network makes of the observed genes and the condition: a rate linear in
     the hidden state, one that is bilinear in gene and condition, and where the cell state is given ``<B, (z, 1)>``.
+    How far the perturbations' effect on a gene, which is in ``expected``, is to be trusted is linear in the condition.
     The dispersions 1/r are those around either mean, times a factor. Rates, factor and u are zero at the start. No mean
     is above what nearly all training cells have: the exponential of a state that is large by chance is.
     """
@@ -242,6 +243,7 @@ class NegativeBinomialHead(CategoricalHead):
         self.rate = ZeroLinear(D, 2)  # of the logarithms of mean and r
         self.loading = Loadings(G, SCORES)
         self.score = ZeroLinear(D, SCORES)
+        self.trust = ZeroLinear(D, 1) if config.num_perturbations else None
         self.state_loading = Loadings(G, config.state_width + 1) if config.state_dim else None
         # log r without and with the state
         self.register_buffer("log_size", torch.zeros(2, G))
@@ -251,6 +253,8 @@ class NegativeBinomialHead(CategoricalHead):
         u = super().forward(x, condition, queried)
         genes = queried.gene_ids
         change, log_factor = self.rate(u.hidden).float().clamp(-LARGEST_CHANGE, LARGEST_CHANGE).unbind(dim=-1)
+        if self.trust is not None:
+            change = change + queried.effect * self.trust(condition).float()
         of_gene = nn.functional.linear(self.score(condition), self.loading.weight).float()  # (B, G)
         log_size = self.log_size[0][genes]
         if self.state_loading is not None:

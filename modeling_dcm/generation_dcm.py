@@ -17,6 +17,7 @@ from .diffusion_dcm import keyed_generator
 from .guidance_dcm import denoiser
 from .sampling_dcm import sample_counts
 from .schedule_dcm import as_curve
+from .state_dcm import ANY, first_match
 
 LABELS = 2**40  # the piece of a run that draws its labels; no chunk has this number
 
@@ -140,6 +141,7 @@ class CellGenerationMixin:
                         drawn = self.state_source.bank[source[rows].to(self.device)]
                     else:
                         drawn = self._prior_draw(rows, conditions, sizes, generator)
+                    drawn = drawn + self._origins(len(drawn), conditions)[1]
                     conditions["state"] = self._told_state(drawn)
                 elif origin == "given":
                     conditions["state"] = source[rows].to(self.device)
@@ -284,15 +286,30 @@ class CellGenerationMixin:
             raise ValueError("state='bank', but this checkpoint keeps no states of training cells: take 'prior'")
         if state != "null" and not len(source.keys):
             raise ValueError("this model stores no states of its training cells: give state=, or 'null'")
-        return state, source.rows_of_bank(self._group_keys(N, given), seed) if state == "bank" else None
+        return state, source.rows_of_bank(self._origins(N, given)[0], seed) if state == "bank" else None
 
     def _prior_draw(self, rows: slice, conditions, sizes, generator) -> torch.Tensor:
         """(z, log1p(total)) of a chunk (B, d+1); where the library sizes are given, of about such cells."""
         of_chunk = None if sizes is None else sizes[rows]
         is_given = of_chunk is not None and bool((of_chunk >= 0).all())
         log_sizes = torch.log1p(of_chunk).to(self.device) if is_given else None
-        keys = self._group_keys(rows.stop - rows.start, conditions)
+        keys = self._origins(rows.stop - rows.start, conditions)[0]
         return self.state_source.draw(keys, conditions.get("cell_type_ids"), generator, log_sizes)
+
+    def _origins(self, number: int, conditions) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Keys (B, W) of the groups that states are drawn from, and what is added to these (B, d+1): where no training
+        cell has the perturbations in the cell type, control cells and the perturbations' shift, if that is known."""
+        keys, ids = self._group_keys(number, conditions), conditions.get("perturbation_ids")
+        if ids is None or not self.config.effect_groups:
+            return keys, 0.0
+        ids, first = ids.to(self.device), keys.shape[1] - self.library_sizes.perturbation_columns
+        groups = self.state_source.keys
+        is_new = (groups[first_match(groups, keys), first] == ANY) & (ids >= 0).any(dim=1)
+        of_control = keys.clone()
+        of_control[:, first:] = -1
+        of_control[:, first] = self.effects.control_id
+        shift = self.effects.of_state(keys[:, 0], ids).masked_fill(~is_new[:, None], 0.0)
+        return torch.where(is_new[:, None], of_control, keys), shift
 
     def _told_state(self, drawn: torch.Tensor) -> torch.Tensor:
         """What the network is told (B, E) of (z, log1p(total)): the total too, where it is no condition of its own."""

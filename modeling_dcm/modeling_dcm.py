@@ -39,7 +39,7 @@ from .latent_dcm import LatentBackbone
 from .layers_dcm import AdaLNZero, Encoded, Projections
 from .pipeline_dcm import CUSTOM_PIPELINES
 from .scoring_dcm import CellScoringMixin
-from .state_dcm import CellState, StateSource
+from .state_dcm import CellState, PerturbationEffects, StateSource
 
 # isort: split
 # Named for transformers 5.4, which takes from a local folder only the files that this one names itself.
@@ -82,7 +82,7 @@ class DCMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     # mean counts and library sizes are data, not weights: bfloat16 would round 2,003 counts to 2,000
-    _keep_in_fp32_modules_strict = ["totals", "library_sizes", "cell_state", "state_source"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["totals", "library_sizes", "cell_state", "state_source", "effects"]  # noqa: RUF012
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -126,6 +126,7 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         self.label_counts = LabelCounts(config, self.library_sizes.keys.shape[1])
         self.cell_state = CellState(config) if config.state_dim else None
         self.state_source = StateSource(config, self.library_sizes.keys.shape[1]) if config.state_dim else None
+        self.effects = PerturbationEffects(config)
         # gene of the panel with each perturbation's name, or -1; filled at training by name
         self.register_buffer("target_gene_ids", torch.full((config.num_perturbations,), -1))
         self.post_init()
@@ -144,6 +145,7 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         covariate_ids: torch.Tensor | None = None,
         library_size: torch.Tensor | None = None,
         state: torch.Tensor | None = None,
+        effect: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         query_positions: torch.Tensor | None = None,
         return_logits: bool | None = None,
@@ -163,6 +165,8 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
             covariate_ids: (B, C) in the order of ``config.covariates``, -1 is not given.
             library_size: total counts over the panel (B,); negative is not given.
             state: cell states (B, E) as :meth:`state` computes them; NaN is not given.
+            effect: log fold changes (B, L) of the genes against all cells of the type; default: what the model knows of
+                the perturbations, 0 where none is given.
             labels: clean ids (B, L), read at masked genes only; a masked gene with -100 there counts as not measured in
                 the loss.
             query_positions: positions (B, Q) of the sequence to compute logits for, -1 is padding.
@@ -191,6 +195,7 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
             covariate_ids=covariate_ids,
             library_size=library_size,
             state=state,
+            effect=effect,
             all_measured=all_measured,
         )
         if labels is None:
@@ -272,7 +277,12 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
             given["library_size"] = missing[:, 0]
         if given.get("state") is None or not config.state_dim:
             given["state"] = torch.full((B, config.state_width), torch.nan, device=input_ids.device)
-        mean = self.totals.mean(gene_ids, given["cell_type_ids"])
+        if given.get("effect") is None:
+            given["effect"] = torch.zeros((B, L), device=input_ids.device)
+            if config.effect_groups:
+                types, ids = given["cell_type_ids"], given["perturbation_ids"]
+                given["effect"] = self.effects.of_genes(types, ids, gene_ids, self.effects.kind(given["state"]))
+        mean = self.totals.mean(gene_ids, given["cell_type_ids"]) * given["effect"].exp()
         told = config.state_dim and not config.library_size_conditioning
         total = self.cell_state.total(given["state"]) if told else given["library_size"]
         return PartialCells(
@@ -396,8 +406,14 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
                 f"-1..{config.num_genes - 1}"
             )
         vectors = torch.stack([vector.to(encoder.table) for vector in table.values()])
+        ids = torch.arange(known, known + n)
+        if config.effect_groups:
+            seen = (encoder.has_vector & ~encoder.is_unseen).nonzero()[:, 0]
+            self.effects.add(ids.to(seen), vectors, seen, encoder.table[seen])
+            config.effect_groups = len(self.effects.keys)
         encoder.table = torch.cat([encoder.table, vectors])
         encoder.has_vector = torch.cat([encoder.has_vector, encoder.has_vector.new_ones(n)])
+        encoder.is_unseen = torch.cat([encoder.is_unseen, encoder.is_unseen.new_full((n,), config.effect_groups > 0)])
         self.target_gene_ids = torch.cat([self.target_gene_ids, targets.to(self.target_gene_ids)])
         old, weight = encoder.learned, encoder.learned.weight
         encoder.learned = LabelEncoder(known + n, config.hidden_size).to(weight)
@@ -405,6 +421,5 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         encoder.learned.weight.copy_(torch.cat([weight[:-1], weight.new_zeros(n, weight.shape[1]), weight[-1:]]))
         encoder.learned.train(old.training).requires_grad_(weight.requires_grad)
         config.num_perturbations = known + n
-        ids = torch.arange(known, known + n)
         config.perturbations_without_cells = [*(config.perturbations_without_cells or ()), *ids.tolist()]
         return ids

@@ -2,7 +2,8 @@
 
 z are the first whitened principal components of log-normalised training cells: linear, fixed, and stored with the
 weights. Letters: B cells, G genes, d components, E = d + 1 with the logarithm of the total, C cell types, M mixture
-components, N groups of conditions, S stored states. A row of NaN is *not given*.
+components, N groups of conditions, S stored states. A row of NaN is *not given*. What a perturbation does to the state,
+and to single genes besides, is here too.
 """
 
 import torch
@@ -132,3 +133,102 @@ class StateSource(nn.Module):
             rounds = [torch.randperm(size, generator=generator) for _ in range(-(-len(wanted) // size))]
             rows[wanted] = start + torch.cat(rounds)[: len(wanted)]
         return rows
+
+
+class PerturbationEffects(nn.Module):
+    """What perturbations do against control cells: shifts of (z, log1p(total)), and log fold changes of genes.
+
+    Rows are groups of (cell type or :data:`ANY`, perturbations in descending order): sets that training cells have,
+    single ones that are predicted from their vectors, and a last one, for all others, with the mean effect. A set that
+    has no row is the damped sum of its members. Gene effects are kept twice: whole, for cells whose state is
+    not told, and what is left beside the state. ``base`` is the same of control cells against all cells of a type.
+    """
+
+    def __init__(self, config: DCMConfig):
+        super().__init__()
+        R, G, kinds = config.effect_groups, config.num_genes, 1 + bool(config.state_dim)
+        self.register_buffer("keys", torch.full((R, 1 + config.max_perturbations_per_cell), ANY))
+        self.register_buffer("genes", torch.zeros(kinds, R, G))
+        self.register_buffer("base", torch.zeros(kinds, config.num_cell_types + 1, G))
+        self.register_buffer("state", torch.zeros(R, config.state_dim + 1))
+        self.register_buffer("damping", torch.ones(kinds + 1))  # of sums of gene effects, of sums of shifts
+        self.register_buffer(
+            "loading", torch.zeros(G, config.state_width + 1)
+        )  # of the state, when they were estimated
+        self.register_buffer("control_id", torch.tensor(-1))
+        self.register_buffer("ridge", torch.tensor(1.0))  # penalty of the prediction from vectors
+
+    def find(self, cell_type_ids: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows (B, P) whose sum is the effect of perturbations ``ids`` (B, P), and which of them count."""
+        ids = ids.masked_fill(ids == self.control_id, -1).sort(dim=1, descending=True).values
+        W, P = self.keys.shape[1] - 1, ids.shape[1]
+        sets = nn.functional.pad(ids, (0, max(0, W - P)), value=-1)
+        sets = sets[:, :W].masked_fill((sets[:, W:] >= 0).any(dim=1, keepdim=True), -3)  # wider ones have no row
+        whole = first_match(self.keys, torch.cat([cell_type_ids[:, None], sets], dim=1))
+        single = nn.functional.pad(ids[..., None], (0, W - 1), value=-1)  # (B, P, W)
+        types = cell_type_ids[:, None, None].expand(-1, P, 1)
+        rows = first_match(self.keys, torch.cat([types, single], dim=2).flatten(0, 1)).view(-1, P)
+        is_known = (whole < len(self.keys) - 1)[:, None]
+        first = torch.arange(P, device=ids.device) == 0
+        return torch.where(is_known & first, whole[:, None], rows), torch.where(is_known, first, True) & (ids >= 0)
+
+    def kind(self, state: torch.Tensor) -> torch.Tensor:
+        """Which kind of gene effects (B,) belongs to states (B, E): 1 where one is told."""
+        return (~state.isnan().any(dim=1)).long().clamp(max=len(self.genes) - 1)
+
+    def of_genes(
+        self,
+        cell_type_ids: torch.Tensor,
+        ids: torch.Tensor,
+        gene_ids: torch.Tensor,
+        kind: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Log fold changes (B, L) of genes (B, L) against all cells of the type; 0 where no perturbation is given.
+
+        ``kind`` (B,) is 0 for whole effects, 1 for those beside the state; ``tables`` stand for ``genes`` and ``base``,
+        with as many more kinds as they have.
+        """
+        rows, counts = self.find(cell_type_ids, ids)
+        factor = torch.where(counts.sum(dim=1) > 1, self.damping[kind % len(self.genes)], 1.0)
+        table, base = tables or (self.genes, self.base)
+        effect = base[kind[:, None], cell_type_ids[:, None], gene_ids]
+        for column in range(ids.shape[1]):
+            of_one = table[kind[:, None], rows[:, column, None], gene_ids]
+            effect = effect + of_one * (factor * counts[:, column])[:, None]
+        return torch.where((ids >= 0).any(dim=1, keepdim=True), effect, 0.0)
+
+    def of_state(self, cell_type_ids: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Shifts (B, E) of a control cell's (z, log1p(total))."""
+        rows, counts = self.find(cell_type_ids, ids)
+        factor = torch.where(counts.sum(dim=1) > 1, self.damping[-1], 1.0)
+        return (self.state[rows] * counts[..., None]).sum(dim=1) * factor[:, None]
+
+    def add(self, ids: torch.Tensor, vectors: torch.Tensor, known: torch.Tensor, known_vectors: torch.Tensor) -> None:
+        """Add rows for single perturbations ``ids`` (m,), predicted from ``vectors`` (m, D) by what is known of others,
+        ``known`` (n,) with ``known_vectors`` (n, D)."""
+        keys = self.keys.new_full((len(ids), self.keys.shape[1]), -1)
+        keys[:, 0], keys[:, 1] = ANY, ids
+        singles = torch.where((self.keys[:, 0] == ANY) & (self.keys[:, 2:] < 0).all(dim=1), self.keys[:, 1], -1)
+        has_row = torch.isin(known, singles)
+        weights = ridge_weights(vectors, known_vectors[has_row], float(self.ridge)).to(self.genes)
+        rows = (singles == known[has_row, None]).int().argmax(dim=1)
+        if not len(rows):  # nobody to learn from: the mean effect
+            weights, rows = weights.new_ones(len(ids), 1), torch.tensor([len(singles) - 1])
+        self.keys = torch.cat([self.keys[:-1], keys, self.keys[-1:]])
+        for name in ("genes", "state"):
+            table = getattr(self, name)
+            new = weights @ table[..., rows, :]
+            setattr(self, name, torch.cat([table[..., :-1, :], new, table[..., -1:, :]], dim=-2))
+
+
+def ridge_weights(vectors: torch.Tensor, known: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Weights (m, n), rows sum to 1, by which ridge regression makes predictions at ``vectors`` (m, D) of what is known
+    at ``known`` (n, D); the penalty is in units of the mean squared length of centred vectors. A huge one: the mean."""
+    n = len(known)
+    mean = known.mean(dim=0)
+    centred, new = (known - mean).double(), (vectors - mean).double()
+    scale = centred.square().sum(dim=1).mean().clamp(min=1e-12)
+    kernel = centred @ centred.T / scale
+    weights = torch.linalg.solve(kernel + penalty * torch.eye(n, dtype=kernel.dtype), centred @ new.T / scale).T
+    return weights + (1 - weights.sum(dim=1, keepdim=True)) / n

@@ -70,8 +70,7 @@ class TrainConfig:
     """nb: corrections of a negative binomial that starts at statistics; categorical: the paper's head."""
     state_dim: int | None = None
     """Components of the cell state, drawn once for each cell; 0: none, as in the paper. Default: 16 or 32, whichever
-    draws held-out training cells better by regression alone; but 0 with perturbation_embeddings: a state tells a
-    perturbation's effect better than its vector, and there is none to draw for one that no training cell had."""
+    draws held-out training cells better by regression alone."""
     state_dropout: float = 0.15
     """Share of training cells whose state is not told."""
     keep_states: bool = True

@@ -1,7 +1,5 @@
 """Properties of training that starts from statistics: what the first network knows, and that runs go on and over."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -9,8 +7,9 @@ from modeling_dcm import DCMForDenoising
 from tests.tiny_training import tiny_training
 from tokenization import DCMTokenizer
 from training.data.loader import Cells
+from training.loop.effects import cell_states
 from training.loop.estimates import STATE_DIMS
-from training.loop.start import build_model, cell_states, chosen_state_dim
+from training.loop.start import build_model, chosen_state_dim
 from training.train import main as train
 
 FIRST = {"count_distribution": "nb", "state_dim": 3}
@@ -81,12 +80,10 @@ def test_fine_tuning_on_the_same_data_starts_as_the_same_function(shards, tmp_pa
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
 
 
-def test_how_many_components_is_found_by_drawing_cells_unless_it_is_said_or_vectors_tell_the_effects(shards, tmp_path):
+def test_how_many_components_is_found_by_drawing_cells_unless_it_is_said(shards, tmp_path):
     model, cells = start(shards, tmp_path, state_dim=None)
     assert model.config.state_dim in STATE_DIMS
-    vectors = tiny_training(shards, tmp_path, perturbation_embeddings=tmp_path / "vectors.safetensors")
-    assert chosen_state_dim(vectors, cells) == 0
-    assert chosen_state_dim(replace(vectors, state_dim=5), cells) == 5
+    assert chosen_state_dim(tiny_training(shards, tmp_path, state_dim=5), cells) == 5
 
 
 def test_too_few_whole_cells_are_refused(shards, tmp_path):

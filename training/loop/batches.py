@@ -34,11 +34,20 @@ class TrainBatches:
     """
 
     def __init__(
-        self, cells: Cells, config: TrainConfig, model_config: DCMConfig, *, rank: int, world: int, device, state=None
+        self,
+        cells: Cells,
+        config: TrainConfig,
+        model_config: DCMConfig,
+        *,
+        rank: int,
+        world: int,
+        device,
+        state=None,
+        effects=None,
     ):
         self.cells, self.config, self.model_config = cells, config, model_config
         self.rank, self.world, self.device, self.state = rank, world, torch.device(device), state
-        self.several_panels = len(cells.measured) > 1
+        self.effects, self.several_panels = effects, len(cells.measured) > 1
         self.waited = 0.0
 
     def starting_at(self, index: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -48,7 +57,7 @@ class TrainBatches:
             batch_size=config.batch_size, seed=config.seed, rank=self.rank, world_size=self.world, start=index
         )
         drawn = (
-            self._pinned(drawn_for_cells(batch, config, self.model_config, number, self.rank, self.world))
+            self._pinned(drawn_for_cells(batch, config, self.model_config, number, self.rank, self.world, self.effects))
             for number, batch in enumerate(batches, start=index)
         )
         for number, batch in enumerate(self._one_ahead(drawn), start=index):
@@ -87,8 +96,11 @@ def noised(
     return masked(drawn, config, model_config, index, rank, torch.device(device), state)
 
 
-def drawn_for_cells(batch, config: TrainConfig, model_config: DCMConfig, index: int, rank: int, world: int) -> dict:
+def drawn_for_cells(
+    batch, config: TrainConfig, model_config: DCMConfig, index: int, rank: int, world: int, effects=None
+) -> dict:
     """Draw how many genes of each cell are masked and which conditions are dropped; look at what is to be known.
+    ``effects`` (:class:`training.loop.effects.TrainingEffects`) says what is told of those of perturbations.
 
     Drawn for the whole global batch from (seed, index of the batch); this process takes its rows. ``num_large`` is
     rounded up to a power of two, so that tensors have few sizes.
@@ -117,6 +129,12 @@ def drawn_for_cells(batch, config: TrainConfig, model_config: DCMConfig, index: 
     if model_config.state_dim:
         drawn["total"] = batch["library_size"]
         drawn["is_stateless"] = torch.rand(B * world, generator=generator)[own] < config.state_dropout
+    if effects is not None:
+        draw = torch.rand(B * world, generator=generator)[own]
+        has_state = (
+            (n == x_0.shape[1]) & (batch["library_size"] > 0) & ~drawn.get("is_stateless", torch.ones(B, dtype=bool))
+        )
+        drawn |= effects.shown(drawn, batch["library_size"], has_state, draw)
     return drawn
 
 

@@ -144,6 +144,7 @@ def transfer(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer) ->
     _take_head(old.head, model.head, fresh_head, genes)
     if isinstance(model.head, NegativeBinomialHead):
         _take_estimates(old.head, model.head, fresh_head, genes)
+        _take_effects(old, model, genes, labels)
     if model.config.num_counts != old.config.num_counts:
         _refit_counts(old, model)
     said = [f"{kind}: {shared}" for kind, shared in [("genes", genes), *labels.items()]]
@@ -278,6 +279,29 @@ def _take_estimates(old: NegativeBinomialHead, new: NegativeBinomialHead, fresh,
         values = fresh[name].clone()
         rows = theirs[name].index_select(tables[name], torch.tensor(genes.old))
         mine[name].copy_(values.index_copy(tables[name], torch.tensor(genes.new), rows))
+
+
+def _take_effects(old: DCMForDenoising, new: DCMForDenoising, genes: SharedNames, labels) -> None:
+    """Effects of perturbations, whose ids are the same; none are known of new genes."""
+    theirs, mine = old.effects, new.effects
+    same_kinds = old.config.library_size_conditioning == new.config.library_size_conditioning
+    if not old.config.effect_groups or "perturbations" not in labels or not same_kinds:
+        return
+    W = mine.keys.shape[1]
+    width = max(0, W - theirs.keys.shape[1])
+    fits = (theirs.keys[:, W:] < 0).all(dim=1)
+    padded = torch.nn.functional.pad(theirs.keys[fits, :W], (0, width), value=-1)
+    padded[-1] = theirs.keys[-1, 0]  # the row of everything
+    mine.keys, mine.state = padded, theirs.state[fits]
+    mine.genes = theirs.genes.new_zeros(len(mine.genes), len(padded), new.config.num_genes)
+    mine.genes[:, :, genes.new] = theirs.genes[:, fits][:, :, genes.old]
+    types = labels.get("cell types", SharedNames([], [], 0, 0))
+    for i, j in [*zip(types.old, types.new, strict=True), (-1, -1)]:
+        mine.base[:, j, genes.new] = theirs.base[:, i, genes.old]
+    mine.loading.copy_(new.head.state_loading.weight if new.head.state_loading is not None else mine.loading)
+    for name in ("damping", "control_id", "ridge"):
+        getattr(mine, name).copy_(getattr(theirs, name))
+    new.config.effect_groups = len(padded)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from training.config import TrainConfig
 from training.data.files import written_aside
 from training.data.loader import Cells
 from training.loop.batches import TrainBatches
+from training.loop.effects import training_effects
 from training.loop.fine_tune import load_source, merged_tokenizer, shaped_like
 from training.loop.log import NotFinite, TrainingLog, draw_curves, peak_flops, training_flops
 from training.loop.optimiser import build_optimizer, own_part, whole_averages
@@ -79,6 +80,7 @@ def prepare_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Run, tor
     if len(set(gather_object([facts["hashes"]["data"]]))) > 1:
         raise ValueError(f"processes see different files in {str(config.data)!r}: copy the same shards to every node")
     network, tokenizer, cells, state = prepare_start(config, accelerator, facts)
+    effects = training_effects(network, cells)
     optimizer, whole, start = build_optimizer(network, config), None, 0
     if is_split:
         whole = deepcopy(network).to(accelerator.device) if accelerator.is_main_process else None
@@ -100,7 +102,8 @@ def prepare_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Run, tor
     ema = [average.to(accelerator.device) for average in ema]
     rank, world = accelerator.process_index, accelerator.num_processes
     device, state = accelerator.device, network.state if network.config.state_dim else None
-    train_batches = TrainBatches(cells, config, network.config, rank=rank, world=world, device=device, state=state)
+    of_run = {"rank": rank, "world": world, "device": device, "state": state, "effects": effects}
+    train_batches = TrainBatches(cells, config, network.config, **of_run)
     validation = None
     if accelerator.is_main_process:
         validation = Validation(config, tokenizer, cells, accelerator.autocast)

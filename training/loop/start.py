@@ -21,6 +21,7 @@ from training.config import TrainConfig
 from training.data.loader import Cells
 from training.data.statistics import Statistics, library_size_quantiles, read_statistics
 from training.data.streaming import open_cells as open_split
+from training.loop.effects import cell_states
 from training.loop.estimates import (
     STATE_DIMS,
     largest_means,
@@ -296,7 +297,6 @@ def compile_blocks(model: DCMForDenoising, backend: str = "inductor") -> None:
 
 STATISTIC_CELLS = 8192  # that components, dispersions and loadings are estimated on
 SHRINKAGE = 5.0  # cells' worth of evidence that a group of conditions has the mean state of the group above it
-STATE_BATCH = 512
 BANK_CELLS = 200_000  # states of training cells that a checkpoint keeps, at most
 
 
@@ -310,8 +310,6 @@ def chosen_state_dim(config: TrainConfig, cells: Cells) -> int:
     """Components of the cell state: as asked, or what draws the best cells by regression."""
     if config.state_dim is not None:
         return config.state_dim
-    if config.perturbation_embeddings is not None:
-        return 0
     _, rows = _statistic_cells(config, cells)
     labels = [np.full((len(rows), 1), -1)]
     labels += [ids.numpy()[rows].reshape(len(rows), -1) for ids in cells.conditions.values()]
@@ -364,15 +362,6 @@ def set_estimates(model: DCMForDenoising, config: TrainConfig, cells: Cells, sou
         estimates = [largest, likely_dispersion(counts, expected)]
         estimates += [None, None] if state is None else state_loadings(counts, expected, state, largest)
         model.head.set_estimates(*(None if value is None else torch.from_numpy(value) for value in estimates))
-
-
-def cell_states(model: DCMForDenoising, cells: Cells) -> torch.Tensor:
-    """States (N, E) of all cells, NaN where a gene was not measured."""
-    parts = []
-    for start in range(0, len(cells), STATE_BATCH):
-        batch = cells[list(range(start, min(start + STATE_BATCH, len(cells))))]
-        parts.append(model.state(batch["input_ids"].long(), batch["library_size"]))
-    return torch.cat(parts)
 
 
 def _set_state_map(model: DCMForDenoising, counts: csr_matrix, total: np.ndarray) -> None:

@@ -1,0 +1,182 @@
+"""Effects of perturbations: found where they are, shrunk where little is known, summed, predicted, never one's own."""
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_dcm import DCMConfig, DCMForDenoising
+from modeling_dcm.state_dcm import ANY, ridge_weights
+from tests.tiny_training import tiny_training
+from training.data.loader import Cells
+from training.loop.effects import training_effects
+from training.loop.start import build_model, build_tokenizer, open_cells
+from training.perturbations.effects import PENALTIES, LabelledCells, choose_penalty, estimate_effects
+
+G = 40
+MEAN = np.linspace(1, 6, G)
+
+
+def labelled(groups, rng, *, state=None) -> LabelledCells:
+    """Cells of ``groups`` (cell type, perturbations, number of cells, log fold changes (G,)), Poisson counts."""
+    types, ids, blocks = [], [], []
+    for type_, members, number, effect in groups:
+        types += [type_] * number
+        ids += [[*sorted(members, reverse=True), -1, -1][:2]] * number
+        blocks.append(rng.poisson(MEAN * np.exp(effect), (number, G)))
+    x, types, ids = np.concatenate(blocks), np.array(types), np.array(ids)
+    return LabelledCells(
+        counts=lambda rows: x[rows].astype(np.float32),
+        expected=lambda rows: np.broadcast_to(MEAN, (1, len(rows), G)).astype(np.float32),
+        size=np.full((1, G), 1e3),
+        state=None if state is None else state(types, ids),
+        types=types,
+        context=types,
+        ids=ids,
+        is_control=(ids < 0).all(axis=1),
+        fold=np.arange(len(x)) % 2,
+        num_types=2,
+    )
+
+
+def row_of(found, *key) -> int:
+    return found.keys.tolist().index([*key, *[-1] * (found.keys.shape[1] - len(key))])
+
+
+def test_effects_are_found_and_those_of_fewer_cells_are_shrunk_more():
+    rng = np.random.default_rng(0)
+    effect = rng.normal(0, 0.5, G)
+    found = estimate_effects(labelled([(0, [], 400, 0), (0, [1], 400, effect), (0, [2], 4, effect)], rng))
+    many, few = found.genes[0, row_of(found, ANY, 1)], found.genes[0, row_of(found, ANY, 2)]
+    assert np.corrcoef(many, effect)[0, 1] > 0.97
+    assert np.abs(many - effect).mean() < 0.1
+    raw = np.abs(few).mean()
+    assert 0 < raw < np.abs(many).mean()
+
+
+def test_a_cell_type_deviates_from_the_pooled_effect_as_far_as_its_cells_say():
+    rng = np.random.default_rng(1)
+    effect, other = rng.normal(0, 0.5, (2, G))
+    groups = [(0, [], 300, 0), (1, [], 300, 0), (0, [1], 300, effect), (1, [1], 300, other), (1, [2], 5, effect)]
+    found = estimate_effects(labelled([*groups, (0, [2], 300, effect)], rng))
+    assert np.corrcoef(found.genes[0, row_of(found, 0, 1)], effect)[0, 1] > 0.95
+    assert np.corrcoef(found.genes[0, row_of(found, 1, 1)], other)[0, 1] > 0.95
+    of_few = found.genes[0, row_of(found, 1, 2)]  # five cells: what the other type says
+    assert np.abs(of_few - effect).mean() < 0.2
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_pairs_that_were_seen_teach_how_far_sums_hold(factor):
+    rng = np.random.default_rng(2)
+    a, b, c = rng.normal(0, 0.5, (3, G))
+    singles = [(0, [], 500, 0), (0, [1], 500, a), (0, [2], 500, b), (0, [3], 500, c)]
+    found = estimate_effects(labelled([*singles, (0, [1, 2], 500, factor * (a + b))], rng))
+    assert found.damping[0] == pytest.approx(factor, abs=0.1)
+
+
+def test_vectors_that_tell_effects_predict_new_ones_and_others_predict_the_mean():
+    rng = np.random.default_rng(3)
+    vectors = rng.normal(size=(24, 4))
+    effects = vectors @ rng.normal(0, 0.3, (4, G))
+    groups = [(0, [], 400, 0), *((0, [1 + i], 100, effects[i]) for i in range(20))]
+    table = {1 + i: torch.from_numpy(vectors[i]) for i in range(24)}
+    found = estimate_effects(labelled(groups, rng), table)
+    for i in range(20, 24):
+        predicted = found.genes[0, row_of(found, ANY, 1 + i)]
+        assert np.corrcoef(predicted, effects[i])[0, 1] > 0.9
+    noise = torch.from_numpy(rng.normal(size=(20, 8)))
+    assert choose_penalty(noise, rng.normal(size=(20, 200)))[0] >= PENALTIES[-2]
+
+
+def test_ridge_weights_are_those_of_ridge_regression_with_an_intercept():
+    rng = np.random.default_rng(4)
+    known, new, y = rng.normal(size=(9, 5)), rng.normal(size=(3, 5)), rng.normal(size=9)
+    centred = known - known.mean(axis=0)
+    scale = np.square(centred).sum(axis=1).mean()
+    slope = np.linalg.solve(centred.T @ centred + 0.3 * scale * np.eye(5), centred.T @ (y - y.mean()))
+    expected = y.mean() + (new - known.mean(axis=0)) @ slope
+    weights = ridge_weights(torch.from_numpy(new), torch.from_numpy(known), 0.3)
+    np.testing.assert_allclose(weights.numpy() @ y, expected)
+
+
+def test_shifts_of_the_state_are_against_controls_of_the_same_cell_type():
+    rng = np.random.default_rng(5)
+
+    def state(types, ids):
+        return rng.normal(0, 0.1, (len(types), 3)) + types[:, None] * 5 + (ids[:, :1] == 1) * np.array([1, -2, 0])
+
+    groups = [(t, ids, 100, 0) for t in (0, 1) for ids in ([], [1], [2])]
+    found = estimate_effects(labelled(groups, rng, state=state))
+    np.testing.assert_allclose(found.state[row_of(found, ANY, 1)], [1, -2, 0], atol=0.05)
+    np.testing.assert_allclose(found.state[row_of(found, ANY, 2)], 0, atol=0.05)
+
+
+@pytest.fixture(scope="module")
+def started(shards, tmp_path_factory):
+    config = tiny_training(shards, tmp_path_factory.mktemp("effects"), state_dim=4)
+    tokenizer = build_tokenizer(config)
+    cells = open_cells(config, "train", tokenizer)
+    model = build_model(config, tokenizer, cells)
+    return model, cells, training_effects(model, cells)
+
+
+def test_what_a_cell_is_told_does_not_depend_on_its_own_counts(started, monkeypatch):
+    model, cells, effects = started
+    ids = cells.conditions["perturbation_ids"]
+    row = int((ids[:, 0] != model.effects.control_id).nonzero()[0])
+    inputs = {"perturbation_ids": ids[[row]], "cell_type_ids": cells.conditions["cell_type_ids"][[row]]}
+    told = {
+        draw: effects.shown(inputs, cells.library_size[[row]], torch.tensor([True]), torch.tensor([draw]))["effect"]
+        for draw in (0.9, 0.0)
+    }
+    real = Cells.csr
+
+    def changed(self, rows=None):
+        counts = real(self, rows).tolil()
+        for place in np.flatnonzero(np.asarray(rows) == row):
+            counts[place] = 50
+        return counts.tocsr()
+
+    monkeypatch.setattr(Cells, "csr", changed)
+    model.config.effect_groups, model.effects.keys = 0, model.effects.keys[:0]
+    model.effects.state, model.effects.genes = model.effects.state[:0], model.effects.genes[:, :0]
+    before = model.effects.base.clone()
+    again = training_effects(model, cells)
+    assert torch.equal(before, model.effects.base)
+    for draw, effect in told.items():
+        after = again.shown(inputs, cells.library_size[[row]], torch.tensor([True]), torch.tensor([draw]))["effect"]
+        torch.testing.assert_close(after, effect)
+    whole = model.partial_cells(torch.zeros(1, 15, dtype=torch.long), **inputs).effect
+    assert float(whole.mean()) > float(told[0.9].mean())  # generation is told of all cells
+
+
+def test_a_dropped_label_has_no_effect_and_the_control_has_that_of_controls(started):
+    model, *_ = started
+    x = torch.zeros(2, 15, dtype=torch.long)
+    control = int(model.effects.control_id)
+    given = {"cell_type_ids": torch.tensor([0, 0]), "perturbation_ids": torch.tensor([[-1], [control]])}
+    effect = model.partial_cells(x, **given).effect
+    assert torch.equal(effect[0], torch.zeros(15))
+    torch.testing.assert_close(effect[1], model.effects.base[0, 0])
+
+
+def test_a_combination_without_cells_is_the_sum_of_its_members_around_control_cells():
+    config = DCMConfig(num_genes=3, num_perturbations=4, num_cell_types=1, state_dim=2, count_distribution="nb")
+    config.effect_groups, config.state_groups, config.state_bank = 4, 3, 2
+    model = DCMForDenoising(config)
+    effects = model.effects
+    effects.control_id.fill_(0)
+    effects.keys.copy_(torch.tensor([[ANY, 2, 1], [ANY, 1, -1], [ANY, 2, -1], [ANY, ANY, ANY]]))
+    effects.state.copy_(torch.tensor([[9.0, 9, 9], [1, 2, 3], [10, 20, 30], [100, 100, 100]]))
+    effects.damping[-1] = 0.5
+    source = model.state_source
+    source.keys.copy_(torch.tensor([[0, 0, -1], [0, ANY, ANY], [ANY, ANY, ANY]]))
+    source.span.copy_(torch.tensor([[0, 1], [0, 2], [0, 2]]))
+    source.bank.copy_(torch.tensor([[5.0, 5, 5], [7, 7, 7]]))
+    ids = torch.tensor(
+        [[1, 2], [2, 0], [3, 1], [0, -1]]
+    )  # a seen pair, a single beside the control, a new pair, control
+    given = {"cell_type_ids": torch.zeros(4, dtype=torch.long), "perturbation_ids": ids}
+    keys, shift = model._origins(4, given)
+    assert keys[:, 1:].tolist() == [[0, -1]] * 4
+    assert shift.tolist() == [[9, 9, 9], [10, 20, 30], [50.5, 51, 51.5], [0, 0, 0]]
+    assert model._origin_of_states(None, 4, given, 0, False)[1].tolist() == [0, 0, 0, 0]

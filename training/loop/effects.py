@@ -1,0 +1,154 @@
+"""Effects of perturbations in training: the network's own are set, and each cell is told some that it had no part in.
+
+A cell is told what the other half of the training cells says, or, for a share of them, what would be said of its
+perturbations if no cell had them. Letters: B cells, G genes, K kinds of gene effects, R rows, T cell types.
+"""
+
+import numpy as np
+import torch
+
+from modeling_dcm import DCMForDenoising
+from modeling_dcm.count_distribution_dcm import LOWEST_MEAN
+from modeling_dcm.state_dcm import PerturbationEffects
+from training.data.loader import Cells
+from training.loop.estimates import state_effect
+from training.perturbations.effects import FOLDS, Effects, LabelledCells, estimate_effects
+
+PREDICTED_SHARE = 0.2  # of cells that are told a predicted effect
+STATE_BATCH = 512
+
+
+def fold_of(library_size: torch.Tensor) -> torch.Tensor:
+    """Which half (B,) a cell is in: whether its total is even. It can be said again of any cell, wherever it is."""
+    return library_size.long() % FOLDS
+
+
+class TrainingEffects:
+    """What training cells are told of their perturbations' effects on genes."""
+
+    def __init__(self, effects: PerturbationEffects, target_gene_ids: torch.Tensor, estimates: Effects):
+        self.effects, self.targets = effects, target_gene_ids
+        row_of = {tuple(key): row for row, key in enumerate(estimates.keys.tolist())}
+        rows = torch.tensor([row_of.get(tuple(key), -1) for key in effects.keys.tolist()])  # -1: a checkpoint knew it
+        found = [*estimates.folds, *estimates.predicted]
+        tables = [torch.where((rows >= 0)[:, None], torch.from_numpy(each)[:, rows], effects.genes) for each in found]
+        base = torch.cat([*torch.from_numpy(estimates.base_folds)] * 2)
+        self.tables = torch.cat(tables).float(), base.float()  # (4K, R, G) and (4K, T+1, G)
+        self.is_unseen = torch.from_numpy(estimates.by_vector)[rows] & (rows >= 0)
+
+    def shown(
+        self, inputs: dict[str, torch.Tensor], library_size: torch.Tensor, has_state: torch.Tensor, draw: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Arguments of the model's forward for labels ``inputs``: the effect (B, G), and labels without those of
+        perturbations that are told by a predicted effect alone, which is where ``draw`` (B,) is small.
+
+        ``has_state`` (B,) says which cells are told their state.
+        """
+        ids = inputs["perturbation_ids"]
+        types = inputs.get("cell_type_ids", torch.full((len(ids),), -1))
+        K = len(self.effects.genes)
+        kind = has_state.long().clamp(max=K - 1)
+        rows, counts = self.effects.find(types, ids)
+        is_predicted = (draw < PREDICTED_SHARE) & counts.any(dim=1)
+        table = FOLDS * is_predicted + FOLDS - 1 - fold_of(library_size)
+        genes = torch.arange(self.tables[0].shape[-1]).expand(len(ids), -1)
+        effect = self.effects.of_genes(types, ids, genes, kind + K * table, self.tables)
+        targets = self.targets[ids.clamp(min=0)].masked_fill(ids < 0, -1)
+        is_hidden = (
+            is_predicted
+            & (counts.sum(dim=1) == 1)
+            & self.is_unseen[rows].gather(1, counts.long().argmax(1, True))[:, 0]
+        )
+        return {
+            "effect": effect,
+            "perturbation_ids": ids.masked_fill(is_hidden[:, None], -1),
+            "target_gene_ids": targets,
+        }
+
+
+@torch.no_grad()
+def training_effects(model: DCMForDenoising, cells: Cells) -> TrainingEffects | None:
+    """Estimate effects on the training cells and give a ``model`` those that it does not know already.
+
+    None where there is nothing to estimate: no perturbations or no control, or a head that starts at no statistics.
+    """
+    tokenizer, config = cells.tokenizer, model.config
+    if config.count_distribution != "nb" or not config.num_perturbations or tokenizer.control is None:
+        return None
+    store, encoder = model.effects, model.conditions.perturbation
+    control = tokenizer.perturbations.index(tokenizer.control)
+    if not config.effect_groups and config.state_dim:
+        store.loading.copy_(model.head.state_loading.weight)
+    vectors = {}
+    if config.perturbation_dim:
+        vectors = {id_: encoder.table[id_] for id_ in encoder.has_vector.nonzero()[:, 0].tolist() if id_ != control}
+    found = estimate_effects(labelled_cells(model, cells, control), vectors)
+    if found is None:
+        return None
+    R, known = len(store.keys), {tuple(key) for key in store.keys.tolist()}
+    new = [row for row, key in enumerate(found.keys.tolist()) if tuple(key) not in known]
+    for name, axis in (("keys", 0), ("state", 0), ("genes", 1)):
+        old = getattr(store, name)
+        values = torch.from_numpy(getattr(found, name)).to(old.dtype).index_select(axis, torch.tensor(new, dtype=int))
+        rest, last = old.split([max(R - 1, 0), min(R, 1)], dim=axis)  # the last row matches everything
+        setattr(store, name, torch.cat([rest, values, last], dim=axis))
+    if not config.effect_groups:
+        store.base.copy_(torch.from_numpy(found.base))
+        store.damping.copy_(torch.from_numpy(found.damping))
+        store.control_id.fill_(control)
+        store.ridge.fill_(found.penalty)
+    config.effect_groups = len(store.keys)
+    encoder.is_unseen[config.perturbations_without_cells or []] = True
+    return TrainingEffects(store, model.target_gene_ids.clone(), found)
+
+
+def labelled_cells(model: DCMForDenoising, cells: Cells, control: int) -> LabelledCells:
+    """The training cells as effects are estimated from them, with what ``model`` started at."""
+    store, config, N = model.effects, model.config, len(cells)
+    missing = torch.full((N,), -1)
+    types = cells.conditions.get("cell_type_ids", missing)
+    ids = cells.conditions["perturbation_ids"]
+    others = ids.masked_fill(ids == control, -1).sort(dim=1, descending=True).values
+    covariates = cells.conditions.get("covariate_ids", missing[:, None])
+    context = torch.cat([types[:, None], covariates], dim=1).unique(dim=0, return_inverse=True)[1]
+    state, raw = None, None
+    if config.state_dim:
+        raw = cell_states(model, cells)
+        log_total = torch.log1p(cells.library_size.double())
+        state = torch.cat([raw[:, : config.state_dim].double(), log_total[:, None]], dim=1).numpy()
+
+    def counts(rows: np.ndarray) -> np.ndarray:
+        return cells.csr(rows).toarray().astype(np.float32)
+
+    def expected(rows: np.ndarray) -> np.ndarray:
+        mean = model.totals.mean(torch.arange(config.num_genes).expand(len(rows), -1), types[rows]).numpy()
+        absent = cells.not_measured(rows)
+        mean = mean if absent is None else np.where(absent, 0, mean)
+        depth = (cells.library_size[rows].numpy() + 1) / (mean.sum(axis=1) + 1)
+        whole = np.maximum(mean * depth[:, None], LOWEST_MEAN).astype(np.float32)
+        if raw is None:
+            return whole[None]
+        known = torch.nan_to_num(raw[rows]).numpy()
+        return np.stack([whole, whole * state_effect(store.loading.numpy(), known)])
+
+    return LabelledCells(
+        counts=counts,
+        expected=expected,
+        size=model.head.log_size[: len(store.genes)].exp().numpy(),
+        state=state,
+        types=types.numpy(),
+        context=context.numpy(),
+        ids=others.numpy(),
+        is_control=((ids == control).any(dim=1) & (others < 0).all(dim=1)).numpy(),
+        fold=fold_of(cells.library_size).numpy(),
+        num_types=config.num_cell_types,
+    )
+
+
+def cell_states(model: DCMForDenoising, cells: Cells) -> torch.Tensor:
+    """States (N, E) of all cells, NaN where a gene was not measured."""
+    parts = []
+    for start in range(0, len(cells), STATE_BATCH):
+        batch = cells[list(range(start, min(start + STATE_BATCH, len(cells))))]
+        parts.append(model.state(batch["input_ids"].long(), batch["library_size"]))
+    return torch.cat(parts)
