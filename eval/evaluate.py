@@ -38,6 +38,7 @@ def main(
     out: Path,
     protocol: str = "paper,log",
     baselines: str = "default",
+    vectors: Path | None = None,
     cell_eval: bool = False,
     name: str | None = None,
     condition_keys: str | None = None,
@@ -64,6 +65,7 @@ def main(
         protocol: Names of protocols, with commas between: paper, log, scldm, cfgen.
         baselines: Names with commas between (independent_marginals, perturbation_mean, controls_scaled, additive,
             scvi_prior, scvi_aggregated_posterior), or default (those that need no other package), all, or none.
+        vectors: vectors of perturbations by name: then ridge regression and nearest neighbours are baselines, too.
         cell_eval: Add the metrics of the cell-eval package, in each cell type, with its mean baseline and its ceiling.
         name: The generator's name, or one for each file with commas between; by default what each file says in
             uns["generator"], or the checkpoint's name.
@@ -85,6 +87,7 @@ def main(
     from eval.comparison.baselines import FROM_SCVI, baseline_draws, check_installed, fitted_baselines, named_baselines
     from eval.comparison.floor import split_half_note
     from eval.comparison.protocols import named_protocols
+    from training.perturbations.table import read_vectors
 
     protocols, chosen = named_protocols(protocol), named_baselines(baselines)
     from eval.comparison.cell_eval import RESERVED_NAMES, cell_eval_rows
@@ -108,7 +111,8 @@ def main(
     header |= {what: note for what, note in notes.items() if note is not None}
     if "floor" in header:
         logger.warning("floor: %s", header["floor"])
-    samplers = fitted_baselines(comparison.train, chosen, required=baselines not in ("default", "all"))
+    required = baselines not in ("default", "all")
+    samplers = fitted_baselines(comparison.train, chosen, required=required, vectors=vectors and read_vectors(vectors))
     rows = evaluate(comparison, protocols, samplers, seed=seed, device=device)
     if cell_eval:
         draws = {model: baseline_draws(sample, comparison.real, seed=seed) for model, sample in samplers.items()}

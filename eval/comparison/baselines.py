@@ -9,19 +9,24 @@ and gene-gene structure to be compared.
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy import sparse
 
 from eval.comparison.cells import PERTURBATION, SEPARATOR, CellCounts
+from modeling_dcm.state_dcm import ridge_weights
 from tokenization.count_checks_dcm import library_size
+from training.perturbations.effects import choose_penalty
 
 logger = logging.getLogger(__name__)
 
 Sampler = Callable[[pd.DataFrame, np.random.Generator], sparse.csr_matrix]
 BASELINE_DRAWS = 3
+NEIGHBOURS = 3
+PSEUDO_COUNT = 0.1  # of mean counts, in logarithms of responses
 GENES_AT_ONCE = 512
 CELLS_AT_ONCE = 1024
 
@@ -84,14 +89,40 @@ def controls_scaled(train: CellCounts) -> Sampler:
             factors = np.mean([means.of(*pair) / means.control(pair[0]) for pair in pairs], axis=0)
         return np.where(np.isfinite(factors), factors, 1.0)
 
-    def scaled(cells: sparse.csr_matrix, context: tuple[str, ...], perturbation: str, rng) -> sparse.csr_matrix:
-        cells = cells.astype(np.float64)
-        cells.data *= factor(context, perturbation)[cells.indices]
-        cells.data = np.floor(cells.data + rng.random(cells.nnz))
-        cells.eliminate_zeros()
-        return cells.astype(np.int64)
+    return _scaled_control_cells(train, means, factor)
 
-    return _changed_control_cells(train, means, scaled)
+
+def ridge(train: CellCounts, vectors: Mapping[str, np.ndarray]) -> Sampler:
+    """Scale control cells to the response that ridge regression on the perturbations' ``vectors`` predicts.
+
+    The penalty is chosen by leaving training perturbations out. A perturbation of training cells has its own response,
+    a combination the sum of its members' logarithms.
+
+    Raises:
+        ValueError: as :func:`controls_scaled`, or fewer than three training perturbations have a vector.
+    """
+
+    def predicted(known: np.ndarray, responses: np.ndarray, new: np.ndarray) -> np.ndarray:
+        tensors = torch.from_numpy(new[None]), torch.from_numpy(known)
+        penalty = choose_penalty(tensors[1], responses)[0]
+        return (ridge_weights(*tensors, penalty).numpy() @ responses)[0]
+
+    return _by_vectors(train, vectors, predicted)
+
+
+def knn(train: CellCounts, vectors: Mapping[str, np.ndarray]) -> Sampler:
+    """As :func:`ridge`, but the mean response of the :data:`NEIGHBOURS` perturbations of the most similar vectors (by
+    their cosine).
+
+    Raises:
+        ValueError: as :func:`ridge`.
+    """
+
+    def predicted(known: np.ndarray, responses: np.ndarray, new: np.ndarray) -> np.ndarray:
+        cosine = known @ new / np.linalg.norm(known, axis=1)
+        return responses[np.argsort(-cosine, kind="stable")[:NEIGHBOURS]].mean(axis=0)
+
+    return _by_vectors(train, vectors, predicted)
 
 
 def additive(train: CellCounts) -> Sampler:
@@ -145,6 +176,7 @@ def scvi_aggregated_posterior(train: CellCounts) -> Sampler:
 
 
 FROM_CONTROL = (perturbation_mean.__name__, controls_scaled.__name__, additive.__name__)
+FROM_VECTORS = {fit.__name__: fit for fit in (ridge, knn)}
 FROM_SCVI = (scvi_prior.__name__, scvi_aggregated_posterior.__name__)
 BASELINES: dict[str, Callable[[CellCounts], Sampler]] = {
     fit.__name__: fit
@@ -183,8 +215,15 @@ def check_installed(module: str, package: str, what: str) -> None:
         raise ValueError(f"{what} needs the package {package}: pip install 'discrete-cell-models[baselines]'")
 
 
-def fitted_baselines(train: CellCounts, names: Sequence[str], *, required: bool) -> dict[str, Sampler]:
-    """Fit baselines on the training cells; one that cannot be is an error if ``required``, else left out (logged)."""
+def fitted_baselines(
+    train: CellCounts,
+    names: Sequence[str],
+    *,
+    required: bool,
+    vectors: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, Sampler]:
+    """Fit baselines on the training cells; one that cannot be is an error if ``required``, else left out (logged).
+    With ``vectors`` of perturbations those of :data:`FROM_VECTORS` are there too."""
     samplers = {}
     for name in names:
         reason = needs_control(train) if name in FROM_CONTROL else None
@@ -192,7 +231,7 @@ def fitted_baselines(train: CellCounts, names: Sequence[str], *, required: bool)
             logger.info("baseline %s is left out: %s", name, reason)
             continue
         samplers[name] = BASELINES[name](train)
-    return samplers
+    return samplers | {name: fit(train, vectors) for name, fit in FROM_VECTORS.items() if vectors}
 
 
 def baseline_draws(
@@ -287,6 +326,53 @@ def _moved_control_cells(
         return _moved(cells, means.control(context), predicted(context, perturbation), rng)
 
     return _changed_control_cells(train, means, moved)
+
+
+def _by_vectors(train: CellCounts, vectors: Mapping[str, np.ndarray], predicted: Callable[..., np.ndarray]) -> Sampler:
+    """Sampler that scales control cells to responses, those of perturbations without training cells ``predicted``
+    from vectors (n, D) and log responses (n, G) of others, and its vector (D,)."""
+    means = _Means(train)
+    known = [name for name in means.perturbations if name in vectors]
+    if len(known) < 3:
+        raise ValueError(f"{len(known)} training perturbations have a vector; expected three or more to predict from")
+
+    def response(name: str, context: tuple[str, ...]) -> np.ndarray:
+        contexts = [context] if means.of(context, name) is not None else means.contexts_with(name)
+        logs = [np.log(means.of(c, name) + PSEUDO_COUNT) - np.log(means.control(c) + PSEUDO_COUNT) for c in contexts]
+        return np.mean(logs, axis=0)
+
+    @functools.cache
+    def factor(context: tuple[str, ...], perturbation: str) -> np.ndarray:
+        whole = bool(means.contexts_with(perturbation))
+        parts = perturbation.split(train.separator) if train.separator and not whole else [perturbation]
+        logs = np.zeros(train.counts.shape[1])
+        for part in parts:
+            if means.contexts_with(part):
+                logs = logs + (response(part, context) if part != train.control else 0)
+                continue
+            names = known if part in vectors else means.perturbations  # without a vector: the mean response
+            responses = np.stack([response(name, context) for name in names])
+            known_vectors = np.stack([np.asarray(vectors[name], dtype=np.float64) for name in known])
+            new = np.asarray(vectors[part], dtype=np.float64) if part in vectors else None
+            logs = logs + (responses.mean(axis=0) if new is None else predicted(known_vectors, responses, new))
+        return np.exp(logs)
+
+    return _scaled_control_cells(train, means, factor)
+
+
+def _scaled_control_cells(
+    train: CellCounts, means: _Means, factor: Callable[[tuple[str, ...], str], np.ndarray]
+) -> Sampler:
+    """Sampler that draws control cells of the context and multiplies genes by a factor (G,), rounded at random."""
+
+    def scaled(cells: sparse.csr_matrix, context: tuple[str, ...], perturbation: str, rng) -> sparse.csr_matrix:
+        cells = cells.astype(np.float64)
+        cells.data *= factor(context, perturbation)[cells.indices]
+        cells.data = np.floor(cells.data + rng.random(cells.nnz))
+        cells.eliminate_zeros()
+        return cells.astype(np.int64)
+
+    return _changed_control_cells(train, means, scaled)
 
 
 def _changed_control_cells(train: CellCounts, means: _Means, changed: Callable[..., sparse.csr_matrix]) -> Sampler:

@@ -14,9 +14,11 @@ import pandas as pd
 from scipy import sparse
 
 from eval.comparison.baselines import (
+    FROM_VECTORS,
     Sampler,
     additive,
     cells_by_labels,
+    controls_scaled,
     independent_marginals,
     perturbation_mean,
     training_rows,
@@ -51,10 +53,12 @@ def marginals_of_all(train: CellCounts) -> Sampler:
     return independent_marginals(CellCounts(train.counts, train.labels.drop(columns=PERTURBATION)))
 
 
-BASELINES = (perturbation_mean, additive, control_cells, marginals_of_all)
+BASELINES = (perturbation_mean, additive, controls_scaled, control_cells, marginals_of_all)
 
 
-def score_held_out(comparison: Comparison, *, seed: int = 0) -> list[Row]:
+def score_held_out(
+    comparison: Comparison, *, vectors: Mapping[str, np.ndarray] | None = None, seed: int = 0
+) -> list[Row]:
     """Score every model on each perturbation that no training cell has: W2, MMD^2 and Pearson delta of protocol `log`.
 
     A perturbation's score is the plain mean over its conditions (cell types, covariates) with 20 or more cells in a
@@ -69,6 +73,7 @@ def score_held_out(comparison: Comparison, *, seed: int = 0) -> list[Row]:
     """
     train, test = comparison.train, comparison.real
     samplers = {fit.__name__: fit(train) for fit in BASELINES}
+    samplers |= {name: fit(train, vectors) for name, fit in FROM_VECTORS.items() if vectors}
     held = test.take(np.flatnonzero(~test.labels[PERTURBATION].isin(set(train.labels[PERTURBATION]))))
     if not len(held):
         raise ValueError("every perturbation of the test cells has training cells: none is held out")

@@ -44,6 +44,9 @@ MEANING = {
     "learned": "trained with a free vector for each perturbation; one never seen has the mean of them",
     "perturbation_mean": "real control cells moved to the mean of all training perturbations",
     "additive": "real control cells moved by the sum of the single perturbations' shifts; one never seen has none",
+    "controls_scaled": "real control cells, genes scaled to the response; one never seen has the mean response",
+    "ridge": "real control cells, genes scaled to the response that ridge regression on the vectors predicts",
+    "knn": "real control cells, genes scaled to the mean response of the perturbations with the nearest vectors",
     "control_cells": "real control cells as they are",
     "marginals_of_all": "each gene drawn by itself from all training cells of the same cell type and covariates",
 }

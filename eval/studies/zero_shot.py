@@ -224,10 +224,13 @@ def _train(checkpoint: Path, shards: Path, table: Path | None, options: list[str
 
 def _scores(folder: Path, models: list[str], sampling_seeds: int) -> list[Row]:
     """Draw the test cells' conditions from every model of a split, and score what was drawn."""
+    from eval.comparison.baselines import FROM_VECTORS
     from eval.comparison.cells import read_comparison
     from eval.comparison.floor import FLOOR
     from eval.studies.scores import BASELINES, score_held_out
+    from training.perturbations.table import read_vectors
 
+    table = folder / "tables" / "source.safetensors"
     path, real, train_cells = folder / "scores.json", folder / "shards" / "test.h5ad", folder / "shards" / "train.h5ad"
     samples: dict[Path, str] = {}
     for model, seed in itertools.product(models, range(sampling_seeds)):
@@ -236,8 +239,9 @@ def _scores(folder: Path, models: list[str], sampling_seeds: int) -> list[Row]:
             sample(str(folder / model), out=drawn, like=real, seed=seed)
         samples[drawn] = model
     if not path.exists():
-        reserved = (FLOOR, *(fit.__name__ for fit in BASELINES))
-        rows = score_held_out(read_comparison(samples, real, train_cells, reserved_names=reserved))
+        reserved = (FLOOR, *(fit.__name__ for fit in BASELINES), *FROM_VECTORS)
+        comparison = read_comparison(samples, real, train_cells, reserved_names=reserved)
+        rows = score_held_out(comparison, vectors=read_vectors(table) if table.exists() else None)
         write_text(path, json.dumps(rows, indent=1, allow_nan=False))
     return json.loads(path.read_text(encoding="utf-8"))
 

@@ -101,17 +101,21 @@ def estimate_effects(cells: LabelledCells, vectors: dict[int, torch.Tensor] | No
     damping = np.array([*(_damping(effect, members) for effect in whole), _damping(state, members)])
     singles = np.flatnonzero((keys[:, 0] == ANY) & (keys[:, 2:] < 0).all(axis=1))
     known = [row for row in singles if vectors and int(keys[row, 1]) in vectors]
-    penalty, weights = (
-        choose_penalty(_stack(vectors, keys[known, 1]), whole[0, known]) if len(known) > 2 else (PENALTIES[-1], None)
-    )
+    penalty, weights = PENALTIES[-1], None
+    if len(known) > 2:
+        penalty, weights, error = choose_penalty(_stack(vectors, keys[known, 1]), whole[0, known])
+        said = (
+            "effects of %d perturbations predicted from the others' vectors: %.0f %% of what their mean leaves remains"
+        )
+        logger.info(said, len(known), 100 * error)
     unseen = [_as_if_unseen(half, keys, members, singles, known, weights) for half in folds]
     predicted, by_vector = np.stack([values for values, _ in unseen]), unseen[0][1]
     new = sorted(set(vectors or ()) - set(keys[singles, 1].tolist()))
     mixed = np.full((len(new) + 1, len(singles)), 1 / max(len(singles), 1))  # a last one of the mean, for all others
     if new and len(known) > 2:
         mixed[:-1] = 0
-        weights = ridge_weights(_stack(vectors, new), _stack(vectors, keys[known, 1]), penalty)
-        mixed[:-1, np.searchsorted(singles, known)] = weights.numpy()
+        of_known = ridge_weights(_stack(vectors, new), _stack(vectors, keys[known, 1]), penalty).numpy()
+        mixed[:-1, np.searchsorted(singles, known)] = of_known
     added = np.full((len(mixed), keys.shape[1]), -1)
     added[:-1, 0], added[:-1, 1], added[-1] = ANY, new, ANY
     keys = np.concatenate([keys, added])
@@ -133,7 +137,7 @@ def estimate_effects(cells: LabelledCells, vectors: dict[int, torch.Tensor] | No
     )
 
 
-def choose_penalty(vectors: torch.Tensor, effects: np.ndarray) -> tuple[float, np.ndarray]:
+def choose_penalty(vectors: torch.Tensor, effects: np.ndarray) -> tuple[float, np.ndarray, float]:
     """Choose the ridge's penalty by leaving out one perturbation at a time.
 
     Args:
@@ -141,23 +145,17 @@ def choose_penalty(vectors: torch.Tensor, effects: np.ndarray) -> tuple[float, n
         effects: (n, G) what they do.
 
     Returns:
-        The penalty (the largest: the vectors tell nothing), and the weights (n, n) of the others in each prediction.
+        The penalty (the largest: the vectors tell nothing), the weights (n, n) of the others in each prediction, and
+        the sum of squared errors as a share of that of the mean of the others.
     """
-    errors, n = {}, len(vectors)
+    errors = {}
     for penalty in PENALTIES:
         weights = ridge_weights(vectors, vectors, penalty).numpy()
         own = np.diag(weights).copy()
         left_out = (weights - np.diag(own)) / (1 - own).clip(1e-9)[:, None]
         errors[penalty] = np.square(left_out @ effects - effects).sum(), left_out
     best = min(errors, key=lambda penalty: errors[penalty][0])
-    total = errors[PENALTIES[-1]][0]
-    logger.info(
-        "effects of %d perturbations predicted from the others' vectors: %.0f %% of what the mean leaves (penalty %g)",
-        n,
-        100 * errors[best][0] / max(total, 1e-12),
-        best,
-    )
-    return best, errors[best][1]
+    return best, errors[best][1], errors[best][0] / max(errors[PENALTIES[-1]][0], 1e-12)
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------

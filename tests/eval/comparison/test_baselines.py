@@ -14,8 +14,10 @@ from eval.comparison.baselines import (
     additive,
     controls_scaled,
     independent_marginals,
+    knn,
     needs_control,
     perturbation_mean,
+    ridge,
 )
 from eval.comparison.cells import CellCounts
 
@@ -199,3 +201,21 @@ def test_control_cells_are_drawn_once_before_any_is_drawn_twice(screen):
     wanted = conditions("a", "control", int(is_control.sum()))
     drawn = controls_scaled(screen)(wanted, np.random.default_rng(0)).toarray()
     assert sorted(map(tuple, drawn)) == sorted(map(tuple, screen.counts[is_control].toarray()))
+
+
+@pytest.mark.parametrize("fit", [ridge, knn])
+def test_vectors_predict_the_response_of_a_perturbation_that_no_training_cell_has(fit):
+    rng = np.random.default_rng(0)
+    vectors = {f"p{i}": np.array([sign, 0.1 * i]) for i, sign in enumerate([1, 1, 1, -1, -1, -1, 1])}
+    names = ["control", *vectors][:-1]  # p6 is never seen; the others raise gene 0, or lower it
+    mean = np.array([[10.0, 10.0]] * len(names))
+    mean[1:, 0] *= [2 ** vectors[name][0] for name in names[1:]]
+    labels = pd.DataFrame({"perturbation": np.repeat(names, 200)})
+    train = CellCounts(sparse.csr_matrix(rng.poisson(np.repeat(mean, 200, axis=0))), labels, "control")
+    wanted = pd.DataFrame({"perturbation": ["p6"] * 500 + ["p3"] * 500})
+    drawn = fit(train, vectors)(wanted, rng).toarray()
+    assert drawn[:500].mean(axis=0) == pytest.approx([20, 10], rel=0.1)
+    assert drawn[500:].mean(axis=0) == pytest.approx([5, 10], rel=0.1)
+    few = {"p0": vectors["p0"]}
+    with pytest.raises(ValueError, match="1 training perturbations have a vector; expected three"):
+        fit(train, few)
