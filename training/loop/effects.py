@@ -4,6 +4,8 @@ A cell is told what the other half of the training cells says, or, for a share o
 perturbations if no cell had them. Letters: B cells, G genes, K kinds of gene effects, R rows, T cell types.
 """
 
+from copy import deepcopy
+
 import numpy as np
 import torch
 
@@ -27,7 +29,7 @@ class TrainingEffects:
     """What training cells are told of their perturbations' effects on genes."""
 
     def __init__(self, effects: PerturbationEffects, target_gene_ids: torch.Tensor, estimates: Effects):
-        self.effects, self.targets = effects, target_gene_ids
+        self.effects, self.targets = deepcopy(effects), target_gene_ids  # copies stay where batches are made
         row_of = {tuple(key): row for row, key in enumerate(estimates.keys.tolist())}
         rows = torch.tensor([row_of.get(tuple(key), -1) for key in effects.keys.tolist()])  # -1: a checkpoint knew it
         found = [*estimates.folds, *estimates.predicted]
