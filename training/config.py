@@ -28,7 +28,8 @@ class TrainConfig:
     """Train a Discrete Cell Model on shards."""
 
     data: Path
-    """Folder of shards that dcm-convert wrote."""
+    """Folder of shards that dcm-convert wrote, or its URL, such as hf://datasets/NAME; with streaming shards are not
+    copied from there."""
     out: Path
     """Folder of the checkpoint; made if missing."""
     config: Path | None = None
@@ -188,6 +189,13 @@ class TrainConfig:
             if not holds(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)}, expected {expected}")
 
+    @property
+    def shards(self) -> Path:
+        """``data``, or where that is a URL the local folder that stands for it."""
+        from training.data.remote import local_folder
+
+        return local_folder(self.data)
+
     def is_set(self, name: str) -> bool:
         """Whether an option was given, be it with the value of its default."""
         return name in self.given or getattr(self, name) != getattr(TrainConfig, name)
@@ -200,7 +208,7 @@ class TrainConfig:
     def check_files(self) -> None:
         """Raise FileNotFoundError if there are no shards in ``data``, or no table of perturbations where one is said
         to be."""
-        if not (self.data / "tokenizer").is_dir():
+        if not (self.shards / "tokenizer").is_dir():
             raise FileNotFoundError(f"no tokenizer/ in {str(self.data)!r}; expected a folder that dcm-convert wrote")
         table = self.perturbation_embeddings
         if table is not None and not table.is_file():

@@ -17,12 +17,12 @@ import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from scipy.sparse import csr_matrix
 
 from tokenization import DCMTokenizer
 from tokenization.labels_dcm import read_text
+from training.data.remote import open_shard, shard_files
 from training.data.shards import COUNTS, LIBRARY_SIZE, NOT_LABELS, PANEL, MergedLabels, shard_features
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Cells:
 
     def __init__(self, folder: str | Path, split: str, tokenizer: DCMTokenizer | None = None):
         folder = Path(folder)
-        files = sorted((folder / split).glob("*.parquet"))
+        files = shard_files(folder, split)
         if not files:
             raise FileNotFoundError(
                 f"no {split}/*.parquet in {str(folder)!r}; expected a folder that dcm-convert wrote"
@@ -74,7 +74,7 @@ class Cells:
         if self._merged is None:
             self._names = {name: features[name].names for name in names}
         else:
-            sizes, self._names = [pq.read_metadata(file).num_rows for file in files], self._merged.labels
+            sizes, self._names = [open_shard(file).metadata.num_rows for file in files], self._merged.labels
             self._codes = {name: self._merged.recoded(name, of, files, sizes) for name, of in self._codes.items()}
         self.panel = self._codes.pop(PANEL, np.zeros(len(self), dtype=np.int64))
         self.measured = self._read_panels() if PANEL in names else np.ones((1, len(self.tokenizer.genes)), dtype=bool)
@@ -147,12 +147,12 @@ class Cells:
             raise ValueError(f"no condition {condition!r} in the shards; they have: {there}")
         return pd.Categorical.from_codes(self._codes[condition], categories=self._names[condition])
 
-    def _open(self, files: Sequence[Path]) -> tuple[datasets.Features, pa.Table]:
+    def _open(self, files: Sequence[str]) -> tuple[datasets.Features, pa.Table]:
         """Features and columns of the shards; sets the number of cells and what ``_take`` reads."""
         features, merged = None, self._merged
         if merged is not None:
             features = shard_features(len(self.tokenizer.genes), merged.largest_count, merged.labels)
-        data_files = {self.split: list(map(str, files))}
+        data_files = {self.split: files}
         shards = datasets.load_dataset("parquet", data_files=data_files, split=self.split, features=features)
         table = shards.data.table
         self._num_cells = len(table)

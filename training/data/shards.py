@@ -56,12 +56,12 @@ class MergedLabels:
         path = folder / MERGED
         return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
-    def recoded(self, name: str, codes: np.ndarray, files: Sequence[Path], sizes: Sequence[int]) -> np.ndarray:
+    def recoded(self, name: str, codes: np.ndarray, files: Sequence[str], sizes: Sequence[int]) -> np.ndarray:
         """Positions (N,) in ``labels`` of the cells of all files, whose ``codes`` (N,) are their part's; a part without
         a column of panels has one."""
         found = np.empty_like(codes)
         for file, rows in zip(files, np.split(np.arange(len(codes)), np.cumsum(sizes)[:-1])):
-            own = self.parts[file.name.partition("-")[0]][name]
+            own = self.parts[Path(file).name.partition("-")[0]][name]
             position = np.array([*(self.labels[name].index(label) for label in own), -1])
             found[rows] = position[codes[rows].clip(min=0) if name == PANEL else codes[rows]]
         return found

@@ -8,6 +8,7 @@ Letters: N cells of the split, B cells of a batch, M blocks.
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,9 +19,11 @@ import pyarrow.parquet as pq
 
 from tokenization import DCMTokenizer
 from training.data.loader import ORDER, Cells, GlobalBatchSampler, SparseRows, to_csr
+from training.data.remote import open_shard
 from training.data.shards import COUNTS
 
 BLOCKS_IN_MEMORY = 4
+FILES_AT_ONCE = 16  # that are opened: from elsewhere each takes several requests
 
 
 def open_cells(
@@ -54,7 +57,7 @@ def _damage_named(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except Exception as error:  # there is no one kind of error for broken bytes
-        for file in sorted(path.glob("*.parquet")) if path.is_dir() else [path]:
+        for file in sorted(path.glob("*.parquet")) if path.is_dir() else [path] * path.is_file():
             why = _damage(file)
             if why:
                 raise ValueError(
@@ -73,21 +76,28 @@ def _damage(file: Path) -> str | None:
     return None
 
 
+def _opened(file: str) -> tuple[pq.ParquetFile, pa.Table]:
+    """A shard, and all of its columns but the counts."""
+    opened = open_shard(file)
+    return opened, opened.read(columns=[name for name in opened.schema_arrow.names if name not in COUNTS])
+
+
 class StreamedCells(Cells):
     """Cells of Parquet row groups, of which the last few read are in memory."""
 
-    def _open(self, files: Sequence[Path]) -> tuple[datasets.Features, pa.Table]:
+    def _open(self, files: Sequence[str]) -> tuple[datasets.Features, pa.Table]:
         self._paths = files
-        self._files = [pq.ParquetFile(file, memory_map=True) for file in files]
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+            opened = list(pool.map(_opened, files))
+        self._files = [file for file, _ in opened]
         metadata = [file.metadata for file in self._files]
         self._places = [(i, group) for i, m in enumerate(metadata) for group in range(m.num_row_groups)]
         sizes = [metadata[i].row_group(group).num_rows for i, group in self._places]
         self._first_cells = np.cumsum([0, *sizes])  # (M + 1,)
         self._blocks: OrderedDict[int, SparseRows] = OrderedDict()  # the last used is the last
         self._num_cells = int(self._first_cells[-1])
-        names = ([name for name in file.schema_arrow.names if name not in COUNTS] for file in self._files)
-        tables = [file.read(columns=columns) for file, columns in zip(self._files, names)]
-        table = pa.concat_tables(tables, promote_options="default")  # of merged parts not all may have panels
+        # of merged parts not all may have panels
+        table = pa.concat_tables((table for _, table in opened), promote_options="default")
         return datasets.Features.from_arrow_schema(self._files[0].schema_arrow), table
 
     def _take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -108,7 +118,7 @@ class StreamedCells(Cells):
             self._blocks.move_to_end(block)
         else:
             file, group = self._places[block]
-            with _damage_named(self._paths[file]):
+            with _damage_named(Path(self._paths[file])):
                 table = self._files[file].read_row_group(group, columns=list(COUNTS))
             while len(self._blocks) >= BLOCKS_IN_MEMORY:
                 self._blocks.popitem(last=False)

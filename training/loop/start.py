@@ -53,7 +53,7 @@ OWN += ("library_size_conditioning", "condition_tokens", "loss_weighting", "labe
 
 def open_cells(config: TrainConfig, split: str, tokenizer: DCMTokenizer) -> Cells:
     """One split of the shards of a run; see :func:`training.data.streaming.open_cells`."""
-    return open_split(config.data, split, tokenizer, streaming=config.streaming)
+    return open_split(config.shards, split, tokenizer, streaming=config.streaming)
 
 
 def attention_implementation(config: TrainConfig, device: torch.device, mixed_precision: str) -> str:
@@ -79,7 +79,7 @@ def build_tokenizer(config: TrainConfig) -> DCMTokenizer:
     Raises:
         ValueError: an unknown condition, or perturbations that the table neither has nor marks as without vector.
     """
-    shards = DCMTokenizer.from_pretrained(config.data / "tokenizer")
+    shards = DCMTokenizer.from_pretrained(config.shards / "tokenizer")
     there = [*(["cell_type"] if shards.cell_types else []), *(["perturbation"] if shards.perturbations else [])]
     there += list(shards.covariates)
     wanted = {"all": there, "none": []}.get(config.conditions, config.conditions.split(","))

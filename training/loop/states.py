@@ -25,6 +25,7 @@ from tokenization import DCMTokenizer
 from training.config import TrainConfig
 from training.data.command_line import version_of
 from training.data.files import sha256_of, share, written_aside
+from training.data.remote import REMOTE
 from training.loop.optimiser import averaged_weights, own_part, split_like
 from training.standalone import add_shipped_files
 
@@ -98,9 +99,12 @@ def _hashes(config: TrainConfig) -> dict[str, str]:
 
     Of a shard the size and the footer are looked at, where Parquet says what lies where with which extremes: the counts
     of a hundred million cells would take longer than many a run."""
-    digest = hashlib.sha256(sha256_of(config.data / "tokenizer").encode())
-    for shard in sorted(config.data.glob("train/*.parquet")) + sorted(config.data.glob("validation/*.parquet")):
-        digest.update(f"{shard.relative_to(config.data).as_posix()} {shard.stat().st_size}\n".encode())
+    data = config.shards
+    digest = hashlib.sha256(sha256_of(data / "tokenizer").encode())
+    if (data / REMOTE).is_file():
+        digest.update((data / REMOTE).read_bytes())
+    for shard in sorted(data.glob("train/*.parquet")) + sorted(data.glob("validation/*.parquet")):
+        digest.update(f"{shard.relative_to(data).as_posix()} {shard.stat().st_size}\n".encode())
         digest.update(_footer(shard))
     hashes = {"data": digest.hexdigest()}
     if config.perturbation_embeddings is not None:

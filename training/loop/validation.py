@@ -25,6 +25,7 @@ from modeling_dcm.scoring_dcm import measure_entropy
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
 from training.data.loader import FLOOR, Cells
+from training.data.remote import shard_files
 from training.loop.batches import noised
 from training.loop.optimiser import averaged_weights
 from training.loop.start import open_cells
@@ -74,7 +75,7 @@ class Validation:
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.config, self.tokenizer, self.training_cells, self.autocast = config, tokenizer, training_cells, autocast
-        has_cells = any((config.data / "validation").glob("*.parquet"))
+        has_cells = bool(shard_files(config.shards, "validation"))
         self.cells = open_cells(config, "validation", tokenizer) if has_cells else None
         self.quiet = replace(config, label_dropout=0.0, query_genes=None, state_dropout=0.0)
         self.reference: Reference | None = None

@@ -1,17 +1,23 @@
 """Properties of streaming: the same cells as memory-mapped, shuffled by blocks, shared and resumed without loss."""
 
 import shutil
+from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 import torch
 
 from eval.simulate import main as simulate
+from tests.tiny_training import tiny_training
+from tokenization import DCMTokenizer
 from training.convert_h5ad import main as convert
 from training.data import streaming as stream
 from training.data.loader import Cells
+from training.data.remote import local_folder
 from training.data.streaming import BlockBatchSampler, StreamedCells, open_cells
+from training.train import main as train
 
 
 @pytest.fixture
@@ -56,6 +62,25 @@ def test_streamed_cells_are_the_memory_mapped_cells(block_shards, streamed):
     batches = streamed.batches(batch_size=50, seed=0)
     for rows in streamed._sampler(batch_size=50, seed=0).epoch(0):
         assert_equal(next(batches), mapped[rows])
+
+
+def test_shards_elsewhere_are_streamed_from_there(block_shards, streamed, monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    elsewhere = fsspec.filesystem("memory")
+    elsewhere.put(str(block_shards), "/shards", recursive=True)
+    folder = local_folder(Path("memory://shards"))
+    assert not list(folder.rglob("*.parquet"))
+    assert DCMTokenizer.from_pretrained(folder / "tokenizer").genes == streamed.tokenizer.genes
+    cells = open_cells(folder, "train", streaming=True)
+    assert len(cells) == len(streamed)
+    batches = (of.batches(batch_size=50, seed=0, rank=1, world_size=2) for of in (cells, streamed))
+    for _, mine, expected in zip(range(8), *batches):
+        assert_equal(mine, expected)
+    config = tiny_training(Path("memory://shards"), tmp_path / "out", max_steps=1, streaming=True, batch_size=4)
+    config.check_files()
+    assert (train(config) / "model.safetensors").is_file()
+    with pytest.raises(FileNotFoundError, match="no shards at 'memory://nothing'; expected a folder that dcm-convert"):
+        local_folder(Path("memory://nothing"))
 
 
 def test_cells_of_many_blocks_are_taken_from_a_few_at_a_time(block_shards, streamed, read):
