@@ -9,6 +9,7 @@ figures in one file). Reads test cells only to score.
 """
 
 import logging
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from itertools import filterfalse
@@ -76,7 +77,8 @@ def main(
         layer: Layer of the generated files that holds the counts; by default X.
         genes: all: a file that lacks genes of the real cells is refused; shared: compare on the genes that every file
             has, and say in every result how many these are.
-        dataset: The data set's name; by default that of the folder of the real file.
+        dataset: The data set's name; by default that of the file which dcm-convert read, or else of the real file's
+            folder.
         sampling_seeds: How many samples are drawn from each checkpoint.
         device: Where to multiply matrices, such as cuda; by default the CPU.
         seed: Of every draw (floor, baselines, thinning).
@@ -101,7 +103,7 @@ def main(
     comparison = read_comparison(files, real, train, reserved_names=RESERVED_NAMES, **options)
     packages = (*PACKAGES, *["scvi-tools"] * bool(set(chosen) & set(FROM_SCVI)), *["cell-eval"] * cell_eval)
     header = {
-        "dataset": dataset or real.resolve().parent.name,
+        "dataset": dataset or comparison.dataset or real.resolve().parent.name,
         "split": real.stem,
         "checkpoint": comparison.checkpoint,
         "versions": versions_of(packages),
@@ -177,11 +179,13 @@ def _check_paths(generated: Sequence[Path], real: Sequence[Path], out: Path) -> 
 
 def _log_summary(rows: Sequence["Row"]) -> None:
     """One table for each protocol: all cells pooled, or the mean over conditions where it pools none."""
-    from eval.reports.tables import sections, summary_table
+    from eval.reports.tables import sections, terminal_table
 
+    width = shutil.get_terminal_size((110, 24)).columns
     for section in sections(rows):
         for caption, shown, unlike in section.tables[:1]:
-            logger.info("\nprotocol %s. %s:\n%s", section.protocol, caption, summary_table(shown, unlike))
+            table = terminal_table(shown, unlike, width)
+            logger.info("\nprotocol %s. %s (**: at the floor):\n%s", section.protocol, caption, table)
         for note in section.notes:
             logger.warning("%s", note)
 

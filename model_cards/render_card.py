@@ -18,6 +18,7 @@ from typing import Annotated
 import tyro
 import yaml
 
+from eval.metrics.names import metric_label, model_label
 from model_cards.draft_card import is_asked
 from tokenization.labels_dcm import read_text
 from training.data.command_line import run
@@ -30,19 +31,6 @@ PLAN = ("num_genes", "conditions", "example_gene", "hyperparameters")  # what a 
 SHAPE_ROWS = ("backbone", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_count")
 CONFIG_ROWS = (*SHAPE_ROWS, "noise_schedule", "loss_weighting", "label_dropout")
 OPTION_ROWS = ("batch_size", "max_steps", "learning_rate", "ema_decay", "mixed_precision", "seed")
-METRIC_LABELS = {
-    "mmd2": "MMD² (lower)",
-    "w2": "W2 (lower)",
-    "w2_gaussian": "W2, Gaussian (lower)",
-    "correlation_pearson": "gene-gene correlation (higher)",
-    "correlation_slope": "its slope (1)",
-    "mean_r2": "R² of means (higher)",
-    "variance_r2": "R² of variances (higher)",
-    "zero_fraction_error": "zero fraction error (lower)",
-    "library_size_cv_ratio": "library-size CV ratio (1)",
-    "nearest_neighbour_accuracy": "1-NN accuracy (0.5)",
-    "nearest_neighbour_accuracy_real": "1-NN accuracy, real cells (0.5)",
-}
 GROUPINGS = {"pooled": "all cells pooled", "per_condition": "mean over conditions"}
 
 Row = Mapping[str, object]
@@ -237,10 +225,10 @@ def _scores(rows: Sequence[Row]) -> str:
     models = sorted(number, key=lambda model: (model != "floor", model != "dcm"))
     found = {(row["metric"], row["model"]): row for row in rows}
     lines = [
-        [METRIC_LABELS.get(metric, metric), *(_score(found.get((metric, model))) for model in models)]
+        [" ".join(metric_label(metric)), *(_score(found.get((metric, model))) for model in models)]
         for metric in dict.fromkeys(row["metric"] for row in rows)
     ]
-    return _table(["metric (better)", *(f"{model}, n = {number[model]:,}" for model in models)], lines)
+    return _table(["metric (better)", *(f"{model_label(model)}, n = {number[model]:,}" for model in models)], lines)
 
 
 def _score(row: Row | None) -> str:
@@ -275,7 +263,7 @@ def _eval_results(measured: Mapping, dataset_name: str) -> list:
             dataset_name=dataset_name,
             dataset_split=str(measured["split"]),
             metric_type=row["metric"],
-            metric_name=f"{METRIC_LABELS.get(row['metric'], row['metric'])}, protocol {row['protocol']}, "
+            metric_name=f"{metric_label(row['metric'])[0]}, protocol {row['protocol']}, "
             f"{row['grouping'].replace('_', ' ')}",
             metric_value=row["mean"],
             metric_args={name: row[name] for name in ("std", "n", "seeds")} | {"floor": floors[_place(row)]},

@@ -88,6 +88,7 @@ class Comparison:
     genes: list[str]
     checkpoint: str | None
     genes_left_out: tuple[str, ...] = ()
+    dataset: str | None = None  # its name, as the real file tells it
     panels_differ: bool = False  # some file has cells in which not all of its genes were measured
 
     def genes_note(self) -> str | None:
@@ -195,6 +196,7 @@ def read_comparison(
         checkpoint=", ".join(dict.fromkeys(str(name) for name in found if name is not None)) or None,
         genes_left_out=tuple(real_file.var_names[~real_file.var_names.isin(kept)]),
         panels_differ=panels_differ,
+        dataset=real_file.uns.get("dcm_dataset"),
     )
     _warn_of_gaps(comparison)
     return comparison

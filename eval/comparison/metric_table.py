@@ -1,4 +1,4 @@
-"""The table of metrics by the names that stand in results.json: label, which way is better, and how to compute each."""
+"""The table of metrics by the names that stand in results.json, and how each is computed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,15 +42,6 @@ class Pair:
         return distances.nearest_neighbour_accuracy(self.x, self.y, device=self.device)
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A metric in a table: its label, which way is better, and how to compute it."""
-
-    label: str
-    better: str
-    compute: Callable[[Pair], float]
-
-
 def _mmd2(p: Pair) -> float:
     return distances.mmd2(p.x, p.y, bandwidths=p.bandwidths, biased=p.biased, device=p.device)
 
@@ -58,35 +49,25 @@ def _mmd2(p: Pair) -> float:
 COPYING = "nearest_training_distance_ratio"
 
 
-def _component_variance(band: str) -> Metric:
-    return Metric(
-        f"variance of components {band.replace('_', '-')}",
-        "→ 1",
-        lambda p: components.component_variance_ratio(p.x, p.y, p.directions, components.BANDS[band]),
-    )
+def _component_variance(band: str) -> Callable[[Pair], float]:
+    return lambda p: components.component_variance_ratio(p.x, p.y, p.directions, components.BANDS[band])
 
 
-METRICS = {
-    "mmd2": Metric("MMD²", "↓", _mmd2),
-    "w2": Metric("W2", "↓", lambda p: distances.w2(p.x, p.y, device=p.device)),
-    "w2_gaussian": Metric("W2, Gaussian", "↓", lambda p: distances.w2_gaussian(p.x, p.y, device=p.device)),
-    "correlation_pearson": Metric("gene-gene correlation", "↑", lambda p: p.correlation[0]),
-    "correlation_slope": Metric("its slope", "→ 1", lambda p: p.correlation[1]),
-    "mean_r2": Metric("mean R²", "↑", lambda p: gene_agreement.mean_r2(p.x, p.y)),
-    "variance_r2": Metric("variance R²", "↑", lambda p: gene_agreement.variance_r2(p.x, p.y)),
-    "zero_fraction_error": Metric("zero-fraction error", "↓", lambda p: gene_agreement.zero_fraction_error(p.x, p.y)),
-    "library_size_cv_ratio": Metric(
-        "library-size CV ratio", "→ 1", lambda p: gene_agreement.library_size_cv_ratio(p.x_counts, p.y_counts)
-    ),
-    "nearest_neighbour_accuracy": Metric("1-NN accuracy", "→ 0.5", lambda p: p.neighbours[0]),
-    "nearest_neighbour_accuracy_real": Metric("1-NN accuracy, real cells only", "→ 0.5", lambda p: p.neighbours[1]),
+METRICS: dict[str, Callable[[Pair], float]] = {
+    "mmd2": _mmd2,
+    "w2": lambda p: distances.w2(p.x, p.y, device=p.device),
+    "w2_gaussian": lambda p: distances.w2_gaussian(p.x, p.y, device=p.device),
+    "correlation_pearson": lambda p: p.correlation[0],
+    "correlation_slope": lambda p: p.correlation[1],
+    "mean_r2": lambda p: gene_agreement.mean_r2(p.x, p.y),
+    "variance_r2": lambda p: gene_agreement.variance_r2(p.x, p.y),
+    "zero_fraction_error": lambda p: gene_agreement.zero_fraction_error(p.x, p.y),
+    "library_size_cv_ratio": lambda p: gene_agreement.library_size_cv_ratio(p.x_counts, p.y_counts),
+    "nearest_neighbour_accuracy": lambda p: p.neighbours[0],
+    "nearest_neighbour_accuracy_real": lambda p: p.neighbours[1],
     **{f"component_variance_{band}": _component_variance(band) for band in components.BANDS},
-    COPYING: Metric(
-        "distance to the nearest training cell",
-        "→ 1",
-        lambda p: components.nearest_distance_ratio(p.x, p.y, p.train, device=p.device),
-    ),
-    "pearson_delta": Metric("Pearson delta", "↑", lambda p: gene_agreement.pearson_delta(p.x, p.y, p.control)),
+    COPYING: lambda p: components.nearest_distance_ratio(p.x, p.y, p.train, device=p.device),
+    "pearson_delta": lambda p: gene_agreement.pearson_delta(p.x, p.y, p.control),
 }
 BESIDE_TRAINING_CELLS = (*(name for name in METRICS if name.startswith("component_")), COPYING)
 POOLED_METRICS = tuple(name for name in METRICS if name != "pearson_delta")

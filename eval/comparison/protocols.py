@@ -306,7 +306,7 @@ def evaluate_pair(
                 train=reference.train,
                 directions=reference.directions,
             )
-            values = {name: METRICS[name].compute(pair) for name in names}
+            values = {name: METRICS[name](pair) for name in names}
         scores += [Score(group.grouping, group.condition, name, values[name], ours.size) for name in names]
     fewest = protocol.fewest_cells
     large = {group.condition for group in reference.groups if group.grouping == "condition" and group.n >= fewest}

@@ -20,7 +20,7 @@ from scipy.spatial.distance import squareform
 from eval.comparison.cells import PERTURBATION, CellCounts, Comparison
 from eval.comparison.protocols import FEW_CELLS, log_cp10k, principal_components
 from eval.metrics import gene_agreement as metrics
-from eval.reports.tables import model_label
+from eval.metrics.names import model_label
 from tokenization.count_checks_dcm import library_size
 
 INK = "#010203"
@@ -210,8 +210,7 @@ def _coloured(
 
 def _legend_below(axes: Axes) -> None:
     """Put the legend under the panel, where no cell is."""
-    columns = 2 if len(axes.get_legend_handles_labels()[1]) > 1 else 1
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.09), "ncols": columns}
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.09), "ncols": 3}
     axes.legend(**place, markerscale=2.5, fontsize=9, handletextpad=0.1, columnspacing=1)
 
 
@@ -256,7 +255,8 @@ def _library_sizes(axes: Axes, counts: dict[str, sparse.csr_matrix]) -> None:
         weights = np.full(sizes[name].size, 1 / sizes[name].size)
         axes.hist(sizes[name], bins=bins, weights=weights, histtype="step", lw=2, color=colour, label=model_label(name))
     axes.set(title="library size", xlabel="counts per cell + 1", ylabel="share of cells", xscale="log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    decades = np.log10(bins[-1] / bins[0])
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.3 else (1, 3) if decades < 2.2 else (1,)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(y=0.35)

@@ -12,9 +12,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from eval.comparison.cells import CellCounts, Comparison
-from eval.comparison.metric_table import METRICS
+from eval.metrics.names import metric_label, model_label
 from eval.reports import figures
-from eval.reports.tables import FLOOR, Row, Unlike, at_floor, metric_label, sample_sizes, sections
+from eval.reports.tables import FLOOR, Row, Unlike, at_floor, sample_sizes, sections
 
 CONDITIONS_LISTED = 40
 MAP_PROTOCOLS = ("log", "paper")
@@ -33,14 +33,22 @@ CSS = """
 body { margin: 0 auto; max-width: 1180px; padding: 1.5rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { margin: 0 0 .3rem; } h2 { margin-top: 2.4rem; border-bottom: 1px solid var(--line); } h3 { margin-top: 1.6rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; margin: 1rem 0 2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .3rem 0; color: var(--soft); }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+caption span { display: block; position: sticky; left: 0; max-width: min(75ch, calc(100vw - 2rem)); }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { font-weight: 600; } th[scope=row], th:first-child { text-align: left; } td small, th small { color: var(--soft); }
-thead th { white-space: normal; vertical-align: bottom; } tbody th small { display: block; font-weight: 400; }
+thead th { white-space: normal; vertical-align: bottom; } thead th small { font-weight: 400; }
+thead th small, td small { display: block; } tbody th small { white-space: nowrap; }
+th:first-child { position: sticky; left: 0; background: var(--page); }
 td.at-floor { background: var(--good); font-weight: 600; }
-figure { margin: 1rem 0; } figcaption, .note { color: var(--soft); max-width: 75ch; }
+figure { margin: 1rem 0 2rem; overflow-x: auto; } figcaption, .note { color: var(--soft); max-width: 75ch; }
 svg { max-width: 100%; height: auto; } code { overflow-wrap: anywhere; }
+@media (max-width: 700px) {  /* pictures and tables are moved sideways, the names of lines stay */
+  body { padding: .8rem; } th, td { padding: .25rem .4rem; } figure svg { max-width: none; width: 56rem; }
+  tbody th { white-space: normal; min-width: 8.5rem; overflow-wrap: break-word; }
+}
 """
 
 
@@ -104,7 +112,7 @@ def _introduction(header: dict[str, object], cells: Comparison) -> str:
 
 
 def _note(sentence: str) -> str:
-    return f'<p class="note">{html.escape(sentence.rstrip("."))}.</p>'
+    return f'<p class="note">{html.escape(sentence[:1].upper() + sentence[1:].rstrip("."))}.</p>'
 
 
 def _table(caption: str, head: Iterable[str], lines: Iterable[tuple[str, Iterable[str]]]) -> str:
@@ -112,22 +120,23 @@ def _table(caption: str, head: Iterable[str], lines: Iterable[tuple[str, Iterabl
     columns = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>' for name, cells in lines)
     return (
-        f'<div class="scroll" tabindex="0"><table><caption>{html.escape(caption)}</caption><thead><tr>{columns}</tr>'
-        f"</thead><tbody>{body}</tbody></table></div>"
+        f'<div class="scroll" tabindex="0"><table><caption><span>{html.escape(caption)}</span></caption>'
+        f"<thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
 def _score_table(rows: Sequence[Row], caption: str, unlike: Unlike) -> str:
-    """Return a table of scores: models down, metrics across; nothing that is ``unlike`` the floor is shaded."""
-    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    """Return a table of scores: metrics down, models across; nothing that is ``unlike`` the floor is shaded."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
     found = {(row["model"], row["metric"]): row for row in rows}
-    head = [f"{html.escape(name)} <small>{html.escape(better)}</small>" for name, better in map(metric_label, metrics)]
+    head = [f"{html.escape(model_label(name))} <small>{sample_sizes(rows, name)}</small>" for name in models]
     lines = []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        floors = [None if (model, metric) in unlike else found.get((FLOOR, metric)) for metric in metrics]
-        numbers = [_number(found.get((model, metric)), floor) for metric, floor in zip(metrics, floors)]
-        lines.append((f"{html.escape(model)} <small>{sample_sizes(rows, model)}</small>", numbers))
-    return _table(f"{caption}, mean ± standard deviation over seeds or draws", ["model", *head], lines)
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        floors = [None if (model, metric) in unlike else found.get((FLOOR, metric)) for model in models]
+        numbers = [_number(found.get((model, metric)), floor) for model, floor in zip(models, floors)]
+        name, better = map(html.escape, metric_label(metric))
+        lines.append((f"{name} <small>{better}</small>", numbers))
+    return _table(f"{caption}, mean ± standard deviation over seeds or draws", ["metric", *head], lines)
 
 
 def _number(row: Row | None, floor: Row | None) -> str:
@@ -163,11 +172,11 @@ def _condition_section(rows: Sequence[Row]) -> list[str]:
         for condition in worst_first[:CONDITIONS_LISTED]
     ]
     sentence = (
-        f"{METRICS[MAP_METRIC].label} of each condition (protocol {protocol}): how many standard deviations of the "
+        f"{metric_label(MAP_METRIC)[0]} of each condition (protocol {protocol}): how many standard deviations of the "
         "floor it lies above the floor. 2 or less is at the floor; a stronger colour is farther from real cells. "
         f"The conditions that are worst for any model stand first; {CONDITIONS_LISTED} are listed at most."
     )
-    table = _table("Worst conditions", ["condition", *map(html.escape, models)], lines)
+    table = _table("Worst conditions", ["condition", *(html.escape(model_label(model)) for model in models)], lines)
     return ["<h2>Conditions</h2>", _note(sentence), table]
 
 
@@ -195,10 +204,10 @@ def _heat(value: float | None) -> str:
 def _pictures(shown: dict[str, CellCounts], genes: Sequence[str], *, umap: bool, seed: int) -> list[str]:
     """Return all figures of one generator; ``shown`` are real cells, its own, and a baseline's, by their names."""
     rng = np.random.default_rng(seed)
-    counts = {name: side.thinned(figures.CELLS_DRAWN, rng).counts for name, side in shown.items()}
+    thinned = {name: side.thinned(figures.CELLS_DRAWN, rng) for name, side in shown.items()}
+    counts = {name: side.counts for name, side in thinned.items()}
     (_, model, baseline_name), (real, generated, _) = shown, shown.values()
-    two = {name: side.thinned(figures.CELLS_DRAWN, rng) for name, side in list(shown.items())[:2]}
-    embedding, method = figures.embedding_figure(two, umap=umap)
+    embedding, method = figures.embedding_figure(dict(list(thinned.items())[:2]), umap=umap)
     of_pca = "The first two principal components of log1p(CP10k), fitted on the real cells"
     of_umap = "UMAP of 30 principal components of log1p(CP10k), both sides together"
     pictures = [
@@ -211,7 +220,8 @@ def _pictures(shown: dict[str, CellCounts], genes: Sequence[str], *, umap: bool,
         (
             figures.genes_figure(counts),
             "Left: how many counts a cell has (library size). Right: one point for each gene; on the line it is as in "
-            f"the real cells. {baseline_name}: each gene drawn by itself from the training cells of the condition.",
+            f"the real cells. {model_label(baseline_name).capitalize()}: each gene drawn by itself from the training "
+            "cells of the condition.",
             "Library sizes, and means, variances and zeros of genes, of real and generated cells",
         ),
         (

@@ -13,7 +13,8 @@ from typing import Annotated
 import tyro
 
 from eval.comparison.floor import FLOOR
-from eval.reports.tables import Row, at_floor, markdown_table, metric_label
+from eval.metrics.names import metric_label, model_label
+from eval.reports.tables import Row, at_floor, markdown_table
 from training.data.command_line import run
 from training.data.files import write_text, written_aside
 
@@ -70,15 +71,14 @@ def overview(results: list[dict]) -> str:
         place = {(row["model"], row["metric"]): row for row in rows}
         for index, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
             cells = [_number(place.get((model, metric)), place.get((FLOOR, metric))) for metric in SHOWN]
-            lines.append([result["dataset"] if not index else "", model, *cells])
+            lines.append([result["dataset"] if not index else "", model_label(model), *cells])
         for ours, theirs in PAIRS:
             verdict = nearer(result["rows"], ours, theirs)
             if verdict is not None:
                 won, lost = verdict
+                pair = f"{model_label(ours)} beside {model_label(theirs)}"
                 names = f"; farther: {', '.join(lost)}" if lost else ""
-                verdicts.append(
-                    f"- {result['dataset']}: {ours} beside {theirs}: {len(won)} of {len(won) + len(lost)}{names}"
-                )
+                verdicts.append(f"- {result['dataset']}: {pair}: {len(won)} of {len(won) + len(lost)}{names}")
     said = "Rows of all protocols in which a model is at the floor, or no farther from it than another:"
     return "\n".join([markdown_table(lines), "", said, "", *verdicts])
 
@@ -96,7 +96,8 @@ def nearer(rows: list[Row], ours: str, theirs: str) -> tuple[list[str], list[str
         if None in (row["mean"], other["mean"], floor["mean"]):
             continue
         is_nearer = abs(row["mean"] - floor["mean"]) <= abs(other["mean"] - floor["mean"])
-        name = f"{row['metric']} ({row['protocol']}{', per condition' * (row['grouping'] == 'per_condition')})"
+        place_of_row = row["protocol"] + ", per condition" * (row["grouping"] == "per_condition")
+        name = f"{metric_label(row['metric'])[0]} ({place_of_row})"
         (won if is_nearer or at_floor(row, floor) else lost).append(name)
     return (won, lost) if won or lost else None
 
@@ -121,10 +122,10 @@ def draw(results: list[dict], path: Path) -> None:
             axis.axvline(floor["mean"], color="0.4", label="floor")
             means, spread = [row["mean"] for row in rows.values()], [row["std"] or 0 for row in rows.values()]
             axis.errorbar(means, [models.index(model) for model in rows], xerr=spread, fmt="o", markersize=5)
-            axis.set_yticks(range(len(models)), models if not column else [""] * len(models))
+            axis.set_yticks(range(len(models)), list(map(model_label, models)) if not column else [""] * len(models))
             axis.set_ylim(len(models) - 0.5, -0.5)
             axis.grid(axis="y", color="0.92")
-            axis.set_xlabel(metric_label(metric)[0] if metric == "w2" else "slope of gene-gene correlations")
+            axis.set_xlabel(metric_label(metric)[0])
             if not line:
                 axis.set_title(result["dataset"])
     axes[0][0].legend(loc="lower right", frameon=False)

@@ -13,17 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.comparison.baselines import BASELINES
 from eval.comparison.floor import FLOOR
-from eval.comparison.metric_table import METRICS
 from eval.comparison.protocols import FEW_CELLS, PROTOCOLS, Score
+from eval.metrics.names import metric_label, model_label
 
 FLOOR_DOMINATES = 0.5
-CELL_EVAL_METRICS = {
-    "overlap_at_N": ("overlap of differential genes (DES)", "↑"),
-    "discrimination_score_l1": ("discrimination of perturbations (PDS)", "↑"),
-    "mae": ("mean absolute error", "↓"),
-}
 CELL_EVAL_DESCRIPTION = (
     "metrics of the cell-eval package (profile vcc) on log1p(CP10k), each cell type by itself; beside the floor (one "
     "draw of real training cells, where there are any) its own mean baseline, and its own ceiling: one half of the "
@@ -180,18 +174,6 @@ def _not_beside_floor(rows: Sequence[Row]) -> Unlike:
     return {(model, metric) for (model, metric), found in sizes.items() if found != sizes.get((FLOOR, metric))}
 
 
-def model_label(name: str) -> str:
-    """Return the name of a row's model as a reader sees it: a baseline's in words, any other as it was given."""
-    return name.replace("_", " ") if name in BASELINES else name
-
-
-def metric_label(metric: str) -> tuple[str, str]:
-    """Return a metric's name in a table, and which way is better (empty where that is not known)."""
-    if metric in METRICS:
-        return METRICS[metric].label, METRICS[metric].better
-    return CELL_EVAL_METRICS.get(metric, (metric, ""))
-
-
 def sample_sizes(rows: Sequence[Row], model: str) -> str:
     """Say how many cells a side, and how many seeds or draws, a model's numbers come from."""
     ours = [row for row in rows if row["model"] == model]
@@ -202,14 +184,36 @@ def sample_sizes(rows: Sequence[Row], model: str) -> str:
 
 def summary_table(rows: Sequence[Row], unlike: Unlike = frozenset()) -> str:
     """Return a Markdown table, metrics down and models across; bold at the floor, unless ``unlike``."""
+    head = [f"{model_label(model)} ({sample_sizes(rows, model)})" for model in dict.fromkeys(r["model"] for r in rows)]
+    return markdown_table([["metric", "better", *head], *_scores(rows, unlike)])
+
+
+def terminal_table(rows: Sequence[Row], unlike: Unlike, width: int) -> str:
+    """Return the same without spreads, for a terminal of ``width`` columns: models that do not fit stand below."""
+    models = [model_label(model) for model in dict.fromkeys(row["model"] for row in rows)]
+    lines = [["metric", *models]]
+    lines += [[f"{name} {better}", *numbers] for name, better, *numbers in _scores(rows, unlike, spread=False)]
+    columns = [[f"{cell:{max(map(len, column))}}" for cell in column] for column in zip(*lines)]
+    blocks, used = [[columns[0]]], len(columns[0][0])
+    for column in columns[1:]:
+        used += 2 + len(column[0])
+        if used > width and len(blocks[-1]) > 1:
+            blocks.append([columns[0]])
+            used = len(columns[0][0]) + 2 + len(column[0])
+        blocks[-1].append(column)
+    return "\n\n".join("\n".join("  ".join(line).rstrip() for line in zip(*block)) for block in blocks)
+
+
+def _scores(rows: Sequence[Row], unlike: Unlike, *, spread: bool = True) -> list[list[str]]:
+    """Lines of a table: a metric's name, which way is better, and each model's number."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     by_cell = {(row["metric"], row["model"]): row for row in rows}
-    lines = [["metric", "better", *(f"{model} ({sample_sizes(rows, model)})" for model in models)]]
+    lines = []
     for metric in dict.fromkeys(row["metric"] for row in rows):
         floors = [None if (model, metric) in unlike else by_cell.get((metric, FLOOR)) for model in models]
-        numbers = [_number(by_cell.get((metric, model)), floor) for model, floor in zip(models, floors)]
+        numbers = [_number(by_cell.get((metric, model)), floor, spread) for model, floor in zip(models, floors)]
         lines.append([*metric_label(metric), *numbers])
-    return markdown_table(lines)
+    return lines
 
 
 def markdown_table(lines: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
@@ -232,8 +236,8 @@ def at_floor(row: Row, floor: Row | None) -> bool:
     return row["n"] == floor["n"] and abs(row["mean"] - floor["mean"]) <= 2 * floor["std"]
 
 
-def _number(row: Row | None, floor: Row | None) -> str:
+def _number(row: Row | None, floor: Row | None, spread: bool) -> str:
     if row is None or row["mean"] is None:
         return "-"
-    text = f"{row['mean']:.4g}" + (f" ± {row['std']:.2g}" if row["std"] is not None else "")
+    text = f"{row['mean']:.4g}" + (f" ± {row['std']:.2g}" if spread and row["std"] is not None else "")
     return f"**{text}**" if at_floor(row, floor) else text

@@ -25,10 +25,15 @@ TABLE_CELLS, TABLE_GENES, TABLE_CHANGES = 20, 30, 15
 BATCH_CELLS = 128
 PER_CELL = 1e4  # counts that a cell is scaled to before logarithms
 FOLD_PSEUDOCOUNT = 0.1  # of a mean per 10,000 counts
-ANY = "(any)"
+ANY = "(as in training)"
 COLOURS = {"real cells": "#bbbbbb", "real cells, same labels": "#ee6677", "generated control": "#ccbb44"}
 GENERATED = "#4477aa"
-CHANGES = ["gene", "mean count", "in control", "log2 fold change", "t"]
+REFUSED = "**Not generated:**"
+CHANGES_LABEL = (
+    "genes that the perturbation changes most, against control cells drawn alike: means per 10,000 counts of a cell; "
+    "t: their difference on log counts in standard errors (Welch), beyond 3 or -3 hardly chance"
+)
+CHANGES = ["gene", "mean per 10,000", "in control", "log2 fold change", "t"]
 
 
 class Checkpoint:
@@ -62,7 +67,7 @@ class Checkpoint:
         """Draw cells as the pipeline gives them: ``counts`` (n, G), ``genes``, ``conditions`` and ``adata``.
 
         Args:
-            cell_type: a label, or None or ``"(any)"`` for no condition.
+            cell_type: a label; None or ``"(as in training)"``: drawn in the proportions of the training cells.
             perturbation: likewise; combinations as in ``KLF1+TGFBR2``.
             num_cells: at most ``MAX_CELLS``.
             steps: at most ``MAX_STEPS``; None or 0: the model's own default.
@@ -188,10 +193,8 @@ def top_changes(counts: np.ndarray, control: np.ndarray, genes: list[str]) -> li
     ours, theirs = log_scaled(counts), log_scaled(control)
     error = ours.var(axis=0) / len(ours) + theirs.var(axis=0) / len(theirs)
     t = (ours.mean(axis=0) - theirs.mean(axis=0)) / np.sqrt(np.maximum(error, 1e-12))
-    fold = np.log2(
-        (np.expm1(ours).mean(axis=0) + FOLD_PSEUDOCOUNT) / (np.expm1(theirs).mean(axis=0) + FOLD_PSEUDOCOUNT)
-    )
-    means = counts.mean(axis=0), control.mean(axis=0)
+    means = np.expm1(ours).mean(axis=0), np.expm1(theirs).mean(axis=0)
+    fold = np.log2((means[0] + FOLD_PSEUDOCOUNT) / (means[1] + FOLD_PSEUDOCOUNT))
     return [
         [genes[i], *(round(float(mean[i]), 2) for mean in means), round(float(fold[i]), 2), round(float(t[i]), 1)]
         for i in np.argsort(-np.abs(t), kind="stable")[:TABLE_CHANGES]
@@ -205,14 +208,14 @@ def count_table(counts: np.ndarray, genes: list[str]) -> tuple[list[str], list[l
     return ["cell", *(genes[j] for j in highest)], [[i, *map(int, row[highest])] for i, row in enumerate(counts)]
 
 
-def figure(clouds: Mapping[str, np.ndarray]):
+def figures(clouds: Mapping[str, np.ndarray]) -> tuple:
     """Draw kinds of cells (n, G) on their first two principal components, and their library sizes, by matplotlib."""
     from matplotlib.figure import Figure
 
     clouds = {name: counts for name, counts in clouds.items() if len(counts)}
     points, shares = principal_plane(clouds)
-    drawing = Figure(figsize=(13, 5), layout="constrained", dpi=110)
-    plane, sizes = drawing.subplots(1, 2, width_ratios=(2, 1))
+    drawings = [Figure(figsize=(width, 5.4), layout="constrained", dpi=110) for width in (6.5, 6.5)]
+    plane, sizes = (drawing.subplots() for drawing in drawings)
     totals = {name: counts.sum(axis=1) for name, counts in clouds.items()}
     bins = np.linspace(0, max(1, *(total.max() for total in totals.values())), 30)
     for name, counts in clouds.items():
@@ -223,8 +226,8 @@ def figure(clouds: Mapping[str, np.ndarray]):
     axes = [f"PC {i} ({share:.0%} of variance)" for i, share in enumerate(shares, start=1)]
     plane.set(title="one point for each cell; similar cells lie close", xlabel=axes[0], ylabel=axes[1])
     sizes.set(title="library size", xlabel=f"counts per cell, {counts.shape[1]:,} genes", ylabel="share of cells")
-    drawing.legend(loc="outside lower center", ncols=len(clouds), frameon=False, markerscale=2)
-    return drawing
+    drawings[0].legend(loc="outside lower center", ncols=2, frameon=False, markerscale=2)
+    return tuple(drawings)
 
 
 def build(checkpoint: Checkpoint):
@@ -239,14 +242,14 @@ def build(checkpoint: Checkpoint):
             drawn = checkpoint.draw(*inputs)
             control = checkpoint.draw_control(drawn, inputs[3], inputs[5])
         except ValueError as error:
-            return f"**Not generated:** {html.escape(str(error))}", None, None, None, None
+            return f"{REFUSED} {html.escape(str(error))}", None, None, None, None, None
         counts, genes = drawn["counts"], drawn["genes"]
         drawn["adata"].write_h5ad(file)
         header, rows = count_table(counts, genes)
         changes = [] if control is None else top_changes(counts, control["counts"], genes)
         return (
             summary(drawn),
-            figure(checkpoint.clouds(drawn, control)),
+            *figures(checkpoint.clouds(drawn, control)),
             str(file),
             {"headers": CHANGES, "data": changes},
             {"headers": header, "data": rows},
@@ -255,18 +258,26 @@ def build(checkpoint: Checkpoint):
     with gr.Blocks(title="Discrete Cell Model", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         page.home = home
         inputs, button = _inputs(gr, checkpoint)
-        outputs = [
-            gr.Markdown(elem_id="said"),
-            gr.Plot(show_label=False, elem_id="picture"),
-            gr.File(label="all cells, every gene (AnnData)", elem_id="cells-file"),
-            gr.Dataframe(
-                headers=CHANGES,
-                label="genes that the perturbation changes most, against control cells drawn alike (counts; Welch's t)",
-                visible=checkpoint.tokenizer.control is not None,
-            ),
-            gr.Dataframe(label=f"counts of the first {TABLE_CELLS} cells, genes of the highest mean"),
-        ]
-        button.click(answer, inputs, outputs, concurrency_limit=1, api_name="generate")
+        said = gr.Markdown("Nothing is generated yet.", elem_id="said")
+        with gr.Column(visible=False) as found:  # until there is something to see
+            with gr.Row():
+                pictures = [gr.Plot(show_label=False, elem_id=name, min_width=320) for name in ("picture", "sizes")]
+            file_of_cells = gr.File(label="all cells, every gene (AnnData)", elem_id="cells-file")
+            changed = gr.Dataframe(headers=CHANGES, label=CHANGES_LABEL, visible=False)
+            table = gr.Dataframe(label=f"counts of the first {TABLE_CELLS} cells, genes of the highest mean")
+        drawing = button.click(
+            answer,
+            inputs,
+            [said, *pictures, file_of_cells, changed, table],
+            concurrency_limit=1,
+            api_name="generate",
+        )
+        drawing.then(
+            lambda text, rows: (gr.Column(visible=not text.startswith(REFUSED)), gr.Dataframe(visible=len(rows) > 0)),
+            [said, changed],
+            [found, changed],
+            api_name=False,
+        )
     return page.queue(max_size=20)
 
 
@@ -276,7 +287,8 @@ def _inputs(gr, checkpoint: Checkpoint) -> tuple[list, object]:
     gr.Markdown(
         f"# Cells of `{checkpoint.name}`\n\nThis model draws single cells that were never measured: for each, how "
         f"often each of {len(tokenizer.genes):,} genes is counted. Choose a kind of cell, press *Generate*, look at "
-        "the cells and download them. They are predictions of a model, not data."
+        "the cells and download them. A label that you leave open is drawn as often as the training cells have it. "
+        "They are predictions of a model, not data."
     )
     with gr.Row():
         cell_type, perturbation = (
@@ -288,9 +300,12 @@ def _inputs(gr, checkpoint: Checkpoint) -> tuple[list, object]:
         )
     with gr.Row():
         num_cells = gr.Slider(1, MAX_CELLS, value=100, step=1, label="cells", elem_id="num-cells")
-        steps = gr.Slider(0, MAX_STEPS, value=0, step=1, label="steps (0: the model's default)")
-        guidance = gr.Slider(0, MAX_GUIDANCE, value=0, label="guidance (0: as trained)")
-        seed = gr.Number(value=0, precision=0, label="seed (the same gives the same cells)", elem_id="seed")
+        words = "Network calls for a cell. 0: as few as the model allows."
+        steps = gr.Slider(0, MAX_STEPS, value=0, step=1, label="steps", info=words)
+        words = "Exaggerates what the labels say. 0: as trained."
+        guidance = gr.Slider(0, MAX_GUIDANCE, value=0, label="guidance", info=words)
+        words = "The same seed gives the same cells."
+        seed = gr.Number(value=0, precision=0, label="seed", info=words, elem_id="seed")
     button = gr.Button("Generate", variant="primary", elem_id="generate")
     return [cell_type, perturbation, num_cells, steps, guidance, seed], button
 

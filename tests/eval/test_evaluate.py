@@ -16,8 +16,9 @@ from PIL import Image
 from eval import sample
 from eval.comparison import cell_eval
 from eval.comparison.cells import read_comparison
-from eval.comparison.metric_table import POOLED_METRICS
+from eval.comparison.metric_table import METRICS, POOLED_METRICS
 from eval.evaluate import main
+from eval.metrics.names import METRIC_NAMES
 from eval.reports import html_report
 from eval.reports.tables import ROW_KEYS, at_floor
 from eval.simulate import simulate
@@ -122,7 +123,8 @@ def test_tables_report_and_figure_are_written_and_nothing_else(results):
     with Image.open(out / "figure.png") as image:
         assert min(image.size) > 800
     page = (out / "report.html").read_text()
-    assert "independent_marginals" in page
+    assert "independent marginals" in page
+    assert set(METRICS) <= set(METRIC_NAMES)
     assert page.count("<figure>") == 4
 
 

@@ -133,12 +133,12 @@ def test_reference_cells_are_matched_by_name_and_told_apart_by_label(sparse, che
     assert clouds["generated"].tolist() == [[GENES.index("KLF1"), GENES.index("HBB")]]
     for unsaid in ({}, {"cell_type": "k562", "perturbation": "KLF1+TGFBR2"}):  # the file does not tell cell types
         assert len(reference.beside({"generated": ours}, unsaid)["real cells"]) == 6
-    drawing = app.figure(clouds)
+    drawing, _ = app.figures(clouds)
     legend = [text.get_text() for text in drawing.legends[0].get_texts()]
     assert legend == ["real cells (4)", "real cells, same labels (2)", "generated (1)"]
     assert [len(points.get_offsets()) for points in drawing.axes[0].collections] == [4, 2, 1]
     for numbers in (np.arange(90)[:, None], np.zeros((3, 1))):  # histograms have every cell, also without a count
-        path = app.figure({"generated": numbers}).axes[1].patches[0].get_path().vertices
+        path = app.figures({"generated": numbers})[1].axes[0].patches[0].get_path().vertices
         assert sum(path[1:-1:2, 1]) == pytest.approx(1)
 
 
@@ -189,18 +189,19 @@ def test_an_answer_is_cells_to_take_home_and_what_is_wrong_takes_none(checkpoint
     pytest.importorskip("gradio", reason="gradio is not installed: pip install 'discrete-cell-models[app]'")
     page = app.build(checkpoint)
     answer = next(function.fn for function in page.fns.values() if function.api_name == "generate")
-    said, drawing, file, changes, table = answer("rpe1", "KLF1", 6, 2, 0, 1)
+    said, drawing, sizes, file, changes, table = answer("rpe1", "KLF1", 6, 2, 0, 1)
     cells = anndata.read_h5ad(file)
     assert np.array_equal(cells.X.toarray(), checkpoint.draw("rpe1", "KLF1", 6, 2, 0, 1)["counts"])
     assert set(cells.obs["cell_type"]) == {"rpe1"}
     assert said.startswith("6 cells (rpe1, KLF1)")
     assert len(drawing.axes[0].collections) == 2  # and control cells
+    assert len(sizes.axes[0].patches) == 2
     assert len(changes["data"]) == len(GENES)
     assert len(table["data"]) == 6
-    assert answer("rpe1", "KLF1", 7, 2, 0, 1)[2] == file  # replaced: a page that runs for weeks fills no disk
+    assert answer("rpe1", "KLF1", 7, 2, 0, 1)[3] == file  # replaced: a page that runs for weeks fills no disk
     said, *nothing = answer("<b>", "KLF1", 6, 2, 0, 1)
     assert said.startswith("**Not generated:** unknown cell_type &#x27;&lt;b&gt;&#x27;")
-    assert nothing == [None] * 4
+    assert nothing == [None] * 5
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +280,7 @@ def test_a_click_shows_cells_that_can_be_taken_home(page, tiny_checkpoint):
     assert "log2 fold change" in text(page)
     until(lambda: elements(page, "#picture img"), "the picture is there")
     with Image.open(io.BytesIO(elements(page, "#picture img")[0].screenshot_as_png)) as picture:
-        assert picture.width > 600
+        assert picture.width > 450
         assert len(set(picture.convert("RGB").getdata())) > 50, "hardly anything is drawn"
     click(page, "#cells-file a[download]")
     file = page.downloads / "cells.h5ad"

@@ -82,7 +82,7 @@ def test_numbers_of_the_model_index_are_those_of_the_results_each_with_its_floor
         assert result.metric_args["floor"] == rows["floor", *place]["mean"]
         assert result.dataset_split == "test"
     assert "| floor, n = " in text
-    assert "independent_marginals" in text
+    assert "independent marginals, n = " in text
     assert "![evaluation](f.png)" in text
 
 

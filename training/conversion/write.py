@@ -89,6 +89,7 @@ def build_tables(cells: InputCells, conditions: ConditionColumns, panel: Panel, 
     """Collect everything but the counts; ``files`` are the names of the input files."""
     panels = find_panels(cells.measured[:, panel.genes], files, cells.var.index[panel.genes].tolist())
     uns: dict[str, object] = {"dcm_conditions": np.array(list(conditions.columns), dtype=object)}
+    uns["dcm_dataset"] = "+".join(Path(file).stem for file in files)
     if PERTURBATION in conditions.columns:
         uns["dcm_separator"] = conditions.separator or ""
     if conditions.control is not None:

@@ -22,7 +22,7 @@ def test_a_row_is_won_at_the_floor_or_nearer_to_it_and_lost_rows_are_named():
     rows = [row("floor", "w2", 5.0), row("dcm", "w2", 5.1), row("scvi", "w2", 5.05)]  # both at the floor
     rows += [row("floor", "mmd2", 0.0), row("dcm", "mmd2", 1.0), row("scvi", "mmd2", 0.9)]
     rows += [row("floor", "mean_r2", 1.0), row("dcm", "mean_r2", 0.5), row("scvi", "mean_r2", 1.6)]
-    assert nearer(rows, "dcm", "scvi") == (["w2 (log)", "mean_r2 (log)"], ["mmd2 (log)"])
+    assert nearer(rows, "dcm", "scvi") == (["W2 (log)", "R² of means (log)"], ["MMD² (log)"])
     assert nearer(rows, "dcm", "nobody") is None
 
 
