@@ -65,6 +65,16 @@ class PartialCells:
         return replace(self, **{name: getattr(self, name).expand(B, -1).gather(1, positions) for name in names})
 
 
+def check_numbers(name: str, values: torch.Tensor, size: int, expected: str) -> None:
+    """Refuse numbers that are not 0..size - 1; they are read on the CPU only, as in :func:`check_conditions`."""
+    if values.is_floating_point():
+        raise ValueError(f"{name} are {values.dtype}, expected integers")
+    if values.device.type == "cpu" and values.numel():
+        for number in values.aminmax():
+            if not 0 <= number < size:
+                raise ValueError(f"{name} hold {int(number)}, expected {expected}")
+
+
 def check_conditions(config: DCMConfig, given: dict[str, torch.Tensor | None]) -> None:
     """Refuse a condition that the model does not have, a wrong shape, and ids that are no labels.
 

@@ -104,7 +104,7 @@ class CellGenerationMixin:
             raise ValueError("labels were given by name and as ids: give all of them one way")
         given |= named
         check_conditions(self.config, given)
-        if not temperature > 0:
+        if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature={temperature}, expected above 0")
         N = _num_cells(num_cells, {**given, "observed": observed})
         gene_ids = self._panel(gene_ids)
@@ -259,7 +259,7 @@ class CellGenerationMixin:
         if isinstance(library_size, str):
             raise ValueError(f"library_size={library_size!r}, expected numbers, None (drawn) or 'null' (not given)")
         sizes = torch.as_tensor(library_size, dtype=torch.float32).cpu()
-        if sizes.ndim > 1 or (sizes.ndim == 1 and len(sizes) != N) or not bool((sizes >= 0).all()):
+        if sizes.ndim > 1 or (sizes.ndim == 1 and len(sizes) != N) or not bool(((sizes >= 0) & sizes.isfinite()).all()):
             raise ValueError(f"library_size of shape {tuple(sizes.shape)}, expected one number or {N}, all 0 or more")
         return sizes.expand(N)
 

@@ -3,6 +3,7 @@
 Letters: B cells of a chunk, L genes in the sequence, q queried genes, j known ones.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -78,6 +79,8 @@ def denoiser(
 
 def _guidance_weights(scale: float | dict[str, float], conditions) -> list[tuple[float, tuple[str, ...]]]:
     """Weights that are not 0, each with the arguments that its null leaves out; the library size is never left out."""
+    if not all(map(math.isfinite, scale.values() if isinstance(scale, dict) else [scale])):
+        raise ValueError(f"guidance_scale={scale}, expected finite numbers")
     if not isinstance(scale, dict):
         everything = tuple(name for names in GUIDED.values() for name in names)
         return [(float(scale), everything)] if scale else []

@@ -22,6 +22,7 @@ from .conditioning_dcm import (
     LibrarySizes,
     PartialCells,
     check_conditions,
+    check_numbers,
 )
 from .configuration_dcm import DCMConfig
 from .count_distribution_dcm import (
@@ -254,13 +255,19 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         self, input_ids: torch.Tensor, gene_ids: torch.Tensor | None = None, **conditions: torch.Tensor | None
     ) -> PartialCells:
         """What is known of cells, from arguments as those of :meth:`forward`: checked, and -1 where not given."""
-        config, (B, L) = self.config, input_ids.shape
+        config = self.config
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (B, L)")
+        B, L = input_ids.shape
+        mask, pad = config.mask_token_id, config.pad_token_id
+        check_numbers("input_ids", input_ids, pad + 1, f"ids of counts 0..{mask - 1}, MASK ({mask}) or PAD ({pad})")
         if gene_ids is None:
             if config.num_genes != L:
                 raise ValueError(f"input_ids has {L} genes, the model {config.num_genes}: pass gene_ids for a subset")
             gene_ids = torch.arange(L, device=input_ids.device)
         if gene_ids.shape[-1] != L:
             raise ValueError(f"gene_ids has shape {tuple(gene_ids.shape)}, expected ({L},) or ({B}, {L})")
+        check_numbers("gene_ids", gene_ids, config.num_genes, f"genes 0..{config.num_genes - 1}")
         gene_ids = gene_ids.view(-1, L)
         check_conditions(config, conditions)
         given = {name: value for name, value in conditions.items() if value is not None}

@@ -55,7 +55,7 @@ def reveal_schedule(
         )
     if steps == "auto":
         return list(_auto(num_genes, schedule, curve, num_known))
-    if isinstance(steps, str) or steps < 1:
+    if isinstance(steps, str) or steps < 1 or steps != int(steps):
         raise ValueError(f"steps={steps!r}, expected at least 1, or 'auto'")
     steps = min(int(steps), num_genes)
     if schedule == "optimal":

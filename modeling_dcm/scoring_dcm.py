@@ -56,10 +56,7 @@ class CellScoringMixin:
         """
         if num_samples < 2 or num_samples % 2:
             raise ValueError(f"num_samples={num_samples}, expected an even number of at least 2: pairs tell the error")
-        check_conditions(self.config, conditions)
-        mask = conditions.pop("attention_mask", None)
-        if mask is not None:
-            input_ids = input_ids.masked_fill(mask == 0, self.config.pad_token_id)
+        input_ids = self._measured_ids(input_ids, conditions)
         if bool((input_ids == self.config.mask_token_id).any()):
             raise ValueError(f"input_ids hold MASK ({self.config.mask_token_id}), expected counts, PAD if not measured")
         bound = torch.zeros(len(input_ids), dtype=torch.float64)
@@ -113,16 +110,19 @@ class CellScoringMixin:
     @torch.no_grad()
     def embed(self, input_ids: torch.Tensor, *, batch_size: int = 256, **conditions) -> torch.Tensor:
         """Pooled state (N, D), float32, of cells with counts ``input_ids`` (N, L): mean over genes or latents."""
-        check_conditions(self.config, conditions)
-        mask = conditions.pop("attention_mask", None)
-        if mask is not None:
-            input_ids = input_ids.masked_fill(mask == 0, self.config.pad_token_id)
+        input_ids = self._measured_ids(input_ids, conditions)
         with dropout_off(self):
             chunks = (
                 select_rows({"input_ids": input_ids, **conditions}, rows, self.device)
                 for _, rows in row_chunks(len(input_ids), batch_size)
             )
             return torch.cat([self._pooled(**chunk).float().cpu() for chunk in chunks])
+
+    def _measured_ids(self, input_ids: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The ids with PAD outside ``attention_mask``, which is taken out of the ``conditions``; these are checked."""
+        check_conditions(self.config, conditions)
+        mask = conditions.pop("attention_mask", None)
+        return input_ids if mask is None else input_ids.masked_fill(mask == 0, self.config.pad_token_id)
 
     def _pooled(self, input_ids: torch.Tensor, **conditions) -> torch.Tensor:
         cells = self.partial_cells(input_ids, **conditions)

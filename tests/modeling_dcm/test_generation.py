@@ -137,8 +137,12 @@ def test_guidance_of_0_is_no_guidance_and_more_of_it_is_another_distribution(mod
         ({"num_cells": 2, "steps": 0}, "steps=0, expected at least 1"),
         ({"num_cells": 2, "schedule": "fast"}, "schedule='fast', expected one of"),
         ({"num_cells": 2, "temperature": 0.0}, "temperature=0.0, expected above 0"),
+        ({"num_cells": 2, "temperature": math.inf}, "temperature=inf, expected above 0"),
+        ({"num_cells": 2, "guidance_scale": math.nan}, "guidance_scale=nan, expected finite numbers"),
+        ({"num_cells": 2, "steps": 2.5}, "steps=2.5, expected at least 1"),
         ({"num_cells": 2, "library_size": "drawn"}, r"='drawn', expected numbers, None \(drawn\) or 'null'"),
         ({"num_cells": 2, "library_size": -3}, "expected one number or 2, all 0 or more"),
+        ({"num_cells": 2, "library_size": math.inf}, "expected one number or 2, all 0 or more"),
         ({"num_cells": 2, "library_size": torch.ones(3)}, r"library_size of shape \(3,\), expected one number or 2"),
         ({"observed": torch.zeros(2, 3)}, r"observed has shape \(2, 3\), expected \(2, 7\): cells x genes"),
         (

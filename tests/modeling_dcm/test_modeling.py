@@ -57,6 +57,18 @@ def test_output_has_a_logit_for_each_count_and_none_for_mask_or_pad(make_model, 
         model(x_t[:, :4], gene_ids=torch.arange(3))
 
 
+@pytest.mark.parametrize("call", ["forward", "log_likelihood", "embed"])
+def test_ids_that_are_no_counts_or_genes_are_refused(make_model, backbone, call):
+    ask, ids = getattr(make_model(backbone), call), torch.zeros(2, 7, dtype=torch.long)
+    for wrong in (-1, 7):
+        with pytest.raises(ValueError, match=rf"input_ids hold {wrong}, expected ids of counts 0\.\.4, MASK \(5\) or "):
+            ask(ids + wrong)
+    with pytest.raises(ValueError, match=r"input_ids are torch\.float32, expected integers"):
+        ask(ids.float())
+    with pytest.raises(ValueError, match=r"gene_ids hold 7, expected genes 0\.\.6"):
+        ask(ids, gene_ids=torch.arange(1, 8))
+
+
 @torch.no_grad()
 def test_permuting_the_genes_permutes_the_output(make_model, backbone):
     model = make_model(backbone, conditioned=True, condition_tokens=True)
