@@ -95,12 +95,7 @@ def test_files_of_tahoe_are_converted_one_by_one_merged_and_streamed(cells_h5ad,
     cells = anndata.read_h5ad(cells_h5ad)
     drugs = cells.obs["perturbation"].astype(str).replace({"control": "DMSO_TF"})
     obs = pd.DataFrame({"drug": drugs, "cell_line_id": cells.obs["cell_type"], "plate": "plate1"})
-    keys = {
-        "cell_type_key": "cell_line_id",
-        "perturbation_key": "drug",
-        "control": "DMSO_TF",
-        "covariate_keys": "plate",
-    }
+    keys = {"cell_type_key": "cell_line_id", "perturbation_key": "drug", "covariate_keys": "plate"}
     parts, expected = [], []
     for name, rows in (("0", slice(0, 120)), ("1", slice(120, 300))):
         file = write_token_rows(tmp_path / "data" / f"{name}.parquet", cells.X[rows], obs.iloc[rows])
