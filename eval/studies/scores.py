@@ -59,7 +59,8 @@ BASELINES = (perturbation_mean, additive, controls_scaled, control_cells, margin
 def score_held_out(
     comparison: Comparison, *, vectors: Mapping[str, np.ndarray] | None = None, seed: int = 0
 ) -> list[Row]:
-    """Score every model on each perturbation that no training cell has: W2, MMD^2 and Pearson delta of protocol `log`.
+    """Score every model on each perturbation that no training cell has (or none of the cell type and covariates): W2,
+    MMD^2 and Pearson delta of protocol `log`.
 
     A perturbation's score is the plain mean over its conditions (cell types, covariates) with 20 or more cells in a
     half. Control cells, which Pearson delta starts from, are those of training and test cells; test cells with
@@ -74,7 +75,8 @@ def score_held_out(
     train, test = comparison.train, comparison.real
     samplers = {fit.__name__: fit(train) for fit in BASELINES}
     samplers |= {name: fit(train, vectors) for name, fit in FROM_VECTORS.items() if vectors}
-    held = test.take(np.flatnonzero(~test.labels[PERTURBATION].isin(set(train.labels[PERTURBATION]))))
+    seen = pd.MultiIndex.from_frame(train.labels)
+    held = test.take(np.flatnonzero(~pd.MultiIndex.from_frame(test.labels).isin(seen)))
     if not len(held):
         raise ValueError("every perturbation of the test cells has training cells: none is held out")
     test_cells = held.labels[PERTURBATION].value_counts().to_dict()

@@ -1,7 +1,7 @@
 """Write the tables and the dot plot of a study of held-out perturbations.
 
 ``study`` is the head of zero_shot.json: dataset, kind of split, vectors (None where only learned ones are there),
-held_out labels of each split, trained models (the first is compared with all others), sampling_seeds, versions and
+held_out labels of each split, trained models (the first is compared with all others), trainings, versions and
 command. ``rows`` are those of results.json, each with its split.
 """
 
@@ -63,11 +63,11 @@ def study_markdown(study: Study, rows: Sequence[Row]) -> str:
     parts = [
         f"# {study['dataset']}: {study['kind']}",
         f"Command: `{study['command']}`",
-        f"Held out ({len(study['held_out'])} splits; in each, every model is trained anew, with the split's number as "
-        f"its seed): {splits}.{from_where}",
+        f"Held out ({len(study['held_out'])} splits; in each, every model is trained {study['trainings']} times): "
+        f"{splits}.{from_where}",
         f"Protocol `log`, each condition by itself. The real cells of a condition were halved {FLOOR_DRAWS} times: "
-        f"one half is what everything is compared with, the other is the floor. {study['sampling_seeds']} samples of "
-        f"each trained model take turns. Cells on each side of a comparison: {min(sizes)} to {max(sizes)}, median "
+        f"one half is what everything is compared with, the other is the floor. A sample of each training takes "
+        f"turns. Cells on each side of a comparison: {min(sizes)} to {max(sizes)}, median "
         f"{np.median(sizes):.0f}. Control cells in Pearson delta are all real ones; as both shifts share their noise, "
         "predicting nothing is not exactly 0.",
         study_tables(study, rows),

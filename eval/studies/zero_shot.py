@@ -48,15 +48,16 @@ def main(
     control: str | None = None,
     cell_type_key: str | None = None,
     covariate_keys: str = "",
-    split: Literal["held-out-perturbations", "held-out-combinations"] = "held-out-perturbations",
+    split: Literal["held-out-perturbations", "held-out-combinations", "few-shot"] = "held-out-perturbations",
     held_out: tuple[str, ...] = (),
+    held_out_cell_type: str | None = None,
     num_splits: int = 3,
     test_fraction: float = 0.2,
     vectors: str | None = None,
     learned: bool = True,
     config: Path | None = None,
     max_steps: int | None = None,
-    sampling_seeds: int = 3,
+    trainings: int = 3,
     dataset: str | None = None,
 ) -> Path:
     """Hold perturbations out, train with each kind of vectors, and score the held-out cells.
@@ -75,6 +76,7 @@ def main(
         split: What is held out, as in dcm-convert.
         held_out: Labels of each split, separated by commas, as in --held-out A,B C,D for two splits; default a random
             share --test-fraction of the labels in each of --num-splits splits.
+        held_out_cell_type: Cell type in which few-shot holds them out; the others are seen with them.
         num_splits: Number of random splits, unless --held-out names them.
         test_fraction: Share of the labels in a random split.
         vectors: Where vectors come from: coexpression, or a file with vectors by name; default none, and only the
@@ -82,7 +84,7 @@ def main(
         learned: Train a model with learned vectors, too.
         config: YAML file with options of training.
         max_steps: Steps of each training; default what --config says.
-        sampling_seeds: How often each model draws the test cells' conditions.
+        trainings: How often each model is trained in a split, from seeds 0, 1, ...; each draws test cells once.
         dataset: The data set's name; default that of the file.
 
     Raises:
@@ -94,13 +96,13 @@ def main(
     absent = [path for path in (source, *([config] if config else [])) if not path.is_file()]
     if absent:
         raise FileNotFoundError(f"no file {str(absent[0])!r}; expected an h5ad file, and the one that --config names")
-    for name, value in {"num-splits": num_splits, "sampling-seeds": sampling_seeds}.items():
+    for name, value in {"num-splits": num_splits, "trainings": trainings}.items():
         if value < 1:
             raise ValueError(f"--{name} {value}: expected at least 1")
     if vectors is None and not learned:
         raise ValueError("--no-learned without --vectors leaves no model to train; pass --vectors")
     conversion = {"perturbation_key": perturbation_key, "control": control, "cell_type_key": cell_type_key}
-    conversion |= {"covariate_keys": covariate_keys, "split": split}
+    conversion |= {"covariate_keys": covariate_keys, "split": split, "held_out_cell_type": held_out_cell_type}
     chosen = [{"held_out": labels} for labels in held_out] or [{"test_fraction": test_fraction}] * num_splits
     splits = [{**of_split, "split_seed": seed} for seed, of_split in enumerate(chosen)]
     facts = {
@@ -110,7 +112,7 @@ def main(
         "vectors": [vectors, sha256_of(Path(vectors)) if vectors and Path(vectors).is_file() else None],
         "learned": learned,
         "training": [read_config(config) if config else None, max_steps],
-        "sampling_seeds": sampling_seeds,
+        "trainings": trainings,
     }
     _check_same_study(out, facts)
     training = ["--config", str(config)] if config else []
@@ -125,13 +127,13 @@ def main(
         if not shards.exists():
             convert(source, out=shards, **conversion, **of_split)
         tables = _tables(folder / "tables", shards, vectors, learned=learned, seed=number)
-        for model, table in tables.items():
-            _train(folder / model, shards, table, [*training, "--seed", str(number)])
-        found = _scores(folder, list(tables), sampling_seeds)
+        for (model, table), seed in itertools.product(tables.items(), range(trainings)):
+            _train(folder / f"{model}_{seed}", shards, table, [*training, "--seed", str(seed)])
+        found = _scores(folder, list(tables), trainings)
         rows += [{"split": number, **row} for row in found]
         held.append(sorted({row["condition"] for row in found if row["condition"] is not None}))
     header = {"dataset": dataset or source.stem, "kind": split, "vectors": vectors, "held_out": held}
-    header |= {"models": list(tables), "sampling_seeds": sampling_seeds, "command": command}
+    header |= {"models": list(tables), "trainings": trainings, "command": command}
     _write(out, header | {"versions": versions_of(PACKAGES)}, rows)
     return out / "zero_shot.json"
 
@@ -222,7 +224,7 @@ def _train(checkpoint: Path, shards: Path, table: Path | None, options: list[str
     train(parse([*options, "--data", str(shards), "--out", str(checkpoint), "--resume", *embeddings]))
 
 
-def _scores(folder: Path, models: list[str], sampling_seeds: int) -> list[Row]:
+def _scores(folder: Path, models: list[str], trainings: int) -> list[Row]:
     """Draw the test cells' conditions from every model of a split, and score what was drawn."""
     from eval.comparison.baselines import FROM_VECTORS
     from eval.comparison.cells import read_comparison
@@ -233,10 +235,10 @@ def _scores(folder: Path, models: list[str], sampling_seeds: int) -> list[Row]:
     table = folder / "tables" / "source.safetensors"
     path, real, train_cells = folder / "scores.json", folder / "shards" / "test.h5ad", folder / "shards" / "train.h5ad"
     samples: dict[Path, str] = {}
-    for model, seed in itertools.product(models, range(sampling_seeds)):
+    for model, seed in itertools.product(models, range(trainings)):
         drawn = folder / "samples" / f"{model}_{seed}.h5ad"
         if not drawn.exists():
-            sample(str(folder / model), out=drawn, like=real, seed=seed)
+            sample(str(folder / f"{model}_{seed}"), out=drawn, like=real, seed=seed)
         samples[drawn] = model
     if not path.exists():
         reserved = (FLOOR, *(fit.__name__ for fit in BASELINES), *FROM_VECTORS)

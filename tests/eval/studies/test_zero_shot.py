@@ -115,7 +115,7 @@ def test_names_without_a_vector_get_columns_of_their_own_and_the_others_keep_the
 @pytest.fixture
 def study() -> dict:
     held_out = {"dataset": "cells", "kind": "held-out-perturbations", "held_out": [["a", "b"], ["c"]]}
-    drawn = {"vectors": "coexpression", "models": ["vectors", "shuffled"], "sampling_seeds": 3}
+    drawn = {"vectors": "coexpression", "models": ["vectors", "shuffled"], "trainings": 3}
     return held_out | drawn | {"versions": {}, "command": "python -m eval.studies.zero_shot cells.h5ad"}
 
 
@@ -158,7 +158,7 @@ def simulated(folder: Path, **sizes: int) -> dict:
     simulate(folder / "cells.h5ad", num_genes=30, num_cell_types=1, num_pairs=0, **sizes)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     options = {"out": folder / "study", "perturbation_key": "perturbation", "config": folder / "tiny.yaml"}
-    options |= {"vectors": str(folder / "cells.perturbations.safetensors"), "num_splits": 1, "sampling_seeds": 1}
+    options |= {"vectors": str(folder / "cells.perturbations.safetensors"), "num_splits": 1, "trainings": 1}
     return {"source": folder / "cells.h5ad", **options}
 
 
@@ -193,8 +193,8 @@ def test_a_study_writes_its_files_and_goes_on_where_it_stopped(tmp_path, monkeyp
     zero_shot(**options)
     assert written.read_bytes() == before
     assert capsys.readouterr().out == printed
-    with pytest.raises(ValueError, match="holds a study that differs in sampling_seeds"):
-        zero_shot(**{**options, "sampling_seeds": 3})
+    with pytest.raises(ValueError, match="holds a study that differs in trainings"):
+        zero_shot(**{**options, "trainings": 3})
     with pytest.raises(ValueError, match="holds a study that differs in learned"):
         zero_shot(**{**options, "learned": not options.get("learned", True)})
 
@@ -212,7 +212,7 @@ def test_contradicting_options_are_refused(tmp_path):
     for wrong, message in (
         ({"vectors": None, "learned": False}, "leaves no model to train"),
         ({"num_splits": 0}, "--num-splits 0: expected at least 1"),
-        ({"sampling_seeds": 0}, "--sampling-seeds 0: expected at least 1"),
+        ({"trainings": 0}, "--trainings 0: expected at least 1"),
         ({"out": tmp_path}, "exists and holds no study"),
     ):
         with pytest.raises(ValueError, match=message):
