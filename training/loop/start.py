@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
-from transformers.utils import is_flash_attn_2_available
+from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK, lazy_import_flash_attention
+from transformers.utils import is_flash_attn_2_available, is_kernels_available
 
 from modeling_dcm import SIZES, DCMConfig, DCMForDenoising
 from modeling_dcm.conditioning_dcm import ANY
@@ -57,20 +58,33 @@ def open_cells(config: TrainConfig, split: str, tokenizer: DCMTokenizer) -> Cell
 
 
 def attention_implementation(config: TrainConfig, device: torch.device, mixed_precision: str) -> str:
-    """What ``attn`` says, or for ``auto`` the fastest implementation that is installed and fits.
+    """What ``attn`` says, or for ``auto`` the fastest implementation that is there and fits.
 
     Raises:
-        ValueError: flash attention was asked for and is not installed.
+        ValueError: flash attention was asked for and is not there.
     """
-    has_flash = is_flash_attn_2_available()
-    if config.attn == "auto":
-        fits = device.type == "cuda" and mixed_precision in ("bf16", "fp16")
-        return "flash_attention_2" if fits and has_flash else "sdpa"
-    if config.attn == "flash_attention_2" and not has_flash:
-        raise ValueError(
-            "attn='flash_attention_2', but it is not installed: pip install flash-attn, or take attn='sdpa'"
-        )
-    return config.attn
+    fits = device.type == "cuda" and mixed_precision in ("bf16", "fp16")
+    if config.attn in ("sdpa", "eager") or (config.attn == "auto" and not fits):
+        return config.attn.replace("auto", "sdpa")
+    reason = None if is_flash_attn_2_available() else _why_no_kernel()
+    if reason is None:
+        return "flash_attention_2"
+    if config.attn == "flash_attention_2":
+        raise ValueError(f"attn='flash_attention_2', but {reason}, or take attn='sdpa'")
+    logger.info("attention is PyTorch's own: %s", reason)
+    return "sdpa"
+
+
+def _why_no_kernel() -> str | None:
+    """Why flash attention's built kernel, which transformers takes from the Hub, can't be had here, in one line."""
+    if not is_kernels_available():
+        return "there is no flash attention: pip install 'transformers[kernels]' (or flash-attn, which has to be built)"
+    try:
+        lazy_import_flash_attention(FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"])
+    except Exception as error:  # of whatever kind: no network, or no kernel for this machine
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"its kernel can't be had from the Hub ({why}): run once with a network"
+    return None
 
 
 def build_tokenizer(config: TrainConfig) -> DCMTokenizer:

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -141,8 +142,29 @@ def test_attention_is_the_best_that_is_installed_and_fits(config, monkeypatch):
         monkeypatch.setattr("training.loop.start.is_flash_attn_2_available", lambda has_flash=has_flash: has_flash)
         assert attention_implementation(config, gpu, "bf16") == expected
     assert attention_implementation(config, gpu, "no") == attention_implementation(config, cpu, "bf16") == "sdpa"
-    with pytest.raises(ValueError, match="attn='flash_attention_2', but it is not installed"):
+    with pytest.raises(ValueError, match=r"attn='flash_attention_2', but there is no flash attention: pip install"):
         attention_implementation(replace(config, attn="flash_attention_2"), gpu, "bf16")
+
+
+def test_flash_attention_is_taken_from_the_hub_or_said_in_one_line_not_to_be_there(config, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    gpu, asked = torch.device("cuda"), []
+
+    def offline(repository):
+        asked.append(repository)
+        raise OSError("no network\nand a long story")
+
+    monkeypatch.setattr("training.loop.start.is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr("training.loop.start.is_kernels_available", lambda: True)
+    monkeypatch.setattr("training.loop.start.lazy_import_flash_attention", offline)
+    assert attention_implementation(config, gpu, "bf16") == "sdpa"
+    said = "its kernel can't be had from the Hub (no network): run once with a network"
+    assert caplog.messages == [f"attention is PyTorch's own: {said}"]
+    with pytest.raises(ValueError, match=re.escape(f"attn='flash_attention_2', but {said}, or take attn='sdpa'")):
+        attention_implementation(replace(config, attn="flash_attention_2"), gpu, "bf16")
+    monkeypatch.setattr("training.loop.start.lazy_import_flash_attention", asked.append)
+    assert attention_implementation(config, gpu, "bf16") == "flash_attention_2"
+    assert asked == ["kernels-community/flash-attn2"] * 3
 
 
 def batch_of(model, largest: int) -> dict[str, torch.Tensor]:
