@@ -126,6 +126,10 @@ class Cells:
                     yield self[rows]
             epoch, skip = epoch + 1, 0
 
+    def random_cells(self, among: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
+        """``number`` of the cells ``among`` (n,), or all where these are fewer, in random order."""
+        return rng.permutation(among)[:number]
+
     def csr(self, rows: Sequence[int] | None = None) -> csr_matrix:
         """Counts of some cells, or of the whole split (N, G), int32, before clipping; 0 where not measured."""
         rows = np.arange(len(self)) if rows is None else self._checked(rows)

@@ -23,6 +23,7 @@ from training.data.remote import open_shard
 from training.data.shards import COUNTS
 
 BLOCKS_IN_MEMORY = 4
+RANDOM_BLOCKS = 64  # at least, that random cells are of
 FILES_AT_ONCE = 16  # that are opened: from elsewhere each takes several requests
 
 
@@ -99,6 +100,18 @@ class StreamedCells(Cells):
         # of merged parts not all may have panels
         table = pa.concat_tables((table for _, table in opened), promote_options="default")
         return datasets.Features.from_arrow_schema(self._files[0].schema_arrow), table
+
+    def random_cells(self, among: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
+        """As :meth:`Cells.random_cells`, from a few of many blocks: each one is read for the sake of one of its cells.
+
+        Their cells were shuffled by the conversion, within its part of merged shards; blocks are of all parts.
+        """
+        num_blocks = len(self._places)
+        wanted = max(RANDOM_BLOCKS, -(-2 * number * num_blocks // len(self)))
+        if wanted < num_blocks:
+            chosen = rng.permutation(num_blocks)[:wanted]
+            among = among[np.isin(np.searchsorted(self._first_cells, among, side="right") - 1, chosen)]
+        return super().random_cells(among, number, rng)
 
     def _take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         blocks = np.searchsorted(self._first_cells, rows, side="right") - 1

@@ -147,10 +147,10 @@ def labelled_cells(model: DCMForDenoising, cells: Cells, control: int) -> Labell
     )
 
 
-def cell_states(model: DCMForDenoising, cells: Cells) -> torch.Tensor:
-    """States (N, E) of all cells, NaN where a gene was not measured."""
-    parts = []
-    for start in range(0, len(cells), STATE_BATCH):
-        batch = cells[list(range(start, min(start + STATE_BATCH, len(cells))))]
+def cell_states(model: DCMForDenoising, cells: Cells, rows: np.ndarray | None = None) -> torch.Tensor:
+    """States (n, E) of some cells, or of all, NaN where a gene was not measured."""
+    rows, parts = np.arange(len(cells)) if rows is None else rows, []
+    for start in range(0, len(rows), STATE_BATCH):
+        batch = cells[rows[start : start + STATE_BATCH]]
         parts.append(model.state(batch["input_ids"].long(), batch["library_size"]))
     return torch.cat(parts)

@@ -311,13 +311,15 @@ def compile_blocks(model: DCMForDenoising, backend: str = "inductor") -> None:
 
 STATISTIC_CELLS = 8192  # that components, dispersions and loadings are estimated on
 SHRINKAGE = 5.0  # cells' worth of evidence that a group of conditions has the mean state of the group above it
+STATE_CELLS = 1_000_000  # whose states are looked at, at most
 BANK_CELLS = 200_000  # states of training cells that a checkpoint keeps, at most
 
 
 def _statistic_cells(config: TrainConfig, cells: Cells) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the cells in which every gene was measured, and a random choice of them."""
     complete = np.flatnonzero(cells.measured.all(axis=1)[cells.panel])
-    return complete, np.sort(np.random.default_rng([config.seed, 77]).permutation(complete)[:STATISTIC_CELLS])
+    rng = np.random.default_rng([config.seed, 77])
+    return complete, np.sort(cells.random_cells(complete, STATISTIC_CELLS, rng))
 
 
 def chosen_state_dim(config: TrainConfig, cells: Cells) -> int:
@@ -362,9 +364,12 @@ def set_estimates(model: DCMForDenoising, config: TrainConfig, cells: Cells, sou
             take_state_map(source, model, cells.tokenizer)
         else:
             _set_state_map(model, counts, total)
-        states = cell_states(model, cells)
+        if len(complete) > STATE_CELLS:
+            others = cells.random_cells(complete, STATE_CELLS, np.random.default_rng([config.seed, 79]))
+            complete = np.union1d(rows, others)
+        states = cell_states(model, cells, complete)
         _set_state_source(model, config, cells, states, complete)
-        state = states[rows].numpy()
+        state = states[np.searchsorted(complete, rows)].numpy()
     if config.count_distribution == "nb":
         types = cells.conditions.get("cell_type_ids")
         types = torch.full((len(rows),), -1) if types is None else types[rows]
@@ -389,13 +394,13 @@ def _set_state_map(model: DCMForDenoising, counts: csr_matrix, total: np.ndarray
 
 
 def _set_state_source(
-    model: DCMForDenoising, config: TrainConfig, cells: Cells, state: torch.Tensor, complete: np.ndarray
+    model: DCMForDenoising, config: TrainConfig, cells: Cells, state: torch.Tensor, rows: np.ndarray
 ) -> None:
     """The mean state of each group of conditions, shrunk to that of the group above it, the mixture around them for
-    each cell type, and on request the states themselves."""
-    source, rows = model.state_source, torch.from_numpy(complete)
+    each cell type, and on request the states themselves; of the cells ``rows`` (n,) with states ``state`` (n, E)."""
+    source, rows = model.state_source, torch.from_numpy(rows)
     log_total = torch.log1p(cells.library_size[rows].double())
-    joint = torch.cat([state[rows, : config.state_dim].double(), log_total[:, None]], dim=1)  # (n, E)
+    joint = torch.cat([state[:, : config.state_dim].double(), log_total[:, None]], dim=1)  # (n, E)
     labels = [cells.conditions.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids")]
     labels = [None if ids is None else ids[rows] for ids in labels]
     keys = model.library_sizes.group_keys(len(joint), *labels)

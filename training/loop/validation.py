@@ -134,7 +134,7 @@ class Validation:
         """The first validation cells, and training cells of the same conditions as their floor."""
         rng, train = np.random.default_rng([self.config.seed, 0, FLOOR]), self.training_cells
         draws = [_alike(train, self.cells, number, rng) for _ in range(FLOOR_DRAWS)]
-        fitted = np.sort(rng.permutation(len(train))[:COMPONENT_CELLS])
+        fitted = np.sort(train.random_cells(np.arange(len(train)), COMPONENT_CELLS, rng))
         genes = _always_measured(self.cells, np.arange(number))
         genes &= _always_measured(train, np.concatenate([*draws, fitted]))
         if not genes.any():
@@ -215,7 +215,7 @@ def _log1p(counts) -> np.ndarray:
 def _alike(train: Cells, cells: Cells, number: int, rng: np.random.Generator) -> np.ndarray:
     """A training cell (number,) with the conditions of each of the first ``cells``, or any where there is none; each
     once as far as they go."""
-    pool = rng.permutation(len(train))[:FLOOR_POOL]
+    pool = train.random_cells(np.arange(len(train)), FLOOR_POOL, rng)
 
     def labels(of: Cells, rows: np.ndarray) -> list[tuple[int, ...]]:
         columns = [ids[rows].reshape(len(rows), -1) for ids in of.conditions.values()]

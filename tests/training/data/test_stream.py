@@ -90,6 +90,20 @@ def test_cells_of_many_blocks_are_taken_from_a_few_at_a_time(block_shards, strea
     assert len(streamed._blocks) == stream.BLOCKS_IN_MEMORY
 
 
+def test_random_cells_are_of_few_blocks_and_where_there_are_few_those_of_memory_mapped_cells(
+    block_shards, streamed, read, monkeypatch
+):
+    among = np.arange(10, len(streamed))
+    same = open_cells(block_shards, "train").random_cells(among, 20, np.random.default_rng(3))
+    assert (streamed.random_cells(among, 20, np.random.default_rng(3)) == same).all()
+    monkeypatch.setattr(stream, "RANDOM_BLOCKS", 3)
+    rows = streamed.random_cells(among, 20, np.random.default_rng(3))
+    assert len(set(rows.tolist())) == 20
+    assert rows.min() >= 10
+    streamed.csr(np.sort(rows))
+    assert 1 < len(read) <= 3
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_damaged_shard_is_named(block_shards, tmp_path, monkeypatch, streaming):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
