@@ -3,7 +3,7 @@
     dcm-embed --perturbations shards/ --proteins proteins.fasta --model facebook/esm2_t33_650M_UR50D \\
         --out table.safetensors
     dcm-embed --perturbations shards/ --from coexpression --out table.safetensors
-    dcm-embed --perturbations shards/ --from vectors.pt --out table.safetensors
+    dcm-embed --perturbations shards/ --from genept.csv --from string.h5ad:X_pca --out table.safetensors
 
 Decides which names need a vector and where it comes from; `perturbations/` makes vectors of proteins and genes. A name
 without a vector is an error; with `--allow-missing` the table marks it, and training gives it a learned vector: none is
@@ -31,12 +31,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CACHE = "dcm-embed-cache"
+EXPRESSED_GENE = "gene that is in the panel and expressed by training controls"
 
 
 def main(
     perturbations: Path,
     out: Path,
-    source: Annotated[str, tyro.conf.arg(name="from")] = "proteins",
+    source: Annotated[tuple[str, ...], tyro.conf.arg(name="from"), tyro.conf.UseAppendAction] = (),
     proteins: Path | None = None,
     model: str = "facebook/esm2_t33_650M_UR50D",
     shards: Path | None = None,
@@ -49,8 +50,10 @@ def main(
     Args:
         perturbations: Whose names: a folder of shards, a checkpoint, or a text file with one name per line.
         out: The safetensors file to write; the vectors of proteins are also kept in a cache beside it.
-        source: Proteins (a language model's vectors of protein sequences), coexpression (of the name's gene among
-            training controls), or a file with vectors by name: safetensors, or a .pt dictionary.
+        source: Proteins (a language model's vectors of protein sequences; the default), coexpression (of the name's
+            gene among training controls), or a file with vectors by name: safetensors, .npz, .json, .pt, .csv, .tsv,
+            .parquet, or .h5ad, of which FILE.h5ad:KEY takes obsm[KEY] instead of X. Several, each after a --from of its
+            own, are whitened and joined, and what one lacks is marked.
         proteins: FASTA file; a record belongs to a name by GN= or gene_symbol: in its header, else by its id.
         model: transformers' EsmModel: local folder, or name on the Hub.
         shards: Folder of shards with the controls of coexpression; default the one of --perturbations.
@@ -69,43 +72,67 @@ def main(
     """
     if out.is_dir():
         raise ValueError(f"--out {str(out)!r} is a folder; expected the name of a safetensors file to write")
-    if (proteins is not None) != (source == "proteins"):
+    sources = (source,) if isinstance(source, str) else source or ("proteins",)
+    if (proteins is not None) != ("proteins" in sources):
         raise ValueError(
-            f"--proteins is {proteins} with --from {source}; expected a FASTA file with --from proteins, and only then "
-            "(--from coexpression needs none)"
+            f"--proteins is {proteins} with --from {' --from '.join(sources)}; expected a FASTA file with --from "
+            "proteins, and only then (--from coexpression needs none)"
         )
     for option, path in (("proteins", proteins), ("shards", shards)):
         if path is not None and not path.exists():
             raise FileNotFoundError(f"--{option}: no file or folder {str(path)!r}")
-    if source not in ("proteins", "coexpression") and not Path(source).is_file():
-        raise FileNotFoundError(f"no file {source!r}; --from expects proteins, coexpression, or a file with vectors")
+    for name in sources:
+        if name not in ("proteins", "coexpression") and not _file_and_key(name)[0].is_file():
+            raise FileNotFoundError(f"no file {name!r}; --from expects proteins, coexpression, or a file with vectors")
     names = perturbation_names(perturbations)
     logger.info("perturbations: %d", len(names))
     seen = seen_in_training(perturbations)
-    about: dict[str, object] = {"from": source}
-    if source == "proteins":
-        found = _proteins_of(names, proteins)
-        missing = _missing(names, found, f"protein in {str(proteins)!r}", seen, allowed=allow_missing)
-        from training.perturbations.protein_language_model import ProteinEncoder, embed_proteins
+    from training.perturbations.table import joined, write_table
 
-        encoder = ProteinEncoder.load(model, batch_tokens=batch_tokens)
-        by_sequence = embed_proteins([p.sequence for p in found.values()], encoder, out.parent / CACHE)
-        table = {name: by_sequence[protein.sequence] for name, protein in found.items()}
-        about |= {"model": model, "fingerprint": encoder.fingerprint(), "proteins": proteins.name}
-        about["records"] = {name: protein.record for name, protein in sorted(found.items())}
-    elif source == "coexpression":
-        table = _by_name(names, _coexpression(shards or perturbations, components))
-        what = "gene that is in the panel and expressed by training controls"
-        missing = _missing(names, table, what, seen, allowed=allow_missing)
-    else:
-        from training.perturbations.table import read_vectors
-
-        table = _by_name(names, read_vectors(Path(source)))
-        missing = _missing(names, table, f"vector in {source!r}", seen, allowed=allow_missing)
-    from training.perturbations.table import write_table
-
+    about: dict[str, object] = {"from": sources[0] if len(sources) == 1 else list(sources)}
+    tables = {}
+    for name in sources:
+        if name == "proteins":
+            tables[name], of_proteins = _of_proteins(names, proteins, model, batch_tokens, out.parent / CACHE)
+            about |= of_proteins
+        elif name == "coexpression":
+            tables[name] = _by_name(names, _coexpression(shards or perturbations, components))
+        else:
+            tables[name] = _by_name(names, _of_file(name))
+    what = {"proteins": f"protein in {str(proteins)!r}", "coexpression": EXPRESSED_GENE}
+    missing_in = " or ".join(what.get(name, f"vector in {name!r}") for name in sources)
+    found = {name: None for table in tables.values() for name in table}
+    missing = _missing(names, found, missing_in, seen, allowed=allow_missing)
+    table = next(iter(tables.values())) if len(tables) == 1 else joined(list(tables.values()))
     write_table(table, out, about, missing)
+    if seen is not None:
+        _log_what_they_tell(perturbations, tables | ({"all of them": table} if len(tables) > 1 else {}))
     return out
+
+
+def _file_and_key(source: str) -> tuple[Path, str | None]:
+    """File and key of obsm that ``FILE.h5ad:KEY`` names; None for another file."""
+    file, colon, key = source.rpartition(".h5ad:")
+    return (Path(f"{file}.h5ad"), key) if colon else (Path(source), None)
+
+
+def _of_file(source: str) -> dict[str, "torch.Tensor"]:
+    from training.perturbations.table import read_vectors
+
+    return read_vectors(*_file_and_key(source))
+
+
+def _log_what_they_tell(folder: Path, tables: Mapping[str, Mapping[str, "torch.Tensor"]]) -> None:
+    """Log how far the vectors of training perturbations tell each other's effects, leaving one out at a time."""
+    from training.data.loader import Cells
+    from training.loop.effects import leave_one_out
+
+    cells = Cells(folder, "train")
+    for name, table in tables.items():
+        found = leave_one_out(cells, table)
+        if found is not None:
+            said = "%s: leaving one of %d training perturbations out, %.0f %% of what the mean effect leaves remains"
+            logger.info(said, name, found[0], 100 * found[1])
 
 
 def perturbation_names(source: Path) -> list[str]:
@@ -138,6 +165,22 @@ def perturbation_names(source: Path) -> list[str]:
     if not names:
         raise ValueError(f"{str(source)!r} names no perturbation; there is nothing to embed")
     return sorted(names)
+
+
+def _of_proteins(
+    names: list[str], fasta: Path, model: str, batch_tokens: int, cache: Path
+) -> tuple[dict[str, "torch.Tensor"], dict[str, object]]:
+    """Vectors of the proteins of names that have one, and what is said of them."""
+    from training.perturbations.protein_language_model import ProteinEncoder, embed_proteins
+
+    found = _proteins_of(names, fasta)
+    if not found:
+        return {}, {}
+    encoder = ProteinEncoder.load(model, batch_tokens=batch_tokens)
+    by_sequence = embed_proteins([p.sequence for p in found.values()], encoder, cache)
+    about = {"model": model, "fingerprint": encoder.fingerprint(), "proteins": fasta.name}
+    about["records"] = {name: protein.record for name, protein in sorted(found.items())}
+    return {name: by_sequence[protein.sequence] for name, protein in found.items()}, about
 
 
 def _proteins_of(names: list[str], fasta: Path) -> dict[str, "Protein"]:

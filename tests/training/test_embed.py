@@ -1,9 +1,11 @@
 """Properties of dcm-embed: every name gets its vector or is named, nothing is invented, and training hears of it."""
 
+import json
 from pathlib import Path
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
@@ -74,15 +76,51 @@ def test_a_name_without_a_protein_is_an_error_or_marked_and_never_zeros(esm_fold
         train(tiny_training(shards, tmp_path / "checkpoint", perturbation_embeddings=out))
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def written(vectors: dict[str, torch.Tensor], path: Path) -> str:
+    """A file of the kind that its name says, and what --from is given."""
+    frame = pd.DataFrame({name: vector.numpy() for name, vector in vectors.items()}).T
+    if path.suffix == ".h5ad":
+        anndata.AnnData(frame.to_numpy() * 0, obs=frame[[]], obsm={"X_gene": frame.to_numpy()}).write_h5ad(path)
+        return f"{path}:X_gene"
+    {
+        ".pt": lambda: torch.save(vectors, path),
+        ".safetensors": lambda: save_file(vectors, path),
+        ".npz": lambda: np.savez(path, **{name: vector.numpy() for name, vector in vectors.items()}),
+        ".json": lambda: path.write_text(json.dumps({name: vector.tolist() for name, vector in vectors.items()})),
+        ".csv": lambda: frame.to_csv(path),
+        ".tsv": lambda: frame.to_csv(path, sep="\t"),
+        ".parquet": lambda: frame.set_axis([f"c{i}" for i in frame], axis=1).to_parquet(path),
+    }[path.suffix]()
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".npz", ".json", ".csv", ".tsv", ".parquet", ".h5ad"])
 def test_vectors_of_a_file_are_taken_by_name(shards, perturbation_table, tmp_path, suffix):
     vectors = load_file(perturbation_table)
     more = {**vectors, "control": torch.ones(4), "NOT_ASKED_FOR": torch.ones(4)}
-    path = tmp_path / f"vectors{suffix}"
-    torch.save(more, path) if suffix == ".pt" else save_file(more, path)
-    table = load_file(main(shards, tmp_path / "table.safetensors", str(path)))
+    source = written(more, tmp_path / f"vectors{suffix}")
+    table = load_file(main(shards, tmp_path / "table.safetensors", source))
     assert table.keys() == vectors.keys()
-    assert all(torch.equal(table[name], vector) for name, vector in vectors.items())
+    for name, vector in vectors.items():
+        torch.testing.assert_close(table[name], vector)
+
+
+def test_several_tables_are_whitened_and_joined_and_what_one_lacks_is_marked(
+    shards, perturbation_table, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    vectors = load_file(perturbation_table)
+    first, *rest = sorted(vectors)
+    part = {name: 7 * vectors[name][:3] for name in rest}
+    sources = (written(vectors, tmp_path / "a.csv"), written(part, tmp_path / "b.npz"))
+    table = load_file(main(shards, tmp_path / "table.safetensors", sources))
+    matrix = torch.stack([table[name] for name in (first, *rest)])
+    assert torch.equal(matrix[:, -1], torch.tensor([0.0, 1, 1]))
+    assert not matrix[0, 3:].any()  # the second table has a component for its two names, and the mark
+    for columns, rows in ((matrix[:, :2], 3), (matrix[1:, 3:-1], 2)):
+        assert columns.square().sum() / rows == pytest.approx(1)
+        torch.testing.assert_close(columns.sum(dim=0), torch.zeros(columns.shape[1]), atol=1e-6, rtol=0)
+    assert "all of them: leaving one of 3 training perturbations out" in caplog.text
 
 
 class Attack:
@@ -103,10 +141,10 @@ def test_files_that_would_run_code_or_hold_vectors_that_cannot_be_used_are_refus
     with pytest.raises(ValueError, match=r"the table holds vectors of lengths \[4, 5\]"):
         main(shards, out, str(path))
     torch.save(torch.ones(3), tmp_path / "tensor.pt")
-    with pytest.raises(ValueError, match="holds Tensor; expected a dictionary of names and tensors"):
+    with pytest.raises(ValueError, match=r"tensor.pt.* cannot be read .*expected safetensors, .npz"):
         main(shards, out, str(tmp_path / "tensor.pt"))
     torch.save({"A": Attack(tmp_path / "ran")}, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match=r"cannot be read .*expected safetensors, or a \.pt dictionary of tensors"):
+    with pytest.raises(ValueError, match=r"cannot be read .*expected safetensors, \.npz"):
         main(shards, out, str(tmp_path / "bad.pt"))
     assert not (tmp_path / "ran").exists()
     assert not out.exists()

@@ -4,6 +4,7 @@ A cell is told what the other half of the training cells says, or, for a share o
 perturbations if no cell had them. Letters: B cells, G genes, K kinds of gene effects, R rows, T cell types.
 """
 
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 
 import numpy as np
@@ -13,11 +14,13 @@ from modeling_dcm import DCMForDenoising
 from modeling_dcm.count_distribution_dcm import LOWEST_MEAN
 from modeling_dcm.state_dcm import PerturbationEffects
 from training.data.loader import Cells
+from training.data.statistics import read_statistics
 from training.loop.estimates import state_effect
 from training.perturbations.effects import FOLDS, Effects, LabelledCells, estimate_effects
 
 PREDICTED_SHARE = 0.2  # of cells that are told a predicted effect
 STATE_BATCH = 512
+TYPICAL_SIZE = 2.0  # r of a negative binomial, where no network has estimated it
 
 
 def fold_of(library_size: torch.Tensor) -> torch.Tensor:
@@ -104,46 +107,83 @@ def training_effects(model: DCMForDenoising, cells: Cells) -> TrainingEffects | 
     return TrainingEffects(store, model.target_gene_ids.clone(), found)
 
 
+def leave_one_out(cells: Cells, vectors: Mapping[str, torch.Tensor]) -> tuple[int, float] | None:
+    """How far ``vectors`` of training perturbations tell each other's effects on genes: how many have one, and what is
+    left of the squared error of the mean effect, leaving one out at a time.
+
+    None with fewer than three of them, or where there is nothing to compare with.
+    """
+    tokenizer = cells.tokenizer
+    if tokenizer.control is None or not tokenizer.perturbations:
+        return None
+    statistics = read_statistics(cells.folder)
+    histogram = statistics.histogram(tokenizer)
+    mean = (histogram @ np.arange(histogram.shape[1]) / np.maximum(histogram.sum(axis=1), 1))[None]  # of count ids
+    if tokenizer.cell_types:
+        totals, number = statistics.cell_type_totals(tokenizer, mean[0])
+        mean = np.concatenate([totals / np.maximum(number, 1)[:, None], mean])
+    size = np.full((1, mean.shape[1]), TYPICAL_SIZE, dtype=np.float32)
+    control = tokenizer.perturbations.index(tokenizer.control)
+    table = {tokenizer.perturbations.index(name): v for name, v in vectors.items() if name in tokenizer.perturbations}
+    found = estimate_effects(labelled(cells, control, mean.astype(np.float32), size), table)
+    return None if found is None or found.error is None else (found.num_known, found.error)
+
+
 def labelled_cells(model: DCMForDenoising, cells: Cells, control: int) -> LabelledCells:
     """The training cells as effects are estimated from them, with what ``model`` started at."""
-    store, config, N = model.effects, model.config, len(cells)
+    store, config = model.effects, model.config
+    mean, size = model.totals.gene_mean.numpy(), model.head.log_size[: len(store.genes)].exp().numpy()
+    if not config.state_dim:
+        return labelled(cells, control, mean, size)
+    raw = cell_states(model, cells)
+    state = torch.cat([raw[:, : config.state_dim].double(), torch.log1p(cells.library_size.double())[:, None]], dim=1)
+
+    def factor(rows: np.ndarray) -> np.ndarray:
+        return state_effect(store.loading.numpy(), torch.nan_to_num(raw[rows]).numpy())
+
+    return labelled(cells, control, mean, size, state.numpy(), factor)
+
+
+def labelled(
+    cells: Cells,
+    control: int,
+    gene_mean: np.ndarray,
+    size: np.ndarray,
+    state: np.ndarray | None = None,
+    factor: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> LabelledCells:
+    """The training cells with mean counts by cell type (T + 1, G), the last row of all cells, and r (K, G); ``factor``
+    of some rows (n, G) is that of the state (N, E) on means."""
+    N = len(cells)
     missing = torch.full((N,), -1)
     types = cells.conditions.get("cell_type_ids", missing)
     ids = cells.conditions["perturbation_ids"]
     others = ids.masked_fill(ids == control, -1).sort(dim=1, descending=True).values
     covariates = cells.conditions.get("covariate_ids", missing[:, None])
     context = torch.cat([types[:, None], covariates], dim=1).unique(dim=0, return_inverse=True)[1]
-    state, raw = None, None
-    if config.state_dim:
-        raw = cell_states(model, cells)
-        log_total = torch.log1p(cells.library_size.double())
-        state = torch.cat([raw[:, : config.state_dim].double(), log_total[:, None]], dim=1).numpy()
 
     def counts(rows: np.ndarray) -> np.ndarray:
         return cells.csr(rows).toarray().astype(np.float32)
 
     def expected(rows: np.ndarray) -> np.ndarray:
-        mean = model.totals.mean(torch.arange(config.num_genes).expand(len(rows), -1), types[rows]).numpy()
+        mean = gene_mean[types[rows].numpy()]  # -1 is the last row
         absent = cells.not_measured(rows)
         mean = mean if absent is None else np.where(absent, 0, mean)
         depth = (cells.library_size[rows].numpy() + 1) / (mean.sum(axis=1) + 1)
         whole = np.maximum(mean * depth[:, None], LOWEST_MEAN).astype(np.float32)
-        if raw is None:
-            return whole[None]
-        known = torch.nan_to_num(raw[rows]).numpy()
-        return np.stack([whole, whole * state_effect(store.loading.numpy(), known)])
+        return whole[None] if factor is None else np.stack([whole, whole * factor(rows)])
 
     return LabelledCells(
         counts=counts,
         expected=expected,
-        size=model.head.log_size[: len(store.genes)].exp().numpy(),
+        size=size,
         state=state,
         types=types.numpy(),
         context=context.numpy(),
         ids=others.numpy(),
         is_control=((ids == control).any(dim=1) & (others < 0).all(dim=1)).numpy(),
         fold=fold_of(cells.library_size).numpy(),
-        num_types=config.num_cell_types,
+        num_types=len(gene_mean) - 1,
     )
 
 
