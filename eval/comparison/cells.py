@@ -181,6 +181,8 @@ def read_comparison(
     by_model: dict[str, list[CellCounts]] = {}
     for path, file in files.items():
         cells = from_anndata(file, name=str(path), **options)
+        if len(cells) < 2:
+            raise ValueError(f"{str(path)!r} has 1 cell; expected two or more")
         if not set(cells.rows_by_condition) & set(real_cells.rows_by_condition):
             raise ValueError(
                 f"{str(path)!r} has none of the conditions of {str(real)!r} (columns {', '.join(conditions)}); it has "

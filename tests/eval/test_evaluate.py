@@ -285,6 +285,7 @@ def test_all_four_protocols_in_one_run(folder, tmp_path):
         (lambda a: a[:, 3:].copy(), r"lacks 3 of the 30 genes of the real cells \(GENE0000, GENE0001, GENE0002\)"),
         (lambda a: setattr(a, "var_names", ["GENE0000"] * 2 + list(a.var_names[2:])), "1 duplicate gene names"),
         (lambda a: a.obs.pop("perturbation"), r"has no obs column 'perturbation'; it has cell_type;"),
+        (lambda a: a[:1].copy(), "changed.h5ad' has 1 cell; expected two or more"),
         (lambda a: a.uns.pop("generator"), r"does not say what generated it .* pass --name NAME"),
         (lambda a: a.uns.update(generator="floor"), "a row of every table; pass --name"),
         (lambda a: a.obs.__setitem__("cell_type", "hela"), "has none of the conditions of"),
