@@ -113,7 +113,7 @@ def sampling(
 
     from eval.benchmarks import sampling as measured
     from eval.benchmarks.costs import device_name
-    from eval.drawing.checkpoint import load_checkpoint
+    from eval.drawing.checkpoint import cast_weights, load_checkpoint
     from eval.reports.tables import markdown_table
 
     model, tokenizer = load_checkpoint(checkpoint)
@@ -125,7 +125,7 @@ def sampling(
         logger.info("%d of the %d cells of %s, a random choice", wanted, len(real_cells), real)
         real_cells = real_cells.thinned(wanted, np.random.default_rng(0))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device, getattr(torch, dtype)).eval()
+    cast_weights(model.to(device).eval(), dtype)
     conditions = tokenizer.condition_ids(real_cells.labels)
     sampled = measured.Sampled(model, tokenizer, conditions, real_cells, seeds, batch_size, train_cells)
     rows = measured.benchmark_sampling(sampled, num_naive=naive_cells)

@@ -125,6 +125,14 @@ def load_checkpoint(checkpoint: str) -> tuple[DCMForDenoising, DCMTokenizer]:
     return model, tokenizer
 
 
+def cast_weights(model: DCMForDenoising, dtype: str) -> None:
+    """Give a model's weights another precision; the buffers, statistics of the training cells, stay exact."""
+    import torch
+
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+
+
 def _read_json(checkpoint: str, name: str) -> dict:
     return json.loads(read_text(Path(checkpoint, name)))
 

@@ -18,6 +18,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from eval.drawing.checkpoint import cast_weights
 from eval.drawing.chunks import ChunkFiles
 from eval.drawing.measured import read_obs
 from modeling_dcm import DCMForDenoising
@@ -66,9 +67,7 @@ def draw_cells(
     request = {"num_cells": num_cells, **sampling, "device": state.device.type}
     request |= {"checkpoint_sha256": _sha256(weights_and_names), "conditions_sha256": _sha256(asked)}
     files = ChunkFiles(out, request, num_cells=num_cells, batch_size=options["batch_size"])
-    model.to(state.device)
-    for parameter in model.parameters():  # the buffers, statistics of the training cells, stay exact
-        parameter.data = parameter.data.to(getattr(torch, dtype))
+    cast_weights(model.to(state.device), dtype)
     asked |= options
     _refuse_what_does_not_fit(model, asked)
     _draw_chunks(model, tokenizer, asked, files, state, fresh=fresh)
