@@ -38,17 +38,11 @@ class Panels:
 
 @dataclass(frozen=True)
 class MergedLabels:
-    """Labels of shards that several conversions wrote, each of which numbered its own labels.
+    """Labels of shards that several conversions wrote, each of which numbered its own labels."""
 
-    Attributes:
-        labels: name of each condition, and ``panel`` where files measured different genes, to the labels of all parts.
-        largest_count: that any shard has room for.
-        parts: what the names of a part's files begin with to what ``labels`` is of it.
-    """
-
-    labels: dict[str, list[str]]
-    largest_count: int
-    parts: dict[str, dict[str, list[str]]]
+    labels: dict[str, list[str]]  # of all parts, by condition; and ``panel`` where files measured different genes
+    largest_count: int  # that any shard has room for
+    parts: dict[str, dict[str, list[str]]]  # what the names of a part's files begin with -> its own ``labels``
 
     @classmethod
     def read(cls, folder: Path) -> "MergedLabels | None":

@@ -231,15 +231,10 @@ def read_statistics(folder: Path) -> "Statistics":
 @dataclass(frozen=True)
 class Statistics:
     """What the file says; methods give it for the vocabulary of a ``tokenizer``, which may have its names in another
-    order, more labels, larger counts or fewer conditions.
+    order, more labels, larger counts or fewer conditions."""
 
-    Attributes:
-        tensors: by the names above.
-        vocabulary: of their ids.
-    """
-
-    tensors: dict[str, np.ndarray]
-    vocabulary: dict[str, object]
+    tensors: dict[str, np.ndarray]  # by the names above
+    vocabulary: dict[str, object]  # of their ids
 
     def histogram(self, tokenizer: DCMTokenizer) -> np.ndarray:
         """How many of the cells that measured a gene have each of its count ids (G, K+1)."""

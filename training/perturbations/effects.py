@@ -27,31 +27,18 @@ DAMPING_CELLS = 0.1  # evidence, as a share of that of the sums, that sums are r
 
 @dataclass(frozen=True)
 class LabelledCells:
-    """Training cells as this module reads them.
+    """N training cells as this module reads them."""
 
-    Attributes:
-        counts: of some rows, (n, G) dense.
-        expected: means of some rows by kind (K, n, G), of all cells of the type at this depth (and state).
-        size: r (K, G) of the negative binomial.
-        state: (z, log1p(total)) of all N cells (N, E), NaN where not known; None without a state.
-        types: (N,) cell type, -1 not given; one number less than ``num_types``.
-        context: (N,) number of cell type and covariates.
-        ids: (N, W) perturbations in descending order, without the control; -1 is padding.
-        is_control: (N,) whether it is a control cell; the others without perturbation are left out.
-        fold: (N,) which half the cell is in.
-        num_types: T.
-    """
-
-    counts: Callable[[np.ndarray], np.ndarray]
-    expected: Callable[[np.ndarray], np.ndarray]
-    size: np.ndarray
-    state: np.ndarray | None
-    types: np.ndarray
-    context: np.ndarray
-    ids: np.ndarray
-    is_control: np.ndarray
-    fold: np.ndarray
-    num_types: int
+    counts: Callable[[np.ndarray], np.ndarray]  # of some rows, (n, G) dense
+    expected: Callable[[np.ndarray], np.ndarray]  # means (K, n, G) of all cells of the type at this depth (and state)
+    size: np.ndarray  # r (K, G) of the negative binomial
+    state: np.ndarray | None  # (z, log1p(total)) of all cells (N, E), NaN where not known; None without a state
+    types: np.ndarray  # (N,) cell type, -1 not given; one number less than ``num_types``
+    context: np.ndarray  # (N,) number of cell type and covariates
+    ids: np.ndarray  # (N, W) perturbations in descending order, without the control; -1 is padding
+    is_control: np.ndarray  # (N,) whether it is a control cell; the others without perturbation are left out
+    fold: np.ndarray  # (N,) which half the cell is in
+    num_types: int  # T
 
 
 @dataclass(frozen=True)
