@@ -232,6 +232,6 @@ def state_mixture(residuals: np.ndarray, num_components: int, seed: int) -> tupl
     if n < 2:
         log_weight[0] = 0.0
         return log_weight, location, np.eye(E)
-    fit = GaussianMixture(M, covariance_type="tied", reg_covar=1e-2, random_state=seed).fit(residuals)
+    fit = GaussianMixture(M, covariance_type="tied", reg_covar=1e-2, max_iter=500, random_state=seed).fit(residuals)
     log_weight[:M], location[:M] = np.log(fit.weights_), fit.means_
     return log_weight, location, np.linalg.cholesky(fit.covariances_)
