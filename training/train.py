@@ -5,9 +5,10 @@
 
 One process or many, CPU or GPU: what `accelerate config` chose. Order of cells, noise and label dropout are keyed by
 (seed, index of the batch) and the row in the global batch, so processes that share one global batch do what a single
-process would do with all of it, on the same kind of device. Writes `OUT/model.safetensors` (averaged weights) with configuration and tokenizer,
-`OUT/training.jsonl` and its picture, and states to resume from under `OUT/checkpoints/`; on SIGTERM and Ctrl-C it saves
-a state and exits with code 75. Knows nothing of how cells are stored (`training/data/`) or drawn (`modeling_dcm/`).
+process would do with all of it, on the same kind of device. Writes `OUT/model.safetensors` (averaged weights) with
+configuration and tokenizer, `OUT/training.jsonl` and its picture, and states to resume from under `OUT/checkpoints/`;
+on SIGTERM and Ctrl-C it saves a state and exits with code 75. Knows nothing of how cells are stored (`training/data/`)
+or drawn (`modeling_dcm/`).
 """
 
 import logging
