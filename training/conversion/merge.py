@@ -43,11 +43,12 @@ class Part:
 
     @cached_property
     def description(self) -> dict[str, object]:
-        """Its ``split.json``."""
+        """Its ``split.json``, with numbers of cells in the place of their names, which are many."""
         path = self.folder / "split.json"
         if not path.is_file():
             raise FileNotFoundError(f"no split.json in {str(self.folder)!r}; expected a folder that dcm-convert wrote")
-        return json.loads(path.read_text(encoding="utf-8"))
+        said = json.loads(path.read_text(encoding="utf-8"))
+        return {**said, "cells": {split: len(names) for split, names in said["cells"].items()}}
 
     @cached_property
     def tokenizer(self) -> DCMTokenizer:
@@ -107,7 +108,7 @@ def merge_shards(folders: Sequence[Path], out: Path) -> dict[str, object]:
     of_parts = [part.statistics for part in parts]
     statistics = merged_statistics(of_parts, tokenizer, cells.library_size.numpy(), conditions, **known)
     write_statistics(out / STATISTICS, statistics, vocabulary_of(tokenizer))
-    numbers = {split: [len(part.description["cells"][split]) for part in parts] for split in SPLITS}
+    numbers = {split: [part.description["cells"][split] for part in parts] for split in SPLITS}
     description = {
         **{name: parts[0].description[name] for name in SAME if name in parts[0].description},
         "max_count": tokenizer.max_count,

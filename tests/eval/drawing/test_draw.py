@@ -113,6 +113,8 @@ def test_a_chunk_costs_the_same_whether_there_are_10_100_or_1000(trained, tmp_pa
     """In elements of tensors and in listings of a folder, with a network that says nothing."""
     monkeypatch.setattr(generation_dcm, "sample_counts", lambda denoise, x, **options: torch.zeros_like(x))
     monkeypatch.setattr(os, "fsync", lambda file: None)
+    monkeypatch.setattr(generation_dcm, "denoiser", lambda *arguments, **options: None)
+    monkeypatch.setattr(ChunkFiles, "merge", lambda files, annotations: None)
     listed, scandir = [], os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
     elements, listings = {}, {}
