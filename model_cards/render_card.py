@@ -92,6 +92,7 @@ def render(
     values = {
         **{name: str(facts[name]).strip() for name in FACTS},
         **{name: str(value) for name, value in own.items()},
+        "data": "\n\n".join([str(facts["data"]).strip(), *_numbers(facts)]),
         "usage": _usage(repo_id, example),
         "status": _status(facts, checkpoint, measured),
         "evaluation": _evaluation(measured, figures),
@@ -134,12 +135,35 @@ def read_facts(path: Path) -> dict[str, object]:
     missing = [name for name in FACTS if name not in facts or (not facts[name] and name not in may_be_empty)]
     if missing:
         raise ValueError(f"{str(path)!r} lacks facts for the card: {', '.join(missing)}")
-    unknown = sorted(set(facts) - {*FACTS, "plan", "panel_sha256"})
+    unknown = sorted(set(facts) - {*FACTS, "plan", "panel_sha256", "numbers"})
     if unknown:
         raise ValueError(f"{str(path)!r} has unknown facts {', '.join(unknown)}; expected {', '.join(FACTS)}, plan")
     if not isinstance(facts["example"], dict):
         raise ValueError(f"{str(path)!r}: example is {facts['example']!r}, expected a request of the pipeline")
     return facts
+
+
+def numbers_of(cells: Path) -> dict[str, object]:
+    """Return numbers for a card about its training cells, an h5ad that dcm-convert wrote: how many they are, their mean
+    library size, and the mean counts of the ten genes that are counted most."""
+    import numpy as np
+    import pandas as pd
+
+    from training.data.formats import read_counts
+
+    adata = read_counts(cells)
+    means = pd.Series(np.asarray(adata.X.mean(axis=0)).ravel(), adata.var_names).nlargest(10)
+    library_size = round(float(adata.X.sum() / adata.n_obs), 1)
+    return {"cells": adata.n_obs, "library_size": library_size, "mean_counts": means.round(3).to_dict()}
+
+
+def _numbers(facts: Mapping[str, object]) -> list[str]:
+    """Numbers about the training cells, by which anybody can check what the checkpoint draws, where they are given."""
+    numbers = facts.get("numbers")
+    if not numbers:
+        return []
+    said = f"{numbers['cells']:,} training cells, with {numbers['library_size']:,.0f} counts in the mean. Mean counts:"
+    return [said, _table(["gene", "mean count"], list(numbers["mean_counts"].items()))]
 
 
 def _planned(facts: Mapping[str, object]) -> dict[str, object]:

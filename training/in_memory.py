@@ -52,6 +52,7 @@ def fit(
         KeyboardInterrupt: training was stopped.
     """
     import datasets
+    import transformers
 
     from modeling_dcm import DCMForDenoising
     from tokenization import DCMTokenizer
@@ -67,8 +68,8 @@ def fit(
         settings = TrainConfig(data=folder / "shards", out=Path(out or folder / "checkpoint"), **chosen)
         write_counts(folder / "cells.h5ad", adata, layer)
         cache, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder / "cache"
-        bars = datasets.utils.are_progress_bars_disabled()
         datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()  # the bar of training is enough
         try:
             choice = {"covariate_keys": covariate_keys, "n_top_genes": n_top_genes, "test_fraction": 0.0}
             convert(folder / "cells.h5ad", out=settings.data, **keys, **choice)
@@ -77,10 +78,10 @@ def fit(
             raise KeyboardInterrupt from stopped
         finally:
             datasets.config.HF_DATASETS_CACHE = cache
-            if not bars:
-                datasets.enable_progress_bars()
         model = DCMForDenoising.from_pretrained(settings.out)
         tokenizer = model.tokenizer = DCMTokenizer.from_pretrained(settings.out)
+        datasets.enable_progress_bars()
+        transformers.utils.logging.enable_progress_bar()
         lines = [json.loads(line) for line in (settings.out / "training.jsonl").read_text().splitlines()]
     scores = {name: value for line in lines for name, value in line.items() if name.startswith(("validation", "score"))}
     logging.getLogger(__name__).info("validation loss %.4g", scores.get("validation_loss", float("nan")))

@@ -21,6 +21,7 @@ from training.embed_perturbations import main as embed
 ROOT = Path(__file__).parents[2]
 CARDS = ROOT / "model_cards"
 PLANNED = ("dcm-dentate-gyrus", "dcm-replogle", "dcm-replogle-k562")
+SMALL = ("dcm-norman-mcfaline", "dcm-pbmc3k")
 RESULTS = [
     path
     for path in sorted((ROOT / "eval" / "results").glob("*.json"))
@@ -46,14 +47,16 @@ def test_a_card_of_an_untrained_checkpoint_says_plainly_what_is_missing(name, tm
     assert f'model="org/{name}"' in text
 
 
-@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("name", (*PLANNED, *SMALL))
 def test_options_of_a_cards_commands_exist(name):
     mains = {"dcm-convert": convert, "dcm-embed": embed, "dcm-sample": sample, "dcm-evaluate": evaluate}
     known = {command: set(inspect.signature(main).parameters) for command, main in mains.items()}
-    known["accelerate launch -m training.train"] = {field.name for field in dataclasses.fields(TrainConfig)}
+    known["dcm-train"] = known["accelerate launch -m training.train"] = {
+        field.name for field in dataclasses.fields(TrainConfig)
+    }
     for line in read_facts(CARDS / f"{name}.yaml")["train"].splitlines():
         command = next(command for command in known if line.startswith(f"{command} "))
-        options = {option.replace("-", "_") for option in re.findall(r" --([\w-]+)", line)}
+        options = {option.replace("-", "_") for option in re.findall(r" --(?:no-)?([\w-]+)", line)}
         assert options <= known[command], line
 
 

@@ -1,0 +1,49 @@
+"""Checkpoints in the repository draw cells like those that the numbers on their cards describe."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from eval.drawing.checkpoint import load_checkpoint
+from model_cards.render_card import numbers_of, read_facts, render
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = sorted(path.parent for path in (ROOT / "model_cards" / "checkpoints").glob("*/model.safetensors"))
+CELLS = 400
+
+
+def differences(model, tokenizer, numbers: dict[str, object]) -> tuple[float, float]:
+    """Generated cells beside the numbers: |log ratio| of library sizes, and the largest one of genes' means."""
+    labels = model.draw_labels(CELLS, seed=0)
+    adata = tokenizer.decode(model.generate(**labels, seed=0), conditions=labels)
+    means = dict(zip(tokenizer.genes, np.asarray(adata.X.mean(axis=0)).ravel()))
+    genes = [abs(np.log((means[name] + 0.1) / (mean + 0.1))) for name, mean in numbers["mean_counts"].items()]
+    return abs(np.log(adata.X.sum(axis=1).mean() / numbers["library_size"])), max(genes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_checkpoint_of_the_repository_draws_what_its_card_says(folder):
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 5 * 2**20
+    facts = read_facts(folder / "card.yaml")
+    size, genes = differences(*load_checkpoint(str(folder)), facts["numbers"])
+    assert size < 0.1
+    assert genes < 0.35
+    card = (folder / "README.md").read_text()
+    assert all(name in card for name in facts["numbers"]["mean_counts"])
+
+
+def test_numbers_on_a_card_are_those_of_the_cells_and_a_model_of_other_cells_is_found_out(trained, shards, tmp_path):
+    numbers = numbers_of(shards / "train.h5ad")
+    model, tokenizer = load_checkpoint(str(trained))
+    assert set(numbers["mean_counts"]) <= set(tokenizer.genes)
+    size, genes = differences(model, tokenizer, numbers)
+    assert size < 0.2
+    assert genes < 0.5  # after two steps of training
+    wrong = {**numbers, "library_size": numbers["library_size"] * 2}
+    assert differences(model, tokenizer, wrong)[0] > 0.5
+    facts = yaml.safe_load((ROOT / "model_cards" / "dcm-pbmc3k.yaml").read_text())
+    text = render({**facts, "numbers": numbers}, repo_id="org/x")
+    assert f"{numbers['library_size']:,.0f} counts" in text
