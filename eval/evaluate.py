@@ -109,7 +109,8 @@ def main(
         "versions": versions_of(packages),
         "command": command,
     }
-    notes = {"genes": comparison.genes_note(), "floor": split_half_note(comparison.train, comparison.real)}
+    notes = {"training": comparison.training_note(), "genes": comparison.genes_note()}
+    notes |= {"floor": split_half_note(comparison.train, comparison.real)}
     header |= {what: note for what, note in notes.items() if note is not None}
     if "floor" in header:
         logger.warning("floor: %s", header["floor"])

@@ -36,6 +36,7 @@ def main(config: TrainConfig) -> Path:
     from accelerate.utils import set_seed
 
     from modeling_dcm.diffusion_dcm import keyed_generator
+    from training.loop.log import loss_still_falling
     from training.loop.optimiser import averaged_weights, learning_rate, update_average
     from training.loop.processes import SAVED_AFTER_SIGNAL, Stopping, build_accelerator
     from training.loop.run import prepare_run, take_step, write_what_is_due
@@ -74,7 +75,10 @@ def main(config: TrainConfig) -> Path:
         with averaged_weights(network, ema) as averaged:
             save_final(config, averaged, run.tokenizer)
             averaged.config.entropy_curve = run.validation.entropy_curve(averaged)  # the weights are safe by now
+            falling = averaged.config.loss_still_falling = loss_still_falling(config.out)
             save_config(config, averaged)
+        if falling is not None:
+            logger.warning("validation loss still falling by %.3g per 1,000 steps: train longer", falling)
         logger.info("checkpoint: %s", config.out)
     accelerator.wait_for_everyone()
     accelerator.end_training()

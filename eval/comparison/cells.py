@@ -89,7 +89,14 @@ class Comparison:
     checkpoint: str | None
     genes_left_out: tuple[str, ...] = ()
     dataset: str | None = None  # its name, as the real file tells it
+    loss_still_falling: float | None = None  # the most of the generators' checkpoints, as their files tell it
     panels_differ: bool = False  # some file has cells in which not all of its genes were measured
+
+    def training_note(self) -> str | None:
+        """What a reader must know of a training that was too short."""
+        if self.loss_still_falling is None:
+            return None
+        return f"validation loss still falling by {self.loss_still_falling:.3g} per 1,000 steps when training ended"
 
     def genes_note(self) -> str | None:
         """What a reader of the numbers must know where not all genes of the real cells are compared."""
@@ -189,7 +196,9 @@ def read_comparison(
                 f"{next(iter(cells.rows_by_condition))!r}, the other {next(iter(real_cells.rows_by_condition))!r}, ..."
             )
         by_model.setdefault(generated[path] or _generator(file, path, reserved_names), []).append(cells)
-    found = [file.uns.get("dcm_sampling", {}).get("checkpoint") for file in files.values()]
+    sampling = [file.uns.get("dcm_sampling", {}) for file in files.values()]
+    found = [of_file.get("checkpoint") for of_file in sampling]
+    falling = [float(of_file["loss_still_falling"]) for of_file in sampling if "loss_still_falling" in of_file]
     comparison = Comparison(
         real=real_cells,
         train=from_anndata(train_file, name=str(train), **options),
@@ -199,6 +208,7 @@ def read_comparison(
         genes_left_out=tuple(real_file.var_names[~real_file.var_names.isin(kept)]),
         panels_differ=panels_differ,
         dataset=real_file.uns.get("dcm_dataset"),
+        loss_still_falling=max(falling, default=None),
     )
     _warn_of_gaps(comparison)
     return comparison

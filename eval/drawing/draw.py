@@ -62,6 +62,8 @@ def draw_cells(
     sampling |= {
         name: value if isinstance(value, str | float) else "given" for name, value in given.items() if value is not None
     }
+    if model.config.loss_still_falling is not None:
+        sampling["loss_still_falling"] = model.config.loss_still_falling
     asked = {**conditions, **given}
     weights_and_names = {**model.state_dict(), "config": model.config.to_json_string(), "genes": tokenizer.genes}
     request = {"num_cells": num_cells, **sampling, "device": state.device.type}

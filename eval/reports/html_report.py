@@ -96,7 +96,7 @@ def html_report(
 def _introduction(header: dict[str, object], cells: Comparison) -> str:
     """Say what was compared, and how to read the tables."""
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items() if version)
-    notes = {"genes": "Compared on", "floor": "Floor:"}
+    notes = {"training": "Training:", "genes": "Compared on", "floor": "Floor:"}
     said = [(word, html.escape(str(header[name]))) for name, word in notes.items() if header.get(name)]
     notes = "".join(f"<p><strong>{word} {note}.</strong></p>" for word, note in said)
     return (

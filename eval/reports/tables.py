@@ -140,7 +140,7 @@ def results_markdown(header: dict[str, object], rows: Sequence[Row]) -> str:
         "standard deviations, where cells and conditions are as many; a distance further below it is no better, it "
         "means cells too much alike. n: cells on each side.",
     ]
-    notes = {"genes": "Compared on", "floor": "*floor*:"}
+    notes = {"training": "Training:", "genes": "Compared on", "floor": "*floor*:"}
     parts += [f"{word} {header[name]}." for name, word in notes.items() if header.get(name)]
     for section in sections(rows):
         parts.append(f"## Protocol `{section.protocol}`\n\nSpace and metrics: {section.description}.")

@@ -199,6 +199,17 @@ class TrainingLog:
         self.bar.close()
 
 
+def loss_still_falling(out: Path) -> float | None:
+    """Return by how much per 1,000 steps the validation loss fell between its last two measurements; None if that was
+    under 1 % of it, or there were not two."""
+    lines = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
+    measured = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+    if len(measured) < 2:
+        return None
+    (before, higher), (step, loss) = measured[-2:]
+    return 1000 * (higher - loss) / (step - before) if higher - loss > 0.01 * abs(loss) else None
+
+
 def _is_of_step_before(line: str, start: int) -> bool:
     try:
         return json.loads(line)["step"] <= start

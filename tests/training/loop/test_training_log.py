@@ -20,7 +20,15 @@ from modeling_dcm.layers_dcm import eager_attention
 from tests.tiny_training import tiny_training
 from training.config import TrainConfig
 from training.data.command_line import AboveBars, user_errors
-from training.loop.log import MOST_SKIPPED, PEAK_FLOPS, NotFinite, TrainingLog, draw_curves, peak_flops
+from training.loop.log import (
+    MOST_SKIPPED,
+    PEAK_FLOPS,
+    NotFinite,
+    TrainingLog,
+    draw_curves,
+    loss_still_falling,
+    peak_flops,
+)
 from training.loop.optimiser import averaged_weights
 from training.loop.processes import tracker_names
 from training.loop.start import attention_implementation, compile_blocks
@@ -37,6 +45,17 @@ def config(shards, tmp_path) -> TrainConfig:
 
 def lines(config: TrainConfig) -> list[dict[str, float]]:
     return [json.loads(line) for line in (config.out / "training.jsonl").read_text().splitlines()]
+
+
+def test_a_training_that_was_too_short_is_told_by_its_validation_loss(tmp_path):
+    def falling(*losses: float) -> float | None:
+        lines = [{"step": 250 * (i + 1), "validation_loss": loss} for i, loss in enumerate(losses)]
+        (tmp_path / "training.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in [*lines, {"step": 1}]))
+        return loss_still_falling(tmp_path)
+
+    assert falling(0.7, 0.6, 0.5) == pytest.approx(0.4)
+    assert falling(0.6, 0.5, 0.499) is None
+    assert falling(0.6) is None
 
 
 def test_log_score_floor_utilisation_trackers_and_picture_of_a_run_whose_losses_no_score_disturbs(
