@@ -61,9 +61,7 @@ class DCMConfig(PreTrainedConfig):
     loss_weighting: str = "uniform"
     entropy_curve: dict[str, list[float]] | None = None  # {"observed": j, "entropy": h(j)}, nats per gene
     library_size_groups: int = 0  # rows of the buffer of library-size quantiles
-    loss_still_falling: int | float | None = (
-        None  # validation loss per 1,000 steps when training ended; None: no longer
-    )
+    loss_still_falling: int | float | None = None  # validation loss per 1,000 steps, when training ended too early
     label_groups: int = 0  # rows of the buffer that counts the training cells of each combination of labels
     max_perturbations_per_cell: int = 2  # widest combination among those rows
 
