@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from accelerate.utils import DistributedType
 
-from training.config import TrainConfig, parse, read_config
+from training.config import CONFIGS, TrainConfig, parse, read_config
 from training.loop.processes import build_accelerator, threads_per_process
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +95,7 @@ def test_bad_and_contradictory_options_are_refused_with_the_value_and_what_was_e
         TrainConfig(data=Path("d"), out=Path("o"), **options)
 
 
-def test_a_config_that_comes_with_the_package_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
+def test_a_config_that_comes_with_the_package_is_found_by_name_from_any_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["--data", "d", "--out", "o", "--config", "laptop"]
     assert parse(arguments).query_genes == 150
@@ -103,6 +103,10 @@ def test_a_config_that_comes_with_the_package_is_found_by_name_from_any_folder(t
     assert parse(arguments).query_genes == 3
     with pytest.raises(FileNotFoundError, match="no config file 'labtop'; there are: demo, dentate-gyrus-5m, laptop"):
         read_config(Path("labtop"))
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    helped = capsys.readouterr().out
+    assert all(f"{file.stem}," in helped or f"{file.stem}." in helped for file in CONFIGS.glob("*.yaml"))
 
 
 def test_a_size_on_the_command_line_wins_over_the_shape_in_a_file(tmp_path):
