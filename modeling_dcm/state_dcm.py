@@ -146,15 +146,15 @@ class PerturbationEffects(nn.Module):
 
     def __init__(self, config: DCMConfig):
         super().__init__()
-        R, G, kinds = config.effect_groups, config.num_genes, 1 + bool(config.state_dim)
+        R, kinds = config.effect_groups, 1 + bool(config.state_dim)
+        G = config.num_genes if config.num_perturbations else 0
         self.register_buffer("keys", torch.full((R, 1 + config.max_perturbations_per_cell), ANY))
         self.register_buffer("genes", torch.zeros(kinds, R, G))
         self.register_buffer("base", torch.zeros(kinds, config.num_cell_types + 1, G))
         self.register_buffer("state", torch.zeros(R, config.state_dim + 1))
         self.register_buffer("damping", torch.ones(kinds + 1))  # of sums of gene effects, of sums of shifts
-        self.register_buffer(
-            "loading", torch.zeros(G, config.state_width + 1)
-        )  # of the state, when they were estimated
+        # of the state, when they were estimated
+        self.register_buffer("loading", torch.zeros(G, config.state_width + 1))
         self.register_buffer("control_id", torch.tensor(-1))
         self.register_buffer("ridge", torch.tensor(1.0))  # penalty of the prediction from vectors
 
