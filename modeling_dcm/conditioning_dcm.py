@@ -70,9 +70,9 @@ def check_numbers(name: str, values: torch.Tensor, size: int, expected: str) -> 
     if values.is_floating_point():
         raise ValueError(f"{name} are {values.dtype}, expected integers")
     if values.device.type == "cpu" and values.numel():
-        for number in values.aminmax():
+        for number in torch.stack(values.aminmax()).tolist():
             if not 0 <= number < size:
-                raise ValueError(f"{name} hold {int(number)}, expected {expected}")
+                raise ValueError(f"{name} hold {number}, expected {expected}")
 
 
 def check_conditions(config: DCMConfig, given: dict[str, torch.Tensor | None]) -> None:

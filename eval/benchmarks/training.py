@@ -29,7 +29,7 @@ from training.loop.processes import build_accelerator
 from training.loop.run import take_step
 from training.loop.start import attention_implementation, compile_blocks, compiles
 
-SHAPES = {"small": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}, **SIZES}
+SHAPES = {"small": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 1}, **SIZES}
 PLAIN, OURS = "plain", "ours"
 TOKENS = {"cpu": 4_096, "cuda": 262_144}  # cells times genes of a step
 STEPS = {"cpu": 1, "cuda": 5}  # of a turn

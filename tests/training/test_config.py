@@ -83,7 +83,7 @@ def test_processes_that_share_a_machine_share_its_cores(monkeypatch):
         ({"learning_rate": 0.0}, "learning_rate=0.0, expected above 0"),
         ({"ema_decay": 1.0}, r"ema_decay=1.0, expected in \[0, 1\)"),
         ({"size": "10m", "hidden_size": 32}, "hidden_size=32 contradicts size='10m', which sets it: leave one out"),
-        ({"hidden_size": 30}, "hidden_size=30, expected a multiple of num_attention_heads=4"),
+        ({"hidden_size": 30, "num_attention_heads": 4}, "hidden_size=30, expected a multiple of num_attention_heads=4"),
         ({"size": "5m", "init_from": "org/dcm"}, "size='5m' contradicts init_from, which brings its own shape"),
         ({"masked_keys": False}, "masked_keys=False contradicts backbone='latent', in which nothing attends to masked"),
         ({"max_time": 0.0}, "max_time=0.0, expected minutes above 0, or none for no limit"),
@@ -129,7 +129,7 @@ def test_a_size_on_the_command_line_wins_over_the_shape_in_a_file(tmp_path):
         ),
         ("", ["--num_hidden_layers=3", "--size=10m"], "num_hidden_layers=3 contradicts size='10m', which sets it"),
         ("size: 10m\nhidden_size: 64", [], "hidden_size=64 contradicts size='10m', which sets it"),
-        ("size: 10m", ["--num-attention-heads", "4"], "num_attention_heads=4 contradicts size='10m', which sets it"),
+        ("size: 10m", ["--num-attention-heads", "1"], "num_attention_heads=1 contradicts size='10m', which sets it"),
     ],
 )
 def test_a_contradiction_is_one_even_where_the_value_is_the_default(tmp_path, in_file, arguments, message):
