@@ -21,7 +21,7 @@ from training.embed_perturbations import main as embed
 ROOT = Path(__file__).parents[2]
 CARDS = ROOT / "model_cards"
 PLANNED = ("dcm-dentate-gyrus", "dcm-replogle", "dcm-replogle-k562")
-SMALL = ("dcm-norman-mcfaline", "dcm-pbmc3k")
+SMALL = ("checkpoints/dcm-norman-mcfaline/card", "checkpoints/dcm-pbmc3k/card")
 RESULTS = [
     path
     for path in sorted((ROOT / "eval" / "results").glob("*.json"))
