@@ -196,8 +196,12 @@ class CellGenerationMixin:
         N = _num_cells(num_cells, given)
         if not len(self.label_counts.keys):
             return {"num_cells": N, **given}
-        keys = self.label_counts.complete(self._group_keys(N, given).cpu(), keyed_generator(seed, LABELS))
         first = 1 + len(self.config.covariates)  # column of the perturbations
+        asked, generator = self._group_keys(N, given).cpu(), keyed_generator(seed, LABELS)
+        keys = self.label_counts.complete(asked, generator)
+        if self.config.effect_groups:  # of perturbations that no training cell has: the other labels of control cells
+            of_control = self.label_counts.complete(self._of_control(asked), generator)
+            keys = torch.cat([torch.where(keys < 0, of_control, keys)[:, :first], keys[:, first:]], dim=1)
         drawn = {}
         if self.config.num_cell_types:
             drawn["cell_type_ids"] = keys[:, 0]
@@ -293,7 +297,9 @@ class CellGenerationMixin:
         of_chunk = None if sizes is None else sizes[rows]
         is_given = of_chunk is not None and bool((of_chunk >= 0).all())
         log_sizes = torch.log1p(of_chunk).to(self.device) if is_given else None
-        keys = self._origins(rows.stop - rows.start, conditions)[0]
+        keys, shift = self._origins(rows.stop - rows.start, conditions)
+        if log_sizes is not None and torch.is_tensor(shift):  # it is added afterwards
+            log_sizes = log_sizes - shift[:, -1]
         return self.state_source.draw(keys, conditions.get("cell_type_ids"), generator, log_sizes)
 
     def _origins(self, number: int, conditions) -> tuple[torch.Tensor, torch.Tensor | float]:
@@ -305,11 +311,17 @@ class CellGenerationMixin:
         ids, first = ids.to(self.device), keys.shape[1] - self.library_sizes.perturbation_columns
         groups = self.state_source.keys
         is_new = (groups[first_match(groups, keys), first] == ANY) & (ids >= 0).any(dim=1)
-        of_control = keys.clone()
-        of_control[:, first:] = -1
-        of_control[:, first] = self.effects.control_id
+        of_control = self._of_control(keys)
+        is_new &= groups[first_match(groups, of_control), first] != ANY  # a shift is one of control cells
         shift = self.effects.of_state(keys[:, 0], ids).masked_fill(~is_new[:, None], 0.0)
         return torch.where(is_new[:, None], of_control, keys), shift
+
+    def _of_control(self, keys: torch.Tensor) -> torch.Tensor:
+        """Keys (B, W) of the same cell type and covariates with the control for perturbation."""
+        first = keys.shape[1] - self.library_sizes.perturbation_columns
+        return torch.cat([keys[:, :first], torch.full_like(keys[:, first:], -1)], dim=1).index_fill(
+            1, torch.tensor([first], device=keys.device), int(self.effects.control_id)
+        )
 
     def _told_state(self, drawn: torch.Tensor) -> torch.Tensor:
         """What the network is told (B, E) of (z, log1p(total)): the total too, where it is no condition of its own."""

@@ -43,7 +43,13 @@ NEEDED = ("config.json", "genes.txt", "conditions.json", "tokenizer_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
 LISTED = (*NEEDED, *WEIGHTS, "*_dcm.py", "handler.py", "special_tokens_map.json", "added_tokens.json")
 OWN = (*LISTED, "README.md", "results.json", "figure.png")  # what a push may replace or remove on the Hub
-PATHS = ("data", "out", "config", "perturbation_embeddings")  # options that would tell where the files of a user lie
+PATHS = (
+    "data",
+    "out",
+    "config",
+    "perturbation_embeddings",
+    "init_from",
+)  # options that would tell where the files of a user lie
 ATTEMPTS = 3  # when the connection drops
 PAUSE = 2.0  # seconds, longer each time
 
@@ -117,7 +123,7 @@ def stage(checkpoint: Path, folder: Path) -> None:
         logger.info("not uploaded: %s", ", ".join(left))
     add_shipped_files(folder)
     options = json.loads((folder / "training_options.json").read_text())
-    options |= {name: PurePath(options[name]).name for name in PATHS if options.get(name)}
+    options |= {name: PurePath(options[name]).name for name in PATHS if options.get(name)}  # a Hub id loses its owner
     (folder / "training_options.json").write_text(json.dumps(options, indent=1))
 
 

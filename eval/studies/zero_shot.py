@@ -93,9 +93,8 @@ def main(
             vector.
     """
     command = command_of("python -m eval.studies.zero_shot", main, locals())
-    absent = [path for path in (source, *([config] if config else [])) if not path.is_file()]
-    if absent:
-        raise FileNotFoundError(f"no file {str(absent[0])!r}; expected an h5ad file, and the one that --config names")
+    if not source.is_file():
+        raise FileNotFoundError(f"no file {str(source)!r}; expected an h5ad file")
     for name, value in {"num-splits": num_splits, "trainings": trainings}.items():
         if value < 1:
             raise ValueError(f"--{name} {value}: expected at least 1")

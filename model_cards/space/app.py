@@ -51,7 +51,15 @@ class Checkpoint:
         from transformers import pipeline
 
         self.name = Path(path).name
-        self.pipeline = pipeline("cell-generation", model=path, trust_remote_code=True)
+        if Path(path).is_dir() and not (Path(path) / "pipeline_dcm.py").is_file():  # its code is this package's
+            from modeling_dcm import DCMForDenoising
+            from modeling_dcm.pipeline_dcm import CellGenerationPipeline
+            from tokenization import DCMTokenizer
+
+            model, tokenizer = DCMForDenoising.from_pretrained(path), DCMTokenizer.from_pretrained(path)
+            self.pipeline = CellGenerationPipeline(model=model, tokenizer=tokenizer)
+        else:
+            self.pipeline = pipeline("cell-generation", model=path, trust_remote_code=True)
         self.tokenizer = self.pipeline.tokenizer
         self.reference = None if reference is None else Reference(reference, self.tokenizer)
 

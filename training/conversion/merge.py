@@ -48,6 +48,8 @@ class Part:
         if not path.is_file():
             raise FileNotFoundError(f"no split.json in {str(self.folder)!r}; expected a folder that dcm-convert wrote")
         said = json.loads(path.read_text(encoding="utf-8"))
+        if "cells" not in said:
+            raise ValueError(f"{str(self.folder)!r} is merged already: give its parts")
         return {**said, "cells": {split: len(names) for split, names in said["cells"].items()}}
 
     @cached_property

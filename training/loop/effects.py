@@ -12,7 +12,7 @@ import torch
 
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.count_distribution_dcm import LOWEST_MEAN
-from modeling_dcm.state_dcm import PerturbationEffects
+from modeling_dcm.state_dcm import ANY, PerturbationEffects
 from training.data.loader import Cells
 from training.data.statistics import read_statistics
 from training.loop.estimates import state_effect
@@ -73,7 +73,7 @@ class TrainingEffects:
 
 @torch.no_grad()
 def training_effects(model: DCMForDenoising, cells: Cells) -> TrainingEffects | None:
-    """Estimate effects on the training cells and give a ``model`` those that it does not know already.
+    """Estimate effects on the training cells and give them to a ``model``; what it knew of others stays.
 
     None where there is nothing to estimate: no perturbations or no control, or a head that starts at no statistics.
     """
@@ -90,21 +90,33 @@ def training_effects(model: DCMForDenoising, cells: Cells) -> TrainingEffects | 
     found = estimate_effects(labelled_cells(model, cells, control), vectors)
     if found is None:
         return None
-    R, known = len(store.keys), {tuple(key) for key in store.keys.tolist()}
-    new = [row for row, key in enumerate(found.keys.tolist()) if tuple(key) not in known]
-    for name, axis in (("keys", 0), ("state", 0), ("genes", 1)):
-        old = getattr(store, name)
-        values = torch.from_numpy(getattr(found, name)).to(old.dtype).index_select(axis, torch.tensor(new, dtype=int))
-        rest, last = old.split([max(R - 1, 0), min(R, 1)], dim=axis)  # the last row matches everything
-        setattr(store, name, torch.cat([rest, values, last], dim=axis))
+    take_rows(store, found)
+    base = torch.from_numpy(found.base).to(store.base)
+    store.base.copy_(torch.where(base == 0, store.base, base))
     if not config.effect_groups:
-        store.base.copy_(torch.from_numpy(found.base))
+        ids = cells.conditions["perturbation_ids"].unique()
+        has_cells = torch.zeros(config.num_perturbations, dtype=bool)
+        has_cells[ids[ids >= 0]] = True
+        encoder.is_unseen |= ~has_cells.to(encoder.is_unseen.device)
         store.damping.copy_(torch.from_numpy(found.damping))
         store.control_id.fill_(control)
         store.ridge.fill_(found.penalty)
     config.effect_groups = len(store.keys)
     encoder.is_unseen[config.perturbations_without_cells or []] = True
     return TrainingEffects(store, model.target_gene_ids.clone(), found)
+
+
+def take_rows(store: PerturbationEffects, found: Effects) -> None:
+    """Put rows that the cells tell in the place of those of the same groups: specific ones first, the rest last."""
+    told = {tuple(key) for key in found.keys.tolist()}
+    kept = torch.tensor([row for row, key in enumerate(store.keys.tolist()) if tuple(key) not in told], dtype=int)
+    for name, axis in (("keys", 0), ("state", 0), ("genes", 1)):
+        old = getattr(store, name)
+        values = torch.from_numpy(getattr(found, name)).to(old)
+        setattr(store, name, torch.cat([old.index_select(axis, kept), values], dim=axis))
+    keys = store.keys.cpu().numpy()
+    order = torch.from_numpy(np.lexsort(((keys == ANY).all(axis=1), keys[:, 0] == ANY)))
+    store.keys, store.state, store.genes = store.keys[order], store.state[order], store.genes[:, order]
 
 
 def leave_one_out(cells: Cells, vectors: Mapping[str, torch.Tensor]) -> tuple[int, float] | None:

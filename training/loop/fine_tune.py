@@ -275,6 +275,8 @@ def _take_estimates(old: NegativeBinomialHead, new: NegativeBinomialHead, fresh,
     """Loadings and dispersions of known genes; new genes keep what was estimated on the new training cells."""
     tables = {"loading.weight": 0, "state_loading.weight": 0, "log_size": 1}  # and the dimension of genes
     theirs, mine = old.state_dict(), new.state_dict()
+    bounds = mine["largest_mean"]
+    bounds[genes.new] = bounds[genes.new].maximum(theirs["largest_mean"][genes.old])
     for name in tables.keys() & mine.keys():
         values = fresh[name].clone()
         rows = theirs[name].index_select(tables[name], torch.tensor(genes.old))

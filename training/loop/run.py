@@ -119,7 +119,8 @@ def prepare_start(
 ) -> tuple[DCMForDenoising, DCMTokenizer, Cells, Path | None]:
     """Return network, tokenizer and training cells, of the state to resume from or new ones, and that state.
 
-    The first process reads the cells to know what a new network starts from, and sends the others what it found.
+    The first process reads the cells to know what a new network starts from, and sends the others what it found;
+    effects of perturbations are estimated by each.
     """
     if accelerator.is_main_process:
         remove_leftovers(config.out)

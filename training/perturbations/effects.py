@@ -153,7 +153,7 @@ def _groups(cells: LabelledCells) -> tuple[np.ndarray, np.ndarray]:
     has_set = (cells.ids >= 0).any(axis=1)
     sets, set_of = np.unique(cells.ids[has_set], axis=0, return_inverse=True)
     pairs, pair_of = np.unique(np.column_stack([set_of.ravel(), cells.types[has_set]]), axis=0, return_inverse=True)
-    several = np.bincount(pairs[:, 0], minlength=len(sets))[pairs[:, 0]] > 1
+    several = np.bincount(pairs[pairs[:, 1] >= 0, 0], minlength=len(sets))[pairs[:, 0]] > 1
     several &= pairs[:, 1] >= 0
     place = np.where(several, np.cumsum(several) - 1, -1)
     specific = np.column_stack([pairs[several, 1], sets[pairs[several, 0]]])

@@ -6,7 +6,6 @@ forgotten, and training refuses it. Letter: D, length of the vectors.
 
 import json
 import logging
-import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,9 +92,7 @@ def read_vectors(path: Path, key: str | None = None) -> dict[str, torch.Tensor]:
     try:
         table = _read(path, key)
         vectors = {str(name): torch.as_tensor(vector).float().flatten() for name, vector in table.items()}
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
-        raise _unreadable(path, error) from error
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever the readers of these formats raise
         raise _unreadable(path, error) from error
     if not vectors:
         raise ValueError(f"{str(path)!r} holds no vector")
@@ -123,8 +120,10 @@ def _read(path: Path, key: str | None) -> Mapping[str, object]:
         return dict(zip(cells.obs_names, values.astype(np.float32)))
     if path.suffix in (".csv", ".tsv", ".parquet"):
         frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, sep=None, engine="python")
-        if not pd.api.types.is_numeric_dtype(frame.dtypes.iloc[0]):
+        if path.suffix != ".parquet" or not pd.api.types.is_numeric_dtype(frame.dtypes.iloc[0]):
             frame = frame.set_index(frame.columns[0])
+        if frame.index.has_duplicates:
+            raise ValueError(f"{frame.index[frame.index.duplicated()][0]} stands more than once")
         return dict(zip(frame.index, frame.to_numpy(dtype=np.float32)))
     return load_file(path)
 

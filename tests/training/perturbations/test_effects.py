@@ -1,5 +1,7 @@
 """Effects of perturbations: found where they are, shrunk where little is known, summed, predicted, never one's own."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from modeling_dcm import DCMConfig, DCMForDenoising
 from modeling_dcm.state_dcm import ANY, ridge_weights
 from tests.tiny_training import tiny_training
 from training.data.loader import Cells
-from training.loop.effects import training_effects
+from training.loop.effects import take_rows, training_effects
 from training.loop.start import build_model, build_tokenizer, open_cells
 from training.perturbations.effects import PENALTIES, LabelledCells, choose_penalty, estimate_effects
 
@@ -180,3 +182,38 @@ def test_a_combination_without_cells_is_the_sum_of_its_members_around_control_ce
     assert keys[:, 1:].tolist() == [[0, -1]] * 4
     assert shift.tolist() == [[9, 9, 9], [10, 20, 30], [50.5, 51, 51.5], [0, 0, 0]]
     assert model._origin_of_states(None, 4, given, 0, False)[1].tolist() == [0, 0, 0, 0]
+
+
+def test_without_control_cells_to_start_from_nothing_is_shifted_and_labels_that_are_drawn_are_those_of_controls():
+    config = DCMConfig(num_genes=3, num_perturbations=2, covariates={"batch": 2}, state_dim=2, count_distribution="nb")
+    config.max_perturbations_per_cell, config.label_groups = 1, 2
+    config.effect_groups, config.state_groups = 2, 2
+    model = DCMForDenoising(config)
+    model.effects.control_id.fill_(0)
+    model.effects.keys.copy_(torch.tensor([[ANY, 1], [ANY, ANY]]))
+    model.effects.state.fill_(5.0)
+    model.state_source.keys.copy_(torch.tensor([[-1, 0, 0], [ANY, ANY, ANY]]))  # controls of the first batch
+    model.label_counts.keys, model.label_counts.number = torch.tensor([[-1, 0, 0]]), torch.tensor([7])
+    ids = torch.tensor([[1], [1]])
+    known = {"perturbation_ids": ids, "covariate_ids": torch.tensor([[0], [1]])}
+    keys, shift = model._origins(2, known)
+    assert shift[:, 0].tolist() == [5, 0]
+    assert keys.tolist() == [[-1, 0, 0], [-1, 1, 1]]
+    drawn = model.draw_labels(2, perturbation_ids=ids)
+    assert drawn["covariate_ids"].tolist() == [[0], [0]]
+    assert drawn["perturbation_ids"].tolist() == [[1], [1]]
+
+
+def test_what_new_cells_tell_takes_the_place_of_what_was_known_of_them():
+    config = DCMConfig(num_genes=3, num_perturbations=3, num_cell_types=2, count_distribution="nb")
+    config.max_perturbations_per_cell, config.effect_groups = 1, 3
+    effects = DCMForDenoising(config).effects
+    effects.keys.copy_(torch.tensor([[ANY, 1], [ANY, 2], [ANY, ANY]]))
+    effects.genes.fill_(0.8)
+    keys = np.array([[0, 1], [ANY, 1], [ANY, ANY]])
+    told = SimpleNamespace(keys=keys, state=np.zeros((3, 1)), genes=np.full((1, 3, 3), -0.8))
+    take_rows(effects, told)
+    assert effects.keys.tolist() == [[0, 1], [ANY, 2], [ANY, 1], [ANY, ANY]]
+    types, ids = torch.tensor([0, 1, 1]), torch.tensor([[1], [1], [2]])
+    found = effects.of_genes(types, ids, torch.arange(3).expand(3, -1), torch.zeros(3, dtype=torch.long))
+    torch.testing.assert_close(found[:, 0], torch.tensor([-0.8, -0.8, 0.8]))
