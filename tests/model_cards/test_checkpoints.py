@@ -11,7 +11,7 @@ from model_cards.render_card import numbers_of, read_facts, render
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = sorted(path.parent for path in (ROOT / "model_cards" / "checkpoints").glob("*/model.safetensors"))
-CELLS = 400
+CELLS = 1000
 
 
 def differences(model, tokenizer, numbers: dict[str, object]) -> tuple[float, float]:
