@@ -38,7 +38,7 @@ def test_a_space_needs_its_requirements_and_gradio_alone():
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     listed = re.findall(r"^[a-z]+", (Path(app.__file__).with_name("requirements.txt")).read_text(), flags=re.MULTILINE)
-    own = {"training"}  # in cli(), which does without it
+    own = {"training", "modeling_dcm", "tokenization"}  # in cli(), which does without; for folders without code
     assert {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - own <= {"gradio", *listed}
 
 
