@@ -199,7 +199,9 @@ class CellGenerationMixin:
         first = 1 + len(self.config.covariates)  # column of the perturbations
         asked, generator = self._group_keys(N, given).cpu(), keyed_generator(seed, LABELS)
         keys = self.label_counts.complete(asked, generator)
-        if self.config.effect_groups:  # of perturbations that no training cell has: the other labels of control cells
+        if self.config.effect_groups and bool(
+            (keys[:, :first] < 0).any()
+        ):  # of perturbations that no training cell has: the other labels of control cells
             of_control = self.label_counts.complete(self._of_control(asked), generator)
             keys = torch.cat([torch.where(keys < 0, of_control, keys)[:, :first], keys[:, first:]], dim=1)
         drawn = {}

@@ -23,11 +23,11 @@ from eval.benchmarks.costs import Operations, interleaved, product_rate
 from modeling_dcm import SIZES, DCMConfig, DCMForDenoising
 from training.config import TrainConfig
 from training.loop.batches import TrainBatches
+from training.loop.kernels import attention_implementation, compile_blocks, compiles
 from training.loop.log import peak_flops, training_flops
 from training.loop.optimiser import build_optimizer, update_average
 from training.loop.processes import build_accelerator
 from training.loop.run import take_step
-from training.loop.start import attention_implementation, compile_blocks, compiles
 
 SHAPES = {"small": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 1}, **SIZES}
 PLAIN, OURS = "plain", "ours"

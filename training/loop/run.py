@@ -21,15 +21,13 @@ from training.data.loader import Cells
 from training.loop.batches import TrainBatches
 from training.loop.effects import training_effects
 from training.loop.fine_tune import load_source, merged_tokenizer, shaped_like
+from training.loop.kernels import attention_implementation, compile_blocks, compiles
 from training.loop.log import NotFinite, TrainingLog, draw_curves, peak_flops, training_flops
 from training.loop.optimiser import build_optimizer, own_part, whole_averages
 from training.loop.processes import start_trackers
 from training.loop.start import (
-    attention_implementation,
     build_model,
     build_tokenizer,
-    compile_blocks,
-    compiles,
     empty_model,
     open_cells,
 )

@@ -9,13 +9,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
-from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK, lazy_import_flash_attention
-from transformers.utils import is_flash_attn_2_available, is_kernels_available
 
 from modeling_dcm import SIZES, DCMConfig, DCMForDenoising
 from modeling_dcm.conditioning_dcm import ANY
 from modeling_dcm.count_distribution_dcm import LOWEST_MEAN
-from modeling_dcm.layers_dcm import Block
 from tokenization import DCMTokenizer
 from tokenization.labels_dcm import shortened
 from training.config import TrainConfig
@@ -55,36 +52,6 @@ OWN += ("library_size_conditioning", "condition_tokens", "loss_weighting", "labe
 def open_cells(config: TrainConfig, split: str, tokenizer: DCMTokenizer) -> Cells:
     """One split of the shards of a run; see :func:`training.data.streaming.open_cells`."""
     return open_split(config.shards, split, tokenizer, streaming=config.streaming)
-
-
-def attention_implementation(config: TrainConfig, device: torch.device, mixed_precision: str) -> str:
-    """What ``attn`` says, or for ``auto`` the fastest implementation that is there and fits.
-
-    Raises:
-        ValueError: flash attention was asked for and is not there.
-    """
-    fits = device.type == "cuda" and mixed_precision in ("bf16", "fp16")
-    if config.attn in ("sdpa", "eager") or (config.attn == "auto" and not fits):
-        return config.attn.replace("auto", "sdpa")
-    reason = None if is_flash_attn_2_available() else _why_no_kernel()
-    if reason is None:
-        return "flash_attention_2"
-    if config.attn == "flash_attention_2":
-        raise ValueError(f"attn='flash_attention_2', but {reason}, or take attn='sdpa'")
-    logger.info("attention is PyTorch's own: %s", reason)
-    return "sdpa"
-
-
-def _why_no_kernel() -> str | None:
-    """Why flash attention's built kernel, which transformers takes from the Hub, can't be had here, in one line."""
-    if not is_kernels_available():
-        return "there is no flash attention: pip install 'transformers[kernels]' (or flash-attn, which has to be built)"
-    try:
-        lazy_import_flash_attention(FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"])
-    except Exception as error:  # of whatever kind: no network, or no kernel for this machine
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"its kernel can't be had from the Hub ({why}): run once with a network"
-    return None
 
 
 def build_tokenizer(config: TrainConfig) -> DCMTokenizer:
@@ -287,26 +254,6 @@ def _set_label_counts(model: DCMForDenoising, cells: Cells) -> None:
     keys, number = model.library_sizes.group_keys(len(cells), *labels).unique(dim=0, return_counts=True)
     model.label_counts.keys, model.label_counts.number = keys, number
     model.config.label_groups = len(keys)
-
-
-def compiles(config: TrainConfig, device: torch.device) -> bool:
-    """Whether blocks are compiled: as ``compile`` says, or by default on a GPU, if torch.compile works there."""
-    if config.compile is not None or device.type != "cuda":
-        return bool(config.compile)
-    try:
-        torch.compile(torch.nn.functional.gelu)(torch.ones(8, device=device))
-    except Exception as error:  # of whatever kind: a compiler is missing, or the device is too old
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        logger.warning("torch.compile does not work here (%s): blocks run as they are written", reason)
-        return False
-    return True
-
-
-def compile_blocks(model: DCMForDenoising, backend: str = "inductor") -> None:
-    """Compile each block in place, for static shapes; the rest of the network depends on the data (rare counts)."""
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.compile(backend=backend, dynamic=False)
 
 
 STATISTIC_CELLS = 8192  # that components, dispersions and loadings are estimated on

@@ -20,6 +20,7 @@ from modeling_dcm.layers_dcm import eager_attention
 from tests.tiny_training import tiny_training
 from training.config import TrainConfig
 from training.data.command_line import AboveBars, user_errors
+from training.loop.kernels import attention_implementation, compile_blocks
 from training.loop.log import (
     MOST_SKIPPED,
     PEAK_FLOPS,
@@ -31,7 +32,6 @@ from training.loop.log import (
 )
 from training.loop.optimiser import averaged_weights
 from training.loop.processes import tracker_names
-from training.loop.start import attention_implementation, compile_blocks
 from training.train import main
 
 OPTIONS = {"max_steps": 4, "log_every": 2, "validate_every": 2, "save_every": 4}
@@ -158,7 +158,7 @@ def test_peaks_are_known_by_the_device_name_and_not_for_a_cpu(monkeypatch):
 def test_attention_is_the_best_that_is_installed_and_fits(config, monkeypatch):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     for has_flash, expected in ((True, "flash_attention_2"), (False, "sdpa")):
-        monkeypatch.setattr("training.loop.start.is_flash_attn_2_available", lambda has_flash=has_flash: has_flash)
+        monkeypatch.setattr("training.loop.kernels.is_flash_attn_2_available", lambda has_flash=has_flash: has_flash)
         assert attention_implementation(config, gpu, "bf16") == expected
     assert attention_implementation(config, gpu, "no") == attention_implementation(config, cpu, "bf16") == "sdpa"
     with pytest.raises(ValueError, match=r"attn='flash_attention_2', but there is no flash attention: pip install"):
@@ -173,15 +173,15 @@ def test_flash_attention_is_taken_from_the_hub_or_said_in_one_line_not_to_be_the
         asked.append(repository)
         raise OSError("no network\nand a long story")
 
-    monkeypatch.setattr("training.loop.start.is_flash_attn_2_available", lambda: False)
-    monkeypatch.setattr("training.loop.start.is_kernels_available", lambda: True)
-    monkeypatch.setattr("training.loop.start.lazy_import_flash_attention", offline)
+    monkeypatch.setattr("training.loop.kernels.is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr("training.loop.kernels.is_kernels_available", lambda: True)
+    monkeypatch.setattr("training.loop.kernels.lazy_import_flash_attention", offline)
     assert attention_implementation(config, gpu, "bf16") == "sdpa"
     said = "its kernel can't be had from the Hub (no network): run once with a network"
     assert caplog.messages == [f"attention is PyTorch's own: {said}"]
     with pytest.raises(ValueError, match=re.escape(f"attn='flash_attention_2', but {said}, or take attn='sdpa'")):
         attention_implementation(replace(config, attn="flash_attention_2"), gpu, "bf16")
-    monkeypatch.setattr("training.loop.start.lazy_import_flash_attention", asked.append)
+    monkeypatch.setattr("training.loop.kernels.lazy_import_flash_attention", asked.append)
     assert attention_implementation(config, gpu, "bf16") == "flash_attention_2"
     assert asked == ["kernels-community/flash-attn2"] * 3
 

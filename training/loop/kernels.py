@@ -1,0 +1,63 @@
+"""By which kernels a network computes on a device: attention, and compiled blocks."""
+
+import logging
+
+import torch
+from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK, lazy_import_flash_attention
+from transformers.utils import is_flash_attn_2_available, is_kernels_available
+
+from modeling_dcm import DCMForDenoising
+from modeling_dcm.layers_dcm import Block
+from training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+
+def attention_implementation(config: TrainConfig, device: torch.device, mixed_precision: str) -> str:
+    """What ``attn`` says, or for ``auto`` the fastest implementation that is there and fits.
+
+    Raises:
+        ValueError: flash attention was asked for and is not there.
+    """
+    fits = device.type == "cuda" and mixed_precision in ("bf16", "fp16")
+    if config.attn in ("sdpa", "eager") or (config.attn == "auto" and not fits):
+        return config.attn.replace("auto", "sdpa")
+    reason = None if is_flash_attn_2_available() else _why_no_kernel()
+    if reason is None:
+        return "flash_attention_2"
+    if config.attn == "flash_attention_2":
+        raise ValueError(f"attn='flash_attention_2', but {reason}, or take attn='sdpa'")
+    logger.info("attention is PyTorch's own: %s", reason)
+    return "sdpa"
+
+
+def _why_no_kernel() -> str | None:
+    """Why flash attention's built kernel, which transformers takes from the Hub, can't be had here, in one line."""
+    if not is_kernels_available():
+        return "there is no flash attention: pip install 'transformers[kernels]' (or flash-attn, which has to be built)"
+    try:
+        lazy_import_flash_attention(FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"])
+    except Exception as error:  # of whatever kind: no network, or no kernel for this machine
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"its kernel can't be had from the Hub ({why}): run once with a network"
+    return None
+
+
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    """Whether blocks are compiled: as ``compile`` says, or by default on a GPU, if torch.compile works there."""
+    if config.compile is not None or device.type != "cuda":
+        return bool(config.compile)
+    try:
+        torch.compile(torch.nn.functional.gelu)(torch.ones(8, device=device))
+    except Exception as error:  # of whatever kind: a compiler is missing, or the device is too old
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        logger.warning("torch.compile does not work here (%s): blocks run as they are written", reason)
+        return False
+    return True
+
+
+def compile_blocks(model: DCMForDenoising, backend: str = "inductor") -> None:
+    """Compile each block in place, for static shapes; the rest of the network depends on the data (rare counts)."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.compile(backend=backend, dynamic=False)
