@@ -277,11 +277,13 @@ def test_a_click_shows_cells_that_can_be_taken_home(page, tiny_checkpoint):
         elements(page, selector)[0].send_keys("\ue009a\ue000", value, "\ue004")  # control and a, the text, tab
     click(page, "#generate")
     until(lambda: "12 cells (KLF1+TGFBR2): median" in text(page), "the summary appears")
-    assert "log2 fold change" in text(page)
-    until(lambda: elements(page, "#picture img"), "the picture is there")
+    until(lambda: "log2 fold change" in text(page), "so does the table of changes")  # each part arrives by itself
+    loaded = "const image = document.querySelector('#picture img'); return image && image.naturalWidth > 0"
+    until(lambda: page.execute_script(loaded), "the picture is there")
     with Image.open(io.BytesIO(elements(page, "#picture img")[0].screenshot_as_png)) as picture:
         assert picture.width > 450
         assert len(set(picture.convert("RGB").getdata())) > 50, "hardly anything is drawn"
+    until(lambda: elements(page, "#cells-file a[download]"), "the file is offered")
     click(page, "#cells-file a[download]")
     file = page.downloads / "cells.h5ad"
     until(file.is_file, "the download is there")
