@@ -35,12 +35,12 @@ def independent_marginals(train: CellCounts) -> Sampler:
     """Draw every gene by itself from the training cells of the condition: right marginals, no gene-gene structure.
 
     A condition without training cells backs off to the cells that share its leading columns (its cell type, say), and
-    at last to all of them; which conditions did is logged.
+    at last to all of them; the first that does is logged.
     """
-    by_gene = train.counts.tocsc()
+    by_gene, source = train.counts.tocsc(), training_rows(train, who="marginals")
 
     def drawn(labels: tuple[str, ...], number: int, rng: np.random.Generator) -> sparse.csr_matrix:
-        return _resampled(by_gene[training_rows(train, labels, who="marginals")], number, rng)
+        return _resampled(by_gene[source(labels)], number, rng)
 
     return _sampler(train, drawn)
 
@@ -261,18 +261,27 @@ def cells_by_labels(labels: pd.DataFrame) -> Iterator[tuple[tuple[str, ...], np.
         yield key if isinstance(key, tuple) else (key,), np.asarray(rows)
 
 
-def training_rows(train: CellCounts, labels: tuple[str, ...], *, who: str) -> np.ndarray:
-    """Training cells of a condition, or of as many of its leading columns as some training cell shares (logged)."""
-    matches = np.ones(len(train), dtype=bool)
-    for position, column in enumerate(train.labels):
-        narrower = matches & (train.labels[column] == labels[position]).to_numpy()
-        if not narrower.any():
-            near = SEPARATOR.join(labels[:position]) or "the whole training file"
-            what = "%s: no training cell of %s; drawn from the %d cells of %s"
-            logger.warning(what, who, SEPARATOR.join(labels), matches.sum(), near)
-            break
-        matches = narrower
-    return np.flatnonzero(matches)
+def training_rows(train: CellCounts, *, who: str) -> Callable[[tuple[str, ...]], np.ndarray]:
+    """Return a function from a condition's labels to its training cells, or to those of as many of its leading columns
+    as some training cell shares (logged of the first such condition)."""
+    is_said = False
+
+    def rows(labels: tuple[str, ...]) -> np.ndarray:
+        nonlocal is_said
+        matches = np.ones(len(train), dtype=bool)
+        for position, column in enumerate(train.labels):
+            narrower = matches & (train.labels[column] == labels[position]).to_numpy()
+            if not narrower.any():
+                if not is_said:
+                    near = SEPARATOR.join(labels[:position]) or "the whole training file"
+                    what = "%s: no training cell of %s; drawn from the %d cells of %s, others like it in the same way"
+                    logger.warning(what, who, SEPARATOR.join(labels), matches.sum(), near)
+                is_said = True
+                break
+            matches = narrower
+        return np.flatnonzero(matches)
+
+    return rows
 
 
 class _Means:

@@ -33,11 +33,12 @@ def fit(train: CellCounts, *, from_prior: bool) -> Sampler:
     model, covariates, mean, variance = _trained(train)
     sizes = np.maximum(library_size(train.counts), 1).astype(np.float32)
     log_sizes = torch.from_numpy(np.log(sizes))[:, None]
+    source = training_rows(train, who="scVI")
 
     def sample(conditions: pd.DataFrame, rng: np.random.Generator) -> sparse.csr_matrix:
         donors = np.empty(len(conditions), dtype=np.int64)
         for labels, rows in cells_by_labels(conditions[list(train.labels)]):
-            donors[rows] = rng.choice(training_rows(train, labels, who="scVI"), len(rows))
+            donors[rows] = rng.choice(source(labels), len(rows))
         z = rng.standard_normal((len(donors), mean.shape[1]))
         if not from_prior:
             z = mean[donors] + np.sqrt(variance[donors]) * z

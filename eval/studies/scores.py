@@ -36,13 +36,14 @@ PROTOCOL = replace(PROTOCOLS["log"], pooled_metrics=(), condition_metrics=METRIC
 
 def control_cells(train: CellCounts) -> Sampler:
     """Predict that the perturbation does nothing: real control cells, of the same cell type and covariates."""
+    source = training_rows(train, who=control_cells.__name__)
 
     def sample(conditions: pd.DataFrame, rng: np.random.Generator) -> sparse.csr_matrix:
         chosen = np.empty(len(conditions), dtype=np.int64)
         as_control = conditions.assign(**{PERTURBATION: train.control})
         for labels, rows in cells_by_labels(as_control[list(train.labels)]):
-            source = training_rows(train, labels, who=control_cells.__name__)
-            chosen[rows] = rng.choice(source, len(rows), replace=len(rows) > len(source))
+            known = source(labels)
+            chosen[rows] = rng.choice(known, len(rows), replace=len(rows) > len(known))
         return train.counts[chosen]
 
     return sample
