@@ -11,6 +11,7 @@ model, M filled entries of a chunk, D draws.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,21 +22,20 @@ import tyro
 
 from eval.drawing.checkpoint import check_checkpoint, load_checkpoint
 from eval.sample import Schedule
-from tokenization.labels_dcm import label_ids
 from training.data.command_line import ProgressReport, run
-from training.data.files import check_writable, read_list, written_aside
+from training.data.files import check_writable, written_aside
 
 if TYPE_CHECKING:
     from scipy import sparse
 
-    from eval.drawing.measured import MeasuredCells
-    from eval.metrics.imputation import MaskedEntries
+    from eval.drawing.read_cells import MeasuredCells
     from modeling_dcm import DCMForDenoising
 
 logger = logging.getLogger(__name__)
 
 X, IMPUTED, ORIGINAL = "X", "layers/imputed", "layers/original"
 MEAN, VARIANCE = "layers/posterior_mean", "layers/posterior_variance"
+INTERVAL = 0.9
 
 
 def main(
@@ -44,7 +44,6 @@ def main(
     *,
     out: Path,
     mask_fraction: float | None = None,
-    genes_to_mask: Path | None = None,
     draws: int = 20,
     steps: int | Literal["auto"] = 20,
     schedule: Schedule = "cubic",
@@ -66,7 +65,6 @@ def main(
             of obs columns.
         out: The h5ad file to write.
         mask_fraction: Mask this fraction of each cell's measured genes, and fill them too.
-        genes_to_mask: A file of gene names, one per line, to mask in all cells.
         draws: Completions of each cell, over which mean and variance are taken.
         steps: Network calls of each completion; auto goes by the entropy curve of a model without cell state.
         schedule: How many genes each step reveals; optimal goes by the model's entropy curve.
@@ -80,33 +78,26 @@ def main(
         raise ValueError(f"--draws {draws}: expected at least 2, as the variance is over draws")
     check_checkpoint(checkpoint)
     check_writable(out)
-    names = [] if genes_to_mask is None else read_list(genes_to_mask, "--genes-to-mask")
     if not cells.exists():
         raise FileNotFoundError(f"no file {str(cells)!r}; expected an h5ad file or 10x output")
     import torch
 
-    from eval.drawing.measured import read_measured_cells
-    from eval.metrics.imputation import MaskedEntries
+    from eval.drawing.read_cells import read_measured_cells
 
     model, tokenizer = load_checkpoint(checkpoint)
     measured = read_measured_cells(cells, tokenizer, layer)
-    label_ids(names, tokenizer.genes, "gene to mask")
-    hidden_genes = np.isin(tokenizer.genes, names)
-    is_masking = bool(mask_fraction) or bool((hidden_genes & measured.panels).any())
-    if measured.panels.all() and not is_masking:
-        raise ValueError(
-            f"nothing to fill: {str(cells)!r} has all {len(tokenizer.genes):,} genes of the model; "
-            "mask some with --mask-fraction or --genes-to-mask"
-        )
+    if measured.panels.all() and not mask_fraction:
+        has_all = f"{str(cells)!r} has all {len(tokenizer.genes):,} genes of the model"
+        raise ValueError(f"nothing to fill: {has_all}; mask some with --mask-fraction")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     options = {"steps": steps, "schedule": schedule, "draws": draws, "seed": seed, "batch_size": batch_size}
     options["mask_fraction"] = mask_fraction or 0.0
-    entries = MaskedEntries(len(tokenizer.genes), seed) if is_masking else None
+    entries = MaskedEntries(len(tokenizer.genes), seed) if mask_fraction else None
     with (
         written_aside(out) as aside,
         ProgressReport(len(measured) * draws, task="imputing", unit="completions") as report,
     ):
-        chunks = _completed(model, measured, hidden_genes, options, entries, report)
+        chunks = _completed(model, measured, options, entries, report)
         _write(aside, cells, measured, chunks, {"checkpoint": Path(checkpoint).name, **options}, entries)
     lacking = int((~measured.always_measured).sum())
     line = "%s: %d cells, %d genes that were not measured (in every cell), %d draws; %.3g completions/s"
@@ -116,29 +107,98 @@ def main(
     return out
 
 
-def hidden_entries(
-    measured: np.ndarray, hidden_genes: np.ndarray, fraction: float, rng: np.random.Generator
-) -> np.ndarray:
-    """Measured entries (B, G) of a chunk that are hidden from the model.
+class MaskedEntries:
+    """Masked counts, what was drawn for them, and what each gene's mean would have said.
 
-    They are those of ``hidden_genes`` (G,), and of each cell's other measured genes a fraction, at least one gene; 0:
-    none.
+    Entries arrive chunk by chunk and are kept as a table of how often each pair (true count, sum of draws) occurs, so
+    memory does not grow with the number of cells. ``seed`` is of the random part of ranks among equal counts.
     """
-    hidden, open_ = measured & hidden_genes, measured & ~hidden_genes
-    some = np.flatnonzero(open_.any(axis=0))
+
+    def __init__(self, num_genes: int, seed: int):
+        self.generator = np.random.default_rng(seed)
+        self.pairs: Counter[tuple[int, int]] = Counter()  # (true count, sum of draws): how often
+        self.draws = self.covered = 0
+        # per gene, of entries that were masked: how many, sum and sum of squares; and of the others: sum and how many
+        self.masked, self.total, self.squares, self.given_total, self.given = np.zeros((5, num_genes))
+
+    def add(self, counts: np.ndarray, hidden: np.ndarray, drawn: np.ndarray) -> None:
+        """Take in a chunk: ``counts`` (B, G), which of them were ``hidden`` (B, G), ``drawn`` (D, M) for these."""
+        truth, self.draws = counts[hidden], len(drawn)
+        pairs, times = np.unique(np.stack([truth, drawn.sum(axis=0)]), axis=1, return_counts=True)
+        for true, total, number in zip(*pairs.tolist(), times.tolist()):
+            self.pairs[true, total] += number
+        below, equal = (drawn < truth).sum(axis=0), (drawn == truth).sum(axis=0)
+        rank = (below + self.generator.random(len(truth)) * (equal + 1)) / (self.draws + 1)
+        self.covered += int((np.abs(rank - 0.5) < INTERVAL / 2).sum())
+        counts = counts.astype(np.float64)
+        self.masked += hidden.sum(axis=0)
+        self.total += (counts * hidden).sum(axis=0)
+        self.squares += (counts**2 * hidden).sum(axis=0)
+        self.given += (~hidden).sum(axis=0)
+        self.given_total += (counts * ~hidden).sum(axis=0)
+
+    def scores(self) -> dict[str, float]:
+        """How well the masked entries were filled.
+
+        Returns:
+            ``entries``; ``pearson`` and ``spearman`` between posterior means and true counts; ``pearson_gene_means``,
+            the same for each gene's mean over entries that were not masked; ``coverage_90``, how often the truth lies
+            in the central 90 % of its rank among the draws (ties broken at random), 0.9 if draws and truth have the
+            same distribution. A correlation of constants is NaN.
+        """
+        truth, total = np.array(list(self.pairs)).T.astype(np.float64)
+        times = np.array(list(self.pairs.values()))
+        gene_means = self.given_total / np.maximum(self.given, 1)
+        n = self.masked.sum()
+        center, truth_center = (self.masked * gene_means).sum() / n, self.total.sum() / n
+        variances = (self.masked * gene_means**2).sum() / n - center**2, self.squares.sum() / n - truth_center**2
+        scale = np.sqrt(np.prod(np.maximum(variances, 0)))
+        covariance = (gene_means * self.total).sum() / n - center * truth_center
+        return {
+            "entries": int(times.sum()),
+            "pearson": weighted_correlation(truth, total, times),
+            "spearman": weighted_correlation(weighted_ranks(truth, times), weighted_ranks(total, times), times),
+            "pearson_gene_means": float(covariance / scale) if scale > 0 else float("nan"),
+            "coverage_90": self.covered / times.sum(),
+        }
+
+    def summary(self) -> str:
+        """The scores in one line."""
+        return (
+            "{entries:,} masked counts: posterior mean against truth, Pearson {pearson:.3f} (each gene's mean "
+            "{pearson_gene_means:.3f}), Spearman {spearman:.3f}; 90 % intervals cover {coverage_90:.1%}"
+        ).format(**self.scores())
+
+
+def weighted_correlation(x: np.ndarray, y: np.ndarray, times: np.ndarray) -> float:
+    """Pearson correlation of pairs (n,), each of which occurs ``times`` (n,) often; NaN if one is constant."""
+    covariance = np.cov(x, y, fweights=times)
+    scale = np.sqrt(covariance[0, 0] * covariance[1, 1])
+    return float(covariance[0, 1] / scale) if scale > 0 else float("nan")
+
+
+def weighted_ranks(values: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Mean ranks (n,) of values, each of which occurs ``times`` (n,) often; equal values share theirs."""
+    _, group = np.unique(values, return_inverse=True)
+    size = np.bincount(group, weights=times)
+    return (size.cumsum() - (size - 1) / 2)[group]
+
+
+def hidden_entries(measured: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """Measured entries (B, G) of a chunk that the model is not told: of each cell a fraction, one or more; 0: none."""
+    hidden, some = np.zeros_like(measured), np.flatnonzero(measured.any(axis=0))
     if fraction and len(some):
         keys = rng.random((len(measured), len(some)))
-        keys[~open_[:, some]] = 1.0  # above all others
+        keys[~measured[:, some]] = 1.0  # above all others
         rank = keys.argsort(axis=1).argsort(axis=1)
-        number = np.maximum(1, np.round(fraction * open_.sum(axis=1)))[:, None]
-        hidden[:, some] |= (rank < number) & open_[:, some]
+        number = np.maximum(1, np.round(fraction * measured.sum(axis=1)))[:, None]
+        hidden[:, some] = (rank < number) & measured[:, some]
     return hidden
 
 
 def _completed(
     model: DCMForDenoising,
     cells: MeasuredCells,
-    hidden_genes: np.ndarray,
     options: dict[str, object],
     masked: MaskedEntries | None,
     report: ProgressReport,
@@ -150,14 +210,14 @@ def _completed(
     import torch
     from scipy import sparse
 
-    from eval.drawing.measured import chunk_seed
+    from eval.drawing.read_cells import chunk_seed
     from modeling_dcm.generation_dcm import row_chunks
 
     draws, seed, batch_size = (options[name] for name in ("draws", "seed", "batch_size"))
     for chunk, rows in row_chunks(len(cells), batch_size):
         counts = cells.counts[rows].toarray()
         measured = cells.measured(rows)
-        hidden = hidden_entries(measured, hidden_genes, options["mask_fraction"], np.random.default_rng([seed, chunk]))
+        hidden = hidden_entries(measured, options["mask_fraction"], np.random.default_rng([seed, chunk]))
         fill = hidden | ~measured
         observed = torch.from_numpy(np.where(fill, -1, cells.count_ids(counts)))
         drawn = np.empty((draws, int(fill.sum())), dtype=np.int32)  # (D, M)

@@ -3,7 +3,7 @@
     dcm-sample checkpoint/ --out generated.h5ad --num-cells 500 --cell-type k562 --perturbation KLF1
     dcm-sample checkpoint/ --out generated.h5ad --num-cells 500
     dcm-sample checkpoint/ --out generated.h5ad --like test.h5ad
-    dcm-sample checkpoint/ --out counterfactual.h5ad --like control.h5ad --perturbation KLF1 --like-library-size
+    dcm-sample checkpoint/ --out counterfactual.h5ad --like control.h5ad --perturbation KLF1 --keep-state
     accelerate launch -m eval.sample checkpoint/ --out generated.h5ad --num-cells 1000000
 
 Labels that are not given are drawn, too, in the proportions of the training cells. Cells are drawn and written in
@@ -46,7 +46,6 @@ def main(
     covariates: dict[str, str] | None = None,
     no_labels: bool = False,
     like: Path | None = None,
-    like_library_size: bool = False,
     keep_state: bool = False,
     layer: str | None = None,
     state: Source | None = None,
@@ -59,7 +58,6 @@ def main(
     dtype: Dtype = "float32",
     seed: int = 0,
     batch_size: int = 256,
-    fresh: bool = False,
 ) -> Path:
     """Draw cells from a checkpoint.
 
@@ -75,11 +73,9 @@ def main(
         covariates: Labels of covariates, as in --covariates donor=D1,day=3; with --like, instead of what the file says.
         no_labels: Tell the model nothing of the labels that are not given, instead of drawing them.
         like: An h5ad file: one cell is drawn for each of its cells, with that cell's conditions.
-        like_library_size: Give each cell the total count that its cell of --like has over the panel's genes, instead of
-            drawing one from the training cells.
-        keep_state: Give each cell the state and the total count of its cell of --like, which needs all of the panel's
-            genes: "this cell, had it been of that condition", or more cells like these.
-        layer: Layer of --like with the counts that --like-library-size and --keep-state read; default X.
+        keep_state: Give each cell the total count and, where the model has one, the state of its cell of --like, which
+            needs all of the panel's genes: "this cell, had it been of that condition", or more cells like these.
+        layer: Layer of --like with the counts that --keep-state reads; default X.
         state: Where a cell's state is drawn from: prior, fitted to the training cells of its condition; bank, these
             cells themselves, if the checkpoint keeps them; null, it is not given. Default: bank if there is one, else
             prior.
@@ -93,7 +89,6 @@ def main(
         dtype: Of the network's weights.
         seed: The same seed and batch size give the same cells, whatever the number of processes.
         batch_size: Cells drawn together; memory grows with it, and not with the number of cells.
-        fresh: Throw away what an interrupted run with the same --out left.
 
     Raises:
         ValueError: options that contradict each other, the checkpoint, or an interrupted run; unknown labels.
@@ -102,21 +97,29 @@ def main(
     guided = set(guidance or ())
     for option, value, holds, expected in (
         ("--num-cells", num_cells, num_cells is None or num_cells >= 1, "at least 1"),
+        ("--num-cells", num_cells, num_cells is None or like is None, "none with --like, whose file says how many"),
         ("--steps", steps, steps in ("auto", None) or (isinstance(steps, int) and steps >= 1), "at least 1, or auto"),
         ("--guidance", ", ".join(guided), guided <= set(GUIDED), f"weights of {', '.join(GUIDED)}"),
+        ("--guidance-scale", guidance_scale, not (guidance and guidance_scale), "0 with --guidance, which weighs each"),
         ("--temperature", temperature, temperature > 0, "above 0"),
         ("--library-size", library_size, library_size is None or library_size >= 0, "0 or more"),
+        (
+            "--library-size",
+            library_size,
+            library_size is None or not keep_state,
+            "none with --keep-state, which keeps it",
+        ),
+        ("--state", state, state is None or not keep_state, "none with --keep-state, which keeps it"),
         ("--seed", seed, seed >= 0, "0 or more"),
         ("--batch-size", batch_size, batch_size >= 1, "at least 1"),
         ("--no-labels", no_labels, like is None or not no_labels, "left out with --like, which brings all labels"),
+        ("--keep-state", keep_state, like is not None or not keep_state, "a file of cells beside it, --like"),
+        ("--layer", layer, keep_state or layer is None, "--keep-state beside it, which alone reads counts"),
     ):
         if not holds:
             raise ValueError(f"{option} is {value}; expected {expected}")
-    if guidance and guidance_scale:
-        raise ValueError("--guidance-scale weighs all conditions and --guidance each on its own: give one of them")
-    if keep_state and state is not None:
-        raise ValueError("--keep-state and --state contradict each other: give one of them")
-    _check_like(like, num_cells, library_size, like_library_size=like_library_size, keep_state=keep_state, layer=layer)
+    if like is not None and not like.is_file():
+        raise FileNotFoundError(f"no file {str(like)!r} (--like); expected an h5ad file")
     check_writable(out)
     labels = {"cell_type": cell_type, "perturbation": perturbation, "covariates": covariates or None}
     conditions = _conditions(checkpoint, like, DEFAULT_NUM_CELLS if num_cells is None else num_cells, labels)
@@ -128,45 +131,17 @@ def main(
         asked["other_labels"] = "null" if no_labels else "drawn"
         if not no_labels:
             conditions = model.draw_labels(**conditions, seed=seed)
-    given = {"library_size": library_size, "state": state}
-    if like_library_size or keep_state:
-        from eval.drawing.measured import library_sizes_of, states_of
-
-        if keep_state:
-            given["state"], given["library_size"] = states_of(like, model, tokenizer, layer)
-        else:
-            given["library_size"] = library_sizes_of(like, tokenizer.genes, layer)
     from eval.drawing.draw import draw_cells
+    from eval.drawing.read_cells import states_of
 
+    if keep_state:
+        state, library_size = states_of(like, model, tokenizer, layer)
+    given = {"library_size": library_size, "state": state}
     options = {"steps": steps, "schedule": schedule, "guidance_scale": guidance or guidance_scale}
     options |= {"temperature": temperature, "seed": seed, "batch_size": batch_size}
     asked = {"checkpoint": Path(checkpoint).name, **asked}
-    draw_cells(model, tokenizer, conditions, given, options, out, asked=asked, source=like, dtype=dtype, fresh=fresh)
+    draw_cells(model, tokenizer, conditions, given, options, out, asked=asked, source=like, dtype=dtype)
     return out
-
-
-def _check_like(
-    like: Path | None,
-    num_cells: int | None,
-    library_size: float | None,
-    *,
-    like_library_size: bool,
-    keep_state: bool,
-    layer: str | None,
-) -> None:
-    of_cells = "--keep-state" if keep_state else "--like-library-size" if like_library_size else None
-    if like is None and of_cells:
-        raise ValueError(f"{of_cells} takes what the cells of a file have: name the file with --like")
-    if layer is not None and not of_cells:
-        raise ValueError("--layer says where --like-library-size and --keep-state find counts: give one of these, too")
-    if of_cells and library_size is not None:
-        raise ValueError(f"--library-size and {of_cells} contradict each other: give one of them")
-    if keep_state and like_library_size:
-        raise ValueError("--keep-state keeps the library sizes, too: leave out --like-library-size")
-    if like is not None and num_cells is not None:
-        raise ValueError("--like takes the number of cells from its file: leave out --num-cells")
-    if like is not None and not like.is_file():
-        raise FileNotFoundError(f"no file {str(like)!r} (--like); expected an h5ad file")
 
 
 def _conditions(
@@ -177,7 +152,7 @@ def _conditions(
     with unknown_label_explained(checkpoint):
         check_labels(known, **labels)
         if like is not None:
-            from eval.drawing.measured import conditions_like
+            from eval.drawing.read_cells import conditions_like
 
             return conditions_like(like, known, **labels)
         return known.conditions(num_cells=num_cells, **labels)

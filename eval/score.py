@@ -24,7 +24,7 @@ from training.data.files import check_writable, written_aside
 if TYPE_CHECKING:
     import numpy as np
 
-    from eval.drawing.measured import MeasuredCells
+    from eval.drawing.read_cells import MeasuredCells
     from modeling_dcm import DCMForDenoising
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def main(
     import numpy as np
     import torch
 
-    from eval.drawing.measured import read_measured_cells
+    from eval.drawing.read_cells import read_measured_cells
 
     model, tokenizer = load_checkpoint(checkpoint)
     measured = read_measured_cells(cells, tokenizer, layer)
@@ -112,7 +112,7 @@ def _scores(
     """
     import torch
 
-    from eval.drawing.measured import chunk_seed
+    from eval.drawing.read_cells import chunk_seed
     from modeling_dcm.generation_dcm import row_chunks
 
     chunks: list[dict[str, torch.Tensor]] = []

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from eval.drawing.measured import labelled
+from eval.drawing.read_cells import labelled
 from tokenization.labels_dcm import shortened
 from training.data.formats import read_counts
 from training.data.shards import read_panels

@@ -1,14 +1,18 @@
-"""Draw the chunks of a run, shared among processes: each takes the next chunk that nobody has taken.
+"""Draw cells in chunks, shared among processes: each takes the next chunk that nobody has taken.
 
 So all of them end within the time of a chunk, and as a chunk's draws depend on its number alone, the cells are the same
-whoever draws them.
+whoever draws them. Chunks stand in `.NAME.parts/` beside the output NAME until all are there and are merged: one
+safetensors file (CSR arrays) for each, written aside and renamed, and `request.json`, which says what they are chunks
+of. So a killed run goes on where it was.
 """
 
 import hashlib
 import json
 import logging
+import os
+import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import anndata
@@ -17,16 +21,112 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from scipy.sparse import csr_matrix
 
 from eval.drawing.checkpoint import cast_weights
-from eval.drawing.chunks import ChunkFiles
-from eval.drawing.measured import read_obs
+from eval.drawing.read_cells import read_obs
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.diffusion_dcm import keyed_generator
+from modeling_dcm.generation_dcm import row_chunks
 from tokenization import DCMTokenizer
 from training.data.command_line import ProgressReport
+from training.data.files import followed, write_text, written_aside
+from training.data.h5ad import write_h5ad_in_blocks
 
 logger = logging.getLogger(__name__)
+
+REQUEST = "request.json"
+SUFFIX = ".safetensors"
+ARRAYS = ("data", "indices", "indptr")
+
+
+class ChunkFiles:
+    """Chunks of ``batch_size`` cells of one output file.
+
+    ``request`` is everything that decides which cells these are, as JSON can hold it; chunks of another are never mixed
+    in.
+    """
+
+    def __init__(self, out: Path, request: dict[str, object], *, num_cells: int, batch_size: int):
+        self.out = followed(out)
+        self.folder = self.out.parent / f".{self.out.name}.parts"
+        self.request = json.loads(json.dumps(request))
+        self.rows = [rows for _, rows in row_chunks(num_cells, batch_size)]
+        self.sizes = [rows.stop - rows.start for rows in self.rows]
+
+    def prepare(self) -> list[int]:
+        """Make the folder, or find the chunks that an interrupted run left, in one process; return those to be drawn.
+
+        Raises:
+            ValueError: the folder holds chunks of another request.
+        """
+        written = {int(path.stem) for path in self.folder.glob(f"[0-9]*{SUFFIX}")}
+        if written:
+            self._check_request(len(written))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / REQUEST, json.dumps(self.request, indent=1) + "\n")
+        for taken in self.folder.glob("*.taken"):
+            taken.unlink()
+        return [chunk for chunk in range(len(self.rows)) if chunk not in written]
+
+    def take(self, chunk: int) -> bool:
+        """Whether this process is the first to ask for the chunk, and so the one to draw it."""
+        try:
+            (self.folder / f"{chunk}.taken").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def write(self, chunk: int, counts: csr_matrix) -> None:
+        """Keep the counts (cells of the chunk, G), int32.
+
+        Raises:
+            OSError: the disk is full, or fails otherwise.
+        """
+        arrays = {name: getattr(counts, name).astype(np.int32, copy=False) for name in ARRAYS}
+        with written_aside(self._path(chunk)) as aside:
+            try:
+                save_file(arrays, aside)
+            except SafetensorError as error:
+                raise OSError(f"cannot write {str(self._path(chunk))!r}: {error}") from error
+
+    def merge(self, annotations: anndata.AnnData) -> None:
+        """Write the output: the annotations of all cells with the chunks' counts in order, CSR in ``X``.
+
+        One chunk is in memory at a time. The output gets its name when it is whole; then the folder is removed.
+
+        Raises:
+            FileNotFoundError: a chunk is missing.
+        """
+        whole = self.folder / self.out.name
+        with written_aside(whole) as aside, ProgressReport(sum(self.sizes), task="merging", unit="cells") as report:
+            write_h5ad_in_blocks(aside, annotations, self._blocks(annotations.n_vars, report), {"X": np.int32})
+        os.replace(whole, self.out)
+        shutil.rmtree(self.folder)
+
+    def _blocks(self, num_genes: int, report: ProgressReport) -> Iterator[dict[str, csr_matrix]]:
+        for chunk, size in enumerate(self.sizes):
+            arrays = load_file(self._path(chunk))
+            yield {"X": csr_matrix(tuple(arrays[name] for name in ARRAYS), shape=(size, num_genes))}
+            report.update(size)
+
+    def _path(self, chunk: int) -> Path:
+        return self.folder / f"{chunk}{SUFFIX}"
+
+    def _check_request(self, num_written: int) -> None:
+        try:
+            before = json.loads((self.folder / REQUEST).read_text())
+        except (OSError, json.JSONDecodeError):
+            before = {}
+        names = [name for name in {**before, **self.request} if before.get(name) != self.request.get(name)]
+        if names:
+            differences = ", ".join(f"{name}: {before.get(name)} then, {self.request.get(name)} now" for name in names)
+            raise ValueError(
+                f"{str(self.folder)!r} holds {num_written:,} drawn chunks of another request ({differences}): finish "
+                "that one with its own options, remove the folder, or choose another --out"
+            )
 
 
 def draw_cells(
@@ -40,7 +140,6 @@ def draw_cells(
     asked: dict[str, object],
     source: Path | None = None,
     dtype: str = "float32",
-    fresh: bool = False,
 ) -> None:
     """Draw cells into an h5ad file, shared among the processes; return when this process has no more to do.
 
@@ -51,7 +150,6 @@ def draw_cells(
         options: other arguments of ``generate``, ``seed`` and ``batch_size`` among them.
         asked: for the file, the checkpoint's name and what was asked for, as JSON can hold it.
         source: the h5ad file, if any, that has one cell for each of these: the output gets its cells' names and labels.
-        fresh: throw away what an interrupted run left.
 
     Raises:
         ValueError: what the model cannot do, or an interrupted run that left chunks of another request.
@@ -70,9 +168,10 @@ def draw_cells(
     request |= {"checkpoint_sha256": _sha256(weights_and_names), "conditions_sha256": _sha256(asked)}
     files = ChunkFiles(out, request, num_cells=num_cells, batch_size=options["batch_size"])
     cast_weights(model.to(state.device), dtype)
-    asked |= options
-    _refuse_what_does_not_fit(model, asked)
-    _draw_chunks(model, tokenizer, asked, files, state, fresh=fresh)
+    # one gene of one cell first: what the model cannot do is said before anything is written
+    first = {name: value[:1] if torch.is_tensor(value) else value for name, value in (asked | options).items()}
+    model.generate(**{**first, "num_cells": 1, "gene_ids": torch.arange(1)})
+    _draw_chunks(model, tokenizer, asked | options, files, state)
     if state.is_main_process:
         annotations = _annotations(tokenizer, conditions, sampling, source)
         ids, unseen = conditions.get("perturbation_ids"), model.config.perturbations_without_cells or ()
@@ -85,57 +184,42 @@ def draw_cells(
 
 
 def _draw_chunks(
-    model: DCMForDenoising,
-    tokenizer: DCMTokenizer,
-    asked: dict[str, object],
-    files: ChunkFiles,
-    state: PartialState,
-    *,
-    fresh: bool,
+    model: DCMForDenoising, tokenizer: DCMTokenizer, asked: dict[str, object], files: ChunkFiles, state: PartialState
 ) -> None:
     """Draw the chunks that are not there yet; return when all of them are written, by whichever process."""
-    missing = _agreed_chunks(files, state, fresh=fresh)
-    already = files.num_cells_of(set(range(len(files.rows))) - set(missing))
-    with _report(files.num_cells - already, state) as report:
+    missing = _agreed_chunks(files, state)
+    number = sum(files.sizes[chunk] for chunk in missing)
+    is_main = state.is_main_process  # which reports for all of them
+    with ProgressReport(number, task="sampling", unit="cells") if is_main else nullcontext() as report:
+
+        def taken() -> Iterator[int]:
+            for chunk in missing:
+                if files.take(chunk):
+                    yield chunk
+                if report:  # those that others take count as drawn when it comes to them
+                    report.update(files.sizes[chunk])
 
         def write(chunk: int, ids: torch.Tensor) -> None:
             # of counts that share a bin: keyed as every other draw of the chunk is
             seed = keyed_generator(asked["seed"], chunk).initial_seed()
             files.write(chunk, tokenizer.decode(ids, seed=seed).X)
 
-        model.generate(**asked, chunks=_taken(files, missing, report), on_chunk=write)
+        model.generate(**asked, chunks=taken(), on_chunk=write)
         with _failure_of_another_explained():
             state.wait_for_everyone()
         if report:
             logger.info("drew %d cells, %.3g per second", report.done, report.rate)
 
 
-def _taken(files: ChunkFiles, missing: list[int], report: ProgressReport | None) -> Iterator[int]:
-    """The chunks that this process is to draw; those that others take count as drawn when it comes to them."""
-    for chunk in missing:
-        if files.take(chunk):
-            yield chunk
-        if report:
-            report.update(files.num_cells_of([chunk]))
-
-
-def _report(num_cells: int, state: PartialState) -> AbstractContextManager[ProgressReport | None]:
-    """Only the first process reports, for all of them."""
-    return ProgressReport(num_cells, task="sampling", unit="cells") if state.is_main_process else nullcontext()
-
-
-def _agreed_chunks(files: ChunkFiles, state: PartialState, *, fresh: bool) -> list[int]:
+def _agreed_chunks(files: ChunkFiles, state: PartialState) -> list[int]:
     """The chunks to draw, found by the first process; its error is everyone's error."""
     found: list[object] = [None]
     if state.is_main_process:
         try:
-            missing, num_damaged = files.prepare(fresh=fresh)
-            kept = len(files.rows) - len(missing)
+            found = [files.prepare()]
+            kept = len(files.rows) - len(found[0])
             if kept:
                 logger.info("%d of %d chunks are there already and are not drawn again", kept, len(files.rows))
-            if num_damaged:
-                logger.warning("%d chunks are damaged and are drawn again", num_damaged)
-            found = [missing]
         except (ValueError, OSError) as error:
             found = [error]
     with _failure_of_another_explained():
@@ -154,12 +238,6 @@ def _failure_of_another_explained() -> Iterator[None]:
         raise ConnectionError(
             f"another process failed, so there is no output yet ({error}); run again: what is drawn is kept"
         ) from error
-
-
-def _refuse_what_does_not_fit(model: DCMForDenoising, asked: dict[str, object]) -> None:
-    """Draw one gene of one cell: what the model cannot do is said before anything is written."""
-    first = {name: value[:1] if torch.is_tensor(value) else value for name, value in asked.items()}
-    model.generate(**{**first, "num_cells": 1, "gene_ids": torch.arange(1)})
 
 
 def _annotations(

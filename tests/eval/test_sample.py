@@ -55,9 +55,7 @@ def test_drawn_and_written_in_chunks_the_file_holds_what_one_call_of_generate_dr
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_like_draws_one_cell_for_each_cell_of_the_file_with_its_labels_and_library_size_if_asked(
-    trained, shards, tmp_path, calls
-):
+def test_like_draws_one_cell_for_each_cell_of_the_file_with_its_labels(trained, shards, tmp_path):
     real = anndata.read_h5ad(shards / "test.h5ad")
     real.X = real.X * 7  # labels alone are looked at
     (tmp_path / "louder").mkdir()
@@ -65,9 +63,6 @@ def test_like_draws_one_cell_for_each_cell_of_the_file_with_its_labels_and_libra
     for like in (shards / "test.h5ad", tmp_path / "louder" / "test.h5ad"):
         main(str(trained), out=tmp_path / f"like_{like.parent.name}.h5ad", like=like, steps=2)
     assert_same_file(tmp_path / "like_shards.h5ad", tmp_path / "like_louder.h5ad")
-    main(str(trained), out=tmp_path / "cells.h5ad", like=like, like_library_size=True, steps=2)
-    totals = np.asarray(real.X.sum(axis=1)).ravel()
-    assert torch.equal(calls[-1]["library_size"], torch.from_numpy(totals.astype(np.float32)))
     drawn = anndata.read_h5ad(tmp_path / "like_shards.h5ad")
     assert len(drawn) == len(real)
     for condition in ("cell_type", "perturbation"):
@@ -129,12 +124,21 @@ def test_a_cell_without_label_is_not_taken_for_one_of_any_condition(trained, sha
 
 
 def test_cells_can_keep_the_states_and_library_sizes_of_the_cells_that_they_are_like(trained, shards, tmp_path, calls):
-    like = shards / "test.h5ad"
-    main(str(trained), out=tmp_path / "cells.h5ad", like=like, keep_state=True, perturbation="control", steps=2)
+    cells = anndata.read_h5ad(shards / "test.h5ad")
     model, tokenizer = load_checkpoint(str(trained))
-    ids = tokenizer(anndata.read_h5ad(like))["input_ids"]
+    ids = tokenizer(cells)["input_ids"]
+    cells.layers["counts"], cells.X = cells.X.copy(), cells.X * 0.5
+    cells.obs["perturbation"] = "of another study"
+    cells.write_h5ad(tmp_path / "like.h5ad")
+    options = {"like": tmp_path / "like.h5ad", "keep_state": True, "perturbation": "control", "steps": 2}
+    main(str(trained), out=tmp_path / "cells.h5ad", layer="counts", **options)
     torch.testing.assert_close(calls[-1]["state"], model.state(ids))
     assert torch.equal(calls[-1]["library_size"], ids.sum(dim=1).float())
+    with pytest.raises(
+        ValueError, match=r"lacks 2 of the panel's 15 genes \(GENE0000, GENE0001\).*leave out --keep-state"
+    ):
+        cells[:, 2:].copy().write_h5ad(tmp_path / "like.h5ad")
+        main(str(trained), out=tmp_path / "few.h5ad", layer="counts", **options)
 
 
 @pytest.mark.parametrize("source", ["prior", "null"])
@@ -154,18 +158,19 @@ def test_where_states_come_from_is_asked_for_and_said_in_the_file(trained, tmp_p
             {"guidance": {"donors": 1.0}},
             "--guidance is donors; expected weights of cell_type, perturbation, covariates",
         ),
-        ({"guidance": {"cell_type": 1.0}, "guidance_scale": 2.0}, "give one of them"),
+        (
+            {"guidance": {"cell_type": 1.0}, "guidance_scale": 2.0},
+            "--guidance-scale is 2.0; expected 0 with --guidance",
+        ),
         ({"temperature": 0.0}, "--temperature is 0.0; expected above 0"),
         ({"library_size": -1.0}, "--library-size is -1.0; expected 0 or more"),
         ({"seed": -1}, "--seed is -1; expected 0 or more"),
         ({"batch_size": 0}, "--batch-size is 0; expected at least 1"),
-        ({"like_library_size": True}, "name the file with --like"),
-        ({"like": Path("a.h5ad"), "num_cells": 3}, "leave out --num-cells"),
-        ({"like": Path("a.h5ad"), "layer": "counts"}, "give one of these, too"),
-        ({"keep_state": True}, "name the file with --like"),
-        ({"keep_state": True, "state": "prior"}, "--keep-state and --state contradict each other"),
-        ({"like": Path("a.h5ad"), "keep_state": True, "like_library_size": True}, "leave out --like-library-size"),
-        ({"like": Path("a.h5ad"), "like_library_size": True, "library_size": 9.0}, "contradict each other"),
+        ({"like": Path("a.h5ad"), "num_cells": 3}, "--num-cells is 3; expected none with --like"),
+        ({"like": Path("a.h5ad"), "layer": "counts"}, "--layer is counts; expected --keep-state beside it"),
+        ({"keep_state": True}, "expected a file of cells beside it, --like"),
+        ({"keep_state": True, "state": "prior"}, "--state is prior; expected none with --keep-state"),
+        ({"like": Path("a.h5ad"), "keep_state": True, "library_size": 9.0}, "expected none with --keep-state"),
     ],
 )
 def test_options_that_no_model_could_follow_are_refused_before_one_is_loaded(tmp_path, options, message):

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from eval.comparison.cells import read_comparison
 from eval.drawing.checkpoint import check_checkpoint
-from eval.drawing.measured import library_sizes_of, read_measured_cells
+from eval.drawing.read_cells import read_measured_cells
 from eval.score import main as score
 from tests.tiny_esm import write_tiny_esm
 from tokenization import DCMTokenizer
@@ -210,10 +210,10 @@ def test_raw_is_a_layer_with_its_own_genes_for_every_command(tmp_path):
     counts = cells.X.toarray()
     tokenizer = DCMTokenizer.from_labels(genes=GENES, max_count=20)
     assert (tokenizer(few, layer="raw")["input_ids"].numpy() == counts).all()
-    measured = read_measured_cells(file, tokenizer, "raw")  # dcm-score and dcm-impute
+    measured = read_measured_cells(file, tokenizer, "raw")  # dcm-sample, dcm-score and dcm-impute
     assert (measured.counts.toarray() == counts).all()
     assert measured.panels.all()
-    assert library_sizes_of(file, GENES, "raw").tolist() == counts.sum(axis=1).tolist()  # dcm-sample
+    assert measured.library_size().tolist() == counts.sum(axis=1).tolist()
     shards = convert(file, out=tmp_path / "s", layer="raw")
     parts = [anndata.read_h5ad(shards / f"{name}.h5ad").to_df() for name in ("train", "validation", "test")]
     assert pd.concat(parts).loc[cells.obs_names, GENES].to_numpy().tolist() == counts.tolist()

@@ -10,16 +10,21 @@ import time
 from pathlib import Path
 
 import anndata
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from scipy import sparse
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from eval.drawing.checkpoint import load_checkpoint
-from eval.drawing.chunks import ChunkFiles
+from eval.drawing.draw import ChunkFiles
 from eval.sample import main
 from modeling_dcm import generation_dcm
 from tests.tiny_training import assert_same_file
+
+REQUEST = {"seed": 0, "guidance_scale": {"cell_type": 1.0}}
 
 
 def interrupted_run(monkeypatch, trained: Path, out: Path, options: dict) -> None:
@@ -65,26 +70,11 @@ def test_a_killed_run_goes_on_where_it_was(trained, tmp_path, caplog):
     assert_same_file(out, tmp_path / "whole.h5ad")
 
 
-def test_a_chunk_cut_short_is_drawn_again(trained, tmp_path, monkeypatch, caplog):
-    out, options = tmp_path / "cells.h5ad", {"num_cells": 20, "batch_size": 4, "steps": 2}
-    interrupted_run(monkeypatch, trained, out, options)
-    parts = sorted((tmp_path / ".cells.h5ad.parts").glob("*.safetensors"))
-    assert [part.name for part in parts] == ["0.safetensors", "1.safetensors", "2.safetensors"]
-    parts[0].write_bytes(b"")
-    parts[1].write_bytes(parts[1].read_bytes()[:-7])
-    with caplog.at_level(logging.INFO):
-        main(str(trained), out=out, **options)
-    assert "1 of 5 chunks are there already" in caplog.text
-    assert "2 chunks are damaged and are drawn again" in caplog.text
-    main(str(trained), out=tmp_path / "whole.h5ad", **options)
-    assert_same_file(out, tmp_path / "whole.h5ad")
-
-
 @pytest.mark.parametrize("change", [{"seed": 1}, {"num_cells": 21}, {"perturbation": "control"}, {"library_size": 9}])
-def test_chunks_of_another_request_are_refused_or_thrown_away(trained, tmp_path, monkeypatch, change):
+def test_chunks_of_another_request_are_refused_and_kept(trained, tmp_path, monkeypatch, change):
     out, options = tmp_path / "cells.h5ad", {"num_cells": 20, "batch_size": 4, "steps": 2}
     interrupted_run(monkeypatch, trained, out, options)
-    with pytest.raises(ValueError, match=r"3 drawn chunks of another request \(.* then, .* now\).* --fresh"):
+    with pytest.raises(ValueError, match=r"3 drawn chunks of another request \(.* then, .* now\).* remove the folder"):
         main(str(trained), out=out, **options | change)
     assert not out.exists()
     model, tokenizer = load_checkpoint(str(trained))
@@ -93,8 +83,8 @@ def test_chunks_of_another_request_are_refused_or_thrown_away(trained, tmp_path,
         part.save_pretrained(tmp_path / "other" / "checkpoint")
     with pytest.raises(ValueError, match=r"another request \(.*checkpoint_sha256: \w+ then, \w+ now"):
         main(str(tmp_path / "other" / "checkpoint"), out=out, **options)
-    main(str(trained), out=out, **options | change, fresh=True)
-    main(str(trained), out=tmp_path / "whole.h5ad", **options | change)
+    main(str(trained), out=out, **options)
+    main(str(trained), out=tmp_path / "whole.h5ad", **options)
     assert_same_file(out, tmp_path / "whole.h5ad")
 
 
@@ -141,7 +131,7 @@ def test_two_processes_draw_what_one_draws(trained, tmp_path):
 
 DIES = """
 import os, signal, time
-from eval.drawing.chunks import ChunkFiles
+from eval.drawing.draw import ChunkFiles
 from eval.sample import cli
 
 take = ChunkFiles.take
@@ -187,3 +177,59 @@ def free_port() -> str:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return str(listener.getsockname()[1])
+
+
+@pytest.fixture
+def files(tmp_path) -> ChunkFiles:
+    """Seven cells in chunks of three, nothing drawn yet."""
+    files = ChunkFiles(tmp_path / "new" / "cells.h5ad", REQUEST, num_cells=7, batch_size=3)
+    assert not files.folder.parent.exists()
+    assert files.prepare() == [0, 1, 2]
+    return files
+
+
+def annotations(num_cells: int, num_genes: int) -> anndata.AnnData:
+    obs, var = (pd.DataFrame(index=np.arange(n).astype(str)) for n in (num_cells, num_genes))
+    return anndata.AnnData(obs=obs, var=var, uns={"generator": "test"})
+
+
+@pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
+def test_merged_chunks_are_the_matrix_in_order_and_leave_nothing_behind(files, density):
+    counts = sparse.random(7, 4, density, format="csr", random_state=0, data_rvs=lambda n: np.arange(1, n + 1))
+    counts = counts.astype(np.int32)
+    for chunk in (2, 0, 1):
+        files.write(chunk, counts[files.rows[chunk]])
+    files.merge(annotations(7, 4))
+    cells = anndata.read_h5ad(files.out)
+    assert (counts != cells.X).nnz == 0
+    assert cells.X.dtype == np.int32
+    assert cells.X.indptr.dtype == cells.X.indices.dtype == np.int32
+    assert cells.uns["generator"] == "test"
+    assert (counts[4:] != anndata.read_h5ad(files.out, backed="r")[4:].to_memory().X).nnz == 0
+    assert list(files.out.parent.iterdir()) == [files.out]
+
+
+def test_what_was_taken_but_not_written_is_to_be_drawn_again(files):
+    other = ChunkFiles(files.out, {"seed": 1}, num_cells=9, batch_size=3)
+    assert other.prepare() == [0, 1, 2]  # another request meets no resistance where nothing was drawn
+    assert files.prepare() == [0, 1, 2]
+    assert [files.take(chunk) for chunk in (0, 1, 1)] == [True, True, False]  # a chunk is taken once
+    files.write(0, sparse.csr_matrix((3, 4), dtype=np.int32))
+    assert files.prepare() == [1, 2]
+    assert files.take(1)
+
+
+def test_an_output_is_not_written_while_a_chunk_is_missing(files):
+    for chunk in (0, 2):
+        files.write(chunk, sparse.csr_matrix((len(range(7)[files.rows[chunk]]), 4), dtype=np.int32))
+    with pytest.raises(FileNotFoundError, match=r"1\.safetensors"):
+        files.merge(annotations(7, 4))
+    assert not files.out.exists()
+    assert files.prepare() == [1]
+
+
+def test_a_request_that_cannot_be_read_is_another_request(files):
+    files.write(0, sparse.csr_matrix((3, 4), dtype=np.int32))
+    (files.folder / "request.json").write_text("{")
+    with pytest.raises(ValueError, match="1 drawn chunks of another request"):
+        files.prepare()

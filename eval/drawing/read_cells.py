@@ -7,7 +7,7 @@ time. Letters: N cells, B cells of a chunk, F genes of the file, G genes of the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from tokenization import DCMTokenizer
 
 logger = logging.getLogger(__name__)
+
+CELLS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,14 @@ class MeasuredCells:
         """Condition ids of some cells."""
         return {name: ids[rows] for name, ids in self.condition_ids.items()}
 
-    def library_size(self, rows: slice) -> torch.Tensor:
+    def library_size(self, rows: slice = slice(None)) -> torch.Tensor:
         """Totals (B,) over the panel, not clipped; meaningful where every gene was measured."""
         return as_tensor(library_size(self.counts[rows]).astype(np.float32))
 
 
-def read_measured_cells(path: Path, tokenizer: DCMTokenizer, layer: str | None = None) -> MeasuredCells:
+def read_measured_cells(
+    path: Path, tokenizer: DCMTokenizer, layer: str | None = None, *, with_conditions: bool = True
+) -> MeasuredCells:
     """Read a file's cells, genes and labels by name; what can be left out to fit the checkpoint is logged.
 
     Raises:
@@ -90,7 +94,7 @@ def read_measured_cells(path: Path, tokenizer: DCMTokenizer, layer: str | None =
         if len(panels) > 1:
             what = "%s: %d of the model's %d genes were measured in every cell; the others are none where they were not"
             logger.warning(what, path.name, panels.all(axis=0).sum(), len(columns))
-        names, ids = _observed_conditions(path.name, file.obs, tokenizer)
+        names, ids = _observed_conditions(path.name, file.obs, tokenizer) if with_conditions else ([], {})
         counts = sparse.vstack([*file.panel_blocks(columns, f"reading {path.name}")], format="csr")
     over = counts.data > tokenizer.max_count
     if over.any():
@@ -100,50 +104,30 @@ def read_measured_cells(path: Path, tokenizer: DCMTokenizer, layer: str | None =
     return MeasuredCells(file.obs, counts.astype(np.int32), panel, panels, names, ids, tokenizer)
 
 
-def library_sizes_of(path: Path, genes: list[str], layer: str | None = None) -> torch.Tensor:
-    """Total counts (N,) float32 of the cells of a file over ``genes``, all of which it must have.
-
-    Raises:
-        ValueError: no such layer, values that are not counts, missing or repeated genes.
-    """
-    sizes = [
-        library_size(counts) for counts in _whole_cells(path, genes, layer, "library sizes", "--like-library-size")
-    ]
-    return as_tensor(np.concatenate(sizes).astype(np.float32))
-
-
 def states_of(
     path: Path, model: DCMForDenoising, tokenizer: DCMTokenizer, layer: str | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """States (N, E) and library sizes (N,) of the cells of a file, whose genes must be the panel's, and more.
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """States (N, E), None of a model that has none, and library sizes (N,) of the cells of a file.
 
     Raises:
-        ValueError: as :func:`library_sizes_of`; the model has no cell state.
+        ValueError: no such layer, values that are not counts, genes of the panel that were not measured.
     """
     import torch
 
+    from modeling_dcm.generation_dcm import row_chunks
+
+    cells = read_measured_cells(path, tokenizer, layer, with_conditions=False)
+    lacking = np.asarray(tokenizer.genes)[~cells.always_measured]
+    if len(lacking):
+        lacks = f"lacks {len(lacking):,} of the panel's {len(tokenizer.genes):,} genes ({shortened(lacking)})"
+        raise ValueError(f"{str(path)!r} {lacks}, at least in some cells: a state needs all; leave out --keep-state")
+    sizes = cells.library_size()
     if not model.config.state_dim:
-        raise ValueError("--keep-state, but this model has no cell state (state_dim=0): leave it out")
-    states, sizes = [], []
-    for counts in _whole_cells(path, tokenizer.genes, layer, "states", "--keep-state"):
-        sizes.append(as_tensor(library_size(counts).astype(np.float32)))
-        ids = tokenizer.count_ids(np.minimum(counts.toarray(), tokenizer.max_count))
-        states.append(model.state(as_tensor(ids).to(model.device), sizes[-1].to(model.device)).cpu())
-    return torch.cat(states), torch.cat(sizes)
-
-
-def _whole_cells(
-    path: Path, genes: list[str], layer: str | None, what: str, option: str
-) -> Iterator[sparse.csr_matrix]:
-    """Counts (n, G) of block after block of cells; an error names the ``option`` that needs all of the genes."""
-    way_out = f"{what} need all of them; leave out {option} to draw them from the training cells"
-    with opened_counts(path, layer) as file:
-        columns = panel_columns(file, genes)
-        lacking = [gene for gene, of_panels in zip(genes, file.measured(columns)[1].T) if not of_panels.all()]
-        if lacking:
-            lacks = f"lacks {len(lacking):,} of the panel's {len(genes):,} genes ({shortened(lacking)})"
-            raise ValueError(f"{str(path)!r} {lacks}, at least in some cells: {way_out}")
-        yield from file.panel_blocks(columns, f"reading {what}")
+        return None, sizes
+    chunks = [rows for _, rows in row_chunks(len(cells), CELLS_AT_ONCE)]
+    device = model.device
+    states = [model.state(cells.input_ids(rows).to(device), sizes[rows].to(device)).cpu() for rows in chunks]
+    return torch.cat(states), sizes
 
 
 def conditions_like(
