@@ -12,6 +12,8 @@ from training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
+KINDS_OF_CALLS = 4  # of a network's blocks in training: among tokens, at queried genes alone, into latents and back
+
 
 def attention_implementation(config: TrainConfig, device: torch.device, mixed_precision: str) -> str:
     """What ``attn`` says, or for ``auto`` the fastest implementation that is there and fits.
@@ -57,7 +59,11 @@ def compiles(config: TrainConfig, device: torch.device) -> bool:
 
 
 def compile_blocks(model: DCMForDenoising, backend: str = "inductor") -> None:
-    """Compile each block in place, for static shapes; the rest of the network depends on the data (rare counts)."""
+    """Compile each block in place, for static shapes; the rest of the network depends on the data (rare counts).
+
+    All networks of a process share what is compiled of a block, and torch's limit to it: each one adds its own shapes.
+    """
+    torch._dynamo.config.recompile_limit += KINDS_OF_CALLS
     for block in model.modules():
         if isinstance(block, Block):
             block.compile(backend=backend, dynamic=False)

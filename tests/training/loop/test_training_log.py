@@ -254,6 +254,16 @@ def test_blocks_are_compiled_once_whatever_a_batch_holds_and_not_where_a_model_i
     assert compiled.frame_count == once
 
 
+def test_every_network_of_a_process_is_compiled_however_many_there_were(make_model):
+    torch.compiler.reset()
+    for heads in (1, 2, 3):  # shapes that torch's own limit, 8, is too low for
+        model = make_model("latent", conditioned=True, hidden_size=4 * heads, num_attention_heads=heads)
+        compiled = CompileCounter()
+        compile_blocks(model, backend=compiled)
+        gradients(model, batch_of(model, 4))
+        assert compiled.frame_count == 3
+
+
 def test_a_line_on_a_terminal_stands_alone_above_the_bar(monkeypatch):
     terminal = io.StringIO()
     monkeypatch.setattr("sys.stderr", terminal)
