@@ -192,7 +192,7 @@ class TrainConfig:
     @property
     def shards(self) -> Path:
         """``data``, or where that is a URL the local folder that stands for it."""
-        from training.data.remote import local_folder
+        from training.data.shards import local_folder
 
         return local_folder(self.data)
 

@@ -127,8 +127,7 @@ def main(
     check_replaceable(out, mark="split.json", written=_names_written())
     with scratch_folder(out) as scratch:
         from training.conversion.conditions import read_conditions
-        from training.conversion.genes import choose_panel, read_gene_list
-        from training.conversion.join_files import read_cells
+        from training.conversion.genes import choose_panel, read_cells, read_gene_list
         from training.conversion.splits import split_cells
 
         cells = read_cells(

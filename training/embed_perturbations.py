@@ -124,7 +124,7 @@ def _of_file(source: str) -> dict[str, "torch.Tensor"]:
 
 def _log_what_they_tell(folder: Path, tables: Mapping[str, Mapping[str, "torch.Tensor"]]) -> None:
     """Log how far the vectors of training perturbations tell each other's effects, leaving one out at a time."""
-    from training.data.loader import Cells
+    from training.data.cells import Cells
     from training.loop.effects import leave_one_out
 
     cells = Cells(folder, "train")
@@ -171,7 +171,7 @@ def _of_proteins(
     names: list[str], fasta: Path, model: str, batch_tokens: int, cache: Path
 ) -> tuple[dict[str, "torch.Tensor"], dict[str, object]]:
     """Vectors of the proteins of names that have one, and what is said of them."""
-    from training.perturbations.protein_language_model import ProteinEncoder, embed_proteins
+    from training.perturbations.proteins import ProteinEncoder, embed_proteins
 
     found = _proteins_of(names, fasta)
     if not found:
@@ -202,7 +202,7 @@ def _coexpression(folder: Path, components: int) -> dict[str, "torch.Tensor"]:
         raise ValueError(f"{str(folder)!r} is a file of names; coexpression needs --shards, a folder of shards")
     import torch
 
-    from training.data.loader import Cells
+    from training.data.cells import Cells
     from training.perturbations.coexpression import coexpression_vectors
 
     vectors = coexpression_vectors(Cells(folder, "train"), components)

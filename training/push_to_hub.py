@@ -30,10 +30,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from model_cards.draft_card import drafted_facts, is_asked, panel_sha256
 from model_cards.render_card import read_facts, render
-from training import standalone
 from training.data.command_line import run
 from training.data.files import written_aside
-from training.standalone import add_shipped_files
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -43,14 +41,21 @@ NEEDED = ("config.json", "genes.txt", "conditions.json", "tokenizer_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
 LISTED = (*NEEDED, *WEIGHTS, "*_dcm.py", "handler.py", "special_tokens_map.json", "added_tokens.json")
 OWN = (*LISTED, "README.md", "results.json", "figure.png")  # what a push may replace or remove on the Hub
-PATHS = (
-    "data",
-    "out",
-    "config",
-    "perturbation_embeddings",
-    "init_from",
-)  # options that would tell where the files of a user lie
+# options that would tell where the files of a user lie
+PATHS = ("data", "out", "config", "perturbation_embeddings", "init_from")
 ATTEMPTS = 3  # when the connection drops
+# what a stranger runs, with nothing but the folder: draw the cells of a request, and say what they are like
+STRANGER = """
+import json, sys, transformers
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+pipe = transformers.pipeline("cell-generation", model=sys.argv[1], trust_remote_code=True, device="cpu")
+drawn = pipe(json.loads(sys.argv[2]), seed=0)
+counts, means = drawn["counts"], drawn["counts"].mean(axis=0)
+print(f"{counts.shape[0]:,} cells x {counts.shape[1]:,} genes of integer counts; {counts.sum(axis=1).mean():,.0f} "
+      f"counts and {(counts > 0).sum(axis=1).mean():,.0f} expressed genes per cell; highest means:",
+      ", ".join(f"{drawn['genes'][i]} {means[i]:.3g}" for i in means.argsort()[::-1][:5]))
+"""
 PAUSE = 2.0  # seconds, longer each time
 
 
@@ -121,6 +126,8 @@ def stage(checkpoint: Path, folder: Path) -> None:
     left = [name for name in names if not (folder / name).exists()]
     if left:
         logger.info("not uploaded: %s", ", ".join(left))
+    from training.loop.states import add_shipped_files  # with torch, which takes seconds
+
     add_shipped_files(folder)
     options = json.loads((folder / "training_options.json").read_text())
     options |= {name: PurePath(options[name]).name for name in PATHS if options.get(name)}  # a Hub id loses its owner
@@ -147,7 +154,7 @@ def answer_of(folder: Path, request: object) -> str:
         secrets = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
         environment = {name: value for name, value in os.environ.items() if name not in secrets}
         environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": home, "HF_MODULES_CACHE": str(Path(home) / "modules")}
-        command = [sys.executable, "-I", standalone.__file__, str(folder), json.dumps(request)]
+        command = [sys.executable, "-I", "-c", STRANGER, str(folder), json.dumps(request)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]

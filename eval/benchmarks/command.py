@@ -60,7 +60,7 @@ def entropy(
     import torch
 
     from eval.drawing.checkpoint import load_checkpoint
-    from training.data.loader import Cells
+    from training.data.cells import Cells
     from training.loop.validation import validation_entropy
 
     model, tokenizer = load_checkpoint(str(checkpoint))

@@ -22,12 +22,10 @@ from tqdm import tqdm
 from eval.benchmarks.costs import Operations, interleaved, product_rate
 from modeling_dcm import SIZES, DCMConfig, DCMForDenoising
 from training.config import TrainConfig
+from training.loop.accelerator import attention_implementation, build_accelerator, compile_blocks, compiles
 from training.loop.batches import TrainBatches
-from training.loop.kernels import attention_implementation, compile_blocks, compiles
 from training.loop.log import peak_flops, training_flops
-from training.loop.optimiser import build_optimizer, update_average
-from training.loop.processes import build_accelerator
-from training.loop.run import take_step
+from training.loop.step import build_optimizer, take_step, update_average
 
 SHAPES = {"small": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 1}, **SIZES}
 PLAIN, OURS = "plain", "ours"

@@ -31,7 +31,7 @@ from training.data.formats import read_counts
 from training.data.h5ad import open_h5ad
 from training.embed_perturbations import main as embed
 from training.embed_perturbations import perturbation_names
-from training.perturbations import protein_language_model
+from training.perturbations import proteins as protein_vectors
 
 N, GENES = 60, [f"G{i}" for i in range(20)]
 BOM = "\ufeff"
@@ -257,21 +257,21 @@ def test_files_without_permission_are_named_as_such(x, tmp_path, monkeypatch):
 
 
 def test_a_language_model_that_cannot_be_downloaded_is_one_line(monkeypatch):
-    monkeypatch.setattr(protein_language_model, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(protein_vectors, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(OSError, match="the Hub cannot be reached: give a local folder"):
-        protein_language_model.ProteinEncoder.load("somebody/esm2_that_is_nowhere")
+        protein_vectors.ProteinEncoder.load("somebody/esm2_that_is_nowhere")
 
 
 def test_a_language_model_that_was_downloaded_before_is_loaded_without_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(protein_language_model, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(protein_vectors, "ENDPOINT", "http://127.0.0.1:9")
     folder = tmp_path / "models--somebody--tiny"
     write_tiny_esm(folder / "snapshots" / "1")
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("1")
-    here = protein_language_model.ProteinEncoder.load(str(folder / "snapshots" / "1"))
+    here = protein_vectors.ProteinEncoder.load(str(folder / "snapshots" / "1"))
     for module in ("huggingface_hub.constants.HF_HUB_CACHE", "transformers.utils.hub.constants.HF_HUB_CACHE"):
         monkeypatch.setattr(module, str(tmp_path))
-    assert protein_language_model.ProteinEncoder.load("somebody/tiny").fingerprint() == here.fingerprint()
+    assert protein_vectors.ProteinEncoder.load("somebody/tiny").fingerprint() == here.fingerprint()
 
 
 def test_no_vector_is_promised_to_a_name_that_no_training_cell_has(x, tmp_path, caplog):

@@ -6,7 +6,7 @@ import torch
 from modeling_dcm import DCMForDenoising
 from tests.tiny_training import tiny_training
 from tokenization import DCMTokenizer
-from training.data.loader import Cells
+from training.data.cells import Cells
 from training.loop.effects import cell_states
 from training.loop.estimates import STATE_DIMS
 from training.loop.start import build_model, chosen_state_dim

@@ -22,12 +22,11 @@ from tests.tiny_checkpoint import LABELS
 from tests.tiny_training import shards_of_two_panels, tiny_training
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
-from training.data.loader import Cells, GlobalBatchSampler
+from training.data.cells import Cells, GlobalBatchSampler
+from training.loop.accelerator import build_accelerator
 from training.loop.batches import TrainBatches, noised
-from training.loop.optimiser import build_optimizer, learning_rate, update_average
-from training.loop.processes import build_accelerator
-from training.loop.run import take_step
 from training.loop.start import build_model, build_tokenizer
+from training.loop.step import build_optimizer, learning_rate, take_step, update_average
 from training.loop.validation import Validation
 from training.train import main
 

@@ -1,25 +1,260 @@
-"""Look at every count once, and choose the genes: all, those of a list, or the most variable of the training cells.
+"""Bring the cells of one file or many to one list of genes, look at every count once, and choose the genes to keep.
 
-Which cells are trained on is told, and only these can reach the choice.
+Gene names are made comparable (a column of ``var`` instead of its index, Ensembl ids without version), cell names
+unique, and every gene that a file lacks is either dropped (intersection) or remembered as not measured there (union).
+Of these genes all are kept, those of a list, or the most variable of the training cells, and no other cells reach this
+choice.
 
-Shapes: m cells of a block, N cells in all, G joint genes.
+Shapes: m cells of a block, N cells in all, G joint genes, F files.
 """
 
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import infer_dtype
 from scipy.sparse import csr_matrix
+from tqdm import tqdm
 
-from training.conversion.join_files import InputCells
+from tokenization.gene_names_dcm import ENSEMBL_ID, without_version
+from tokenization.labels_dcm import shortened
 from training.data.files import read_list
+from training.data.formats import open_counts
+from training.data.h5ad import CountFile
 from training.data.variable_genes import GeneTotals, seurat_v3_variances, top_genes
 
 logger = logging.getLogger(__name__)
 
+SOURCE_FILE = "source_file"
 FEWEST_GENES = 25  # expressed in a cell; with fewer, two cells may well have the same counts by chance
+
+
+@dataclass(frozen=True)
+class FileCells:
+    """The cells of one file among all cells, and its genes among the joint ones."""
+
+    file: CountFile
+    rows: slice  # their positions among all N cells
+    columns: np.ndarray  # the joint gene of each of the file's columns, -1 where it is none
+    measured: np.ndarray  # (G,) whether the file has a gene
+
+
+@dataclass(frozen=True)
+class InputCells:
+    """N cells in all, and their G joint genes."""
+
+    files: list[FileCells]
+    obs: pd.DataFrame  # of all N cells, indexed by unique names
+    var: pd.DataFrame  # of the G joint genes, indexed by name
+
+    @property
+    def measured(self) -> np.ndarray:
+        """(F, G) whether a file has a gene."""
+        return np.stack([file.measured for file in self.files])
+
+    def blocks(self, task: str, *, check: bool = False) -> Iterator[tuple[slice, csr_matrix, np.ndarray]]:
+        """Yield positions among all cells, their counts (m, G), and which genes their file has (G,).
+
+        ``task`` and ``check`` are those of :meth:`CountFile.blocks`.
+        """
+        for cells in self.files:
+            for rows, counts in cells.file.blocks(f"{task} of {cells.file.path.name}", check=check):
+                here = slice(rows.start + cells.rows.start, rows.stop + cells.rows.start)
+                yield here, with_genes(counts, cells.columns, len(cells.measured)), cells.measured
+
+
+def with_genes(counts: csr_matrix, columns: np.ndarray, num_genes: int) -> csr_matrix:
+    """Counts with column j moved to ``columns[j]`` and added up there, or dropped where that is -1."""
+    if num_genes == len(columns) and np.array_equal(columns, np.arange(num_genes)):
+        return counts
+    genes = columns[counts.indices]
+    kept = genes >= 0
+    pointers = np.concatenate([[0], np.cumsum(kept)])[counts.indptr]
+    moved = csr_matrix((counts.data[kept], genes[kept], pointers), shape=(counts.shape[0], num_genes))
+    moved.sum_duplicates()
+    return moved
+
+
+def read_cells(
+    sources: Sequence[Path],
+    scratch: Path,
+    *,
+    layer: str | None = None,
+    gene_key: str | None = None,
+    genes: Sequence[str] | None = None,
+    join: Literal["intersection", "union"] = "intersection",
+    duplicate_genes: Literal["error", "sum"] = "error",
+) -> InputCells:
+    """Read all of the files but their counts, and join their genes; the options are those of ``dcm-convert``.
+
+    Temporary files go to ``scratch``, which the caller removes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file, its names or an option is wrong.
+    """
+    resolved = [path.resolve() for path in sources]
+    for path in sources:
+        if resolved.count(path.resolve()) > 1:
+            raise ValueError(f"{str(path)!r} is given twice; give each file once")
+    bar = tqdm(sources, desc="opening files", unit=" files", delay=1, disable=None)
+    files = [open_counts(path, scratch / f"sorted{i}", layer) for i, path in enumerate(bar)]
+    names = [_gene_names(file, gene_key, duplicate_genes) for file in files]
+    _check_kinds(files, names)
+    joint = pd.Index(_join_genes(files, names, genes, join))
+    ends = np.cumsum([len(file.obs) for file in files])
+    cells = []
+    for file, name, end in zip(files, names, ends.tolist()):
+        columns = np.where(name != "", joint.get_indexer(name), -1)
+        measured = np.zeros(len(joint), dtype=bool)
+        measured[columns[columns >= 0]] = True
+        cells.append(FileCells(file, slice(end - len(file.obs), end), columns, measured))
+    return InputCells(files=cells, obs=_join_obs(files), var=_join_var(files, names, joint))
+
+
+def _gene_names(file: CountFile, gene_key: str | None, duplicate_genes: str) -> np.ndarray:
+    """Comparable names of a file's columns, (columns,) str; "" for those that are no genes."""
+    var = file.var
+    if gene_key is not None and gene_key not in var:
+        known = ", ".join(map(str, var.columns)) or "none"
+        raise ValueError(f"{str(file.path)!r} has no var column {gene_key!r} (--gene-key); columns there: {known}")
+    column = var.index.to_series() if gene_key is None else var[gene_key]
+    missing = int(column.isna().sum()) + int((column.astype(str).str.strip() == "").sum())
+    if missing:
+        where = "var_names" if gene_key is None else f"var column {gene_key!r}"
+        raise ValueError(f"{str(file.path)!r}: {missing:,} genes have no name in {where}; name or drop them")
+    names = column.astype(str).map(without_version)
+    versioned = int((names != column.astype(str)).sum())
+    if versioned:
+        logger.info("%s: %s Ensembl ids are written without their version", file.path.name, f"{versioned:,}")
+    names = names.to_numpy(dtype=object)
+    measured = file.measured(np.arange(len(names)))[1]
+    if (measured != measured[0]).any():
+        raise ValueError(
+            f"{str(file.path)!r} has cells of several panels (uns['dcm_panels']): convert the files that it was made "
+            "of, or write the cells of each obs['panel'] to a file and give them all"
+        )
+    names = np.where(measured[0], names, "")
+    if file.are_genes is not None and not file.are_genes.all():
+        logger.info("%s: %d features that are no genes are left out", file.path.name, (~file.are_genes).sum())
+        names = np.where(file.are_genes, names, "")
+    given = pd.Index(names[names != ""])
+    repeated = sorted(set(given[given.duplicated()]))
+    if repeated and duplicate_genes == "error":
+        raise ValueError(
+            f"{str(file.path)!r}: {len(repeated):,} gene names stand more than once ({shortened(repeated)}); "
+            "--duplicate-genes sum adds them up, --gene-key names a column of var with other names"
+        )
+    if repeated:
+        logger.info("%s: the columns of %s repeated genes are added up", file.path.name, f"{len(repeated):,}")
+    return names
+
+
+def _check_kinds(files: list[CountFile], names: list[np.ndarray]) -> None:
+    """Raise if some files name their genes by Ensembl id and others do not."""
+    are_ensembl = [sum(map(bool, map(ENSEMBL_ID.fullmatch, name))) > (name != "").sum() / 2 for name in names]
+    if len(set(are_ensembl)) > 1:
+        one, other = are_ensembl.index(True), are_ensembl.index(False)
+        raise ValueError(
+            f"genes are Ensembl ids in {files[one].path.name} ({_example(names[one])}) but other names in "
+            f"{files[other].path.name} ({_example(names[other])}); --gene-key names a column of var that both have"
+        )
+
+
+def _example(names: Sequence[str]) -> str:
+    return ", ".join([name for name in names if name][:2])
+
+
+def _join_genes(files: list[CountFile], names: list[np.ndarray], wanted: Sequence[str] | None, join: str) -> list[str]:
+    """The joint genes in order."""
+    sets = [set(name) - {""} for name in names]
+    if wanted is None:
+        joint = list(dict.fromkeys(gene for name in names for gene in name if gene))
+        if join == "intersection":
+            joint = [gene for gene in joint if all(gene in have for have in sets)]
+            for file, have in zip(files, sets):
+                if len(joint) < len(have):
+                    dropped = f"{len(have) - len(joint):,} of its genes are not in every file and are dropped"
+                    logger.info("%s: %s (--join union keeps them)", file.path.name, dropped)
+        if not joint:
+            shown = "; ".join(f"{file.path.name}: {_example(name)}" for file, name in zip(files, names))
+            raise ValueError(f"no gene is in all {len(files)} files ({shown}); expected the same kind of names")
+        return joint
+    wanted = [without_version(gene) for gene in wanted]
+    anywhere = set().union(*sets)
+    if not anywhere & set(wanted):
+        raise ValueError(
+            f"none of the {len(wanted):,} genes of --genes ({_example(wanted)}) is in the data ({_example(names[0])}); "
+            f"--gene-key names another column of var: {', '.join(map(str, files[0].var.columns)) or 'none here'}"
+        )
+    for file, have in zip(files, sets):
+        missing = [gene for gene in wanted if gene not in have]
+        if missing and join == "intersection":
+            raise ValueError(
+                f"{str(file.path)!r} lacks {len(missing):,} of the {len(wanted):,} genes of --genes "
+                f"({shortened(missing)}); remove them from the list, or --join union marks them as not measured"
+            )
+    return wanted
+
+
+def _join_obs(files: list[CountFile]) -> pd.DataFrame:
+    """Annotations of all cells: of several files the columns that all have, and ``source_file``."""
+    for file in files:
+        repeated = sorted(set(file.obs.index[file.obs.index.duplicated()]))
+        if repeated:
+            raise ValueError(
+                f"{str(file.path)!r}: {len(repeated):,} cell names stand more than once ({shortened(repeated)}); "
+                "adata.obs_names_make_unique(), or drop cells that are there twice"
+            )
+    if len(files) == 1:
+        return files[0].obs
+    stems = _distinct_names([file.path for file in files])
+    shared = [column for column in files[0].obs if all(column in file.obs for file in files)]
+    dropped = sorted({str(column) for file in files for column in file.obs} - set(map(str, shared)))
+    if dropped:
+        logger.info("obs columns that not every file has are left out: %s", ", ".join(dropped))
+    if SOURCE_FILE in shared:
+        shared.remove(SOURCE_FILE)
+    obs = _storable(pd.concat([file.obs[shared] for file in files]))
+    origin = np.repeat(np.arange(len(files)), [len(file.obs) for file in files])
+    if obs.index.has_duplicates:
+        logger.info("cell names occur in several files: each becomes <file>:<name>")
+        obs.index = [f"{stems[i]}:{name}" for i, name in zip(origin, obs.index)]
+    obs[SOURCE_FILE] = pd.Categorical.from_codes(origin, categories=stems)
+    return obs
+
+
+def _distinct_names(paths: list[Path]) -> list[str]:
+    """File names without ending; of folders' parents as much as it takes to make them differ."""
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.resolve().with_suffix("").parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def _join_var(files: list[CountFile], names: list[np.ndarray], joint: pd.Index) -> pd.DataFrame:
+    """Annotations of the joint genes: the columns that all files have, each gene's from the first file with it."""
+    shared = [column for column in files[0].var if all(column in file.var for file in files)]
+    var = pd.concat([file.var[shared].set_axis(pd.Index(name)) for file, name in zip(files, names)])
+    return _storable(var[~var.index.duplicated()].reindex(joint))
+
+
+def _storable(table: pd.DataFrame) -> pd.DataFrame:
+    """``table`` with columns of mixed types, which h5ad cannot hold, as text."""
+    mixed = [
+        column
+        for column in table
+        if table[column].dtype == object and infer_dtype(table[column], skipna=True) not in ("string", "empty")
+    ]
+    return table.assign(**{column: table[column].astype(str).where(table[column].notna()) for column in mixed})
+
+
+# --- which genes are kept ---------------------------------------------------------------------------------------------
 
 
 def read_gene_list(path: Path) -> list[str]:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from tokenization import DCMTokenizer
 from tokenization.labels_dcm import shortened
+from training.data.cells import open_cells
 from training.data.files import write_json
 from training.data.shards import MERGED, PANEL, SPLITS, MergedLabels, Panels, find_panels
 from training.data.statistics import (
@@ -28,7 +29,6 @@ from training.data.statistics import (
     vocabulary_of,
     write_statistics,
 )
-from training.data.streaming import open_cells
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,7 @@ from tokenization import DCMTokenizer
 from tokenization.conditions_dcm import PERTURBATION
 from tokenization.count_checks_dcm import library_size
 from training.conversion.conditions import ConditionColumns
-from training.conversion.genes import Panel
-from training.conversion.join_files import InputCells, with_genes
+from training.conversion.genes import InputCells, Panel, with_genes
 from training.data import shards
 from training.data.command_line import ProgressReport
 from training.data.h5ad import BLOCK_CELLS, write_h5ad_in_blocks

@@ -1,6 +1,6 @@
 """Show how a run goes: `training.jsonl`, trackers, a bar on a terminal, a readable line elsewhere, and curves.
 
-Numbers of one interval are averaged over its steps and over the processes, and must be finite.
+Numbers of one interval are averaged over its steps and over the processes.
 """
 
 import json
@@ -22,6 +22,7 @@ from modeling_dcm.layers_dcm import NUM_BUMPS
 from training.config import TrainConfig
 from training.data.files import write_text, written_aside
 from training.loop.batches import TrainBatches
+from training.loop.step import MEASURED, check_finite
 
 try:
     import resource
@@ -30,9 +31,7 @@ except ImportError:  # Windows has no such module
 
 logger = logging.getLogger(__name__)
 
-MEASURED = ("loss", "elbo", "gradient_norm")
 SECONDS_BETWEEN_LINES = 30
-MOST_SKIPPED = 30  # steps in a row whose gradient overflows in fp16: the scale, 2^16 at first, is halved each time
 UNITS = {"elbo": "nats per gene", "validation_elbo": "nats per gene", "memory_gib": "GiB"}
 PANELS = {  # of the curves: title, and the lines of the log that it shows, with their legend
     "ELBO, nats per gene": {"elbo": "training", "validation_elbo": "validation"},
@@ -67,14 +66,6 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-
-
-class NotFinite(ValueError):  # noqa: N818 (a user's mistake like every ValueError, with the step it happened at)
-    """A step's loss or gradient norm is not a finite number."""
-
-    def __init__(self, step: int, what: str, value: float):
-        super().__init__(f"the {what.replace('_', ' ')} is {value} at step {step}")
-        self.step = step
 
 
 class TrainingLog:
@@ -118,26 +109,14 @@ class TrainingLog:
         self.bar.update(1)
 
     def check(self, step: int) -> None:
-        """Average the numbers up to ``step`` over the processes.
-
-        With fp16 a step whose gradient overflows is skipped and the loss scaled down for the next one: that is allowed,
-        but not :data:`MOST_SKIPPED` times in a row.
-
-        Raises:
-            NotFinite: with the first step that has no finite loss or gradient norm, in every process alike.
-        """
+        """Average the numbers up to ``step`` over the processes; all of them raise ``NotFinite`` where one is not."""
         if not self.unchecked:
             return
         means = self.accelerator.reduce(torch.stack(self.unchecked), "mean").tolist()
-        first = step - len(means) + 1
         self.unchecked = []
         self.interval += means
-        for number, values in enumerate(means, start=first):
-            broken = {what: value for what, value in zip(MEASURED, values) if not math.isfinite(value)}
-            is_skipped = list(broken) == ["gradient_norm"] and self.accelerator.scaler is not None
-            self.skipped = self.skipped + 1 if is_skipped else 0
-            if broken and (not is_skipped or self.skipped > MOST_SKIPPED):
-                raise NotFinite(number, *next(iter(broken.items())))
+        is_scaled = self.accelerator.scaler is not None
+        self.skipped = check_finite(means, step - len(means) + 1, self.skipped, is_scaled=is_scaled)
 
     def line(self, step: int) -> None:
         """Write the means of the interval that ends with ``step``."""

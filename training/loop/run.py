@@ -1,30 +1,27 @@
-"""Prepare what the loop of `training/train.py` works with, take its steps, and write what is due after each."""
+"""Prepare what the loop of `training/train.py` works with, and write what is due after each of its steps."""
 
 import logging
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from itertools import islice, repeat
+from itertools import islice
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_dcm import DCMConfig, DCMForDenoising
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
+from training.data.cells import Cells
 from training.data.files import written_aside
-from training.data.loader import Cells
+from training.loop.accelerator import attention_implementation, compile_blocks, compiles, start_trackers
 from training.loop.batches import TrainBatches
 from training.loop.effects import training_effects
 from training.loop.fine_tune import load_source, merged_tokenizer, shaped_like
-from training.loop.kernels import attention_implementation, compile_blocks, compiles
-from training.loop.log import NotFinite, TrainingLog, draw_curves, peak_flops, training_flops
-from training.loop.optimiser import build_optimizer, own_part, whole_averages
-from training.loop.processes import start_trackers
+from training.loop.log import TrainingLog, draw_curves, peak_flops, training_flops
 from training.loop.start import (
     build_model,
     build_tokenizer,
@@ -41,6 +38,7 @@ from training.loop.states import (
     save_part,
     save_state,
 )
+from training.loop.step import NotFinite, build_optimizer, own_part, whole_averages
 from training.loop.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -148,36 +146,6 @@ def _sent_to_all(built: DCMForDenoising | None, config: TrainConfig, accelerator
     for value in network.state_dict().values():
         value.copy_(broadcast(value.to(accelerator.device)))
     return network
-
-
-def take_step(
-    model, optimizer, batches, accelerator: Accelerator, config: TrainConfig, *, several_panels: bool = False
-) -> tuple[torch.Tensor, ...]:
-    """Take one step of the optimiser over one global batch; return loss, elbo and gradient norm of this process.
-
-    A loss is a sum over a batch's measured genes by their number, and the processes' losses and those of accumulated
-    batches are averaged. Where the cells are of ``several_panels`` each is weighted so that the average is the sum over
-    all of them by the number of all measured genes.
-    """
-    loss = elbo = 0.0
-    of_step, weights = islice(batches, config.gradient_accumulation_steps), repeat(1.0)
-    if several_panels:
-        of_step = list(of_step)
-        pad = accelerator.unwrap_model(model).config.pad_token_id
-        measured = torch.stack([(batch["labels"] != pad).sum() for batch in of_step]).float()
-        weights = measured / accelerator.reduce(measured, "mean").mean().clamp(min=1)
-    for batch, weight in zip(of_step, weights):
-        with accelerator.accumulate(model):
-            output = model(**batch)
-            accelerator.backward(output.loss * weight)
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
-                norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            optimizer.step()
-            optimizer.zero_grad()
-        loss += output.loss.detach() * weight / config.gradient_accumulation_steps
-        elbo += output.elbo * weight / config.gradient_accumulation_steps
-    return loss, elbo, norm
 
 
 def write_what_is_due(run: Run, done: int, reason: str | None) -> None:

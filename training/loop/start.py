@@ -16,9 +16,9 @@ from modeling_dcm.count_distribution_dcm import LOWEST_MEAN
 from tokenization import DCMTokenizer
 from tokenization.labels_dcm import shortened
 from training.config import TrainConfig
-from training.data.loader import Cells
+from training.data.cells import Cells
+from training.data.cells import open_cells as open_split
 from training.data.statistics import Statistics, library_size_quantiles, read_statistics
-from training.data.streaming import open_cells as open_split
 from training.loop.effects import cell_states
 from training.loop.estimates import (
     STATE_DIMS,
@@ -50,7 +50,7 @@ OWN += ("library_size_conditioning", "condition_tokens", "loss_weighting", "labe
 
 
 def open_cells(config: TrainConfig, split: str, tokenizer: DCMTokenizer) -> Cells:
-    """One split of the shards of a run; see :func:`training.data.streaming.open_cells`."""
+    """One split of the shards of a run; see :func:`training.data.cells.open_cells`."""
     return open_split(config.shards, split, tokenizer, streaming=config.streaming)
 
 

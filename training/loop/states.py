@@ -20,14 +20,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import modeling_dcm
 from modeling_dcm import DCMConfig, DCMForDenoising
+from modeling_dcm.pipeline_dcm import CUSTOM_PIPELINES
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
 from training.data.command_line import version_of
 from training.data.files import sha256_of, share, written_aside
-from training.data.remote import REMOTE
-from training.loop.optimiser import averaged_weights, own_part, split_like
-from training.standalone import add_shipped_files
+from training.data.shards import REMOTE
+from training.loop.step import averaged_weights, own_part, split_like
 
 logger = logging.getLogger(__name__)
 
@@ -309,6 +310,16 @@ def save_final(config: TrainConfig, model: DCMForDenoising, tokenizer: DCMTokeni
                 os.replace(file, config.out / file.name)
     except (OSError, SafetensorError) as error:
         raise _not_written(config.out, config.out, error) from error
+
+
+def add_shipped_files(folder: Path) -> None:
+    """Add pipeline and endpoint handler to a checkpoint, which works without this package then; what is there stays."""
+    for name in ("handler.py", "pipeline_dcm.py"):
+        if not (folder / name).exists():
+            shutil.copyfile(Path(modeling_dcm.__file__).with_name(name), folder / name)
+    config = json.loads((folder / "config.json").read_text())
+    said = {"custom_pipelines": CUSTOM_PIPELINES} | config
+    (folder / "config.json").write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
 
 
 def save_config(config: TrainConfig, model: DCMForDenoising) -> None:

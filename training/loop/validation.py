@@ -24,11 +24,11 @@ from modeling_dcm.schedule_dcm import fit_entropy
 from modeling_dcm.scoring_dcm import measure_entropy
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
-from training.data.loader import FLOOR, Cells
-from training.data.remote import shard_files
+from training.data.cells import FLOOR, Cells
+from training.data.shards import shard_files
 from training.loop.batches import noised
-from training.loop.optimiser import averaged_weights
 from training.loop.start import open_cells
+from training.loop.step import averaged_weights
 
 logger = logging.getLogger(__name__)
 

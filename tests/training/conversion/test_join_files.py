@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import scipy.sparse
 
-from training.conversion.join_files import InputCells, read_cells
+from training.conversion.genes import InputCells, read_cells
 
 
 def write(folder: Path, name: str, genes: list[str], *, n: int = 4, var=None, obs=None, cells=None) -> Path:

@@ -13,10 +13,9 @@ from eval.simulate import main as simulate
 from tests.tiny_training import tiny_training
 from tokenization import DCMTokenizer
 from training.convert_h5ad import main as convert
-from training.data import streaming as stream
-from training.data.loader import Cells
-from training.data.remote import local_folder
-from training.data.streaming import BlockBatchSampler, StreamedCells, open_cells
+from training.data import cells as stream
+from training.data.cells import BlockBatchSampler, Cells, StreamedCells, open_cells
+from training.data.shards import local_folder
 from training.train import main as train
 
 

@@ -17,9 +17,9 @@ from tests.tiny_training import tiny_training
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
 from training.convert_h5ad import main as convert
-from training.data.loader import Cells
+from training.data.cells import Cells
+from training.loop.accelerator import build_accelerator
 from training.loop.fine_tune import load_source, merged_tokenizer, shaped_like
-from training.loop.processes import build_accelerator
 from training.loop.run import prepare_start
 from training.loop.start import build_model, build_tokenizer
 from training.loop.states import run_facts

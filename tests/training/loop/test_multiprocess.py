@@ -24,13 +24,13 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-import training.loop.optimiser
-import training.loop.processes
+import training.loop.accelerator
 import training.loop.states
+import training.loop.step
 import training.train
 from tests.tiny_training import TINY_TRAINING, shards_of_two_panels, tiny_training
 from training.config import TrainConfig
-from training.loop.processes import SAVED_AFTER_SIGNAL, Stopping
+from training.loop.accelerator import SAVED_AFTER_SIGNAL, Stopping
 
 ROOT = Path(__file__).resolve().parents[3]
 SERVER = multiprocessing.get_context("forkserver")
@@ -56,7 +56,7 @@ def killed_at(event: int) -> None:
 
         return call
 
-    training.loop.optimiser.update_average = counted(training.loop.optimiser.update_average)
+    training.loop.step.update_average = counted(training.loop.step.update_average)
     training.loop.states.os.fsync = counted(os.fsync)
 
 
@@ -77,7 +77,7 @@ def work(config: TrainConfig, cache: str, environment: dict[str, str], kill_at: 
     if kill_at is not None:
         killed_at(kill_at)
     if is_split:
-        training.loop.processes.Accelerator = Split
+        training.loop.accelerator.Accelerator = Split
     faulthandler.dump_traceback_later(90)  # where it waits, should it wait for ever
     training.train.main(config)
     sys.stderr.flush()

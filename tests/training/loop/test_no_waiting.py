@@ -15,8 +15,7 @@ from eval.benchmarks.training import OPTIONS, OURS, Case, SimulatedCells, Traini
 from modeling_dcm.diffusion_dcm import keyed_generator
 from modeling_dcm.guidance_dcm import denoiser
 from training.loop.batches import BLOCK, TrainBatches, gene_keys, noised
-from training.loop.optimiser import update_average
-from training.loop.run import take_step
+from training.loop.step import take_step, update_average
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "_unique2", "unique_dim", "bincount"}
 

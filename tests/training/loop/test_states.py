@@ -15,9 +15,9 @@ from modeling_dcm import DCMForDenoising
 from tests.tiny_training import tiny_training
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
-from training.loop import run
-from training.loop.optimiser import build_optimizer
+from training.loop import step as one_step
 from training.loop.states import all_states, newest_state, remove_leftovers, restore_state, run_facts, save_state
+from training.loop.step import build_optimizer
 from training.train import main
 
 OFTEN = {"log_every": 2, "validate_every": 2, "save_every": 2, "learning_rate_schedule": "constant"}
@@ -179,13 +179,13 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_last_state_and_says_so(config
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_the_last_good_state(config, monkeypatch):
-    def broken(*arguments, real=run.take_step, **options):
+    def broken(*arguments, real=one_step.take_step, **options):
         broken.steps += 1
         loss, elbo, norm = real(*arguments, **options)
         return (loss * float("nan") if broken.steps == 3 else loss), elbo, norm
 
     broken.steps = 0
-    monkeypatch.setattr(run, "take_step", broken)
+    monkeypatch.setattr(one_step, "take_step", broken)
     with pytest.raises(ValueError, match=r"the loss is nan at step 3; its noised batch is in .*--init-from .*step-2,"):
         main(config)
     assert [state.name for state in all_states(config.out)] == ["step-2"]

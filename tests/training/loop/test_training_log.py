@@ -20,18 +20,15 @@ from modeling_dcm.layers_dcm import eager_attention
 from tests.tiny_training import tiny_training
 from training.config import TrainConfig
 from training.data.command_line import AboveBars, user_errors
-from training.loop.kernels import attention_implementation, compile_blocks
+from training.loop.accelerator import attention_implementation, compile_blocks, tracker_names
 from training.loop.log import (
-    MOST_SKIPPED,
     PEAK_FLOPS,
-    NotFinite,
     TrainingLog,
     draw_curves,
     loss_still_falling,
     peak_flops,
 )
-from training.loop.optimiser import averaged_weights
-from training.loop.processes import tracker_names
+from training.loop.step import MOST_SKIPPED, NotFinite, averaged_weights
 from training.train import main
 
 OPTIONS = {"max_steps": 4, "log_every": 2, "validate_every": 2, "save_every": 4}
@@ -99,7 +96,7 @@ def test_all_that_runs_a_network_in_bf16_runs_attention_that_knows_no_float32(co
 
 
 def test_a_tracker_that_is_not_installed_or_not_known_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr("training.loop.processes.get_available_trackers", list)
+    monkeypatch.setattr("training.loop.accelerator.get_available_trackers", list)
     assert tracker_names("none") == tracker_names("auto") == []
     for name in ("wandb", "trackio"):
         with pytest.raises(ValueError, match=rf"'{name}' is not installed \(pip install {name}\); installed are: none"):
@@ -157,8 +154,8 @@ def test_peaks_are_known_by_the_device_name_and_not_for_a_cpu(monkeypatch):
 
 def test_attention_is_the_best_that_is_installed_and_fits(config, monkeypatch):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    for has_flash, expected in ((True, "flash_attention_2"), (False, "sdpa")):
-        monkeypatch.setattr("training.loop.kernels.is_flash_attn_2_available", lambda has_flash=has_flash: has_flash)
+    for has, expected in ((True, "flash_attention_2"), (False, "sdpa")):
+        monkeypatch.setattr("training.loop.accelerator.is_flash_attn_2_available", lambda has=has: has)
         assert attention_implementation(config, gpu, "bf16") == expected
     assert attention_implementation(config, gpu, "no") == attention_implementation(config, cpu, "bf16") == "sdpa"
     with pytest.raises(ValueError, match=r"attn='flash_attention_2', but there is no flash attention: pip install"):
@@ -173,15 +170,15 @@ def test_flash_attention_is_taken_from_the_hub_or_said_in_one_line_not_to_be_the
         asked.append(repository)
         raise OSError("no network\nand a long story")
 
-    monkeypatch.setattr("training.loop.kernels.is_flash_attn_2_available", lambda: False)
-    monkeypatch.setattr("training.loop.kernels.is_kernels_available", lambda: True)
-    monkeypatch.setattr("training.loop.kernels.lazy_import_flash_attention", offline)
+    monkeypatch.setattr("training.loop.accelerator.is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr("training.loop.accelerator.is_kernels_available", lambda: True)
+    monkeypatch.setattr("training.loop.accelerator.lazy_import_flash_attention", offline)
     assert attention_implementation(config, gpu, "bf16") == "sdpa"
     said = "its kernel can't be had from the Hub (no network): run once with a network"
     assert caplog.messages == [f"attention is PyTorch's own: {said}"]
     with pytest.raises(ValueError, match=re.escape(f"attn='flash_attention_2', but {said}, or take attn='sdpa'")):
         attention_implementation(replace(config, attn="flash_attention_2"), gpu, "bf16")
-    monkeypatch.setattr("training.loop.kernels.lazy_import_flash_attention", asked.append)
+    monkeypatch.setattr("training.loop.accelerator.lazy_import_flash_attention", asked.append)
     assert attention_implementation(config, gpu, "bf16") == "flash_attention_2"
     assert asked == ["kernels-community/flash-attn2"] * 3
 

@@ -1,31 +1,75 @@
-"""Read shards: whole batches of cells as tensors, and the batch sampler that says which cells.
+"""Read shards: whole batches of cells as tensors, memory-mapped or streaming, and the samplers that say which cells.
 
-Parquet becomes a memory-mapped Arrow table (cached by ``datasets``); the buffers of its two list columns *are* a sparse
-matrix, so a batch is made without a Python loop over values. What is too large for a second copy on disk is read by
-``streaming.py``, whose ``open_cells`` opens either.
+Memory-mapped, Parquet becomes an Arrow table (cached by ``datasets``); the buffers of its two list columns *are* a
+sparse matrix, so a batch is made without a Python loop over values. What is too large for a second copy on disk is
+streamed: a block is a row group of about 4,096 cells, which the conversion has shuffled; each epoch deals the blocks to
+the processes in a seeded order, and permutes the cells of a few blocks at a time, so that the order is known without
+reading, and a resumed run reads nothing that it leaves out.
 
 Letters: N cells of the split, B cells of a batch, G genes of the panel, M perturbations of a combination, C covariates,
-P panels of measured genes.
+P panels of measured genes, U blocks.
 """
 
 import json
 import logging
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from scipy.sparse import csr_matrix
 
 from tokenization import DCMTokenizer
 from tokenization.labels_dcm import read_text
-from training.data.remote import open_shard, shard_files
-from training.data.shards import COUNTS, LIBRARY_SIZE, NOT_LABELS, PANEL, MergedLabels, shard_features
+from training.data.shards import (
+    COUNTS,
+    LIBRARY_SIZE,
+    NOT_LABELS,
+    PANEL,
+    MergedLabels,
+    open_shard,
+    shard_features,
+    shard_files,
+)
 
 logger = logging.getLogger(__name__)
+
+BLOCKS_IN_MEMORY = 4
+RANDOM_BLOCKS = 64  # at least, that random cells are of
+FILES_AT_ONCE = 16  # that are opened: from elsewhere each takes several requests
+# Streams of random numbers of their own: conversion shuffles cells by the permutation of (seed, split), and the same
+# permutation again puts them back in the order of their file. They stand last, as numpy pads seeds with zeros.
+ORDER, FLOOR = 1, 2
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turn what is raised inside the block into one ValueError if a shard is damaged, ``path`` or one in that folder:
+    they are read again to find it, as libraries do not say which it was."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # there is no one kind of error for broken bytes
+        for file in sorted(path.glob("*.parquet")) if path.is_dir() else [path] * path.is_file():
+            try:
+                for _ in pq.ParquetFile(file).iter_batches():
+                    pass
+            except Exception as damage:
+                why = " ".join(str(damage).split())
+                way_out = "copy it again, or run dcm-convert again"
+                raise ValueError(f"the shard {str(file)!r} is damaged ({why}): {way_out}") from error
+        raise
+
+
+# --- memory-mapped ----------------------------------------------------------------------------------------------------
 
 
 class Cells:
@@ -51,14 +95,11 @@ class Cells:
     """
 
     def __init__(self, folder: str | Path, split: str, tokenizer: DCMTokenizer | None = None):
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
+        self.split = split
         files = shard_files(folder, split)
         if not files:
-            raise FileNotFoundError(
-                f"no {split}/*.parquet in {str(folder)!r}; expected a folder that dcm-convert wrote"
-            )
-        self.folder = folder
-        self.split = split
+            raise FileNotFoundError(f"no {split}/*.parquet in {str(folder)!r}; expected what dcm-convert wrote")
         self.tokenizer = tokenizer or DCMTokenizer.from_pretrained(folder / "tokenizer")
         self._type_of_ids = np.min_scalar_type(-self.tokenizer.pad_token_id - 1)
         self._merged = MergedLabels.read(folder)
@@ -85,17 +126,12 @@ class Cells:
         return self._num_cells
 
     def __getitem__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """A batch.
+        """A batch: ``library_size`` (B,) and ``conditions`` of these cells (int64), and ``input_ids`` (B, G), PAD where
+        a gene was not measured, in the narrowest integers that hold every id: a batch of many genes takes most of its
+        time to write zeros, and the device widens them.
 
-        Returns:
-            ``input_ids`` (B, G), PAD where a gene was not measured, in the narrowest integers that hold every id: a
-            batch of many genes takes most of its time to write zeros, and the device widens them. In int64
-            ``library_size`` (B,) and the ``conditions`` of these cells.
-
-        Raises:
-            IndexError: an index is not one of the split's cells.
-            ValueError: a training cell has a count above the tokenizer's ``max_count``; elsewhere such counts are
-                clipped, with one warning.
+        A count above the tokenizer's ``max_count`` is a ValueError in training cells; elsewhere it is clipped, with one
+        warning.
         """
         rows = self._checked(indices)
         indptr, genes, expressions = self._take(rows)
@@ -114,10 +150,8 @@ class Cells:
     def batches(
         self, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of this process, of ``batch_size`` cells in an order by ``seed``, epoch after epoch without end.
-
-        The first ``start`` of them are left out, and not read: where a run that is resumed goes on.
-        """
+        """Batches of this process in an order by ``seed``, epoch after epoch without end; the first ``start`` of them
+        are left out, and not read: where a run that is resumed goes on."""
         sampler = self._sampler(batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
         epoch, skip = divmod(start, len(sampler))
         while True:
@@ -141,11 +175,7 @@ class Cells:
         return None if len(self.measured) == 1 else ~self.measured[self.panel[rows]]
 
     def labels(self, condition: str) -> pd.Categorical:
-        """Labels (N,) of a condition: ``cell_type``, ``perturbation`` or a covariate's name.
-
-        Raises:
-            ValueError: the shards have no such condition.
-        """
+        """Labels (N,) of a condition: ``cell_type``, ``perturbation`` or a covariate's name."""
         if condition not in self._codes:
             there = ", ".join(self._codes) or "none"
             raise ValueError(f"no condition {condition!r} in the shards; they have: {there}")
@@ -164,8 +194,7 @@ class Cells:
         return shards.features, table
 
     def _take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Row pointers (B + 1,), genes and counts of cells (B,), as :meth:`SparseRows.take`."""
-        return self._rows.take(rows)
+        return self._rows.take(rows)  # pointers, genes and counts
 
     def _sampler(self, **options: int) -> "GlobalBatchSampler":
         return GlobalBatchSampler(len(self), **options)
@@ -209,16 +238,9 @@ class Cells:
         np.minimum(counts, limit, out=counts)
 
 
-# --- rows of two list columns as a sparse matrix ----------------------------------------------------------------------
-
-
 class SparseRows:
     """N sparse rows, looked at where they lie: two Arrow columns of lists, ``positions`` and the ``values`` there. Only
-    the rows asked for are copied.
-
-    Raises:
-        ValueError: a row has another number of positions than of values.
-    """
+    the rows asked for are copied."""
 
     def __init__(self, positions: pa.ChunkedArray, values: pa.ChunkedArray):
         chunks = list(zip(positions.chunks, values.chunks))
@@ -260,11 +282,75 @@ def to_csr(indptr: np.ndarray, positions: np.ndarray, values: np.ndarray, G: int
     return csr_matrix((values, positions.astype(np.int32), indptr), shape=(len(indptr) - 1, G))
 
 
-# --- which cells ------------------------------------------------------------------------------------------------------
+# --- streaming --------------------------------------------------------------------------------------------------------
 
-# Streams of random numbers of their own: conversion shuffles cells by the permutation of (seed, split), and the same
-# permutation again puts them back in the order of their file. They stand last, as numpy pads seeds with zeros.
-ORDER, FLOOR = 1, 2
+
+def _opened(file: str) -> tuple[pq.ParquetFile, pa.Table]:
+    """A shard, and all of its columns but the counts."""
+    opened = open_shard(file)
+    return opened, opened.read(columns=[name for name in opened.schema_arrow.names if name not in COUNTS])
+
+
+class StreamedCells(Cells):
+    """Cells of Parquet row groups, of which the last few read are in memory."""
+
+    def _open(self, files: Sequence[str]) -> tuple[datasets.Features, pa.Table]:
+        self._paths = files
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+            opened = list(pool.map(_opened, files))
+        self._files = [file for file, _ in opened]
+        metadata = [file.metadata for file in self._files]
+        self._places = [(i, group) for i, m in enumerate(metadata) for group in range(m.num_row_groups)]
+        sizes = [metadata[i].row_group(group).num_rows for i, group in self._places]
+        self._first_cells = np.cumsum([0, *sizes])  # (U + 1,)
+        self._blocks: OrderedDict[int, SparseRows] = OrderedDict()  # the last used is the last
+        self._num_cells = int(self._first_cells[-1])
+        # of merged parts not all may have panels
+        table = pa.concat_tables((table for _, table in opened), promote_options="default")
+        return datasets.Features.from_arrow_schema(self._files[0].schema_arrow), table
+
+    def random_cells(self, among: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
+        """As :meth:`Cells.random_cells`, from a few of many blocks: each one is read for the sake of one of its cells.
+
+        Their cells were shuffled by the conversion, within its part of merged shards; blocks are of all parts.
+        """
+        num_blocks = len(self._places)
+        wanted = max(RANDOM_BLOCKS, -(-2 * number * num_blocks // len(self)))
+        if wanted < num_blocks:
+            chosen = rng.permutation(num_blocks)[:wanted]
+            among = among[np.isin(np.searchsorted(self._first_cells, among, side="right") - 1, chosen)]
+        return super().random_cells(among, number, rng)
+
+    def _take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        blocks = np.searchsorted(self._first_cells, rows, side="right") - 1
+        places, taken = [], []
+        for block in sorted(np.unique(blocks).tolist(), key=lambda block: block not in self._blocks):
+            places.append(np.flatnonzero(blocks == block))
+            taken.append(self._block(block).take(rows[places[-1]] - self._first_cells[block]))
+        lengths = np.concatenate([np.diff(indptr) for indptr, _, _ in taken])
+        genes, expressions = (np.concatenate([part[array] for part in taken]) for array in (1, 2))
+        found = to_csr(np.append(0, np.cumsum(lengths)), genes, expressions, len(self.tokenizer.genes))
+        found = found[np.argsort(np.concatenate(places))]
+        return found.indptr.astype(np.int64), found.indices, found.data
+
+    def _block(self, block: int) -> SparseRows:
+        """Genes and counts of a block."""
+        if block in self._blocks:
+            self._blocks.move_to_end(block)
+        else:
+            file, group = self._places[block]
+            with _damage_named(Path(self._paths[file])):
+                table = self._files[file].read_row_group(group, columns=list(COUNTS))
+            while len(self._blocks) >= BLOCKS_IN_MEMORY:
+                self._blocks.popitem(last=False)
+            self._blocks[block] = SparseRows(*(table.column(name) for name in COUNTS))
+        return self._blocks[block]
+
+    def _sampler(self, **options: int) -> "BlockBatchSampler":
+        return BlockBatchSampler(self._first_cells, **options)
+
+
+# --- which cells ------------------------------------------------------------------------------------------------------
 
 
 class GlobalBatchSampler:
@@ -274,22 +360,11 @@ class GlobalBatchSampler:
     share the work: process ``rank`` of ``world_size`` gets positions ``rank * batch_size`` to
     ``(rank + 1) * batch_size``. What is left after the last full global batch is dropped (another rest each epoch);
     data smaller than one global batch are repeated to fill it.
-
-    Raises:
-        ValueError: a number is below its smallest value, or ``rank`` is not below ``world_size``.
     """
 
     def __init__(self, num_cells: int, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
-        for name, value in (("num_cells", num_cells), ("batch_size", batch_size), ("world_size", world_size)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; expected at least 1")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank}; expected 0 to {world_size - 1}")
-        self.num_cells = num_cells
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
+        self.num_cells, self.batch_size, self.seed = num_cells, batch_size, seed
+        self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
         return max(1, self.num_cells // (self.batch_size * self.world_size))
@@ -303,3 +378,63 @@ class GlobalBatchSampler:
         for batch in range(len(self)):
             start = batch * global_size + self.rank * self.batch_size
             yield order[start : start + self.batch_size].tolist()
+
+
+class BlockBatchSampler(GlobalBatchSampler):
+    """Batches of this process from its own blocks of cells.
+
+    Blocks are dealt anew each epoch, by (seed, epoch) alone; the cells of :data:`BLOCKS_IN_MEMORY` blocks at a time
+    are then permuted. All processes have the same number of batches in every epoch: as many as the fewest cells that
+    any deal can give to a process; what is left is dropped (another rest each epoch). ``first_cells`` (U + 1,) are the
+    first cell of each block, and the number of cells.
+    """
+
+    def __init__(self, first_cells: np.ndarray, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        super().__init__(int(first_cells[-1]), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+        self.first_cells = first_cells
+        sizes = np.sort(np.diff(first_cells))
+        fewest = int(sizes[: len(sizes) // world_size].sum())
+        self._num_batches = fewest // batch_size
+        if not self._num_batches:
+            raise ValueError(
+                f"{self.num_cells:,} cells in {len(sizes):,} blocks leave a process as few as {fewest:,} of them, less "
+                f"than a batch of {batch_size:,}; do not stream data this small (streaming=False)"
+            )
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def epoch(self, number: int) -> Iterator[list[int]]:
+        """Yield the cells of each batch of an epoch."""
+        num_blocks = len(self.first_cells) - 1
+        order = np.random.default_rng([self.seed, number, ORDER]).permutation(num_blocks)
+        mine = order[self.rank :: self.world_size]
+        waiting = np.zeros(0, dtype=np.int64)
+        left = len(self)
+        for window in range(0, len(mine), BLOCKS_IN_MEMORY):
+            here = mine[window : window + BLOCKS_IN_MEMORY]
+            cells = np.concatenate([np.arange(*self.first_cells[block : block + 2]) for block in here])
+            rng = np.random.default_rng([self.seed, number, self.rank, window, ORDER])
+            waiting = np.concatenate([waiting, rng.permutation(cells)])
+            for _ in range(min(left, len(waiting) // self.batch_size)):
+                yield waiting[: self.batch_size].tolist()
+                waiting, left = waiting[self.batch_size :], left - 1
+
+
+# --- either -----------------------------------------------------------------------------------------------------------
+
+
+def open_cells(
+    folder: str | Path, split: str, tokenizer: DCMTokenizer | None = None, *, streaming: bool = False
+) -> Cells:
+    """One split of a shards folder; see :class:`Cells` for arguments and errors.
+
+    Memory-mapped cells are read in any order at the same speed, from an Arrow copy that ``datasets`` makes once in its
+    cache (of about the size of the counts in memory). Streaming needs no copy; ``batches`` are shuffled by blocks, and
+    what is asked for in another order is read slowly.
+
+    Raises:
+        ValueError: a shard is damaged; the message names it. Streaming finds damaged counts when it comes to them.
+    """
+    with _damage_named(Path(folder) / split):
+        return (StreamedCells if streaming else Cells)(folder, split, tokenizer)

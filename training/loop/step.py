@@ -1,14 +1,19 @@
-"""The optimiser, its rate, and the averaged weights."""
+"""One step: the optimiser and its rate, losses that must be finite, the averaged weights."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice, repeat
 
 import torch
+from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
 from modeling_dcm import DCMForDenoising
 from training.config import TrainConfig
+
+MEASURED = ("loss", "elbo", "gradient_norm")  # in each step
+MOST_SKIPPED = 30  # steps in a row whose gradient overflows in fp16: the scale, 2^16 at first, is halved each time
 
 
 def build_optimizer(model: DCMForDenoising, config: TrainConfig) -> torch.optim.AdamW:
@@ -26,6 +31,63 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     if config.learning_rate_schedule == "constant":
         return config.learning_rate * warmup
     return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
+
+
+def take_step(
+    model, optimizer, batches, accelerator: Accelerator, config: TrainConfig, *, several_panels: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """Take one step of the optimiser over one global batch; return loss, elbo and gradient norm of this process.
+
+    A loss is a sum over a batch's measured genes by their number, and the processes' losses and those of accumulated
+    batches are averaged. Where the cells are of ``several_panels`` each is weighted so that the average is the sum over
+    all of them by the number of all measured genes.
+    """
+    loss = elbo = 0.0
+    of_step, weights = islice(batches, config.gradient_accumulation_steps), repeat(1.0)
+    if several_panels:
+        of_step = list(of_step)
+        pad = accelerator.unwrap_model(model).config.pad_token_id
+        measured = torch.stack([(batch["labels"] != pad).sum() for batch in of_step]).float()
+        weights = measured / accelerator.reduce(measured, "mean").mean().clamp(min=1)
+    for batch, weight in zip(of_step, weights):
+        with accelerator.accumulate(model):
+            output = model(**batch)
+            accelerator.backward(output.loss * weight)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+                norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            optimizer.step()
+            optimizer.zero_grad()
+        loss += output.loss.detach() * weight / config.gradient_accumulation_steps
+        elbo += output.elbo * weight / config.gradient_accumulation_steps
+    return loss, elbo, norm
+
+
+class NotFinite(ValueError):  # noqa: N818 (a user's mistake like every ValueError, with the step it happened at)
+    """A step's loss or gradient norm is not a finite number."""
+
+    def __init__(self, step: int, what: str, value: float):
+        super().__init__(f"the {what.replace('_', ' ')} is {value} at step {step}")
+        self.step = step
+
+
+def check_finite(measured: Sequence[Sequence[float]], first: int, skipped: int, *, is_scaled: bool) -> int:
+    """Look at what was ``measured`` in the steps from number ``first`` on, after ``skipped`` ones in a row whose
+    gradient overflowed; return how many of these there are now.
+
+    With fp16 (``is_scaled``) such a step is skipped and the loss scaled down for the next one: that is allowed, but not
+    :data:`MOST_SKIPPED` times in a row.
+
+    Raises:
+        NotFinite: with the first step that has no finite loss or gradient norm.
+    """
+    for number, values in enumerate(measured, start=first):
+        broken = {what: value for what, value in zip(MEASURED, values) if not math.isfinite(value)}
+        is_skipped = list(broken) == ["gradient_norm"] and is_scaled
+        skipped = skipped + 1 if is_skipped else 0
+        if broken and (not is_skipped or skipped > MOST_SKIPPED):
+            raise NotFinite(number, *next(iter(broken.items())))
+    return skipped
 
 
 @torch.no_grad()

@@ -19,8 +19,7 @@ import torch
 from tokenization import DCMTokenizer
 from training.convert_h5ad import main
 from training.data import shards
-from training.data.loader import Cells, GlobalBatchSampler, SparseRows, to_csr
-from training.data.streaming import open_cells
+from training.data.cells import Cells, GlobalBatchSampler, SparseRows, open_cells, to_csr
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +194,7 @@ def test_counts_above_the_largest_are_an_error_in_training_and_clipped_elsewhere
 
 
 def test_folders_and_conditions_that_are_not_there_are_refused(folder):
-    with pytest.raises(FileNotFoundError, match=r"no holdout/\*\.parquet in .*; expected a folder that dcm-convert"):
+    with pytest.raises(FileNotFoundError, match=r"no holdout/\*\.parquet in .*; expected what dcm-convert"):
         Cells(folder, "holdout")
     with pytest.raises(ValueError, match="no condition 'donor' in the shards; they have: cell_type, perturbation, day"):
         Cells(folder, "train").labels("donor")
@@ -268,13 +267,9 @@ def test_an_epoch_has_no_cell_twice_and_epochs_differ():
     assert list(chain(*GlobalBatchSampler(100, batch_size=16, seed=1).epoch(0))) != seen[0]
 
 
-def test_fewer_cells_than_a_global_batch_are_repeated_and_impossible_numbers_refused():
+def test_fewer_cells_than_a_global_batch_are_repeated():
     pieces = [list(GlobalBatchSampler(5, batch_size=4, seed=0, rank=rank, world_size=3).epoch(0)) for rank in range(3)]
     assert [len(piece) for piece in pieces] == [1, 1, 1]
     everything = [index for piece in pieces for index in piece[0]]
     assert len(everything) == 12
     assert sorted(np.bincount(everything).tolist()) == [2, 2, 2, 3, 3]
-    for wrong in ({"num_cells": 0}, {"batch_size": 0}, {"rank": 2}):
-        numbers = {"num_cells": 5, "batch_size": 2, "seed": 0, "rank": 0, "world_size": 2} | wrong
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is {next(iter(wrong.values()))}"):
-            GlobalBatchSampler(numbers.pop("num_cells"), **numbers)

@@ -14,8 +14,8 @@ from transformers import EsmModel, EsmTokenizer
 
 from tests.tiny_esm import VOCABULARY, D, proteins_of, write_fasta
 from training.embed_perturbations import main
-from training.perturbations import protein_language_model
-from training.perturbations.protein_language_model import ProteinEncoder, batches, embed_proteins, windows
+from training.perturbations import proteins as protein_vectors
+from training.perturbations.proteins import ProteinEncoder, batches, embed_proteins, windows
 
 
 def encoder(folder: Path, **options: int) -> ProteinEncoder:
@@ -152,7 +152,7 @@ def test_stopped_again_and_again_a_rerun_has_identical_bytes_and_what_was_comput
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(protein_language_model, "save_file", stops)
+            patch.setattr(protein_vectors, "save_file", stops)
             main(tmp_path / "names.txt", out, **options)
         now = cache_of(out)
         assert kept.items() <= now.items() <= expected.items()  # nothing is lost, and no file is half there

@@ -1,5 +1,6 @@
-"""The processes of a run, as `accelerate` and `torchrun` started them: trackers, and when all of them stop."""
+"""What a run computes by, as `accelerate` and `torchrun` started it: processes, devices, kernels, when all stop."""
 
+import logging
 import os
 import signal
 import socket
@@ -12,9 +13,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, gather_object
+from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK, lazy_import_flash_attention
+from transformers.utils import is_flash_attn_2_available, is_kernels_available
 
+from modeling_dcm import DCMForDenoising
+from modeling_dcm.layers_dcm import Block
 from tokenization.labels_dcm import shortened, unknown_label_error
 from training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 WHOLE_COPIES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 # the others wait while the first process validates, scores and saves; their libraries give up after 10 minutes
@@ -22,6 +29,7 @@ PATIENCE = timedelta(hours=2)
 SAVED_AFTER_SIGNAL = 75  # exit code, EX_TEMPFAIL of sysexits.h: the state is saved, start again with --resume
 SAME_KEY = 1.0  # seconds: launchers pass Ctrl-C on to processes that the terminal has sent it already
 AGREE_EVERY = 5  # steps between agreements of several processes
+KINDS_OF_CALLS = 4  # of a network's blocks in training: among tokens, at queried genes alone, into latents and back
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -97,6 +105,60 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
     if accelerator.log_with:
         options = {name: v if isinstance(v, bool | int | float) else str(v) for name, v in config.options().items()}
         accelerator.init_trackers(config.out.name or "training", config=options)
+
+
+def attention_implementation(config: TrainConfig, device: torch.device, mixed_precision: str) -> str:
+    """What ``attn`` says, or for ``auto`` the fastest implementation that is there and fits.
+
+    Raises:
+        ValueError: flash attention was asked for and is not there.
+    """
+    fits = device.type == "cuda" and mixed_precision in ("bf16", "fp16")
+    if config.attn in ("sdpa", "eager") or (config.attn == "auto" and not fits):
+        return config.attn.replace("auto", "sdpa")
+    reason = None if is_flash_attn_2_available() else _why_no_kernel()
+    if reason is None:
+        return "flash_attention_2"
+    if config.attn == "flash_attention_2":
+        raise ValueError(f"attn='flash_attention_2', but {reason}, or take attn='sdpa'")
+    logger.info("attention is PyTorch's own: %s", reason)
+    return "sdpa"
+
+
+def _why_no_kernel() -> str | None:
+    """Why flash attention's built kernel, which transformers takes from the Hub, can't be had here, in one line."""
+    if not is_kernels_available():
+        return "there is no flash attention: pip install 'transformers[kernels]' (or flash-attn, which has to be built)"
+    try:
+        lazy_import_flash_attention(FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"])
+    except Exception as error:  # of whatever kind: no network, or no kernel for this machine
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"its kernel can't be had from the Hub ({why}): run once with a network"
+    return None
+
+
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    """Whether blocks are compiled: as ``compile`` says, or by default on a GPU, if torch.compile works there."""
+    if config.compile is not None or device.type != "cuda":
+        return bool(config.compile)
+    try:
+        torch.compile(torch.nn.functional.gelu)(torch.ones(8, device=device))
+    except Exception as error:  # of whatever kind: a compiler is missing, or the device is too old
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        logger.warning("torch.compile does not work here (%s): blocks run as they are written", reason)
+        return False
+    return True
+
+
+def compile_blocks(model: DCMForDenoising, backend: str = "inductor") -> None:
+    """Compile each block in place, for static shapes; the rest of the network depends on the data (rare counts).
+
+    All networks of a process share what is compiled of a block, and torch's limit to it: each one adds its own shapes.
+    """
+    torch._dynamo.config.recompile_limit += KINDS_OF_CALLS
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.compile(backend=backend, dynamic=False)
 
 
 class Stopping:
