@@ -13,19 +13,13 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from tokenization.labels_dcm import shortened
 from training.data.command_line import run, versions_of
-from training.data.files import check_folder, write_text, written_aside
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from eval.comparison.cells import CellCounts
-    from tokenization import DCMTokenizer
+from training.data.files import check_folder, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -64,14 +58,21 @@ def entropy(
     from training.loop.validation import validation_entropy
 
     model, tokenizer = load_checkpoint(str(checkpoint))
-    _check_panel(data, tokenizer)
+    theirs = type(tokenizer).from_pretrained(data / "tokenizer").genes
+    if theirs != tokenizer.genes:  # shards name genes by their position
+        raise ValueError(
+            f"{str(data)!r} has a panel of {len(theirs):,} genes ({shortened(theirs, 3)}), the checkpoint one of "
+            f"{len(tokenizer.genes):,} ({shortened(tokenizer.genes, 3)}): expected the shards it was trained on"
+        )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     validation = Cells(data, "validation", tokenizer)
     measured, fitted = validation_entropy(model, validation, num_cells=cells, seed=seed)
     sys.stdout.write(_entropy_table(measured, fitted, len(tokenizer.genes)))
     if store:
-        store_curve(checkpoint, fitted)
-        logger.info("stored in %s", checkpoint / "config.json")
+        path = checkpoint / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) | {"entropy_curve": fitted}
+        write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        logger.info("stored in %s", path)
     return fitted
 
 
@@ -85,13 +86,12 @@ def sampling(
     seeds: int = 3,
     naive_cells: int = 8,
     batch_size: int = 256,
-    unconditional: bool = False,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> dict[str, float]:
     """Draw the cells of a real file under each schedule: speed, memory, and distance to the real cells.
 
-    Beside the schedules stand the released code's loop (timed) and reveal rule (scored). Writes sampling.json, .md and
-    .png; the last line printed is speedup_vs_naive=.. mmd2_minus_linear100=.. se=..
+    Beside the schedules stands the released code's loop, timed. Writes sampling.json and .md; the last line printed is
+    speedup_vs_naive=.. mmd2_minus_linear100=.. se=..
 
     Args:
         checkpoint: Folder of a checkpoint, or its id on the Hub.
@@ -102,7 +102,6 @@ def sampling(
         seeds: How often each setting draws.
         naive_cells: Cells that the released code's loop is timed on.
         batch_size: Cells of a chunk.
-        unconditional: Draw without conditions from a model that has some.
         dtype: Precision of the weights and of the network's arithmetic.
     """
     _expect_at_least(2, num_cells=num_cells)
@@ -113,13 +112,17 @@ def sampling(
 
     from eval.benchmarks import sampling as measured
     from eval.benchmarks.costs import device_name
+    from eval.comparison.cells import from_anndata
     from eval.drawing.checkpoint import cast_weights, load_checkpoint
     from eval.reports.tables import markdown_table
+    from training.data.formats import read_counts
 
     model, tokenizer = load_checkpoint(checkpoint)
-    columns = [] if unconditional else tokenizer.known_conditions()
-    real_cells = _real_cells(real, tokenizer, columns)
-    train_cells = None if train is None else _real_cells(train, tokenizer, columns)
+    names = {"conditions": tokenizer.known_conditions(), "genes": tokenizer.genes, "way_out": "rename one"}
+    files = [
+        None if path is None else from_anndata(read_counts(path), name=str(path), **names) for path in (real, train)
+    ]
+    real_cells, train_cells = files
     wanted = min(len(real_cells), measured.PROTOCOL.max_cells if num_cells is None else num_cells)
     if wanted < len(real_cells):
         logger.info("%d of the %d cells of %s, a random choice", wanted, len(real_cells), real)
@@ -133,10 +136,9 @@ def sampling(
     result = measured.summary(rows)
     what = f"{name}: {len(real_cells):,} cells x {model.config.num_genes:,} genes against {real.name}"
     how = f"{seeds} seeds, chunks of {batch_size}, {model.config.backbone}, {dtype}, {device_name(device)}"
-    picture = measured.figure(rows, title=f"Sampling from {what} ({seeds} seeds)")
     content = {"what": what, "how": how, "rows": [row.as_json() for row in rows]}
     text = [how, markdown_table(measured.table(rows), numbers=True), *measured.notes(rows)]
-    _write(out / "sampling", what, text, result, content, picture)
+    _write(out / "sampling", what, text, result, content)
     return result
 
 
@@ -183,30 +185,17 @@ def training(
     return result
 
 
-def store_curve(checkpoint: Path, curve: dict[str, list[float]]) -> None:
-    """Put an entropy curve into a checkpoint's config.json, written aside and renamed; nothing else of it changes."""
-    path = checkpoint / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["entropy_curve"] = curve
-    write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
 def last_line(result: dict[str, float]) -> str:
     """The result in one line for machines."""
     return " ".join(f"{name}={value:.4g}" for name, value in result.items())
 
 
-def _write(
-    path: Path, title: str, text: list[str], result: dict[str, float], content: dict, picture: "Figure | None" = None
-) -> None:
-    """Write path.json, path.md and path.png; the text goes to stdout too."""
+def _write(path: Path, title: str, text: list[str], result: dict[str, float], content: dict) -> None:
+    """Write path.json and path.md; the text goes to stdout too."""
     found = {name: value if math.isfinite(value) else None for name, value in result.items()}
     whole = {**content, **found, "versions": versions_of(PACKAGES)}
     write_text(path.with_suffix(".json"), json.dumps(whole, indent=1, allow_nan=False) + "\n")
     write_text(path.with_suffix(".md"), "\n\n".join([f"# {title}", *text, f"`{last_line(result)}`"]) + "\n")
-    if picture is not None:
-        with written_aside(path.with_suffix(".png")) as aside:
-            picture.savefig(aside, format="png")
     sys.stdout.write("\n".join([title, *text, last_line(result)]) + "\n")
 
 
@@ -227,26 +216,6 @@ def _entropy_table(measured: dict, fitted: dict, num_genes: int) -> str:
         auto = f"steps='auto' takes {len(revealed['auto']) - 1}, for {loss['auto']:.3f} (wanted: {wanted:g})"
         lines.append(f"  {schedule:<8} {loss[8]:.3f} at 8 steps, {loss[20]:.3f} at 20 steps, {auto}")
     return "\n".join(lines) + "\n"
-
-
-def _check_panel(data: Path, tokenizer: "DCMTokenizer") -> None:
-    """Shards name genes by their position, so their panel must be the checkpoint's."""
-    theirs = type(tokenizer).from_pretrained(data / "tokenizer").genes
-    if theirs != tokenizer.genes:
-        raise ValueError(
-            f"{str(data)!r} has a panel of {len(theirs):,} genes ({shortened(theirs, 3)}), the checkpoint one of "
-            f"{len(tokenizer.genes):,} ({shortened(tokenizer.genes, 3)}): expected the shards it was trained on"
-        )
-
-
-def _real_cells(path: Path, tokenizer: "DCMTokenizer", columns: list[str]) -> "CellCounts":
-    """Real cells over the checkpoint's panel, with the labels of its conditions."""
-    from eval.comparison.cells import from_anndata
-    from training.data.formats import read_counts
-
-    way_out = "rename one, or draw without conditions with --unconditional"
-    names = {"conditions": columns, "genes": tokenizer.genes}
-    return from_anndata(read_counts(path), name=str(path), **names, way_out=way_out)
 
 
 def _expect_at_least(least: int, **options: int | None) -> None:

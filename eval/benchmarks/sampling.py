@@ -1,6 +1,6 @@
 """Draw the same cells under several schedules: speed, memory, predicted and real distance to real cells.
 
-In come a checkpoint and real cells, out go rows of numbers, their table and their figure. Letters: N cells, G genes.
+In come a checkpoint and real cells, out go rows of numbers and their table. Letters: N cells, G genes, K largest count.
 """
 
 import inspect
@@ -12,18 +12,14 @@ from functools import cached_property, partial
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from eval.benchmarks.costs import Cost
-from eval.benchmarks.naive_sampler import STEPS as NAIVE_STEPS
-from eval.benchmarks.naive_sampler import forward_rule, naive_cells
 from eval.comparison.cells import CellCounts
 from eval.comparison.floor import FLOOR_DRAWS, Halves, floor_draws
 from eval.comparison.protocols import PROTOCOLS, Reference, evaluate_pair, prepare_reference
 from modeling_dcm import DCMForDenoising
-from modeling_dcm.diffusion_dcm import reveal_probability
+from modeling_dcm.diffusion_dcm import keyed_generator, reveal_probability
 from modeling_dcm.schedule_dcm import as_curve, predicted_kl, reveal_schedule
 from tokenization import DCMTokenizer
 
@@ -31,7 +27,8 @@ METRICS = ("mmd2", "correlation_slope", "correlation_pearson", "w2", "library_si
 PROTOCOL = replace(PROTOCOLS["log"], pooled_metrics=METRICS, condition_metrics=())
 DEFAULT_SCHEDULE = inspect.signature(DCMForDenoising.generate).parameters["schedule"].default
 AUTO = f"auto, {DEFAULT_SCHEDULE}"
-LINEAR_100, NAIVE, RELEASED, FLOOR = "linear 100", "naive loop", "released reveal rule", "floor"
+LINEAR_100, NAIVE, FLOOR = "linear 100", "naive loop", "floor"
+NAIVE_STEPS = 100
 SETTINGS: dict[str, tuple[int | str, str]] = {  # name: steps and schedule of `generate`
     "one step": (1, "linear"),
     "linear 20": (20, "linear"),
@@ -44,8 +41,6 @@ SETTINGS: dict[str, tuple[int | str, str]] = {  # name: steps and schedule of `g
     "auto, optimal": ("auto", "optimal"),
     AUTO: ("auto", DEFAULT_SCHEDULE),
 }
-COLOURS = {"linear": "#1f5fa8", "cosine": "#8a5fb5", "cubic": "#e8762d", "optimal": "#2a8f4f", None: "#c62f2f"}
-PANELS = {"mmd2": "MMD² to real cells, log1p counts: lower is better", "correlation_slope": "slope: 1 is right"}
 
 
 @dataclass
@@ -124,12 +119,11 @@ class Sampled:
 
 
 def benchmark_sampling(sampled: Sampled, *, num_naive: int = 8) -> list[Row]:
-    """Rows of every setting that the model can do, of the naive loop (timed on ``num_naive`` cells), of the released
-    reveal rule (scored), and of the floor if there are training cells."""
+    """Rows of every setting that the model can do, the naive loop (timed on ``num_naive`` cells), and the floor."""
     has_curve = sampled.model.config.entropy_curve is not None
     settings = [name for name, how in SETTINGS.items() if has_curve or not {"auto", "optimal"} & set(how)]
     jobs: dict[str, Callable[[], Row]] = {name: partial(_measured, sampled, name) for name in settings}
-    jobs |= {RELEASED: partial(_released, sampled), NAIVE: partial(_naive, sampled, num_naive)}
+    jobs[NAIVE] = partial(_naive, sampled, num_naive)
     if sampled.train is not None:
         jobs[FLOOR] = lambda: Row(FLOOR, scores=sampled.scores(sampled.floor()))
     rows = []
@@ -169,15 +163,6 @@ def _measured(sampled: Sampled, setting: str) -> Row:
     return Row(setting, schedule, *speed, sampled.predicted_kl(revealed), sampled.scores(draws))
 
 
-def _released(sampled: Sampled) -> Row:
-    """Cells as the released code's reveal rule draws them: scored, not timed."""
-    model, n = sampled.model, len(sampled.real)
-    ids = (naive_cells(model, sampled.conditions, n, rule=forward_rule, seed=seed) for seed in range(sampled.seeds))
-    scores = sampled.scores(sampled.decoded(drawn, seed) for seed, drawn in enumerate(ids))
-    kl = sampled.predicted_kl([0, model.config.num_genes])
-    return Row(RELEASED, None, NAIVE_STEPS, predicted_kl=kl, scores=scores)
-
-
 def _naive(sampled: Sampled, num_cells: int) -> Row:
     """The plain loop, one cell at a time: timed with all threads and with one, whichever is faster, and not scored."""
     model, threads = sampled.model, torch.get_num_threads()
@@ -187,10 +172,43 @@ def _naive(sampled: Sampled, num_cells: int) -> Row:
         for number, cost in costs.items():
             torch.set_num_threads(number)
             with cost:
-                naive_cells(model, given, 1, rule=reveal_probability, seed=cell)
+                naive_cells(model, given, 1, seed=cell)
     torch.set_num_threads(threads)
     best = min(costs.values(), key=lambda cost: cost.median)
     return Row(NAIVE, None, NAIVE_STEPS, 1 / best.median, best.most_mib)
+
+
+@torch.no_grad()
+def naive_cells(
+    model: DCMForDenoising,
+    conditions: dict[str, torch.Tensor],
+    num_cells: int,
+    *,
+    seed: int = 0,
+    steps: int = NAIVE_STEPS,
+) -> torch.Tensor:
+    """Draw count ids (N, G) by the loop over time as the released code has it, but for its reveal rule: a yardstick.
+
+    At each of ``steps`` equal steps from t = 1 to 0, logits of every count are computed at every gene, revealed or not,
+    and one joint draw decides for each masked gene between the counts and staying masked. ``conditions`` (N, ..) are
+    those of ``generate``; the loop ends early once nothing is masked, as what is revealed never changes.
+    """
+    mask, generator = model.config.mask_token_id, keyed_generator(seed, device=model.device)
+    given = {name: ids.to(model.device) for name, ids in conditions.items()}
+    if model.config.library_size_conditioning:
+        labels = [given.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids")]
+        given["library_size"] = model.library_sizes.draw(num_cells, *labels, generator)
+    times = torch.linspace(1.0, 0.0, steps + 1, device=model.device)
+    x_t = torch.full((num_cells, model.config.num_genes), mask, device=model.device)
+    for t, s in itertools.pairwise(times):
+        if not bool((x_t == mask).any()):
+            break
+        p = model(x_t, **given).logits.float().softmax(dim=-1)  # (N, G, K+1)
+        reveal = reveal_probability(t, s, model.config.noise_eps)
+        joint = torch.cat([reveal * p, (1 - reveal).expand(*p.shape[:2], 1)], dim=-1)  # (N, G, K+2), the last is MASK
+        drawn = torch.multinomial(joint.flatten(0, 1), 1, generator=generator).view_as(x_t)
+        x_t = torch.where(x_t == mask, drawn, x_t)
+    return x_t.cpu()
 
 
 def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -233,40 +251,6 @@ def notes(rows: Sequence[Row]) -> list[str]:
         "MMD², slope and correlation of gene-gene correlations, W2, ratio of the library size's coefficients of "
         "variation (1 is right): protocol log, all cells pooled, mean ± standard deviation over seeds.",
         f"{NAIVE}: one cell at a time, 100 linear steps, logits of every gene and count at each; timed, not scored.",
-        f"{RELEASED}: the released code reveals genes at the forward rate: all of them in the first of its 100 calls, "
-        "each drawn independently of the others.",
         f"{FLOOR}: real training cells in the place of drawn ones (in conditions without any, one half of the real "
         "cells beside the other, as every draw is); no sampler can be expected below it.",
     ]
-
-
-def figure(rows: Sequence[Row], *, title: str) -> Figure:
-    """MMD^2 and correlation slope against network calls: a point to a setting, the floor as a band."""
-    canvas = Figure(figsize=(15, 7), dpi=100, layout="constrained")
-    canvas.suptitle(title, fontsize=14)
-    for axes, metric in zip(canvas.subplots(1, 2), PANELS):
-        _panel(axes, rows, metric)
-    canvas.legend(*canvas.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
-    return canvas
-
-
-def _panel(axes: Axes, rows: Sequence[Row], metric: str) -> None:
-    for floor in (row for row in rows if row.name == FLOOR):
-        middle, spread = floor.mean(metric), 2 * floor.std(metric)
-        label = f"floor: real cells, mean ± 2 sd of {len(floor.scores[metric])} draws"
-        axes.axhspan(middle - spread, middle + spread, color="#9a9a9a", alpha=0.3, lw=0, label=label)
-    for row in rows:
-        if row.network_calls is None or math.isnan(row.mean(metric)):
-            continue
-        marker = "*" if row.name.startswith("auto") else "o" if row.schedule else "X"
-        how = {"fmt": marker, "ms": 17 if marker == "*" else 10, "mec": "white", "capsize": 3}
-        colour, std = COLOURS[row.schedule], np.nan_to_num(row.std(metric))
-        axes.errorbar(row.network_calls, row.mean(metric), std, **how, color=colour, label=row.name)
-    if metric == "mmd2":
-        axes.set_yscale("symlog", linthresh=1e-3)
-    calls = (1, 2, 5, 10, 20, 50, 100)
-    axes.set_xscale("log")
-    axes.set_xticks(calls, [str(number) for number in calls])
-    axes.set_xticks([], minor=True)
-    axes.set(title=PANELS[metric], xlabel="network calls for each chunk of cells")
-    axes.grid(alpha=0.25)
