@@ -187,8 +187,6 @@ def _log_summary(rows: Sequence["Row"]) -> None:
         for caption, shown, unlike in section.tables[:1]:
             table = terminal_table(shown, unlike, width)
             logger.info("\nprotocol %s. %s (**: at the floor):\n%s", section.protocol, caption, table)
-        for note in section.notes:
-            logger.warning("%s", note)
 
 
 def _write(

@@ -14,21 +14,17 @@ from matplotlib.figure import Figure
 from eval.comparison.cells import CellCounts, Comparison
 from eval.metrics.names import metric_label, model_label
 from eval.reports import figures
-from eval.reports.tables import FLOOR, Row, Unlike, at_floor, sample_sizes, sections
+from eval.reports.tables import Row, Unlike, beside_floor, header_notes, models_of, sample_sizes, sections
 
-CONDITIONS_LISTED = 40
-MAP_PROTOCOLS = ("log", "paper")
-MAP_METRIC = "w2"
 PUBLISHED = Path(__file__).with_name("published.json")  # by a word of the data set's name
 PUBLISHED_NOTE = (
     "As published, another protocol: these numbers come from the paper's own tables. Its recipe, number of cells and "
     "test cells are not all known, so no number here can be compared with one above."
 )
 CSS = """
-:root { color-scheme: light dark; --page: #ffffff; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --good: #d6f0e0;
-  --heat: #f0a060; }
+:root { color-scheme: light dark; --page: #ffffff; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --good: #d6f0e0; }
 @media (prefers-color-scheme: dark) {
-  :root { --page: #14171c; --ink: #e6e9ee; --soft: #a3adb8; --line: #3a424d; --good: #17452f; --heat: #9a4a10; }
+  :root { --page: #14171c; --ink: #e6e9ee; --soft: #a3adb8; --line: #3a424d; --good: #17452f; }
 }
 body { margin: 0 auto; max-width: 1180px; padding: 1.5rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
@@ -78,14 +74,12 @@ def html_report(
     for section in sections(rows):
         parts.append(f"<h3>Protocol {html.escape(section.protocol)}</h3>{_note(section.description)}")
         parts += [_score_table(ours, caption, unlike) for caption, ours, unlike in section.tables]
-        parts += map(_note, section.notes)
     parts += _published_section(str(header["dataset"]))
-    parts += _condition_section(rows)
     for model, files in cells.generated.items():
         parts.append(f"<h2>Pictures of {html.escape(model)}</h2>")
         shown = {"real": cells.real, model: files[0], baseline_name: baseline}
         parts += _pictures(shown, cells.genes, umap=umap, seed=seed)
-    body = _distinct_ids("\n".join(parts))
+    body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head>\n'
@@ -96,9 +90,7 @@ def html_report(
 def _introduction(header: dict[str, object], cells: Comparison) -> str:
     """Say what was compared, and how to read the tables."""
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items() if version)
-    notes = {"training": "Training:", "genes": "Compared on", "floor": "Floor:"}
-    said = [(word, html.escape(str(header[name]))) for name, word in notes.items() if header.get(name)]
-    notes = "".join(f"<p><strong>{word} {note}.</strong></p>" for word, note in said)
+    notes = "".join(f"<p><strong>{word} {html.escape(note)}.</strong></p>" for word, note in header_notes(header))
     return (
         f"<p>{len(cells.real):,} real test cells, {len(cells.train):,} real training cells, {len(cells.genes):,} "
         f"genes; generators: {html.escape(', '.join(cells.generated))}. "
@@ -127,24 +119,20 @@ def _table(caption: str, head: Iterable[str], lines: Iterable[tuple[str, Iterabl
 
 def _score_table(rows: Sequence[Row], caption: str, unlike: Unlike) -> str:
     """Return a table of scores: metrics down, models across; nothing that is ``unlike`` the floor is shaded."""
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    found = {(row["model"], row["metric"]): row for row in rows}
-    head = [f"{html.escape(model_label(name))} <small>{sample_sizes(rows, name)}</small>" for name in models]
+    head = [f"{html.escape(model_label(name))} <small>{sample_sizes(rows, name)}</small>" for name in models_of(rows)]
     lines = []
-    for metric in dict.fromkeys(row["metric"] for row in rows):
-        floors = [None if (model, metric) in unlike else found.get((FLOOR, metric)) for model in models]
-        numbers = [_number(found.get((model, metric)), floor) for model, floor in zip(models, floors)]
+    for metric, found in beside_floor(rows, unlike):
         name, better = map(html.escape, metric_label(metric))
-        lines.append((f"{name} <small>{better}</small>", numbers))
+        lines.append((f"{name} <small>{better}</small>", map(_number, *zip(*found))))
     return _table(f"{caption}, mean ± standard deviation over seeds or draws", ["metric", *head], lines)
 
 
-def _number(row: Row | None, floor: Row | None) -> str:
+def _number(row: Row | None, marked: bool) -> str:
     """Return one number of a table, shaded at the floor."""
     if row is None or row["mean"] is None:
         return "<td>-</td>"
     deviation = f" <small>± {row['std']:.2g}</small>" if row["std"] is not None else ""
-    shade = ' class="at-floor" title="at the floor"' if at_floor(row, floor) else ""
+    shade = ' class="at-floor" title="at the floor"' if marked else ""
     return f"<td{shade}>{row['mean']:.4g}{deviation}</td>"
 
 
@@ -157,48 +145,6 @@ def _published_section(dataset: str) -> list[str]:
             parts += ["<h2>As published, another protocol</h2>", _note(PUBLISHED_NOTE)]
             parts.append(_table(table["source"], ["model", *table["columns"]], lines))
     return parts
-
-
-def _condition_section(rows: Sequence[Row]) -> list[str]:
-    """Return a heat map of the conditions, the worst first: how far each model is above the floor."""
-    found = {protocol: excess for protocol in MAP_PROTOCOLS if (excess := _excess(rows, protocol))}
-    if not found:
-        return []
-    protocol, excess = next(iter(found.items()))
-    models = list(dict.fromkeys(model for found in excess.values() for model in found))
-    worst_first = sorted(excess, key=lambda condition: -max(excess[condition].values()))
-    lines = [
-        (html.escape(condition), [_heat(excess[condition].get(model)) for model in models])
-        for condition in worst_first[:CONDITIONS_LISTED]
-    ]
-    sentence = (
-        f"{metric_label(MAP_METRIC)[0]} of each condition (protocol {protocol}): how many standard deviations of the "
-        "floor it lies above the floor. 2 or less is at the floor; a stronger colour is farther from real cells. "
-        f"The conditions that are worst for any model stand first; {CONDITIONS_LISTED} are listed at most."
-    )
-    table = _table("Worst conditions", ["condition", *(html.escape(model_label(model)) for model in models)], lines)
-    return ["<h2>Conditions</h2>", _note(sentence), table]
-
-
-def _excess(rows: Sequence[Row], protocol: str) -> dict[str, dict[str, float]]:
-    """Compute condition -> model -> (mean - floor's mean) / floor's standard deviation."""
-    place = (protocol, MAP_METRIC, "condition")
-    ours = [r for r in rows if (r["protocol"], r["metric"], r["grouping"]) == place and r["mean"] is not None]
-    floors = {row["condition"]: row for row in ours if row["model"] == FLOOR and row["std"]}
-    excess: dict[str, dict[str, float]] = {}
-    for row in ours:
-        floor = floors.get(row["condition"])
-        if row["model"] != FLOOR and floor is not None:
-            excess.setdefault(row["condition"], {})[row["model"]] = (row["mean"] - floor["mean"]) / floor["std"]
-    return excess
-
-
-def _heat(value: float | None) -> str:
-    """Return one number of the heat map: no colour at the floor, all of it from ten standard deviations on."""
-    if value is None:
-        return "<td>-</td>"
-    share = min(max(value - 2, 0), 8) / 8
-    return f'<td style="background: color-mix(in srgb, var(--heat) {share:.0%}, transparent)">{value:z.1f}</td>'
 
 
 def _pictures(shown: dict[str, CellCounts], genes: Sequence[str], *, umap: bool, seed: int) -> list[str]:
@@ -222,14 +168,14 @@ def _pictures(shown: dict[str, CellCounts], genes: Sequence[str], *, umap: bool,
             "Left: how many counts a cell has (library size). Right: one point for each gene; on the line it is as in "
             f"the real cells. {model_label(baseline_name).capitalize()}: each gene drawn by itself from the training "
             "cells of the condition.",
-            "Library sizes, and means, variances and zeros of genes, of real and generated cells",
+            f"Library sizes, and means, variances and zeros of genes, of real and of {model} cells",
         ),
         (
             figures.correlation_figure(counts),
             f"Gene-gene correlation of log1p counts over the {figures.CORRELATED_GENES} most variable genes of the "
             "real cells, in the same order in every matrix. Right: a point for each pair of genes; on the line the "
             "correlation is the real one, nearer to 0 than the line it is too weak.",
-            "Correlation matrices of real and generated cells",
+            f"Correlation matrices of real and of {model} cells",
         ),
         (
             figures.differential_figure(real, generated, genes),
@@ -237,29 +183,20 @@ def _pictures(shown: dict[str, CellCounts], genes: Sequence[str], *, umap: bool,
             "generated ones (orange): the shorter the line between, the better. Both are measured from the real "
             "control cells of the same cell type. Genes are chosen where the real change is large, noise included, so "
             "a perfect generator falls somewhat short of it, too.",
-            "Top differential genes, real against generated",
+            f"Top differential genes, real against {model} cells",
         ),
     ]
     return [_picture(*picture) for picture in pictures if picture[0] is not None]
 
 
 def _picture(figure: Figure, caption: str, label: str) -> str:
-    """Return a figure as inline SVG in the colours of the page."""
+    """Return a figure as inline SVG in the colours of the page. What its elements refer to has names made from the
+    ``label``, which is another in each figure; other names, which matplotlib numbers anew in each, are left out."""
     stream = io.StringIO()
     with matplotlib.rc_context({**figures.STYLE, "svg.hashsalt": label}):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     svg = stream.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = svg.replace(figures.INK, "currentColor")
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace(figures.INK, "currentColor")
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label, quote=True)}"', 1)
     return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
-
-
-def _distinct_ids(page: str) -> str:
-    """Give every figure's elements ids of their own: matplotlib numbers them anew in each."""
-    pieces = page.split("<figure>")
-    for number, piece in enumerate(pieces[1:], start=1):
-        piece = re.sub(r'\bid="([^"]+)"', rf'id="f{number}-\1"', piece)
-        piece = re.sub(r'href="#([^"]+)"', rf'href="#f{number}-\1"', piece)
-        pieces[number] = re.sub(r"url\(#([^)]+)\)", rf"url(#f{number}-\1)", piece)
-    return "<figure>".join(pieces)

@@ -14,7 +14,7 @@ import tyro
 
 from eval.comparison.floor import FLOOR
 from eval.metrics.names import metric_label, model_label
-from eval.reports.tables import Row, at_floor, markdown_table
+from eval.reports.tables import Row, at_floor, markdown_table, models_of
 from training.data.command_line import run
 from training.data.files import write_text, written_aside
 
@@ -67,9 +67,9 @@ def overview(results: list[dict]) -> str:
     lines = [["data", "model", *(metric_label(m)[0] + " x 1000" * (m == THOUSANDFOLD) for m in SHOWN)]]
     verdicts = []
     for result in results:
-        rows = [row for row in result["rows"] if (row["protocol"], row["grouping"]) == ("log", "pooled")]
+        rows = _pooled(result)
         place = {(row["model"], row["metric"]): row for row in rows}
-        for index, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+        for index, model in enumerate(models_of(rows)):
             cells = [_number(place.get((model, metric)), place.get((FLOOR, metric))) for metric in SHOWN]
             lines.append([result["dataset"] if not index else "", model_label(model), *cells])
         for ours, theirs in PAIRS:
@@ -107,16 +107,13 @@ def draw(results: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     metrics = ("w2", "correlation_slope")
-    models = list(
-        dict.fromkeys(row["model"] for result in results for row in result["rows"] if row["protocol"] == "log")
-    )
-    models.remove(FLOOR)
+    models = models_of([row for result in results for row in _pooled(result) if row["model"] != FLOOR])
     figure = Figure(figsize=(4.6 * len(results), 2.6 * len(metrics)), layout="constrained")
     axes = figure.subplots(len(metrics), len(results), squeeze=False)
     for column, result in enumerate(results):
         for line, metric in enumerate(metrics):
-            rows = [row for row in result["rows"] if (row["protocol"], row["grouping"]) == ("log", "pooled")]
-            rows = {row["model"]: row for row in rows if row["metric"] == metric and row["mean"] is not None}
+            rows = (row for row in _pooled(result) if row["metric"] == metric and row["mean"] is not None)
+            rows = {row["model"]: row for row in rows}
             floor, axis = rows.pop(FLOOR), axes[line][column]
             axis.axvspan(floor["mean"] - 2 * floor["std"], floor["mean"] + 2 * floor["std"], color="0.85")
             axis.axvline(floor["mean"], color="0.4", label="floor")
@@ -131,6 +128,10 @@ def draw(results: list[dict], path: Path) -> None:
     axes[0][0].legend(loc="lower right", frameon=False)
     with written_aside(path) as aside:
         figure.savefig(aside, format="png", dpi=110)
+
+
+def _pooled(result: dict) -> list[Row]:
+    return [row for row in result["rows"] if (row["protocol"], row["grouping"]) == ("log", "pooled")]
 
 
 def _number(row: Row | None, floor: Row | None) -> str:

@@ -3,21 +3,19 @@
 A number is at the floor within two of the floor's standard deviations.
 """
 
-import csv
-import io
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from eval.comparison.floor import FLOOR
 from eval.comparison.protocols import FEW_CELLS, PROTOCOLS, Score
 from eval.metrics.names import metric_label, model_label
 
-FLOOR_DOMINATES = 0.5
 CELL_EVAL_DESCRIPTION = (
     "metrics of the cell-eval package (profile vcc) on log1p(CP10k), each cell type by itself; beside the floor (one "
     "draw of real training cells, where there are any) its own mean baseline, and its own ceiling: one half of the "
@@ -74,48 +72,18 @@ def results_json(header: dict[str, object], rows: Iterable[Row]) -> str:
 
 def results_csv(header: dict[str, object], rows: Iterable[Row]) -> str:
     """Write the rows as a table with commas, each with its data set and split; empty where there is no number."""
-    text = io.StringIO()
-    columns = ("dataset", "split", *ROW_KEYS)
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({"dataset": header["dataset"], "split": header["split"], **row} for row in rows)
-    return text.getvalue()
-
-
-def biased_floor_notes(rows: Sequence[Row]) -> list[str]:
-    """Return one sentence for each protocol and grouping in which the floor is half of some biased MMD² or more.
-
-    A biased MMD² of two samples of one distribution is about ``(1/n + 1/m)`` times a constant near the number of
-    kernels, not 0.
-    """
-    biased = {name for name, protocol in PROTOCOLS.items() if protocol.biased_mmd2}
-    of_all = [row for row in rows if row["condition"] is None and row["mean"] is not None]
-    found = [row for row in of_all if row["metric"] == "mmd2" and row["protocol"] in biased]
-    notes = []
-    for floor in (row for row in found if row["model"] == FLOOR):
-        place = (floor["protocol"], floor["grouping"])
-        beside = [row for row in found if row is not floor and (row["protocol"], row["grouping"]) == place]
-        ruled = [row for row in beside if floor["mean"] >= FLOOR_DOMINATES * row["mean"]]
-        models = ", ".join(f"{row['model']} ({row['mean']:.3g})" for row in ruled)
-        if ruled:
-            notes.append(
-                f"{', '.join(place)}: the floor ({floor['mean']:.3g}, n = {floor['n']:,}) is most of the biased MMD² "
-                f"of {models}: read the difference to it, or compare more cells"
-            )
-    return notes
+    place = {"dataset": header["dataset"], "split": header["split"]}
+    return pd.DataFrame([place | row for row in rows]).to_csv(index=False)
 
 
 @dataclass(frozen=True)
 class Section:
-    """What a report says of one protocol: its recipe, tables, and warnings.
-
-    Of a table: the words above it, its rows, and the models and metrics that are not beside the floor.
-    """
+    """What a report says of one protocol: its recipe, and tables: the words above one, its rows, and the models and
+    metrics that are not beside the floor."""
 
     protocol: str
     description: str
     tables: list[tuple[str, list[Row], Unlike]]
-    notes: list[str]
 
 
 def sections(rows: Sequence[Row]) -> list[Section]:
@@ -126,8 +94,14 @@ def sections(rows: Sequence[Row]) -> list[Section]:
         pooled, means = ([row for row in ours if row["grouping"] == name] for name in ("pooled", "per_condition"))
         tables = [("All cells pooled", pooled, frozenset()), (_averaged_over(ours), means, _not_beside_floor(ours))]
         description = PROTOCOLS[protocol].description if protocol in PROTOCOLS else CELL_EVAL_DESCRIPTION
-        found.append(Section(protocol, description, [table for table in tables if table[1]], biased_floor_notes(ours)))
+        found.append(Section(protocol, description, [table for table in tables if table[1]]))
     return found
+
+
+def header_notes(header: dict[str, object]) -> list[tuple[str, str]]:
+    """What a reader must know first of an evaluation, each with the words that open it."""
+    words = {"training": "Training:", "genes": "Compared on", "floor": "Floor:"}
+    return [(word, str(header[name])) for name, word in words.items() if header.get(name)]
 
 
 def results_markdown(header: dict[str, object], rows: Sequence[Row]) -> str:
@@ -140,12 +114,10 @@ def results_markdown(header: dict[str, object], rows: Sequence[Row]) -> str:
         "standard deviations, where cells and conditions are as many; a distance further below it is no better, it "
         "means cells too much alike. n: cells on each side.",
     ]
-    notes = {"training": "Training:", "genes": "Compared on", "floor": "*floor*:"}
-    parts += [f"{word} {header[name]}." for name, word in notes.items() if header.get(name)]
+    parts += [f"{word} {note}." for word, note in header_notes(header)]
     for section in sections(rows):
         parts.append(f"## Protocol `{section.protocol}`\n\nSpace and metrics: {section.description}.")
         parts += [f"{caption}:\n\n{summary_table(ours, unlike)}" for caption, ours, unlike in section.tables]
-        parts += [f"Note. {note}." for note in section.notes]
     return "\n\n".join(parts) + "\n"
 
 
@@ -184,36 +156,32 @@ def sample_sizes(rows: Sequence[Row], model: str) -> str:
 
 def summary_table(rows: Sequence[Row], unlike: Unlike = frozenset()) -> str:
     """Return a Markdown table, metrics down and models across; bold at the floor, unless ``unlike``."""
-    head = [f"{model_label(model)} ({sample_sizes(rows, model)})" for model in dict.fromkeys(r["model"] for r in rows)]
-    return markdown_table([["metric", "better", *head], *_scores(rows, unlike)])
+    head = [f"{model_label(model)} ({sample_sizes(rows, model)})" for model in models_of(rows)]
+    lines = [[*metric_label(metric), *map(_number, *zip(*found))] for metric, found in beside_floor(rows, unlike)]
+    return markdown_table([["metric", "better", *head], *lines])
 
 
 def terminal_table(rows: Sequence[Row], unlike: Unlike, width: int) -> str:
     """Return the same without spreads, for a terminal of ``width`` columns: models that do not fit stand below."""
-    models = [model_label(model) for model in dict.fromkeys(row["model"] for row in rows)]
-    lines = [["metric", *models]]
-    lines += [[f"{name} {better}", *numbers] for name, better, *numbers in _scores(rows, unlike, spread=False)]
-    columns = [[f"{cell:{max(map(len, column))}}" for cell in column] for column in zip(*lines)]
-    blocks, used = [[columns[0]]], len(columns[0][0])
-    for column in columns[1:]:
-        used += 2 + len(column[0])
-        if used > width and len(blocks[-1]) > 1:
-            blocks.append([columns[0]])
-            used = len(columns[0][0]) + 2 + len(column[0])
-        blocks[-1].append(column)
-    return "\n\n".join("\n".join("  ".join(line).rstrip() for line in zip(*block)) for block in blocks)
+    lines = {
+        " ".join(metric_label(metric)): [_number(row and row | {"std": None}, marked) for row, marked in found]
+        for metric, found in beside_floor(rows, unlike)
+    }
+    table = pd.DataFrame.from_dict(lines, orient="index", columns=list(map(model_label, models_of(rows))))
+    return table.to_string(line_width=width)
 
 
-def _scores(rows: Sequence[Row], unlike: Unlike, *, spread: bool = True) -> list[list[str]]:
-    """Lines of a table: a metric's name, which way is better, and each model's number."""
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    by_cell = {(row["metric"], row["model"]): row for row in rows}
-    lines = []
+def models_of(rows: Sequence[Row]) -> list[str]:
+    """Return the models in their order."""
+    return list(dict.fromkeys(row["model"] for row in rows))
+
+
+def beside_floor(rows: Sequence[Row], unlike: Unlike) -> Iterator[tuple[str, list[tuple[Row | None, bool]]]]:
+    """Yield each metric with every model's row (None if it has none), and whether that is at the floor."""
+    found = {(row["model"], row["metric"]): row for row in rows}
     for metric in dict.fromkeys(row["metric"] for row in rows):
-        floors = [None if (model, metric) in unlike else by_cell.get((metric, FLOOR)) for model in models]
-        numbers = [_number(by_cell.get((metric, model)), floor, spread) for model, floor in zip(models, floors)]
-        lines.append([*metric_label(metric), *numbers])
-    return lines
+        floor, keys = found.get((FLOOR, metric)), [(model, metric) for model in models_of(rows)]
+        yield metric, [(found.get(key), key not in unlike and at_floor(found.get(key), floor)) for key in keys]
 
 
 def markdown_table(lines: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
@@ -229,15 +197,15 @@ def markdown_table(lines: Sequence[Sequence[str]], *, numbers: bool = False) -> 
     return "\n".join([head, f"|{rule}|", *body])
 
 
-def at_floor(row: Row, floor: Row | None) -> bool:
+def at_floor(row: Row | None, floor: Row | None) -> bool:
     """Return whether a model's mean, of as many cells, is within two standard deviations of the floor's."""
-    if floor is None or row["model"] == FLOOR or None in (row["mean"], floor["mean"], floor["std"]):
+    if None in (row, floor) or row["model"] == FLOOR or None in (row["mean"], floor["mean"], floor["std"]):
         return False
     return row["n"] == floor["n"] and abs(row["mean"] - floor["mean"]) <= 2 * floor["std"]
 
 
-def _number(row: Row | None, floor: Row | None, spread: bool) -> str:
+def _number(row: Row | None, marked: bool) -> str:
     if row is None or row["mean"] is None:
         return "-"
-    text = f"{row['mean']:.4g}" + (f" ± {row['std']:.2g}" if spread and row["std"] is not None else "")
-    return f"**{text}**" if at_floor(row, floor) else text
+    text = f"{row['mean']:.4g}" + (f" ± {row['std']:.2g}" if row["std"] is not None else "")
+    return f"**{text}**" if marked else text

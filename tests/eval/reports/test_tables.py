@@ -1,17 +1,15 @@
-"""Rows and tables of an evaluation: what is null, what is at the floor, and what is said of a biased one."""
+"""Rows and tables of an evaluation: what is null, and what is at the floor."""
 
 import json
-
-import pytest
 
 from eval.comparison.protocols import Score
 from eval.reports.tables import (
     at_floor,
-    biased_floor_notes,
     results_json,
     results_markdown,
     summary_rows,
     summary_table,
+    terminal_table,
 )
 
 
@@ -32,6 +30,9 @@ def test_at_the_floor_is_within_two_standard_deviations_and_bold():
     table = summary_table([floor, near, far])
     assert "**1.3**" in table
     assert "**2**" not in table
+    lines = terminal_table([floor, near, far], frozenset(), 30).splitlines()
+    assert max(map(len, lines)) <= 30
+    assert [word for line in lines for word in line.split() if word[0] in "*012"] == ["1.1", "**1.3**", "2"]
 
 
 def test_nothing_is_bold_beside_a_floor_of_other_numbers_of_cells_or_other_conditions():
@@ -44,14 +45,3 @@ def test_nothing_is_bold_beside_a_floor_of_other_numbers_of_cells_or_other_condi
     text = results_markdown({"dataset": "d", "split": "test", "checkpoint": "c", "command": "x"}, found)
     lines = [line for line in text.splitlines() if line.startswith("| W2") or "**1" in line]
     assert [[cell.strip() for cell in line.split("|")[3:-1]] for line in lines] == [["1 ± 0", "**1 ± 0**", "1 ± 0"]] * 2
-
-
-@pytest.mark.parametrize(("model_value", "noted"), [(0.11, True), (0.9, False)])
-def test_a_small_n_whose_biased_floor_dominates_is_said(model_value, noted):
-    floor, model, unbiased = (
-        summary_rows(name, protocol, [[Score("pooled", None, "mmd2", value, 50)]], test_cells={})[0]
-        for name, protocol, value in (("floor", "scldm", 0.1), ("dcm", "scldm", model_value), ("dcm", "log", 0.11))
-    )
-    notes = biased_floor_notes([floor, model, unbiased])
-    assert len(notes) == noted
-    assert not noted or "scldm, pooled: the floor (0.1, n = 50) is most of the biased MMD² of dcm (0.11)" in notes[0]
