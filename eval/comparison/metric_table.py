@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 from scipy import sparse
 
-from eval.metrics import components, distances, gene_agreement
+from eval.metrics import distances, gene_agreement
 from eval.metrics.blocks import Matrix
 
 
@@ -50,7 +50,7 @@ COPYING = "nearest_training_distance_ratio"
 
 
 def _component_variance(band: str) -> Callable[[Pair], float]:
-    return lambda p: components.component_variance_ratio(p.x, p.y, p.directions, components.BANDS[band])
+    return lambda p: gene_agreement.component_variance_ratio(p.x, p.y, p.directions, gene_agreement.BANDS[band])
 
 
 METRICS: dict[str, Callable[[Pair], float]] = {
@@ -65,8 +65,8 @@ METRICS: dict[str, Callable[[Pair], float]] = {
     "library_size_cv_ratio": lambda p: gene_agreement.library_size_cv_ratio(p.x_counts, p.y_counts),
     "nearest_neighbour_accuracy": lambda p: p.neighbours[0],
     "nearest_neighbour_accuracy_real": lambda p: p.neighbours[1],
-    **{f"component_variance_{band}": _component_variance(band) for band in components.BANDS},
-    COPYING: lambda p: components.nearest_distance_ratio(p.x, p.y, p.train, device=p.device),
+    **{f"component_variance_{band}": _component_variance(band) for band in gene_agreement.BANDS},
+    COPYING: lambda p: distances.nearest_distance_ratio(p.x, p.y, p.train, device=p.device),
     "pearson_delta": lambda p: gene_agreement.pearson_delta(p.x, p.y, p.control),
 }
 BESIDE_TRAINING_CELLS = (*(name for name in METRICS if name.startswith("component_")), COPYING)

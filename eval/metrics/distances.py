@@ -57,16 +57,10 @@ def mmd2(
     """
     x, y = checked_pair(x, y, min_cells=1 if biased else 2)
     n, m = x.shape[0], y.shape[0]
-    if bandwidths is None and 2 <= m <= MEDIAN_CELLS:  # the median has seen every pair of y: no need to multiply again
-        pairs = _pair_distances(y, device)
-        sigmas = [_median_sigma(pairs)]
-        within_y = 2 * _kernel_sum(pairs, sigmas)
-    else:
-        sigmas = [median_bandwidth(y, device=device)] if bandwidths is None else [float(sigma) for sigma in bandwidths]
-        if not sigmas or not all(np.isfinite(sigma) and sigma > 0 for sigma in sigmas):
-            raise ValueError(f"bandwidths={sigmas}: expected one or more positive numbers")
-        within_y = _kernel_sum_within(y, sigmas, device)
-    within_x = _kernel_sum_within(x, sigmas, device)
+    sigmas = [median_bandwidth(y, device=device)] if bandwidths is None else [float(sigma) for sigma in bandwidths]
+    if not sigmas or not all(np.isfinite(sigma) and sigma > 0 for sigma in sigmas):
+        raise ValueError(f"bandwidths={sigmas}: expected one or more positive numbers")
+    within_x, within_y = (_kernel_sum_within(cells, sigmas, device) for cells in (x, y))
     between = sum(_kernel_sum(d2, sigmas) for _, _, d2 in distance_blocks(x, y, device=device))
     if biased:  # the diagonal: k(x_i, x_i) = 1 for every kernel
         return float((within_x + n * len(sigmas)) / n**2 + (within_y + m * len(sigmas)) / m**2 - 2 * between / (n * m))
@@ -82,7 +76,11 @@ def median_bandwidth(y: Matrix, *, device: str | None = None) -> float:
     y = checked(y, "y", min_cells=2)
     if y.shape[0] > MEDIAN_CELLS:
         y = y[np.linspace(0, y.shape[0] - 1, MEDIAN_CELLS).astype(np.int64)]
-    return _median_sigma(_pair_distances(y, device))
+    pairs = []
+    for rows, columns, d2 in distance_blocks(y, y, upper=True, device=device):
+        pairs.append(d2[np.triu_indices_from(d2, k=1)] if rows == columns else d2.ravel())
+    typical = float(np.median(np.concatenate(pairs))) or float(np.mean(np.concatenate(pairs)))
+    return float(np.sqrt(typical / 2)) if typical > 0 else 1.0
 
 
 def w2(x: Matrix, y: Matrix, *, device: str | None = None) -> float:
@@ -162,6 +160,20 @@ def nearest_neighbour_accuracy(x: Matrix, y: Matrix, *, device: str | None = Non
     return float((of_x * n + of_y * m) / (n + m)), float(of_y)
 
 
+def nearest_distance_ratio(x: Matrix, y: Matrix, train: Matrix, *, device: str | None = None) -> float:
+    """Mean distance of ``x`` to its nearest cell of ``train``, over that of as many real cells ``y``.
+
+    Far below 1, cells of ``train`` are copied; above 1, the cells lie where no real ones do.
+    """
+    means = []
+    for cells in checked_pair(x, y, min_cells=1):
+        nearest = np.full(cells.shape[0], np.inf)
+        for rows, _, d2 in distance_blocks(cells, train, device=device):
+            nearest[rows] = np.minimum(nearest[rows], d2.min(axis=1))
+        means.append(np.sqrt(nearest).mean())
+    return float(means[0] / means[1]) if means[1] > 0 else float("nan")
+
+
 def _nuclear_norm(matrix: np.ndarray, device: str | None) -> float:
     """Sum of the singular values, computed on ``device``; ``matrix`` may be overwritten.
 
@@ -182,22 +194,6 @@ def _nuclear_norm(matrix: np.ndarray, device: str | None) -> float:
         if (error / values).sum() <= SQUARED_TOLERANCE * values.sum():
             return float(np.sqrt(np.maximum(eigenvalues, 0)).sum())
     return float(linalg.svdvals(matrix, overwrite_a=True, check_finite=False).sum())
-
-
-def _pair_distances(y: Matrix, device: str | None) -> np.ndarray:
-    """(m (m-1) / 2,) squared distances of all pairs of cells, each pair once."""
-    pairs = []
-    for rows, columns, d2 in distance_blocks(y, y, upper=True, device=device):
-        pairs.append(d2[np.triu_indices_from(d2, k=1)] if rows == columns else d2.ravel())
-    return np.concatenate(pairs)
-
-
-def _median_sigma(pairs: np.ndarray) -> float:
-    """The median rule for a kernel's width, as ``median_bandwidth`` says it."""
-    typical = float(np.median(pairs))
-    if typical == 0:
-        typical = float(pairs.mean())
-    return float(np.sqrt(typical / 2)) if typical > 0 else 1.0
 
 
 def _kernel_sum(d2: np.ndarray, sigmas: Sequence[float]) -> float:

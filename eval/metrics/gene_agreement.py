@@ -1,4 +1,5 @@
-"""Compute whether genes behave alike in two samples of cells: correlations, means, variances, zeros, library sizes.
+"""Compute whether genes behave alike in two samples of cells: correlations and principal components, means, variances,
+zeros, library sizes.
 
 As in ``distances``: ``x`` (n, d) holds the generated cells, ``y`` (m, d) the real ones. A ValueError is raised where
 their genes differ in number, a side has too few cells (two for a variance or a correlation, else one), or a value is
@@ -6,8 +7,12 @@ not finite. No metric here has a unit.
 """
 
 import numpy as np
+from scipy import linalg
 
 from eval.metrics.blocks import Matrix, checked_pair, column_means, dense, mean_and_variance, nonzero_shares
+
+# of principal components
+BANDS = {"1": slice(0, 1), "2_5": slice(1, 5), "6_10": slice(5, 10), "11_20": slice(10, 20), "21_40": slice(20, 40)}
 
 
 def correlation_agreement(x: Matrix, y: Matrix, num_genes: int = 100) -> tuple[float, float]:
@@ -42,6 +47,37 @@ def most_variable_genes(y: Matrix, num_genes: int) -> np.ndarray:
     _, variance = mean_and_variance(y)
     order = np.argsort(-variance, kind="stable")[:num_genes]
     return order[variance[order] > 0]
+
+
+def principal_directions(cells: Matrix, number: int = 40) -> np.ndarray:
+    """Return the first principal components (G, d) of cells (n, G), with ``d = min(number, n - 1, G)``."""
+    return leading_directions(dense(cells, slice(None)) - column_means(cells), number)
+
+
+def leading_directions(centred: np.ndarray, number: int) -> np.ndarray:
+    """(G, d) eigenvectors of the scatter matrix with the largest eigenvalues, through the smaller Gram matrix."""
+    n, width = centred.shape
+    number = max(1, min(number, n - 1, width))
+    if width <= n:
+        _, vectors = linalg.eigh(centred.T @ centred, subset_by_index=[width - number, width - 1])
+        return vectors[:, ::-1]
+    _, vectors = linalg.eigh(centred @ centred.T, subset_by_index=[n - number, n - 1])
+    directions = centred.T @ vectors[:, ::-1]
+    lengths = np.linalg.norm(directions, axis=0)
+    return directions / np.where(lengths > 0, lengths, 1.0)
+
+
+def component_variance_ratio(x: Matrix, y: Matrix, directions: np.ndarray, band: slice) -> float:
+    """Variance of ``x`` along a band of ``directions`` (G, d), over that of ``y``: 1 is best, nan without the band.
+
+    Below 1, genes vary together less than in real cells: what drawing each gene for itself loses.
+    """
+    x, y = checked_pair(x, y, min_cells=2)
+    along = directions[:, band]
+    if not along.shape[1]:
+        return float("nan")
+    ours, theirs = (np.var(cells @ along, axis=0, ddof=1).sum() for cells in (x, y))
+    return float(ours / theirs) if theirs > 0 else float("nan")
 
 
 def mean_r2(x: Matrix, y: Matrix) -> float:

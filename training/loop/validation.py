@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval.metrics.components import BANDS, component_variance_ratio, principal_directions
 from eval.metrics.distances import median_bandwidth, mmd2, w2
-from eval.metrics.gene_agreement import correlation_agreement
+from eval.metrics.gene_agreement import BANDS, component_variance_ratio, correlation_agreement, principal_directions
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.generation_dcm import dropout_off
 from modeling_dcm.schedule_dcm import fit_entropy

@@ -5,7 +5,8 @@ import pytest
 from scipy import sparse
 from sklearn.decomposition import PCA
 
-from eval.metrics.components import BANDS, component_variance_ratio, nearest_distance_ratio, principal_directions
+from eval.metrics.distances import nearest_distance_ratio
+from eval.metrics.gene_agreement import BANDS, component_variance_ratio, principal_directions
 
 
 @pytest.fixture
