@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import filterfalse
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import tyro
 
@@ -45,7 +45,6 @@ def main(
     condition_keys: str | None = None,
     control: str | None = None,
     layer: str | None = None,
-    genes: Literal["all", "shared"] = "all",
     dataset: str | None = None,
     sampling_seeds: int = 3,
     device: str | None = None,
@@ -75,8 +74,6 @@ def main(
         control: The label of control cells in the column perturbation; by default what the real file says in
             uns["dcm_control"].
         layer: Layer of the generated files that holds the counts; by default X.
-        genes: all: a file that lacks genes of the real cells is refused; shared: compare on the genes that every file
-            has, and say in every result how many these are.
         dataset: The data set's name; by default that of the file which dcm-convert read, or else of the real file's
             folder.
         sampling_seeds: How many samples are drawn from each checkpoint.
@@ -99,7 +96,7 @@ def main(
     if cell_eval:
         check_installed("cell_eval", "cell-eval", "--cell-eval")
     files = drawn_files(named, real=real, out=out, seeds=sampling_seeds)
-    options = {"condition_keys": condition_keys, "layer": layer, "control": control, "genes": genes}
+    options = {"condition_keys": condition_keys, "layer": layer, "control": control}
     comparison = read_comparison(files, real, train, reserved_names=RESERVED_NAMES, **options)
     packages = (*PACKAGES, *["scvi-tools"] * bool(set(chosen) & set(FROM_SCVI)), *["cell-eval"] * cell_eval)
     header = {

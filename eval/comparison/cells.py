@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -78,8 +78,7 @@ class CellCounts:
 class Comparison:
     """What is compared: genes, in their order, and condition columns are the same in all of it.
 
-    ``genes_left_out`` are genes of the real cells that some other file lacks (none unless that was allowed), or that
-    were not measured in all cells of every file.
+    ``genes_left_out`` are genes of the real cells that were not measured in all cells of every file.
     """
 
     real: CellCounts
@@ -90,7 +89,6 @@ class Comparison:
     genes_left_out: tuple[str, ...] = ()
     dataset: str | None = None  # its name, as the real file tells it
     loss_still_falling: float | None = None  # the most of the generators' checkpoints, as their files tell it
-    panels_differ: bool = False  # some file has cells in which not all of its genes were measured
 
     def training_note(self) -> str | None:
         """What a reader must know of a training that was too short."""
@@ -102,11 +100,9 @@ class Comparison:
         """What a reader of the numbers must know where not all genes of the real cells are compared."""
         if not self.genes_left_out:
             return None
-        return (
-            f"{len(self.genes):,} of the {len(self.genes) + len(self.genes_left_out):,} genes of the real cells; left "
-            f"out, as another file lacks them{' or some cells were not measured there' if self.panels_differ else ''}: "
-            f"{shortened(self.genes_left_out)}"
-        )
+        number = len(self.genes) + len(self.genes_left_out)
+        left_out = f"left out, as some cells were not measured there: {shortened(self.genes_left_out)}"
+        return f"{len(self.genes):,} of the {number:,} genes of the real cells; {left_out}"
 
 
 def together(parts: Sequence[CellCounts]) -> CellCounts:
@@ -161,7 +157,6 @@ def read_comparison(
     condition_keys: str | None = None,
     layer: str | None = None,
     control: str | None = None,
-    genes: Literal["all", "shared"] = "all",
 ) -> Comparison:
     """Read all files, with the genes of the real one and one set of condition columns.
 
@@ -175,7 +170,7 @@ def read_comparison(
     real_file = read_counts(real)
     files = {path: read_counts(path, layer) for path in generated}
     train_file = read_counts(train)
-    kept, panels_differ = _common_genes({real: real_file, **files, train: train_file}, genes, real=real)
+    kept = _genes_measured_in_all({real: real_file, **files, train: train_file}, real_file.var_names)
     if control is None and "dcm_control" in real_file.uns:
         control = str(real_file.uns["dcm_control"])
     conditions = _condition_columns(condition_keys, [real_file, *files.values()])
@@ -206,7 +201,6 @@ def read_comparison(
         genes=kept,
         checkpoint=", ".join(dict.fromkeys(str(name) for name in found if name is not None)) or None,
         genes_left_out=tuple(real_file.var_names[~real_file.var_names.isin(kept)]),
-        panels_differ=panels_differ,
         dataset=real_file.uns.get("dcm_dataset"),
         loss_still_falling=max(falling, default=None),
     )
@@ -233,7 +227,11 @@ def from_anndata(
         ValueError: duplicate or missing genes, a missing column or label.
     """
     labels = labelled(adata.obs, conditions, file=name, way_out=way_out).reset_index(drop=True)
-    _check_unique_genes(adata.var_names, name)
+    repeated = adata.var_names[adata.var_names.duplicated()].unique()
+    if len(repeated):
+        raise ValueError(
+            f"{name!r} has {len(repeated):,} duplicate gene names ({shortened(repeated)}); make them unique"
+        )
     positions = adata.var_names.get_indexer(pd.Index(genes))
     missing = [gene for gene, position in zip(genes, positions) if position < 0]
     if missing:
@@ -260,50 +258,21 @@ def _condition_columns(asked: str | None, files: Sequence["anndata.AnnData"]) ->
     return [name for name in DEFAULT_CONDITIONS if all(name in file.obs for file in files)]
 
 
-def _common_genes(
-    files: Mapping[Path, "anndata.AnnData"], genes: Literal["all", "shared"], *, real: Path
-) -> tuple[list[str], bool]:
-    """The genes to compare, in the order of the real cells, and whether some were not measured in all cells."""
-    of_real = files[real].var_names
-    for path, file in files.items():
-        _check_unique_genes(file.var_names, str(path))
-    lacking = {path: of_real[~of_real.isin(file.var_names)] for path, file in files.items()}
-    kept = of_real[~of_real.isin(np.concatenate(list(lacking.values())))]
-    short = next((path for path, absent in lacking.items() if len(absent)), None)
-    if short is not None:
-        what = f"{str(short)!r} lacks {len(lacking[short]):,} of the {len(of_real):,} genes of the real cells"
-        what += f" ({shortened(lacking[short])})"
-        if not len(kept):
-            raise ValueError(
-                f"{what}; no gene of {str(real)!r} is in every file: name genes alike in all of them (those of "
-                f"{str(short)!r} are {shortened(files[short].var_names, 3)})"
-            )
-        if genes == "all":
-            raise ValueError(f"{what}; add them, or compare on the {len(kept):,} others with --genes shared")
-        logger.warning("%s: compared on the %d genes that all files share", what, len(kept))
-    unmeasured: set[str] = set()
+def _genes_measured_in_all(files: Mapping[Path, "anndata.AnnData"], of_real: pd.Index) -> list[str]:
+    """The genes of the real cells but for those that were not measured in some cells of some file."""
+    kept = of_real
     for path, file in files.items():
         _, measured = read_panels(file.obs, file.uns.get("dcm_panels"), file.n_vars, file=str(path))
-        unmeasured.update(file.var_names[~measured.all(axis=0)])
-    if unmeasured:
-        kept = kept[~kept.isin(list(unmeasured))]
-        if not len(kept):
-            raise ValueError(
-                "no gene was measured in all cells of all files (uns['dcm_panels']): compare the cells of one panel at "
-                "a time, those with one value of obs['panel']"
-            )
+        kept = kept[~kept.isin(file.var_names[~measured.all(axis=0)])]
+    if not len(kept):
+        raise ValueError(
+            "no gene was measured in all cells of all files (uns['dcm_panels']): compare the cells of one panel at a "
+            "time, those with one value of obs['panel']"
+        )
+    if len(kept) < len(of_real):
         what = "compared on the %d of %d genes that were measured in all cells of all files"
         logger.warning(what, len(kept), len(of_real))
-    return list(map(str, kept)), bool(unmeasured)
-
-
-def _check_unique_genes(names: pd.Index, file: str) -> None:
-    """Refuse genes that cannot be matched by name."""
-    repeated = names[names.duplicated()].unique()
-    if len(repeated):
-        raise ValueError(
-            f"{file!r} has {len(repeated):,} duplicate gene names ({shortened(repeated)}); make them unique"
-        )
+    return list(map(str, kept))
 
 
 def _generator(file: "anndata.AnnData", path: Path, reserved_names: Sequence[str]) -> str:

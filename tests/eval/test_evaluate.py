@@ -209,9 +209,9 @@ def test_only_genes_that_were_measured_in_all_cells_are_compared(folder, tmp_pat
     files = (tmp_path / f"{name}.h5ad" for name in ("test", "train"))
     cells = read_comparison({tmp_path / "union_generated_0.h5ad": "x"}, *files, reserved_names=())
     assert cells.train.separator == cells.real.take(np.arange(3)).separator == "_"
-    assert found["genes"].startswith(
-        "15 of the 30 genes of the real cells; left out, as another file lacks them or some"
-    )
+    note = "15 of the 30 genes of the real cells; left out, as some cells were not measured there: GENE0015, GENE0016"
+    assert found["genes"].startswith(note)
+    assert f"Compared on {note}" in (tmp_path / "union" / "results.md").read_text()
     assert "compared on the 15 of 30 genes that were measured in all cells of all files" in caplog.text
     real = anndata.read_h5ad(tmp_path / "test.h5ad")
     real.uns["dcm_panels"]["all"] = ~real.uns["dcm_panels"]["few"]
@@ -282,7 +282,7 @@ def test_all_four_protocols_in_one_run(folder, tmp_path):
     ("change", "message"),
     [
         (_log_normalised, r"are not integers .* looks log-normalised: pass --layer counts"),
-        (lambda a: a[:, 3:].copy(), r"lacks 3 of the 30 genes of the real cells \(GENE0000, GENE0001, GENE0002\)"),
+        (lambda a: a[:, 3:].copy(), r"lacks 3 of the 30 genes to compare \(GENE0000, GENE0001, GENE0002\)"),
         (lambda a: setattr(a, "var_names", ["GENE0000"] * 2 + list(a.var_names[2:])), "1 duplicate gene names"),
         (lambda a: a.obs.pop("perturbation"), r"has no obs column 'perturbation'; it has cell_type;"),
         (lambda a: a[:1].copy(), "changed.h5ad' has 1 cell; expected two or more"),
@@ -420,20 +420,3 @@ def test_cell_eval_means_of_training_perturbations_are_those_of_the_package(fold
         expected = expected[expected.obs["perturbation"] != "control"].X
         ours = means.counts[(means.labels["cell_type"] == cell_type).to_numpy()].toarray()
         np.testing.assert_allclose(ours[0], np.asarray(expected)[0], rtol=1e-4, atol=1e-6)
-
-
-def test_genes_that_a_file_lacks_are_refused_or_left_out_and_counted(folder, tmp_path):
-    path = _changed(folder, tmp_path, lambda adata: adata[:, 3:][:, ::-1].copy())
-    options = {"protocol": "paper", "baselines": "none", "condition_keys": "none"}
-    with pytest.raises(ValueError, match=r"add them, or compare on the 27 others with --genes shared"):
-        run_main(folder, tmp_path / "refused", str(path), **options)
-    found = run_main(folder, tmp_path / "out", str(path), genes="shared", **options)
-    note = "27 of the 30 genes of the real cells; left out, as another file lacks them: GENE0000, GENE0001, GENE0002"
-    assert found["genes"] == note
-    assert f"Compared on {note}." in (tmp_path / "out" / "results.md").read_text()
-    assert "--genes shared" in found["command"]
-    for name in ("test.h5ad", "train.h5ad", "generated_0.h5ad"):
-        anndata.read_h5ad(folder / name)[:, 3:].copy().write_h5ad(tmp_path / name)
-    by_hand = run_main(tmp_path, tmp_path / "by_hand", "generated_0.h5ad", **options)
-    assert by_hand["rows"] == found["rows"]
-    assert "genes" not in by_hand
