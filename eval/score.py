@@ -39,7 +39,6 @@ def main(
     out: Path,
     num_samples: int = 16,
     library_size: Literal["conditioned", "null"] | None = None,
-    embed: bool = True,
     layer: str | None = None,
     seed: int = 0,
     batch_size: int = 64,
@@ -48,7 +47,7 @@ def main(
 
     Adds to obs the columns dcm_elbo, dcm_elbo_per_gene (divided by the measured genes) and dcm_elbo_error (Monte Carlo
     standard error), all ending in _given_library_size where the library size was given, and says in uns["dcm_score"]
-    (likewise) how they were made. Everything else of the file stays as it is.
+    (likewise) how they were made; obsm["X_dcm"] is each cell's embedding. Everything else of the file stays as it is.
 
     Args:
         checkpoint: Folder of a checkpoint, or its id on the Hub.
@@ -57,7 +56,6 @@ def main(
         num_samples: Masked versions of each cell, an even number; the error falls with its square root.
         library_size: conditioned: give the model each cell's total over its genes; null: do not. Default: conditioned
             where the model knows library sizes and the file has all of its genes.
-        embed: Write each cell's embedding to obsm["X_dcm"].
         layer: Layer of the counts; default: X.
         seed: The same seed and batch size give the same numbers.
         batch_size: Cells scored together.
@@ -80,7 +78,7 @@ def main(
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     options = {"num_samples": num_samples, "seed": seed, "batch_size": batch_size}
     with ProgressReport(len(measured), task="scoring", unit="cells") as report:
-        scores = _scores(model, measured, options, report, tell_size=given == "conditioned", embed=embed)
+        scores = _scores(model, measured, options, report, tell_size=given == "conditioned")
     num_genes = measured.panels.sum(axis=1)[measured.panel]  # (N,)
     numbers = np.unique(num_genes).tolist()
     described = {"checkpoint": Path(checkpoint).name, **options, "library_size": given}
@@ -103,13 +101,8 @@ def _scores(
     report: ProgressReport,
     *,
     tell_size: bool,
-    embed: bool,
 ) -> dict[str, np.ndarray]:
-    """``elbo`` (N,) and ``error`` (N,) in nats per cell, and with ``embed`` the embeddings ``X_dcm`` (N, D) float32.
-
-    Raises:
-        ValueError: an odd number of samples, or a batch size below 1.
-    """
+    """``elbo`` (N,) and ``error`` (N,) in nats per cell, and the embeddings ``X_dcm`` (N, D) float32."""
     import torch
 
     from eval.drawing.read_cells import chunk_seed
@@ -122,10 +115,8 @@ def _scores(
             conditions["library_size"] = cells.library_size(rows)
         of_chunk = options | {"seed": chunk_seed(options["seed"], chunk)}
         elbo, error = model.log_likelihood(input_ids, **of_chunk, return_error=True, **conditions)
-        chunks.append({"elbo": elbo, "error": error})
-        if embed:
-            embedded = model.embed(input_ids, batch_size=options["batch_size"], **conditions)
-            chunks[-1]["X_dcm"] = embedded.float()
+        embedded = model.embed(input_ids, batch_size=options["batch_size"], **conditions).float()
+        chunks.append({"elbo": elbo, "error": error, "X_dcm": embedded})
         report.update(len(input_ids))
     return {name: torch.cat([found[name] for found in chunks]).numpy() for name in chunks[0]}
 
@@ -138,19 +129,16 @@ def _library_size_given(
     Raises:
         ValueError: it was asked for and cannot be.
     """
-    missing = int((~cells.always_measured).sum())
-    if not model.config.library_size_conditioning:
-        if wanted == "conditioned":
-            raise ValueError("--library-size conditioned: this model was trained without library sizes; leave it out")
-        return "none"
-    if not missing or wanted == "null":
-        return wanted or "conditioned"
+    is_known, missing = model.config.library_size_conditioning, int((~cells.always_measured).sum())
     reason = f"the library size is the total over all genes of the model, and {missing:,} were not measured"
     reason += "" if len(cells.panels) == 1 else " in every cell"
-    if wanted == "conditioned":
+    if wanted == "conditioned" and not is_known:
+        raise ValueError("--library-size conditioned: this model was trained without library sizes; leave it out")
+    if wanted == "conditioned" and missing:
         raise ValueError(f"--library-size conditioned: {reason}; pass --library-size null")
-    logger.warning("%s: it is not given, as with --library-size null", reason)
-    return "null"
+    if is_known and missing and wanted is None:
+        logger.warning("%s: it is not given, as with --library-size null", reason)
+    return "none" if not is_known else "null" if missing else wanted or "conditioned"
 
 
 def _write(
@@ -166,9 +154,7 @@ def _write(
         "dcm_elbo_per_gene": scores["elbo"] / num_genes,
         "dcm_elbo_error": scores["error"],
     }
-    entries = {("uns", f"dcm_score{ending}"): options}
-    if "X_dcm" in scores:
-        entries["obsm", "X_dcm"] = scores["X_dcm"]
+    entries = {("uns", f"dcm_score{ending}"): options, ("obsm", "X_dcm"): scores["X_dcm"]}
     with written_aside(out) as aside:
         shutil.copyfile(cells, aside)
         with h5py.File(aside, "r+") as file:

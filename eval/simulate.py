@@ -49,7 +49,7 @@ def simulate(
     vector_dim: int = 16,
     seed: int = 0,
 ) -> tuple[anndata.AnnData, dict[str, np.ndarray]]:
-    """Simulate cells and the perturbations' vectors; the same arguments give the same cells.
+    """Simulate cells and the perturbations' vectors, by the options of :func:`main`.
 
     Returns:
         The cells: CSR int32 counts (num_cells, num_genes); ``obs`` ``cell_type`` and ``perturbation`` (a gene of the

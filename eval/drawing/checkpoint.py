@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenization.conditions_dcm import CELL_TYPE, PERTURBATION, ConditionLabels
-from tokenization.labels_dcm import label_ids, read_text, shortened, split_perturbation
+from tokenization.conditions_dcm import ConditionLabels
+from tokenization.labels_dcm import read_text, shortened
 from training.data.files import check_readable
 
 if TYPE_CHECKING:
@@ -64,18 +64,6 @@ def condition_labels(checkpoint: str) -> ConditionLabels:
         return labels
 
 
-def check_labels(
-    known: ConditionLabels, cell_type: str | None, perturbation: str | None, covariates: dict[str, str] | None
-) -> None:
-    """Refuse an unknown label with near matches; one of a condition that the checkpoint lacks is refused later."""
-    label_ids([] if cell_type is None else [cell_type], known.cell_types or [cell_type], CELL_TYPE)
-    if perturbation is not None and known.perturbations:
-        names = split_perturbation(perturbation, control=known.control, separator=known.separator)
-        label_ids(names, known.perturbations, PERTURBATION)
-    for name, label in (covariates or {}).items():
-        label_ids([label], known.covariates.get(name, [label]), name)
-
-
 @contextmanager
 def unknown_label_explained(checkpoint: str) -> Iterator[None]:
     """Add to an unknown perturbation's error which names this checkpoint can be asked for."""
@@ -84,13 +72,11 @@ def unknown_label_explained(checkpoint: str) -> Iterator[None]:
     except ValueError as error:
         if not str(error).startswith("unknown perturbation") or not Path(checkpoint).is_dir():
             raise
-        reason = "this model knows the names of its perturbation table only"
+        reason = "knows the names of its perturbation table only"
         if _read_json(checkpoint, "config.json").get("perturbation_dim") is None:
-            reason = (
-                "this model learned a vector for each training perturbation: others need --perturbation-embeddings in "
-                "training"
-            )
-        raise ValueError(f"{error}; {reason}") from error
+            needs = "others need --perturbation-embeddings in training"
+            reason = f"learned a vector for each training perturbation: {needs}"
+        raise ValueError(f"{error}; this model {reason}") from error
 
 
 def load_checkpoint(checkpoint: str) -> tuple[DCMForDenoising, DCMTokenizer]:

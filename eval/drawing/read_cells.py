@@ -49,7 +49,7 @@ class MeasuredCells:
     def __len__(self) -> int:
         return self.counts.shape[0]
 
-    def measured(self, rows: slice = slice(None)) -> np.ndarray:
+    def measured(self, rows: slice) -> np.ndarray:
         """Which genes (B, G) were measured in some cells."""
         return self.panels[self.panel[rows]]
 
@@ -89,7 +89,13 @@ def read_measured_cells(
     """
     with opened_counts(path, layer) as file:
         columns = panel_columns(file, tokenizer.genes)
-        _report_genes(file, columns, tokenizer.genes)
+        lacking = [gene for gene, column in zip(tokenizer.genes, columns) if column < 0]
+        if lacking:
+            what = "%s lacks %d of the model's %d genes (%s)"
+            logger.warning(what, path.name, len(lacking), len(columns), shortened(lacking))
+        unknown = len(file.var) - len(columns) + len(lacking)
+        if unknown:
+            logger.warning("%s: %d genes are unknown to the model and left out", path.name, unknown)
         panel, panels = file.measured(columns)
         if len(panels) > 1:
             what = "%s: %d of the model's %d genes were measured in every cell; the others are none where they were not"
@@ -138,15 +144,8 @@ def conditions_like(
     perturbation: str | None = None,
     covariates: dict[str, str] | None = None,
 ) -> dict[str, torch.Tensor | int]:
-    """Conditions of one cell to be drawn for each cell of an h5ad file, as ids; counts are not looked at.
-
-    Args:
-        path: the file.
-        labels: every condition that they know is read from ``obs``, under its canonical name.
-        cell_type: of all cells, whatever the file says; likewise the other conditions (a covariate by its name).
-
-    Returns:
-        As :meth:`DCMTokenizer.conditions`.
+    """Conditions of one cell to be drawn for each cell of an h5ad file, as :meth:`DCMTokenizer.conditions`; counts are
+    not looked at. A label that is given is that of all cells, whatever ``obs`` says.
 
     Raises:
         ValueError: a missing column, cells without label, or unknown labels.
@@ -207,17 +206,6 @@ def panel_columns(file: CountFile, genes: Sequence[str]) -> np.ndarray:
             f"{shortened(genes)}; expected the same kind of names in var_names"
         )
     return columns
-
-
-def _report_genes(file: CountFile, columns: np.ndarray, genes: Sequence[str]) -> None:
-    """Say which genes the file lacks, and how many of its own the model does not know."""
-    name = file.path.name
-    missing = [gene for gene, column in zip(genes, columns) if column < 0]
-    if missing:
-        logger.warning("%s lacks %d of the model's %d genes (%s)", name, len(missing), len(genes), shortened(missing))
-    unknown = len(file.var) - len(genes) + len(missing)
-    if unknown:
-        logger.warning("%s: %d genes are unknown to the model and left out", name, unknown)
 
 
 def _observed_conditions(

@@ -32,7 +32,7 @@ def correlation_agreement(x: Matrix, y: Matrix, num_genes: int = 100) -> tuple[f
     if upper_y.size < 3 or np.ptp(upper_y) == 0:
         return float("nan"), float("nan")
     slope = float(((upper_x - upper_x.mean()) * (upper_y - upper_y.mean())).sum() / (upper_y.var() * upper_y.size))
-    return _pearson(upper_x, upper_y), slope
+    return pearson(upper_x, upper_y), slope
 
 
 def correlation_triangles(x: Matrix, y: Matrix, num_genes: int = 100) -> tuple[np.ndarray, np.ndarray]:
@@ -129,7 +129,7 @@ def pearson_delta(x: Matrix, y: Matrix, control: Matrix) -> float:
     x, y = checked_pair(x, y, min_cells=1)
     _, control = checked_pair(y, control, min_cells=1, names=("y", "control"))
     at_control = column_means(control)
-    return _pearson(column_means(x) - at_control, column_means(y) - at_control)
+    return pearson(column_means(x) - at_control, column_means(y) - at_control)
 
 
 def _gene_correlations(x: Matrix) -> np.ndarray:
@@ -142,7 +142,7 @@ def _gene_correlations(x: Matrix) -> np.ndarray:
     return np.clip(unit.T @ unit, -1.0, 1.0)
 
 
-def _pearson(a: np.ndarray, b: np.ndarray) -> float:
+def pearson(a: np.ndarray, b: np.ndarray) -> float:
     """Pearson correlation of two vectors; nan if either is constant."""
     a, b = a - a.mean(), b - b.mean()
     scale = np.sqrt((a**2).sum() * (b**2).sum())

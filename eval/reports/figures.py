@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from scipy import sparse, stats
 from scipy.spatial.distance import squareform
 
-from eval.comparison.cells import PERTURBATION, CellCounts, Comparison
+from eval.comparison.cells import CellCounts, Comparison
 from eval.comparison.protocols import FEW_CELLS, log_cp10k, principal_components
 from eval.metrics import gene_agreement as metrics
 from eval.metrics.names import model_label
@@ -99,8 +99,11 @@ def embedding_figure(cells: dict[str, CellCounts], *, umap: bool) -> tuple[Figur
     figure, panels = _figure(1, 3, (13, 4.8))
     _coloured(panels[:2], points, cells, labels)
     low, high = (np.array(edges) for edges in zip(panels[0].get_xlim(), panels[0].get_ylim()))
-    _points(panels[2], points, COLOURS)
-    for found, colour in zip(points.values(), COLOURS):
+    order = np.random.default_rng(0).permutation(len(together))  # neither kind of cells on top
+    colour = np.repeat(COLOURS[:2], [len(found) for found in points.values()])
+    panels[2].scatter(*together[order, :2].T, s=6, c=colour[order], alpha=0.5, linewidths=0, rasterized=True)
+    for (name, found), colour in zip(points.items(), COLOURS):
+        panels[2].scatter([], [], s=6, c=colour, label=model_label(name))  # for the legend
         _contours(panels[2], found, colour, low, high)
     panels[2].set(title="both", xlabel=labels[0], ylabel=labels[1], xticks=[], yticks=[])
     panels[2].set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
@@ -214,16 +217,6 @@ def _legend_below(axes: Axes) -> None:
     axes.legend(**place, markerscale=2.5, fontsize=9, handletextpad=0.1, columnspacing=1)
 
 
-def _points(axes: Axes, points: dict[str, np.ndarray], colours: Sequence[str]) -> None:
-    """Draw two kinds of cells as points in mixed order."""
-    mixed = np.concatenate([found[:, :2] for found in points.values()])
-    colour = np.repeat(colours[: len(points)], [len(found) for found in points.values()])
-    order = np.random.default_rng(0).permutation(len(mixed))
-    axes.scatter(*mixed[order].T, s=6, c=colour[order], alpha=0.5, linewidths=0, rasterized=True)
-    for name, colour in zip(points, colours):
-        axes.scatter([], [], s=6, c=colour, label=model_label(name))  # for a legend
-
-
 def _contours(axes: Axes, points: np.ndarray, colour: str, low: np.ndarray, high: np.ndarray) -> None:
     """Draw lines around the densest 90, 60 and 30 % of the cells."""
     if len(points) < 10 or np.linalg.matrix_rank(points - points.mean(axis=0)) < 2:
@@ -270,7 +263,7 @@ def _against_real(axes: Axes, values: dict[str, np.ndarray], title: str, label: 
     the legend is that of the values themselves.
     """
     names, real = list(values), next(iter(values.values()))
-    agreement = {name: f"{model_label(name)}, r = {_correlation(real, values[name]):.3f}" for name in names[1:]}
+    agreement = {name: f"{model_label(name)}, r = {metrics.pearson(real, values[name]):.3f}" for name in names[1:]}
     if log:
         positive = [v[v > 0] for v in values.values() if (v > 0).any()]
         lowest = min(v.min() for v in positive) / 2 if positive else 1e-3
@@ -292,11 +285,6 @@ def _against_real(axes: Axes, values: dict[str, np.ndarray], title: str, label: 
     axes.set_box_aspect(1)
 
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Compute the Pearson correlation; nan where a side is constant."""
-    return float(np.corrcoef(a, b)[0, 1]) if a.size > 1 and a.std() > 0 and b.std() > 0 else float("nan")
-
-
 def _correlations(counts: dict[str, sparse.csr_matrix]) -> dict[str, np.ndarray]:
     """Compute the gene-gene correlations (upper triangles) of log1p counts over the most variable real genes."""
     values = {name: cells.astype(np.float64).log1p().tocsr() for name, cells in counts.items()}
@@ -312,8 +300,6 @@ def _square(triangle: np.ndarray) -> np.ndarray:
 
 def _changes(real: CellCounts, generated: CellCounts) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Compute each perturbed condition's mean log1p(CP10k) minus the real controls', in real and generated cells."""
-    if PERTURBATION not in real.labels:
-        return {}
     changes = {}
     for condition, rows in real.rows_by_condition.items():
         controls, ours = real.control_rows(condition), generated.rows_by_condition.get(condition, rows[:0])

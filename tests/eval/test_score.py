@@ -125,7 +125,7 @@ def test_a_bound_given_the_library_size_and_one_without_it_have_different_names_
 ):
     first = file.with_name("first.h5ad")
     main(checkpoint, file, out=first, num_samples=2)
-    out = scored(checkpoint, first, num_samples=2, library_size="null", embed=False)
+    out = scored(checkpoint, first, num_samples=2, library_size="null")
     assert set(COLUMNS) | {name + GIVEN for name in COLUMNS} <= set(out.obs)
     assert out.uns["dcm_score"]["library_size"] == "null"
     assert out.uns["dcm_score" + GIVEN]["library_size"] == "conditioned"
