@@ -47,7 +47,6 @@ def main(
     layer: str | None = None,
     dataset: str | None = None,
     sampling_seeds: int = 3,
-    device: str | None = None,
     seed: int = 0,
     umap: bool = True,
 ) -> None:
@@ -77,7 +76,6 @@ def main(
         dataset: The data set's name; by default that of the file which dcm-convert read, or else of the real file's
             folder.
         sampling_seeds: How many samples are drawn from each checkpoint.
-        device: Where to multiply matrices, such as cuda; by default the CPU.
         seed: Of every draw (floor, baselines, thinning).
         umap: Embed by UMAP in the report (takes up to a minute) where umap-learn is installed, else by PCA.
     """
@@ -113,7 +111,7 @@ def main(
         logger.warning("floor: %s", header["floor"])
     required = baselines not in ("default", "all")
     samplers = fitted_baselines(comparison.train, chosen, required=required, vectors=vectors and read_vectors(vectors))
-    rows = evaluate(comparison, protocols, samplers, seed=seed, device=device)
+    rows = evaluate(comparison, protocols, samplers, seed=seed)
     if cell_eval:
         draws = {model: baseline_draws(sample, comparison.real, seed=seed) for model, sample in samplers.items()}
         rows += cell_eval_rows(comparison, draws, seed=seed)
@@ -129,7 +127,6 @@ def evaluate(
     samplers: dict[str, "Sampler"],
     *,
     seed: int = 0,
-    device: str | None = None,
 ) -> list["Row"]:
     """Rows of every protocol: the floor first, then every generator, then the baselines.
 
@@ -139,7 +136,7 @@ def evaluate(
     from eval.reports.tables import summary_rows
 
     rows: list[Row] = []
-    for reference, scores in score_models(comparison, protocols, samplers, seed=seed, device=device):
+    for reference, scores in score_models(comparison, protocols, samplers, seed=seed):
         test_cells = {group.condition: group.n for group in reference.groups if group.condition is not None}
         for model, samples in scores.items():
             rows += summary_rows(model, reference.protocol.name, samples, test_cells=test_cells)

@@ -27,7 +27,6 @@ class Pair:
     bandwidths: tuple[float, ...]
     biased: bool
     control: Matrix | None
-    device: str | None
     train: Matrix | None = None
     directions: np.ndarray | None = None
 
@@ -39,11 +38,11 @@ class Pair:
     @cached_property
     def neighbours(self) -> tuple[float, float]:
         """1-NN accuracy over all cells and over the real ones, from one search."""
-        return distances.nearest_neighbour_accuracy(self.x, self.y, device=self.device)
+        return distances.nearest_neighbour_accuracy(self.x, self.y)
 
 
 def _mmd2(p: Pair) -> float:
-    return distances.mmd2(p.x, p.y, bandwidths=p.bandwidths, biased=p.biased, device=p.device)
+    return distances.mmd2(p.x, p.y, bandwidths=p.bandwidths, biased=p.biased)
 
 
 COPYING = "nearest_training_distance_ratio"
@@ -55,8 +54,8 @@ def _component_variance(band: str) -> Callable[[Pair], float]:
 
 METRICS: dict[str, Callable[[Pair], float]] = {
     "mmd2": _mmd2,
-    "w2": lambda p: distances.w2(p.x, p.y, device=p.device),
-    "w2_gaussian": lambda p: distances.w2_gaussian(p.x, p.y, device=p.device),
+    "w2": lambda p: distances.w2(p.x, p.y),
+    "w2_gaussian": lambda p: distances.w2_gaussian(p.x, p.y),
     "correlation_pearson": lambda p: p.correlation[0],
     "correlation_slope": lambda p: p.correlation[1],
     "mean_r2": lambda p: gene_agreement.mean_r2(p.x, p.y),
@@ -66,7 +65,7 @@ METRICS: dict[str, Callable[[Pair], float]] = {
     "nearest_neighbour_accuracy": lambda p: p.neighbours[0],
     "nearest_neighbour_accuracy_real": lambda p: p.neighbours[1],
     **{f"component_variance_{band}": _component_variance(band) for band in gene_agreement.BANDS},
-    COPYING: lambda p: distances.nearest_distance_ratio(p.x, p.y, p.train, device=p.device),
+    COPYING: lambda p: distances.nearest_distance_ratio(p.x, p.y, p.train),
     "pearson_delta": lambda p: gene_agreement.pearson_delta(p.x, p.y, p.control),
 }
 BESIDE_TRAINING_CELLS = (*(name for name in METRICS if name.startswith("component_")), COPYING)

@@ -272,9 +272,7 @@ def _bandwidths(reference: Reference, rows: dict[str, np.ndarray]) -> tuple[floa
     return (median_bandwidth(reference.space(reference.real.counts[chosen])),)
 
 
-def evaluate_pair(
-    generated: CellCounts, reference: Reference, *, seed: int = 0, device: str | None = None
-) -> list[Score]:
+def evaluate_pair(generated: CellCounts, reference: Reference, *, seed: int = 0) -> list[Score]:
     """Compare generated cells with the real test cells, pooled and in each condition.
 
     In each condition both sides are thinned (by ``seed``) to the smaller number of cells; ``n`` tells what was
@@ -302,7 +300,6 @@ def evaluate_pair(
                 bandwidths=group.bandwidths,
                 biased=protocol.biased_mmd2,
                 control=reference.space(real[group.control_rows]) if "pearson_delta" in names else None,
-                device=device,
                 train=reference.train,
                 directions=reference.directions,
             )

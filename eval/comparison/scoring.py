@@ -23,7 +23,6 @@ def score_models(
     samplers: dict[str, Sampler],
     *,
     seed: int = 0,
-    device: str | None = None,
 ) -> list[tuple[Reference, Scores]]:
     """Return for each protocol what was compared with, and the scores: of the floor, generators, then baselines.
 
@@ -64,7 +63,7 @@ def score_models(
                 bar.set_postfix_str(model)
                 drawn = halves.floor(drawn) if model == FLOOR else halves.beside(drawn)
                 for reference, found in zip(references, scores):
-                    pair = evaluate_pair(drawn, reference, seed=seed, device=device)
+                    pair = evaluate_pair(drawn, reference, seed=seed)
                     if model == FLOOR:  # training cells are at no distance from themselves; it is 1 for test cells
                         pair = [replace(score, value=1.0) if score.metric == COPYING else score for score in pair]
                     found[model][draw % number].append(pair)

@@ -1,1 +1,1 @@
-"""Metrics as plain functions: matrices of cells in, numbers out. Needs numpy, scipy, torch and POT only."""
+"""Metrics as plain functions: matrices of cells in, numbers out. Needs numpy, scipy and POT only."""

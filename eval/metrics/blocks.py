@@ -86,28 +86,24 @@ def squared_norms(x: Matrix) -> np.ndarray:
     return np.concatenate([(dense(x, rows) ** 2).sum(axis=1) for rows in blocks(x.shape[0])])
 
 
-def distance_blocks(
-    x: Matrix, y: Matrix, *, upper: bool = False, device: str | None = None
-) -> Iterator[tuple[slice, slice, np.ndarray]]:
+def distance_blocks(x: Matrix, y: Matrix, *, upper: bool = False) -> Iterator[tuple[slice, slice, np.ndarray]]:
     """Yield (rows, columns, squared distances) for blocks of pairs; ``upper`` skips the blocks below the diagonal."""
     norms_x, norms_y = squared_norms(x), squared_norms(y)
-    for rows, columns, d2 in product_blocks(x, y, upper=upper, device=device):
+    for rows, columns, d2 in product_blocks(x, y, upper=upper):
         d2 *= -2
         d2 += norms_x[rows, None]
         d2 += norms_y[None, columns]
         yield rows, columns, np.maximum(d2, 0, out=d2)
 
 
-def product_blocks(
-    x: Matrix, y: Matrix, *, upper: bool = False, device: str | None = None
-) -> Iterator[tuple[slice, slice, np.ndarray]]:
+def product_blocks(x: Matrix, y: Matrix, *, upper: bool = False) -> Iterator[tuple[slice, slice, np.ndarray]]:
     """Yield (rows, columns, x[rows] y[columns]^T) in float64; ``upper`` skips the blocks below the diagonal.
 
-    On the CPU a gene that is zero in most cells of two sparse sides is multiplied as a sparse column, any other as a
-    dense one: of 17,002 genes that are on in a tenth of the cells few are loud, and the product is far faster.
+    A gene that is zero in most cells of two sparse sides is multiplied as a sparse column, any other as a dense one: of
+    17,002 genes that are on in a tenth of the cells few are loud, and the product is far faster.
     """
     quiet_x = quiet_y = None
-    if device is None and sparse.issparse(x) and sparse.issparse(y):
+    if sparse.issparse(x) and sparse.issparse(y):
         loud = nonzero_shares(x) * nonzero_shares(y) > LOUD_SHARE**2
         quiet_x, quiet_y = (cells[:, ~loud].astype(np.float64) for cells in (x, y))
         x, y = x[:, loud], y[:, loud]
@@ -116,19 +112,10 @@ def product_blocks(
         for columns in blocks(y.shape[0]):
             if upper and columns.start < rows.start:
                 continue
-            products = _multiplied(block_x, dense(y, columns), device)
+            products = block_x @ dense(y, columns).T
             if quiet_x is not None:
                 products += (quiet_x[rows] @ quiet_y[columns].T).toarray()
             yield rows, columns, products
-
-
-def _multiplied(a: np.ndarray, b: np.ndarray, device: str | None) -> np.ndarray:
-    """``a b^T``, computed on ``device``."""
-    if device is None:
-        return a @ b.T
-    import torch  # takes longer to import than most comparisons to compute
-
-    return (torch.from_numpy(a).to(device) @ torch.from_numpy(b).to(device).T).cpu().numpy()
 
 
 def _squares_around(x: Matrix, mean: np.ndarray) -> np.ndarray:

@@ -1,11 +1,9 @@
 """Compute distances between two samples of cells, as plain functions ``(n, d), (m, d) -> float``.
 
 ``x`` holds the generated cells and ``y`` the real ones (cells in rows, numpy or scipy sparse). Every sum is taken in
-float64 and by blocks of cells, so memory is bounded. ``device`` ("cuda", "cuda:1", ...) moves the matrix products and
-decompositions there, still in float64; None is the CPU. Knows nothing of files, conditions or protocols: the space of
-the cells (counts, log1p, principal components) is the caller's choice, and so are the units. A ValueError is raised
-where genes differ in number, a side has too few cells (one for W2 and the biased MMD, else two), or a value is not
-finite.
+float64 and by blocks of cells, so memory is bounded. Knows nothing of files, conditions or protocols: the space of the
+cells (counts, log1p, principal components) is the caller's choice, and so are the units. A ValueError is raised where
+genes differ in number, a side has too few cells (one for W2 and the biased MMD, else two), or a value is not finite.
 
 Shapes: ``n`` cells of ``x``, ``m`` cells of ``y``, ``d`` genes (or components).
 """
@@ -42,7 +40,6 @@ def mmd2(
     *,
     bandwidths: Sequence[float] | None = None,
     biased: bool = False,
-    device: str | None = None,
 ) -> float:
     """Squared maximum mean discrepancy with Gaussian kernels (Eq. 7).
 
@@ -57,17 +54,17 @@ def mmd2(
     """
     x, y = checked_pair(x, y, min_cells=1 if biased else 2)
     n, m = x.shape[0], y.shape[0]
-    sigmas = [median_bandwidth(y, device=device)] if bandwidths is None else [float(sigma) for sigma in bandwidths]
+    sigmas = [median_bandwidth(y)] if bandwidths is None else [float(sigma) for sigma in bandwidths]
     if not sigmas or not all(np.isfinite(sigma) and sigma > 0 for sigma in sigmas):
         raise ValueError(f"bandwidths={sigmas}: expected one or more positive numbers")
-    within_x, within_y = (_kernel_sum_within(cells, sigmas, device) for cells in (x, y))
-    between = sum(_kernel_sum(d2, sigmas) for _, _, d2 in distance_blocks(x, y, device=device))
+    within_x, within_y = (_kernel_sum_within(cells, sigmas) for cells in (x, y))
+    between = sum(_kernel_sum(d2, sigmas) for _, _, d2 in distance_blocks(x, y))
     if biased:  # the diagonal: k(x_i, x_i) = 1 for every kernel
         return float((within_x + n * len(sigmas)) / n**2 + (within_y + m * len(sigmas)) / m**2 - 2 * between / (n * m))
     return float(within_x / (n * (n - 1)) + within_y / (m * (m - 1)) - 2 * between / (n * m))
 
 
-def median_bandwidth(y: Matrix, *, device: str | None = None) -> float:
+def median_bandwidth(y: Matrix) -> float:
     """Kernel width by the median rule: ``sigma^2 = median_{i<j} |y_i - y_j|^2 / 2``, in the units of ``y``.
 
     Where more than half of the pairs are identical the mean takes the median's place, and where all are, sigma is 1.
@@ -77,13 +74,13 @@ def median_bandwidth(y: Matrix, *, device: str | None = None) -> float:
     if y.shape[0] > MEDIAN_CELLS:
         y = y[np.linspace(0, y.shape[0] - 1, MEDIAN_CELLS).astype(np.int64)]
     pairs = []
-    for rows, columns, d2 in distance_blocks(y, y, upper=True, device=device):
+    for rows, columns, d2 in distance_blocks(y, y, upper=True):
         pairs.append(d2[np.triu_indices_from(d2, k=1)] if rows == columns else d2.ravel())
     typical = float(np.median(np.concatenate(pairs))) or float(np.mean(np.concatenate(pairs)))
     return float(np.sqrt(typical / 2)) if typical > 0 else 1.0
 
 
-def w2(x: Matrix, y: Matrix, *, device: str | None = None) -> float:
+def w2(x: Matrix, y: Matrix) -> float:
     """2-Wasserstein distance between the two empirical distributions (Eq. 8), its square root taken.
 
     ``W2^2 = 1/n min_pi sum_i |x_i - y_pi(i)|^2``: an exact matching for equal sizes, else the exact transport plan with
@@ -97,7 +94,7 @@ def w2(x: Matrix, y: Matrix, *, device: str | None = None) -> float:
     x, y = checked_pair(x, y, min_cells=1)
     n, m = x.shape[0], y.shape[0]
     cost = np.empty((n, m))
-    for rows, columns, d2 in distance_blocks(x, y, device=device):
+    for rows, columns, d2 in distance_blocks(x, y):
         cost[rows, columns] = d2
     if n == m:
         matched = linear_sum_assignment(cost)
@@ -110,7 +107,7 @@ def w2(x: Matrix, y: Matrix, *, device: str | None = None) -> float:
     return float(np.sqrt(max(float(value), 0.0)))
 
 
-def w2_gaussian(x: Matrix, y: Matrix, *, device: str | None = None) -> float:
+def w2_gaussian(x: Matrix, y: Matrix) -> float:
     """2-Wasserstein distance between Gaussians with the two samples' moments (Eq. 9), its square root taken.
 
     ``W2^2 = |mu_x - mu_y|^2 + tr(S_x) + tr(S_y) - 2 |A B^T|_*`` where ``A`` and ``B`` are the centred cells over
@@ -123,18 +120,18 @@ def w2_gaussian(x: Matrix, y: Matrix, *, device: str | None = None) -> float:
     mean_y, variance_y = mean_and_variance(y)
     (a, a_mean), (b, b_mean) = _short_side(x, mean_x), _short_side(y, mean_y)
     cross = np.empty((a.shape[0], b.shape[0]))
-    for rows, columns, products in product_blocks(a, b, device=device):
+    for rows, columns, products in product_blocks(a, b):
         cross[rows, columns] = products
     # (a - 1 a_mean^T)(b - 1 b_mean^T)^T, without a dense copy of either side
     cross -= np.asarray(a @ b_mean).reshape(-1, 1)
     cross -= np.asarray(b @ a_mean).reshape(1, -1)
     cross += a_mean @ b_mean
-    nuclear = _nuclear_norm(cross, device) / np.sqrt((x.shape[0] - 1) * (y.shape[0] - 1))
+    nuclear = _nuclear_norm(cross) / np.sqrt((x.shape[0] - 1) * (y.shape[0] - 1))
     squared = ((mean_x - mean_y) ** 2).sum() + variance_x.sum() + variance_y.sum() - 2 * nuclear
     return float(np.sqrt(max(squared, 0.0)))
 
 
-def nearest_neighbour_accuracy(x: Matrix, y: Matrix, *, device: str | None = None) -> tuple[float, float]:
+def nearest_neighbour_accuracy(x: Matrix, y: Matrix) -> tuple[float, float]:
     """Leave-one-out accuracy of a 1-nearest-neighbour classifier that tells ``x`` from ``y``: over all cells, on ``y``.
 
     0.5 is ideal (at equal sizes); above, the two are told apart; below, ``x`` lies closer to ``y`` than ``y`` to itself
@@ -152,7 +149,7 @@ def nearest_neighbour_accuracy(x: Matrix, y: Matrix, *, device: str | None = Non
     norms = squared_norms(cells)
     own_side = np.empty(cells.shape[0])
     for rows in blocks(cells.shape[0]):
-        d2 = np.concatenate([block for _, _, block in distance_blocks(cells[rows], cells, device=device)], axis=1)
+        d2 = np.concatenate([block for _, _, block in distance_blocks(cells[rows], cells)], axis=1)
         d2[np.arange(d2.shape[0]), np.arange(rows.start, rows.stop)] = np.inf
         nearest = d2 <= d2.min(axis=1, keepdims=True) + TIE_TOLERANCE * (1 + norms[rows, None])
         own_side[rows] = (nearest & (is_x[rows, None] == is_x[None, :])).sum(axis=1) / nearest.sum(axis=1)
@@ -160,7 +157,7 @@ def nearest_neighbour_accuracy(x: Matrix, y: Matrix, *, device: str | None = Non
     return float((of_x * n + of_y * m) / (n + m)), float(of_y)
 
 
-def nearest_distance_ratio(x: Matrix, y: Matrix, train: Matrix, *, device: str | None = None) -> float:
+def nearest_distance_ratio(x: Matrix, y: Matrix, train: Matrix) -> float:
     """Mean distance of ``x`` to its nearest cell of ``train``, over that of as many real cells ``y``.
 
     Far below 1, cells of ``train`` are copied; above 1, the cells lie where no real ones do.
@@ -168,14 +165,14 @@ def nearest_distance_ratio(x: Matrix, y: Matrix, train: Matrix, *, device: str |
     means = []
     for cells in checked_pair(x, y, min_cells=1):
         nearest = np.full(cells.shape[0], np.inf)
-        for rows, _, d2 in distance_blocks(cells, train, device=device):
+        for rows, _, d2 in distance_blocks(cells, train):
             nearest[rows] = np.minimum(nearest[rows], d2.min(axis=1))
         means.append(np.sqrt(nearest).mean())
     return float(means[0] / means[1]) if means[1] > 0 else float("nan")
 
 
-def _nuclear_norm(matrix: np.ndarray, device: str | None) -> float:
-    """Sum of the singular values, computed on ``device``; ``matrix`` may be overwritten.
+def _nuclear_norm(matrix: np.ndarray) -> float:
+    """Sum of the singular values; ``matrix`` may be overwritten.
 
     A large matrix is squared first, and its eigenvalues taken: faster, but an eigenvalue is known to
     ``e = EIGENVALUE_ERROR lambda_max`` only, a singular value to ``e / max(sigma, sqrt(e))``. Where these add up to
@@ -183,10 +180,6 @@ def _nuclear_norm(matrix: np.ndarray, device: str | None) -> float:
     """
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
-    if device is not None:
-        import torch
-
-        return float(torch.linalg.svdvals(torch.from_numpy(np.ascontiguousarray(matrix)).to(device)).sum())
     if matrix.shape[0] >= SQUARED_FROM:
         eigenvalues = linalg.eigvalsh(matrix @ matrix.T, overwrite_a=True, check_finite=False)
         error = EIGENVALUE_ERROR * eigenvalues[-1]
@@ -201,10 +194,10 @@ def _kernel_sum(d2: np.ndarray, sigmas: Sequence[float]) -> float:
     return float(sum(np.exp(d2 / (-2 * sigma**2)).sum() for sigma in sigmas))
 
 
-def _kernel_sum_within(x: Matrix, sigmas: Sequence[float], device: str | None) -> float:
+def _kernel_sum_within(x: Matrix, sigmas: Sequence[float]) -> float:
     """``sum_{i != j} k(x_i, x_j)``."""
     total = 0.0
-    for rows, columns, d2 in distance_blocks(x, x, upper=True, device=device):
+    for rows, columns, d2 in distance_blocks(x, x, upper=True):
         if rows == columns:
             np.fill_diagonal(d2, np.inf)  # exp(-inf) = 0: a cell is not its own partner
             total += _kernel_sum(d2, sigmas)

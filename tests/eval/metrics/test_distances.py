@@ -5,15 +5,12 @@ import tracemalloc
 import numpy as np
 import ot
 import pytest
-import torch
 from scipy import linalg, sparse
 from scipy.spatial.distance import pdist
 from sklearn.neighbors import NearestNeighbors
 
 from eval.metrics import blocks, distances, gene_agreement
 from eval.metrics.distances import median_bandwidth, mmd2, nearest_neighbour_accuracy, w2, w2_gaussian
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 @pytest.fixture
@@ -123,14 +120,6 @@ def test_nearest_neighbour_accuracy_at_its_ends(rng):
     assert nearest_neighbour_accuracy(same, same) == pytest.approx((4 / 9, 4 / 9))  # ties share the vote
     dense, spread = 0.01 * rng.normal(size=(30, 200)), rng.normal(size=(30, 200))
     assert nearest_neighbour_accuracy(dense, spread) == (0.5, 0.0)  # everybody's neighbour is in the dense one
-
-
-@pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
-def test_the_device_does_not_matter(counts, form, device):
-    x, y = (form(cells) for cells in counts)
-    for metric in (mmd2, w2, w2_gaussian, nearest_neighbour_accuracy):
-        assert metric(x, y, device=device) == pytest.approx(metric(x, y), rel=1e-9)
 
 
 def test_quiet_and_loud_genes_are_multiplied_alike(rng, monkeypatch):
