@@ -21,31 +21,7 @@ PUBLISHED_NOTE = (
     "As published, another protocol: these numbers come from the paper's own tables. Its recipe, number of cells and "
     "test cells are not all known, so no number here can be compared with one above."
 )
-CSS = """
-:root { color-scheme: light dark; --page: #ffffff; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --good: #d6f0e0; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #14171c; --ink: #e6e9ee; --soft: #a3adb8; --line: #3a424d; --good: #17452f; }
-}
-body { margin: 0 auto; max-width: 1180px; padding: 1.5rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { margin: 0 0 .3rem; } h2 { margin-top: 2.4rem; border-bottom: 1px solid var(--line); } h3 { margin-top: 1.6rem; }
-.scroll { overflow-x: auto; margin: 1rem 0 2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: .3rem 0; color: var(--soft); }
-caption span { display: block; position: sticky; left: 0; max-width: min(75ch, calc(100vw - 2rem)); }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { font-weight: 600; } th[scope=row], th:first-child { text-align: left; } td small, th small { color: var(--soft); }
-thead th { white-space: normal; vertical-align: bottom; } thead th small { font-weight: 400; }
-thead th small, td small { display: block; } tbody th small { white-space: nowrap; }
-th:first-child { position: sticky; left: 0; background: var(--page); }
-td.at-floor { background: var(--good); font-weight: 600; }
-figure { margin: 1rem 0 2rem; overflow-x: auto; } figcaption, .note { color: var(--soft); max-width: 75ch; }
-svg { max-width: 100%; height: auto; } code { overflow-wrap: anywhere; }
-@media (max-width: 700px) {  /* pictures and tables are moved sideways, the names of lines stay */
-  body { padding: .8rem; } th, td { padding: .25rem .4rem; } figure svg { max-width: none; width: 56rem; }
-  tbody th { white-space: normal; min-width: 8.5rem; overflow-wrap: break-word; }
-}
-"""
+CSS = Path(__file__).with_name("report.css")
 
 
 def html_report(
@@ -79,10 +55,10 @@ def html_report(
         parts.append(f"<h2>Pictures of {html.escape(model)}</h2>")
         shown = {"real": cells.real, model: files[0], baseline_name: baseline}
         parts += _pictures(shown, cells.genes, umap=umap, seed=seed)
-    body = "\n".join(parts)
+    body, style = "\n".join(parts), CSS.read_text(encoding="utf-8")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>\n'
         f"<body><main>\n{body}\n</main></body></html>\n"
     )
 
