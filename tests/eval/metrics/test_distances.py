@@ -10,7 +10,14 @@ from scipy.spatial.distance import pdist
 from sklearn.neighbors import NearestNeighbors
 
 from eval.metrics import blocks, distances, gene_agreement
-from eval.metrics.distances import median_bandwidth, mmd2, nearest_neighbour_accuracy, w2, w2_gaussian
+from eval.metrics.distances import (
+    median_bandwidth,
+    mmd2,
+    nearest_distance_ratio,
+    nearest_neighbour_accuracy,
+    w2,
+    w2_gaussian,
+)
 
 
 @pytest.fixture
@@ -120,6 +127,13 @@ def test_nearest_neighbour_accuracy_at_its_ends(rng):
     assert nearest_neighbour_accuracy(same, same) == pytest.approx((4 / 9, 4 / 9))  # ties share the vote
     dense, spread = 0.01 * rng.normal(size=(30, 200)), rng.normal(size=(30, 200))
     assert nearest_neighbour_accuracy(dense, spread) == (0.5, 0.0)  # everybody's neighbour is in the dense one
+
+
+def test_copies_are_at_no_distance_from_the_training_cells_and_fresh_cells_at_that_of_real_ones(rng):
+    train, real, again = (rng.normal(size=(400, 20)) for _ in range(3))
+    assert nearest_distance_ratio(train[:100], real, train) == pytest.approx(0, abs=1e-6)
+    assert nearest_distance_ratio(again, real, train) == pytest.approx(1, abs=0.03)
+    assert nearest_distance_ratio(again + 10, real, train) > 3
 
 
 def test_quiet_and_loud_genes_are_multiplied_alike(rng, monkeypatch):
