@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -64,7 +65,7 @@ def perturbation_mean(train: CellCounts) -> Sampler:
     def predicted(context: tuple[str, ...], perturbation: str) -> np.ndarray:
         return means.control(context) if perturbation == train.control else average(context)
 
-    return _moved_control_cells(train, means, predicted)
+    return _from_control_cells(train, means, _moved, predicted)
 
 
 def controls_scaled(train: CellCounts) -> Sampler:
@@ -89,7 +90,7 @@ def controls_scaled(train: CellCounts) -> Sampler:
             factors = np.mean([means.of(*pair) / means.control(pair[0]) for pair in pairs], axis=0)
         return np.where(np.isfinite(factors), factors, 1.0)
 
-    return _scaled_control_cells(train, means, factor)
+    return _from_control_cells(train, means, _scaled, factor)
 
 
 def ridge(train: CellCounts, vectors: Mapping[str, np.ndarray]) -> Sampler:
@@ -140,7 +141,7 @@ def additive(train: CellCounts) -> Sampler:
 
     @functools.cache
     def shift(context: tuple[str, ...], part: str) -> np.ndarray:
-        contexts = [context] if means.of(context, part) is not None else means.contexts_with(part)
+        contexts = means.contexts_with(part, near=context)
         if not contexts:
             if not unseen:
                 what = "additive: no training cell of %s by itself; it, and any other such part, is taken to do nothing"
@@ -155,7 +156,7 @@ def additive(train: CellCounts) -> Sampler:
         moved = np.log1p(means.control(context)) + sum(shift(context, part) for part in parts)
         return np.maximum(np.expm1(moved), 0.0)
 
-    return _moved_control_cells(train, means, predicted)
+    return _from_control_cells(train, means, _moved, predicted)
 
 
 def scvi_prior(train: CellCounts) -> Sampler:
@@ -295,46 +296,32 @@ class _Means:
         reason = needs_control(train)
         if reason is not None:
             raise ValueError(f"this baseline starts from control cells, and {reason}")
-        self._train = train
-        labels = train.labels[[*train.labels.columns.drop(PERTURBATION), PERTURBATION]]
-        self._rows = {(key[:-1], key[-1]): rows for key, rows in cells_by_labels(labels)}
-        self._known = {key: np.asarray(train.counts[rows].mean(axis=0)).ravel() for key, rows in self._rows.items()}
-        self.perturbations = sorted({name for _, name in self._rows if name != train.control})
+        self._train, labels = train, train.labels[[PERTURBATION, *train.labels.columns.drop(PERTURBATION)]]
+        self._known = {key: _mean(train.counts[rows]) for key, rows in cells_by_labels(labels)}
+        self._rows = training_rows(replace(train, labels=labels), who="control cells")
+        self.perturbations = sorted({name for name, *_ in self._known if name != train.control})
 
     def of(self, context: tuple[str, ...], perturbation: str) -> np.ndarray | None:
         """Mean counts, None where there are no such training cells."""
-        return self._known.get((context, perturbation))
+        return self._known.get((perturbation, *context))
 
     def control_rows(self, context: tuple[str, ...]) -> np.ndarray:
         """Control cells of the context; where it has none, those that share its leading columns, at last all."""
-        controls = {other: rows for (other, name), rows in self._rows.items() if name == self._train.control}
-        for kept in range(len(context), 0, -1):
-            near = [rows for other, rows in controls.items() if other[:kept] == context[:kept]]
-            if near:
-                return np.concatenate(near)
-        return np.concatenate(list(controls.values()))
+        return self._rows((self._train.control, *context))
 
     def control(self, context: tuple[str, ...]) -> np.ndarray:
         """Mean counts of the context's control cells."""
         known = self.of(context, self._train.control)
-        if known is not None:
-            return known
-        return np.asarray(self._train.counts[self.control_rows(context)].mean(axis=0)).ravel()
+        return _mean(self._train.counts[self.control_rows(context)]) if known is None else known
 
-    def contexts_with(self, perturbation: str) -> list[tuple[str, ...]]:
-        """Contexts in which there are training cells of a perturbation."""
-        return [context for context, name in self._rows if name == perturbation]
+    def contexts_with(self, perturbation: str, near: tuple[str, ...] | None = None) -> list[tuple[str, ...]]:
+        """Contexts in which there are training cells of a perturbation: the one ``near`` alone if it is among them."""
+        found = [tuple(context) for name, *context in self._known if name == perturbation]
+        return [near] if near in found else found
 
 
-def _moved_control_cells(
-    train: CellCounts, means: _Means, predicted: Callable[[tuple[str, ...], str], np.ndarray]
-) -> Sampler:
-    """Sampler that draws control cells of the context and moves them to the predicted mean counts."""
-
-    def moved(cells: sparse.csr_matrix, context: tuple[str, ...], perturbation: str, rng) -> sparse.csr_matrix:
-        return _moved(cells, means.control(context), predicted(context, perturbation), rng)
-
-    return _changed_control_cells(train, means, moved)
+def _mean(counts: sparse.csr_matrix) -> np.ndarray:
+    return np.asarray(counts.mean(axis=0)).ravel()
 
 
 def _by_vectors(train: CellCounts, vectors: Mapping[str, np.ndarray], predicted: Callable[..., np.ndarray]) -> Sampler:
@@ -346,9 +333,10 @@ def _by_vectors(train: CellCounts, vectors: Mapping[str, np.ndarray], predicted:
         raise ValueError(f"{len(known)} training perturbations have a vector; expected three or more to predict from")
 
     def response(name: str, context: tuple[str, ...]) -> np.ndarray:
-        contexts = [context] if means.of(context, name) is not None else means.contexts_with(name)
-        logs = [np.log(means.of(c, name) + PSEUDO_COUNT) - np.log(means.control(c) + PSEUDO_COUNT) for c in contexts]
-        return np.mean(logs, axis=0)
+        pairs = [(means.of(c, name), means.control(c)) for c in means.contexts_with(name, near=context)]
+        return np.mean(
+            [np.log(mean + PSEUDO_COUNT) - np.log(control + PSEUDO_COUNT) for mean, control in pairs], axis=0
+        )
 
     @functools.cache
     def factor(context: tuple[str, ...], perturbation: str) -> np.ndarray:
@@ -366,35 +354,33 @@ def _by_vectors(train: CellCounts, vectors: Mapping[str, np.ndarray], predicted:
             logs = logs + (responses.mean(axis=0) if new is None else predicted(known_vectors, responses, new))
         return np.exp(logs)
 
-    return _scaled_control_cells(train, means, factor)
+    return _from_control_cells(train, means, _scaled, factor)
 
 
-def _scaled_control_cells(
-    train: CellCounts, means: _Means, factor: Callable[[tuple[str, ...], str], np.ndarray]
+def _from_control_cells(
+    train: CellCounts, means: _Means, change: Callable[..., sparse.csr_matrix], wanted: Callable[..., np.ndarray]
 ) -> Sampler:
-    """Sampler that draws control cells of the context and multiplies genes by a factor (G,), rounded at random."""
-
-    def scaled(cells: sparse.csr_matrix, context: tuple[str, ...], perturbation: str, rng) -> sparse.csr_matrix:
-        cells = cells.astype(np.float64)
-        cells.data *= factor(context, perturbation)[cells.indices]
-        cells.data = np.floor(cells.data + rng.random(cells.nnz))
-        cells.eliminate_zeros()
-        return cells.astype(np.int64)
-
-    return _changed_control_cells(train, means, scaled)
-
-
-def _changed_control_cells(train: CellCounts, means: _Means, changed: Callable[..., sparse.csr_matrix]) -> Sampler:
-    """Sampler that draws control cells of the context, each once as far as they go, and hands them to ``changed``."""
+    """Sampler that draws control cells of the context, each once as far as they go, and makes of them what is
+    ``wanted`` (context, perturbation) by ``change`` (cells, mean of the controls, what is wanted, generator)."""
     position = list(train.labels).index(PERTURBATION)
 
     def drawn(labels: tuple[str, ...], number: int, rng: np.random.Generator) -> sparse.csr_matrix:
         context = (*labels[:position], *labels[position + 1 :])
         controls = means.control_rows(context)
         rounds = [rng.permutation(controls) for _ in range(-(-number // len(controls)))]
-        return changed(train.counts[np.concatenate(rounds)[:number]], context, labels[position], rng)
+        cells = train.counts[np.concatenate(rounds)[:number]]
+        return change(cells, means.control(context), wanted(context, labels[position]), rng)
 
     return _sampler(train, drawn)
+
+
+def _scaled(cells: sparse.csr_matrix, _: np.ndarray, factor: np.ndarray, rng: np.random.Generator) -> sparse.csr_matrix:
+    """Integer counts times ``factor`` (G,), rounded up or down at random."""
+    cells = cells.astype(np.float64)
+    cells.data *= factor[cells.indices]
+    cells.data = np.floor(cells.data + rng.random(cells.nnz))
+    cells.eliminate_zeros()
+    return cells.astype(np.int64)
 
 
 def _moved(
