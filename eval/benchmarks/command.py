@@ -129,9 +129,8 @@ def sampling(
         real_cells = real_cells.thinned(wanted, np.random.default_rng(0))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cast_weights(model.to(device).eval(), dtype)
-    conditions = tokenizer.condition_ids(real_cells.labels)
-    sampled = measured.Sampled(model, tokenizer, conditions, real_cells, seeds, batch_size, train_cells)
-    rows = measured.benchmark_sampling(sampled, num_naive=naive_cells)
+    options = {"train": train_cells, "seeds": seeds, "batch_size": batch_size, "num_naive": naive_cells}
+    rows = measured.benchmark_sampling(model, tokenizer, real_cells, **options)
     name = Path(checkpoint).resolve().name if Path(checkpoint).exists() else checkpoint
     result = measured.summary(rows)
     what = f"{name}: {len(real_cells):,} cells x {model.config.num_genes:,} genes against {real.name}"

@@ -6,18 +6,18 @@ In come a checkpoint and real cells, out go rows of numbers and their table. Let
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from eval.benchmarks.costs import Cost
-from eval.comparison.cells import CellCounts
-from eval.comparison.floor import FLOOR_DRAWS, Halves, floor_draws
-from eval.comparison.protocols import PROTOCOLS, Reference, evaluate_pair, prepare_reference
+from eval.comparison.cells import CellCounts, Comparison
+from eval.comparison.floor import FLOOR
+from eval.comparison.protocols import PROTOCOLS
+from eval.comparison.scoring import score_models
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.diffusion_dcm import keyed_generator, reveal_probability
 from modeling_dcm.schedule_dcm import as_curve, predicted_kl, reveal_schedule
@@ -27,7 +27,7 @@ METRICS = ("mmd2", "correlation_slope", "correlation_pearson", "w2", "library_si
 PROTOCOL = replace(PROTOCOLS["log"], pooled_metrics=METRICS, condition_metrics=())
 DEFAULT_SCHEDULE = inspect.signature(DCMForDenoising.generate).parameters["schedule"].default
 AUTO = f"auto, {DEFAULT_SCHEDULE}"
-LINEAR_100, NAIVE, FLOOR = "linear 100", "naive loop", "floor"
+LINEAR_100, NAIVE = "linear 100", "naive loop"
 NAIVE_STEPS = 100
 SETTINGS: dict[str, tuple[int | str, str]] = {  # name: steps and schedule of `generate`
     "one step": (1, "linear"),
@@ -70,67 +70,40 @@ class Row:
         return {**asdict(self), "scores": finite}
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """What is drawn, and what it is held against."""
-
-    model: DCMForDenoising  # in evaluation mode, on its device
-    tokenizer: DCMTokenizer
-    conditions: dict[str, torch.Tensor]  # (N, ..) of the real cells, none for an unconditional draw
-    real: CellCounts  # N cells
-    seeds: int  # how often each setting draws
-    batch_size: int  # cells of a chunk
-    train: CellCounts | None = None  # for the floor
-
-    def generate(self, setting: str, *, seed: int, num_cells: int) -> torch.Tensor:
-        """Ids (n, G) of a draw for the first ``num_cells`` real cells."""
-        given = {name: ids[:num_cells] for name, ids in self.conditions.items()}
-        how = dict(zip(("steps", "schedule"), SETTINGS[setting]))
-        return self.model.generate(
-            min(num_cells, len(self.real)), **given, **how, seed=seed, batch_size=self.batch_size
-        )
-
-    @cached_property
-    def references(self) -> list[tuple[Reference, Halves]]:
-        """What the draws in turn are compared with."""
-        halves = [Halves(self.train, self.real, np.random.default_rng([0, draw])) for draw in range(FLOOR_DRAWS)]
-        halves = halves if halves[0].conditions else halves[:1]
-        return [(prepare_reference(half.compared, PROTOCOL), half) for half in halves]
-
-    def decoded(self, ids: torch.Tensor, seed: int) -> CellCounts:
-        return CellCounts(self.tokenizer.decode(ids, seed=seed).X, self.real.labels)
-
-    def scores(self, draws: Iterable[CellCounts]) -> dict[str, list[float]]:
-        """Each metric of every draw."""
-        found = []
-        for drawn, (reference, halves) in zip(draws, itertools.cycle(self.references)):
-            found.append({score.metric: score.value for score in evaluate_pair(halves.beside(drawn), reference)})
-        return {metric: [values[metric] for values in found] for metric in METRICS}
-
-    def floor(self) -> Iterator[CellCounts]:
-        """Draws of real cells in the place of drawn ones: of the training cells, or the other half."""
-        for drawn, (_, halves) in zip(floor_draws(self.train, self.real), itertools.cycle(self.references)):
-            yield halves.floor(drawn)
-
-    def predicted_kl(self, revealed: Sequence[int]) -> float | None:
-        """What a schedule loses, if the model has an entropy curve."""
-        curve = as_curve(self.model.config.entropy_curve)
-        return None if curve is None else predicted_kl(revealed, curve)
-
-
-def benchmark_sampling(sampled: Sampled, *, num_naive: int = 8) -> list[Row]:
-    """Rows of every setting that the model can do, the naive loop (timed on ``num_naive`` cells), and the floor."""
-    has_curve = sampled.model.config.entropy_curve is not None
-    settings = [name for name, how in SETTINGS.items() if has_curve or not {"auto", "optimal"} & set(how)]
-    jobs: dict[str, Callable[[], Row]] = {name: partial(_measured, sampled, name) for name in settings}
-    jobs[NAIVE] = partial(_naive, sampled, num_naive)
-    if sampled.train is not None:
-        jobs[FLOOR] = lambda: Row(FLOOR, scores=sampled.scores(sampled.floor()))
-    rows = []
-    with tqdm(jobs, desc="sampling benchmark", unit="setting", delay=1, disable=None) as bar:
-        for name in bar:
+def benchmark_sampling(
+    model: DCMForDenoising,
+    tokenizer: DCMTokenizer,
+    real: CellCounts,
+    *,
+    train: CellCounts | None = None,
+    seeds: int = 3,
+    batch_size: int = 256,
+    num_naive: int = 8,
+) -> list[Row]:
+    """Rows of every setting that the model can do, the naive loop, timed on ``num_naive`` cells, and, with training
+    cells, the floor. The ``model`` is in evaluation mode, on its device; one cell is drawn for each real one."""
+    curve, conditions = as_curve(model.config.entropy_curve), tokenizer.condition_ids(real.labels)
+    settings = {name: how for name, how in SETTINGS.items() if curve or not {"auto", "optimal"} & set(how)}
+    rows, drawn = [], {}
+    with tqdm(settings.items(), desc="sampling benchmark", unit="setting", delay=1, disable=None) as bar:
+        for name, (steps, schedule) in bar:
             bar.set_postfix_str(name)
-            rows.append(jobs[name]())
+            cost, drawn[name] = Cost(model.device), []
+            how = {"steps": steps, "schedule": schedule, "batch_size": batch_size}
+            few = {name: ids[:8] for name, ids in conditions.items()}
+            model.generate(min(8, len(real)), **few, **how)  # first uses of a shape cost more
+            for seed in range(seeds):
+                with cost:
+                    ids = model.generate(len(real), **conditions, **how, seed=seed)
+                drawn[name].append(CellCounts(tokenizer.decode(ids, seed=seed).X, real.labels))
+            revealed = reveal_schedule(model.config.num_genes, steps, schedule, curve)
+            kl = None if curve is None else predicted_kl(revealed, curve)
+            rows.append(Row(name, schedule, len(revealed) - 1, len(real) / cost.median, cost.most_mib, kl))
+    rows += [_naive(model, conditions, min(num_naive, len(real))), *[Row(FLOOR)] * (train is not None)]
+    ((_, scores),) = score_models(Comparison(real, train, drawn, tokenizer.genes, None), [PROTOCOL], {})
+    for row in rows:
+        by_metric = [{score.metric: score.value for score in sample} for sample in scores.get(row.name, ())]
+        row.scores = {metric: [values[metric] for values in by_metric] for metric in METRICS} if by_metric else {}
     return rows
 
 
@@ -149,26 +122,12 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
     }
 
 
-def _measured(sampled: Sampled, setting: str) -> Row:
-    """Draw with one setting under every seed."""
-    model, n, (steps, schedule) = sampled.model, len(sampled.real), SETTINGS[setting]
-    revealed = reveal_schedule(model.config.num_genes, steps, schedule, as_curve(model.config.entropy_curve))
-    sampled.generate(setting, seed=0, num_cells=8)  # first uses of a shape cost more
-    cost, draws = Cost(model.device), []
-    for seed in range(sampled.seeds):
-        with cost:
-            ids = sampled.generate(setting, seed=seed, num_cells=n)
-        draws.append(sampled.decoded(ids, seed))
-    speed = (len(revealed) - 1, n / cost.median, cost.most_mib)
-    return Row(setting, schedule, *speed, sampled.predicted_kl(revealed), sampled.scores(draws))
-
-
-def _naive(sampled: Sampled, num_cells: int) -> Row:
+def _naive(model: DCMForDenoising, conditions: dict[str, torch.Tensor], num_cells: int) -> Row:
     """The plain loop, one cell at a time: timed with all threads and with one, whichever is faster, and not scored."""
-    model, threads = sampled.model, torch.get_num_threads()
+    threads = torch.get_num_threads()
     costs = {number: Cost(model.device) for number in {1, threads}}
-    for cell in range(min(num_cells, len(sampled.real))):
-        given = {name: ids[cell : cell + 1] for name, ids in sampled.conditions.items()}
+    for cell in range(num_cells):
+        given = {name: ids[cell : cell + 1] for name, ids in conditions.items()}
         for number, cost in costs.items():
             torch.set_num_threads(number)
             with cost:

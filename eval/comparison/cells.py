@@ -82,7 +82,7 @@ class Comparison:
     """
 
     real: CellCounts
-    train: CellCounts
+    train: CellCounts | None  # for the floor and baselines
     generated: dict[str, list[CellCounts]]
     genes: list[str]
     checkpoint: str | None

@@ -30,18 +30,21 @@ def score_models(
     the other is the floor. In every draw of the floor each model is compared with the same half, its samples in turn;
     the score of a sample is the mean over its draws, the reference that of the last draw.
 
+    Without training cells there is no floor, and nothing is halved.
+
     Raises:
         ValueError: fewer than two test cells, or a protocol that groups by a column that is none of the conditions.
     """
     real = comparison.real
+    floor = {} if comparison.train is None else {FLOOR: floor_draws(comparison.train, real, seed=seed)}
     sources: dict[str, Iterable[CellCounts]] = {
-        FLOOR: floor_draws(comparison.train, real, seed=seed),
+        **floor,
         **comparison.generated,
         **{name: baseline_draws(sample, real, seed=seed) for name, sample in samplers.items()},
     }
-    numbers = {FLOOR: FLOOR_DRAWS} | {model: len(files) for model, files in comparison.generated.items()}
+    numbers = dict.fromkeys(floor, FLOOR_DRAWS) | {model: len(files) for model, files in comparison.generated.items()}
     numbers |= dict.fromkeys(samplers, BASELINE_DRAWS)
-    halved = without_training_cells(comparison.train, real)
+    halved = without_training_cells(comparison.train, real) if floor else []
     samples = {m: itertools.cycle(found) if halved and m != FLOOR else iter(found) for m, found in sources.items()}
     scores = [{model: [[] for _ in range(number)] for model, number in numbers.items()} for _ in protocols]
     draws = max(numbers.values())

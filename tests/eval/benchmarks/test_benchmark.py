@@ -9,18 +9,15 @@ from types import SimpleNamespace
 
 import anndata
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from scipy.sparse import csr_matrix
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from eval.benchmarks import sampling as sampling_benchmark
 from eval.benchmarks.command import entropy, last_line, sampling, training
 from eval.benchmarks.costs import interleaved, product_rate
-from eval.benchmarks.sampling import AUTO, LINEAR_100, NAIVE, SETTINGS, Row, Sampled, naive_cells, summary
+from eval.benchmarks.sampling import AUTO, LINEAR_100, NAIVE, SETTINGS, Row, naive_cells, summary
 from eval.benchmarks.training import OURS, PLAIN, Case, Training, start_accelerator
-from eval.comparison.cells import CellCounts
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.diffusion_dcm import alpha, reveal_probability, sigma
 from modeling_dcm.schedule_dcm import reveal_schedule
@@ -153,27 +150,14 @@ def test_without_an_entropy_curve_the_settings_that_need_one_are_left_out_and_th
     assert LAST_LINE.fullmatch(printed.splitlines()[-1]).groups() == ("nan", "nan", "nan")
 
 
-def test_conditions_of_the_real_cells_are_used(trained, shards, tmp_path, capsys, monkeypatch):
-    given = []
-
-    def note(sampled, **options):
-        given.append({name: bool((ids >= 0).any()) for name, ids in sampled.conditions.items()})
-        return [Row(LINEAR_100, "linear", 100, scores={"mmd2": [0.1], "correlation_slope": [0.9]})]
-
-    monkeypatch.setattr(sampling_benchmark, "benchmark_sampling", note)
+def test_cells_are_drawn_for_the_conditions_of_the_real_ones(trained, shards, tmp_path, capsys, monkeypatch):
+    given, generate = [], DCMForDenoising.generate
+    monkeypatch.setattr(sampling_benchmark, "SETTINGS", {LINEAR_100: (100, "linear")})
+    monkeypatch.setattr(
+        DCMForDenoising, "generate", lambda *args, **options: given.append(options) or generate(*args, **options)
+    )
     run_sampling(trained, shards, tmp_path / "a", capsys)
-    assert given == [{"cell_type_ids": True, "perturbation_ids": True}]
-
-
-def test_true_cells_of_held_out_conditions_are_at_the_floor_of_the_benchmark():
-    rng = np.random.default_rng(0)
-    labels = pd.DataFrame({"perturbation": ["a", "b"] * 40})
-    real, train = (CellCounts(csr_matrix(rng.poisson(2, (80, 6))), names) for names in (labels, labels + " of train"))
-    sampled = Sampled(None, None, {}, real, seeds=3, batch_size=8, train=train)
-    true, floor = sampled.scores([real] * 10), sampled.scores(sampled.floor())
-    for metric, values in floor.items():
-        assert true[metric] == pytest.approx(values)
-        assert len(set(values)) == 10
+    assert all((options[name] >= 0).any() for options in given for name in ("cell_type_ids", "perturbation_ids"))
 
 
 def test_a_real_file_without_a_condition_of_the_model_lists_its_columns(trained, shards, tmp_path):
