@@ -119,10 +119,8 @@ def sampling(
 
     model, tokenizer = load_checkpoint(checkpoint)
     names = {"conditions": tokenizer.known_conditions(), "genes": tokenizer.genes, "way_out": "rename one"}
-    files = [
-        None if path is None else from_anndata(read_counts(path), name=str(path), **names) for path in (real, train)
-    ]
-    real_cells, train_cells = files
+    real_cells = from_anndata(read_counts(real), name=str(real), **names)
+    train_cells = None if train is None else from_anndata(read_counts(train), name=str(train), **names)
     wanted = min(len(real_cells), measured.PROTOCOL.max_cells if num_cells is None else num_cells)
     if wanted < len(real_cells):
         logger.info("%d of the %d cells of %s, a random choice", wanted, len(real_cells), real)
@@ -200,14 +198,15 @@ def _write(path: Path, title: str, text: list[str], result: dict[str, float], co
 
 def _entropy_table(measured: dict, fitted: dict, num_genes: int) -> str:
     """The measured points beside the fit, and what schedules lose by it."""
+    from eval.reports.tables import markdown_table
     from modeling_dcm.schedule_dcm import AUTO_TOLERANCE, as_curve, entropies, predicted_kl, reveal_schedule
 
     curve = as_curve(fitted)
     h = entropies(curve, num_genes)
-    lines = [f"{'j observed':>10}  {'h measured':>10}  {'error':>7}  {'h fitted':>8}   ({measured['cells']} cells)"]
-    for j, nats, error in zip(measured["observed"], measured["entropy"], measured["error"]):
-        lines.append(f"{int(j):>10}  {nats:>10.4f}  {error:>7.4f}  {h[int(j)]:>8.4f}")
-    lines.append("\npredicted loss against one gene at a time, in nats per cell:")
+    points = zip(measured["observed"], measured["entropy"], measured["error"])
+    table = [[f"{j:.0f}", f"{nats:.4f}", f"{error:.4f}", f"{h[int(j)]:.4f}"] for j, nats, error in points]
+    lines = [markdown_table([["j observed", "h measured", "error", "h fitted"], *table], numbers=True)]
+    lines.append(f"\n{measured['cells']} cells; predicted loss against one gene at a time, in nats per cell:")
     for schedule in ("cubic", "optimal"):
         revealed = {steps: reveal_schedule(num_genes, steps, schedule, curve) for steps in (8, 20, "auto")}
         loss = {steps: predicted_kl(genes, curve) for steps, genes in revealed.items()}

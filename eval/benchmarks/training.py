@@ -87,7 +87,7 @@ class SimulatedCells:
 class Training:
     """One network in training on simulated cells."""
 
-    def __init__(self, case: Case, accelerator: Accelerator, cells: SimulatedCells | None = None):
+    def __init__(self, case: Case, accelerator: Accelerator, cells: SimulatedCells):
         self.accelerator = accelerator
         queries = min(MAX_QUERIES, max(1, case.genes // 4)) if case.variant == OURS else None
         self.config = replace(OPTIONS, backbone=case.backbone, query_genes=queries, batch_size=case.cells)
@@ -101,16 +101,15 @@ class Training:
             library_size_conditioning=True,
             gene_output_bias=self.config.gene_output_bias if case.variant == OURS else 0,
         )
-        how = (accelerator.device, accelerator.mixed_precision)
-        shape._attn_implementation = attention_implementation(self.config, *how)
+        device = accelerator.device
+        shape._attn_implementation = attention_implementation(self.config, device, accelerator.mixed_precision)
         self.network = DCMForDenoising(shape)
         optimizer = build_optimizer(self.network, self.config)
-        if compiles(self.config, accelerator.device):
+        if compiles(self.config, device):
             compile_blocks(self.network)
         self.model, self.optimizer = accelerator.prepare(self.network.train(), optimizer)
         self.ema = [parameter.detach().clone().float() for parameter in self.network.parameters()]
-        cells = cells or SimulatedCells(case.genes, case.cells)
-        self.train_batches = TrainBatches(cells, self.config, shape, rank=0, world=1, device=accelerator.device)
+        self.train_batches = TrainBatches(cells, self.config, shape, rank=0, world=1, device=device)
         self.batches = self.train_batches.starting_at(0)
         case.parameters = self.network.num_parameters()
         case.flops = case.cells * training_flops(shape, case.genes, queries)

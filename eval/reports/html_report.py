@@ -37,11 +37,9 @@ def html_report(
     """Return the report as one HTML page.
 
     Args:
-        header: what stands at the head of results.json.
-        rows: its rows.
+        header, rows: what stands in results.json.
         cells: real and generated cells; pictures show the first file of each generator, at most 2,000 cells a side.
-        baseline: cells of a baseline for the pictures of genes.
-        baseline_name: its name.
+        baseline, baseline_name: cells for the pictures of genes.
         umap: embed by UMAP where umap-learn is installed.
         seed: of the thinning.
     """
@@ -141,24 +139,21 @@ def _pictures(shown: dict[str, CellCounts], genes: Sequence[str], *, umap: bool,
         ),
         (
             figures.genes_figure(counts),
-            "Left: how many counts a cell has (library size). Right: one point for each gene; on the line it is as in "
-            f"the real cells. {model_label(baseline_name).capitalize()}: each gene drawn by itself from the training "
-            "cells of the condition.",
+            "A point is a gene; on the line it is as in the real cells. "
+            f"{model_label(baseline_name).capitalize()}: each gene drawn by itself from training cells.",
             f"Library sizes, and means, variances and zeros of genes, of real and of {model} cells",
         ),
         (
             figures.correlation_figure(counts),
             f"Gene-gene correlation of log1p counts over the {figures.CORRELATED_GENES} most variable genes of the "
-            "real cells, in the same order in every matrix. Right: a point for each pair of genes; on the line the "
-            "correlation is the real one, nearer to 0 than the line it is too weak.",
+            "real cells, in one order. A point is a pair of genes; nearer to 0 than the line it is too weak.",
             f"Correlation matrices of real and of {model} cells",
         ),
         (
             figures.differential_figure(real, generated, genes),
-            "The ten genes that the strongest perturbations move most in real cells (blue), and how far they move in "
-            "generated ones (orange): the shorter the line between, the better. Both are measured from the real "
-            "control cells of the same cell type. Genes are chosen where the real change is large, noise included, so "
-            "a perfect generator falls somewhat short of it, too.",
+            "The ten genes that the strongest perturbations move most from control cells in real cells (blue), and how "
+            "far they move in generated ones (orange). As they are chosen where the real change is large, noise "
+            "included, a perfect generator falls somewhat short of it, too.",
             f"Top differential genes, real against {model} cells",
         ),
     ]

@@ -40,8 +40,8 @@ def summary_rows(
         test_cells: real test cells of each condition; one with fewer than 20 is marked in the row's ``condition``.
 
     Returns:
-        Rows with ``ROW_KEYS``; ``n`` is the smallest number of cells a side among the repeats, ``seeds`` the number of
-        repeats with a finite value. ``std`` (n - 1) is None for a single repeat, ``mean`` is None where none is finite.
+        Rows with ``ROW_KEYS``: ``n`` the smallest number of cells a side, ``seeds`` the number of repeats with a finite
+        value, ``std`` (n - 1) None for a single one, ``mean`` None without any.
     """
     grouped: dict[tuple[str, str | None, str], list[Score]] = defaultdict(list)
     for scores in repeats:

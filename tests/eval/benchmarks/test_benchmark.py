@@ -17,7 +17,7 @@ from eval.benchmarks import sampling as sampling_benchmark
 from eval.benchmarks.command import entropy, last_line, sampling, training
 from eval.benchmarks.costs import interleaved, product_rate
 from eval.benchmarks.sampling import AUTO, LINEAR_100, NAIVE, SETTINGS, Row, naive_cells, summary
-from eval.benchmarks.training import OURS, PLAIN, Case, Training, start_accelerator
+from eval.benchmarks.training import OURS, PLAIN, Case, SimulatedCells, Training, start_accelerator
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.diffusion_dcm import alpha, reveal_probability, sigma
 from modeling_dcm.schedule_dcm import reveal_schedule
@@ -207,7 +207,7 @@ def test_works_take_turns():
 
 @pytest.mark.parametrize("variant", [PLAIN, OURS])
 def test_a_step_changes_weights_and_averages_and_the_plain_one_asks_every_gene(backbone, variant):
-    training = Training(Case("small", backbone, variant, genes=12, cells=6), start_accelerator())
+    training = Training(Case("small", backbone, variant, genes=12, cells=6), start_accelerator(), SimulatedCells(12, 6))
     assert ("query_positions" in next(training.batches)) == (variant == OURS)
     assert (training.network.head.large is None) == (variant == PLAIN)
     weights = [parameter.detach().clone() for parameter in training.network.parameters()]
@@ -225,7 +225,7 @@ def test_flops_of_a_step_are_those_that_torch_counts(backbone, variant):
     # PyTorch counts the kernels of GPUs only
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     case = Case("small", backbone, variant, genes=1000, cells=1)
-    training = Training(case, start_accelerator())
+    training = Training(case, start_accelerator(), SimulatedCells(1000, 1))
     with FlopCounterMode(display=False, custom_mapping={attention: flops}) as counter:
         training.model(**next(training.batches))
     assert case.flops == pytest.approx(3 * counter.get_total_flops(), rel=0.1)
