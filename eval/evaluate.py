@@ -5,6 +5,7 @@ Takes any generator's h5ad with integer counts, or checkpoints, which are drawn 
 figures in one file). Reads test cells only to score.
 
     dcm-evaluate generated.h5ad --real shards/test.h5ad --train shards/train.h5ad --out results/
+    dcm-evaluate submission.h5ad --real shards/test.h5ad --validate
     dcm-evaluate checkpoint/ scvi.h5ad --real shards/test.h5ad --train shards/train.h5ad --out results/ --baselines all
 """
 
@@ -24,7 +25,7 @@ from training.data.files import check_folder, write_text, written_aside
 if TYPE_CHECKING:  # these import seconds of packages: only after the options are known to be right
     from eval.comparison.baselines import Sampler
     from eval.comparison.cells import Comparison
-    from eval.comparison.protocols import Protocol
+    from eval.comparison.protocols import Challenge, Protocol
     from eval.reports.tables import Row
 
 logger = logging.getLogger(__name__)
@@ -35,12 +36,12 @@ PACKAGES = ("discrete-cell-models", "anndata", "numpy", "POT", "scipy", "torch")
 def main(
     generated: tyro.conf.Positional[tuple[Path, ...]],
     real: Path,
-    train: Path,
-    out: Path,
+    train: Path | None = None,
+    out: Path | None = None,
+    validate: bool = False,
     protocol: str = "paper,log",
     baselines: str = "default",
     vectors: Path | None = None,
-    cell_eval: bool = False,
     name: str | None = None,
     condition_keys: str | None = None,
     control: str | None = None,
@@ -61,11 +62,13 @@ def main(
         real: h5ad of the real test cells.
         train: h5ad of the real training cells, for the floor and the baselines.
         out: Folder to write to.
-        protocol: Names of protocols, with commas between: paper, log, scldm, cfgen.
+        validate: Only say what is wrong with the files as submissions to the Virtual Cell Challenge of 2026, every
+            defect (exit code 2 if there is one); --train and --out are not needed.
+        protocol: Names of protocols, with commas between: paper, log, scldm, cfgen, vcc2025, vcc2026 (the last two need
+            the packages of the extra baselines).
         baselines: Names with commas between (independent_marginals, perturbation_mean, controls_scaled, additive,
             scvi_prior, scvi_aggregated_posterior), or default (those that need no other package), all, or none.
         vectors: vectors of perturbations by name: then ridge regression and nearest neighbours are baselines, too.
-        cell_eval: Add the metrics of the cell-eval package, in each cell type, with its mean baseline and its ceiling.
         name: The generator's name, or one for each file with commas between; by default what each file says in
             uns["generator"], or the checkpoint's name.
         condition_keys: Columns of obs that make up a condition, with commas between, or none for pooled scores only;
@@ -80,23 +83,27 @@ def main(
         umap: Embed by UMAP in the report (takes up to a minute) where umap-learn is installed, else by PCA.
     """
     command = command_of("dcm-evaluate", main, locals())
+    if validate:
+        _validate(generated, real, control=control, layer=layer)
+        return
+    if train is None or out is None:
+        raise ValueError("--train and --out are missing: the training cells for the floor, and the folder to write to")
     _check_paths(generated, (real, train), out)
-    from eval.comparison.baselines import FROM_SCVI, baseline_draws, check_installed, fitted_baselines, named_baselines
+    from eval.comparison.baselines import FROM_SCVI, fitted_baselines, named_baselines
     from eval.comparison.floor import split_half_note
-    from eval.comparison.protocols import named_protocols
+    from eval.comparison.protocols import Challenge, named_protocols
     from training.perturbations.table import read_vectors
 
     protocols, chosen = named_protocols(protocol), named_baselines(baselines)
-    from eval.comparison.cell_eval import RESERVED_NAMES, cell_eval_rows
     from eval.comparison.cells import drawn_files, read_comparison
+    from eval.comparison.challenges import RESERVED_NAMES
 
     named = _named(generated, name, RESERVED_NAMES)
-    if cell_eval:
-        check_installed("cell_eval", "cell-eval", "--cell-eval")
     files = drawn_files(named, real=real, out=out, seeds=sampling_seeds)
     options = {"condition_keys": condition_keys, "layer": layer, "control": control}
     comparison = read_comparison(files, real, train, reserved_names=RESERVED_NAMES, **options)
-    packages = (*PACKAGES, *["scvi-tools"] * bool(set(chosen) & set(FROM_SCVI)), *["cell-eval"] * cell_eval)
+    packages = (*PACKAGES, *["scvi-tools"] * bool(set(chosen) & set(FROM_SCVI)))
+    packages += tuple(protocol.package for protocol in protocols if isinstance(protocol, Challenge))
     header = {
         "dataset": dataset or comparison.dataset or real.resolve().parent.name,
         "split": real.stem,
@@ -112,9 +119,6 @@ def main(
     required = baselines not in ("default", "all")
     samplers = fitted_baselines(comparison.train, chosen, required=required, vectors=vectors and read_vectors(vectors))
     rows = evaluate(comparison, protocols, samplers, seed=seed)
-    if cell_eval:
-        draws = {model: baseline_draws(sample, comparison.real, seed=seed) for model, sample in samplers.items()}
-        rows += cell_eval_rows(comparison, draws, seed=seed)
     _write(out, header, rows, comparison, samplers, umap=umap, seed=seed)
     _log_summary(rows)
     files = (out / name for name in ("results.json", "report.html", "figure.png"))
@@ -123,23 +127,28 @@ def main(
 
 def evaluate(
     comparison: "Comparison",
-    protocols: Sequence["Protocol"],
+    protocols: Sequence["Protocol | Challenge"],
     samplers: dict[str, "Sampler"],
     *,
     seed: int = 0,
 ) -> list["Row"]:
     """Rows of every protocol: the floor first, then every generator, then the baselines.
 
-    Raises as :func:`eval.comparison.scoring.score_models`.
+    Raises as :func:`eval.comparison.scoring.score_models` and :func:`eval.comparison.challenges.challenge_rows`.
     """
+    from eval.comparison.challenges import challenge_rows
+    from eval.comparison.protocols import Protocol
     from eval.comparison.scoring import score_models
     from eval.reports.tables import summary_rows
 
     rows: list[Row] = []
-    for reference, scores in score_models(comparison, protocols, samplers, seed=seed):
+    ours = [protocol for protocol in protocols if isinstance(protocol, Protocol)]
+    for reference, scores in score_models(comparison, ours, samplers, seed=seed) if ours else ():
         test_cells = {group.condition: group.n for group in reference.groups if group.condition is not None}
         for model, samples in scores.items():
             rows += summary_rows(model, reference.protocol.name, samples, test_cells=test_cells)
+    for challenge in (protocol for protocol in protocols if protocol not in ours):
+        rows += challenge_rows(challenge, comparison, samplers, seed=seed)
     return rows
 
 
@@ -154,6 +163,15 @@ def _named(generated: Sequence[Path], name: str | None, reserved_names: Sequence
     if taken:
         raise ValueError(f"--name {taken[0]!r} is the name of a row of every table; expected another name")
     return dict(zip(generated, names if len(names) == number else names * number))
+
+
+def _validate(generated: Sequence[Path], real: Path, **options: str | None) -> None:
+    """Refuse files that break the contract of vcc2026, and say of which there is nothing to say."""
+    from eval.comparison.submission import refuse_defects
+
+    for path in generated:
+        refuse_defects(path, real, **options)
+        logger.info("%s: nothing is wrong with it beside %s", path, real)
 
 
 def _check_paths(generated: Sequence[Path], real: Sequence[Path], out: Path) -> None:

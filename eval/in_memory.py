@@ -91,8 +91,8 @@ def _comparison(
     seed: int,
 ) -> Comparison:
     """What dcm-evaluate reads from files of these cells."""
-    from eval.comparison.cell_eval import RESERVED_NAMES
     from eval.comparison.cells import read_comparison
+    from eval.comparison.challenges import RESERVED_NAMES
     from training.data.formats import write_counts
 
     if train is None:

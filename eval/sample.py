@@ -3,6 +3,7 @@
     dcm-sample checkpoint/ --out generated.h5ad --num-cells 500 --cell-type k562 --perturbation KLF1
     dcm-sample checkpoint/ --out generated.h5ad --num-cells 500
     dcm-sample checkpoint/ --out generated.h5ad --like test.h5ad
+    dcm-sample checkpoint/ --out submission.h5ad --like test.h5ad --vcc
     dcm-sample checkpoint/ --out counterfactual.h5ad --like control.h5ad --perturbation KLF1 --keep-state
     accelerate launch -m eval.sample checkpoint/ --out generated.h5ad --num-cells 1000000
 
@@ -47,6 +48,7 @@ def main(
     no_labels: bool = False,
     like: Path | None = None,
     keep_state: bool = False,
+    vcc: bool = False,
     layer: str | None = None,
     state: Source | None = None,
     steps: int | Literal["auto"] | None = None,
@@ -75,6 +77,8 @@ def main(
         like: An h5ad file: one cell is drawn for each of its cells, with that cell's conditions.
         keep_state: Give each cell the total count and, where the model has one, the state of its cell of --like, which
             needs all of the panel's genes: "this cell, had it been of that condition", or more cells like these.
+        vcc: Write what the Virtual Cell Challenge of 2026 asks for beside the file of --like: its genes in its order,
+            its labels as they stand there, control cells among them, at most a million counts in a cell.
         layer: Layer of --like with the counts that --keep-state reads; default X.
         state: Where a cell's state is drawn from: prior, fitted to the training cells of its condition; bank, these
             cells themselves, if the checkpoint keeps them; null, it is not given. Default: bank if there is one, else
@@ -112,6 +116,8 @@ def main(
         ("--state", state, state is None or not keep_state, "none with --keep-state, which keeps it"),
         ("--seed", seed, seed >= 0, "0 or more"),
         ("--batch-size", batch_size, batch_size >= 1, "at least 1"),
+        ("--vcc", vcc, like is not None or not vcc, "beside --like, whose genes and labels the cells get"),
+        ("--vcc", vcc, perturbation is None or not vcc, "left out with --perturbation: the cells get those of --like"),
         ("--no-labels", no_labels, like is None or not no_labels, "left out with --like, which brings all labels"),
         ("--keep-state", keep_state, like is not None or not keep_state, "a file of cells beside it, --like"),
         ("--layer", layer, keep_state or layer is None, "--keep-state beside it, which alone reads counts"),
@@ -124,6 +130,10 @@ def main(
     labels = {"cell_type": cell_type, "perturbation": perturbation, "covariates": covariates or None}
     conditions = _conditions(checkpoint, like, DEFAULT_NUM_CELLS if num_cells is None else num_cells, labels)
     model, tokenizer = load_checkpoint(checkpoint)
+    if vcc:
+        from eval.comparison.submission import refuse_missing_genes, rewrite_as_submission
+
+        refuse_missing_genes(tokenizer.genes, like)
     asked = {name: label for name, label in labels.items() if label is not None}
     if like is not None:
         asked["like"] = like.name
@@ -131,6 +141,8 @@ def main(
         asked["other_labels"] = "null" if no_labels else "drawn"
         if not no_labels:
             conditions = model.draw_labels(**conditions, seed=seed)
+    from accelerate import PartialState
+
     from eval.drawing.draw import draw_cells
     from eval.drawing.read_cells import states_of
 
@@ -141,6 +153,8 @@ def main(
     options |= {"temperature": temperature, "seed": seed, "batch_size": batch_size}
     asked = {"checkpoint": Path(checkpoint).name, **asked}
     draw_cells(model, tokenizer, conditions, given, options, out, asked=asked, source=like, dtype=dtype)
+    if vcc and PartialState().is_main_process:
+        rewrite_as_submission(out, like)
     return out
 
 

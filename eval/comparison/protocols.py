@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
+from eval.comparison.baselines import check_installed
 from eval.comparison.cells import PERTURBATION, CellCounts
 from eval.comparison.metric_table import BESIDE_TRAINING_CELLS, METRICS, POOLED_METRICS, Pair
 from eval.metrics.blocks import Matrix
@@ -150,16 +151,54 @@ PROTOCOLS = {
 }
 
 
-def named_protocols(names: str) -> list[Protocol]:
+@dataclass(frozen=True)
+class Challenge:
+    """A recipe that a package computes (:mod:`eval.comparison.challenges`)."""
+
+    name: str  # as it stands in tables
+    description: str
+    package: str
+    module: str
+
+
+CHALLENGES = {
+    challenge.name: challenge
+    for challenge in (
+        Challenge(
+            name="vcc2025",
+            description="the Virtual Cell Challenge's metrics of 2025 by the package cell-eval (profile vcc) on "
+            "log1p(CP10k), each context (all labels but the perturbation's) by itself, disjoint halves of the real "
+            "control cells on the two sides; beside the floor its own mean baseline, and its own ceiling: one half of "
+            "the real test cells against the other, corrected to full depth where the package does that",
+            package="cell-eval",
+            module="cell_eval",
+        ),
+        Challenge(
+            name="vcc2026",
+            description="the Virtual Cell Challenge's metrics of 2026 by the package cell-eval2 (preset vcc2026) on "
+            "raw counts, each context (all labels but the perturbation's) by itself; a score is 0 for its generic "
+            "response and 1 for replicates, one half of the real test cells against the other; where the real effects "
+            "give a metric no such scale it has no score; contexts weigh as their perturbations do",
+            package="cell-eval2",
+            module="cell_eval2",
+        ),
+    )
+}
+
+
+def named_protocols(names: str) -> list[Protocol | Challenge]:
     """Protocols by their names, with commas between.
 
     Raises:
-        ValueError: no name, or one that is not known.
+        ValueError: no name, or one that is not known or whose package is not installed.
     """
     wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-    if not wanted or not set(wanted) <= set(PROTOCOLS):
-        raise ValueError(f"--protocol {names!r}: expected one or more of {', '.join(PROTOCOLS)}, with commas between")
-    return [PROTOCOLS[name] for name in wanted]
+    known = {**PROTOCOLS, **CHALLENGES}
+    if not wanted or not set(wanted) <= set(known):
+        raise ValueError(f"--protocol {names!r}: expected one or more of {', '.join(known)}, with commas between")
+    for challenge in (CHALLENGES[name] for name in wanted if name in CHALLENGES):
+        check_installed(challenge.module, challenge.package, f"--protocol {challenge.name}")
+    return [known[name] for name in wanted]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,14 @@
 """What a reader sees of a metric or a model, in every table, figure and card: results.json has the short names."""
 
 BANDS = ("1", "2-5", "6-10", "11-20", "21-40")  # of components
+VCC2026_NAMES = {
+    "pds_cosine": ("discrimination (PDS, cosine)", "↑"),
+    "expr_mse_unbiased_capped_norm": ("error of expression", "↓"),
+    "de_wilcoxon_direction_fidelity_yield_raw": ("direction fidelity", "↑"),
+    "de_wilcoxon_direction_reach_raw": ("direction reach", "↑"),
+    "de_wilcoxon_sig_jaccard": ("overlap of differential genes (Jaccard)", "↑"),
+    "de_wilcoxon_lfc_nmae": ("error of fold changes", "↓"),
+}
 METRIC_NAMES = {  # label, and which way is better
     "mmd2": ("MMD²", "↓"),
     "w2": ("W2", "↓"),
@@ -19,6 +27,11 @@ METRIC_NAMES = {  # label, and which way is better
     "overlap_at_N": ("overlap of differential genes (DES)", "↑"),
     "discrimination_score_l1": ("discrimination of perturbations (PDS)", "↑"),
     "mae": ("mean absolute error", "↓"),
+    "differential_genes": ("differential genes", ""),
+    "differential_genes_real": ("differential genes, real cells", ""),
+    **VCC2026_NAMES,
+    **{f"score_{name}": (f"score: {label}", "↑") for name, (label, _) in VCC2026_NAMES.items()},
+    "score": ("score: mean of the six", "↑"),
 }
 
 

@@ -13,14 +13,9 @@ import numpy as np
 import pandas as pd
 
 from eval.comparison.floor import FLOOR
-from eval.comparison.protocols import FEW_CELLS, PROTOCOLS, Score
+from eval.comparison.protocols import CHALLENGES, FEW_CELLS, PROTOCOLS, Score
 from eval.metrics.names import metric_label, model_label
 
-CELL_EVAL_DESCRIPTION = (
-    "metrics of the cell-eval package (profile vcc) on log1p(CP10k), each cell type by itself; beside the floor (one "
-    "draw of real training cells, where there are any) its own mean baseline, and its own ceiling: one half of the "
-    "real test cells against the other, corrected to full depth where the package does that"
-)
 FEW_MARK = f"(under {FEW_CELLS} cells)"
 ROW_KEYS = ("model", "protocol", "grouping", "condition", "metric", "mean", "std", "n", "seeds")
 
@@ -93,7 +88,7 @@ def sections(rows: Sequence[Row]) -> list[Section]:
         ours = [row for row in rows if row["protocol"] == protocol]
         pooled, means = ([row for row in ours if row["grouping"] == name] for name in ("pooled", "per_condition"))
         tables = [("All cells pooled", pooled, frozenset()), (_averaged_over(ours), means, _not_beside_floor(ours))]
-        description = PROTOCOLS[protocol].description if protocol in PROTOCOLS else CELL_EVAL_DESCRIPTION
+        description = (PROTOCOLS | CHALLENGES)[protocol].description
         found.append(Section(protocol, description, [table for table in tables if table[1]]))
     return found
 

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse
 from PIL import Image
 
 from eval import sample
-from eval.comparison import cell_eval
+from eval.comparison import vcc2025
 from eval.comparison.cells import read_comparison
 from eval.comparison.metric_table import METRICS, POOLED_METRICS
 from eval.evaluate import main
@@ -149,9 +150,9 @@ def held_out(folder, tmp_path_factory) -> Path:
 
 
 def test_held_out_conditions_have_the_split_half_floor_and_true_cells_are_at_it(held_out, tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.comparison.baselines.check_installed", lambda *_: None)
+    monkeypatch.setattr("eval.comparison.protocols.check_installed", lambda *_: None)
     monkeypatch.setitem(sys.modules, "cell_eval", SimpleNamespace(MetricsEvaluator=StandInEvaluator))
-    options = {"baselines": "independent_marginals", "cell_eval": True}
+    options = {"baselines": "independent_marginals", "protocol": "paper,log,vcc2025"}
     found = run_main(held_out, tmp_path, "true.h5ad", "fresh.h5ad", **options)
     conditions = anndata.read_h5ad(held_out / "test.h5ad").obs["perturbation"].value_counts()
     compared = {name: size if name == "control" else size // 2 for name, size in conditions.items()}
@@ -177,7 +178,7 @@ def test_held_out_conditions_have_the_split_half_floor_and_true_cells_are_at_it(
             assert true["mean"] == pytest.approx(floor["mean"])
             assert at_floor(true, floor)
         for model in ("floor", "true", "independent_marginals"):  # the stand-in counts the cells that it is given
-            assert place[model, "cell-eval", "condition", name, "size"]["mean"] == compared[name.split(" | ")[-1]]
+            assert place[model, "vcc2025", "condition", name, "size"]["mean"] == compared[name.split(" | ")[-1]]
     note = f"in {len(conditions) - 1} of {len(conditions)} conditions no training cell is there to be the floor"
     assert found["floor"].startswith(note)
     assert note in (tmp_path / "results.md").read_text()
@@ -309,7 +310,10 @@ def test_a_bad_generated_file_is_refused_and_nothing_is_written(folder, tmp_path
         ({"baselines": "mean"}, "--baselines 'mean': expected default, all, none, or some of independent_marginals"),
         ({"baselines": "scvi_prior"}, r"scvi-tools: pip install 'discrete-cell-models\[baselines\]'"),
         ({"baselines": "all"}, r"scvi-tools: pip install 'discrete-cell-models\[baselines\]'"),
-        ({"cell_eval": True}, r"cell-eval: pip install 'discrete-cell-models\[baselines\]'"),
+        (
+            {"protocol": "vcc2025"},
+            r"--protocol vcc2025 needs the package cell-eval: pip install 'discrete-cell-models\[baselines\]'",
+        ),
         ({"protocol": "cfgen", "condition_keys": "perturbation"}, "compares each cell_type by itself"),
     ],
 )
@@ -350,8 +354,18 @@ def test_a_checkpoint_is_drawn_from_with_every_seed_and_takes_its_folders_name(f
     assert seeds == {"floor": 10, "small": 2, "thinned": 1}
 
 
+class StandInTable(dict):
+    """In place of a polars table."""
+
+    def filter(self, chosen):
+        return StandInTable({name: column[chosen] for name, column in self.items()})
+
+
 class StandInEvaluator:
-    """In place of the cell-eval package: scores a perturbation by the number of its predicted cells."""
+    """In place of the cell-eval package: scores a perturbation by the number of its predicted cells.
+
+    Each has one differential gene in the real cells and two in the predicted ones.
+    """
 
     def __init__(self, *, adata_pred, adata_real, control_pert, pert_col, outdir, num_threads):
         assert not Path(outdir).exists()
@@ -360,7 +374,20 @@ class StandInEvaluator:
             assert not np.array_equal(adata.X.data, np.round(adata.X.data))
         if adata_pred is not None:
             assert set(adata_pred.obs[pert_col]) == set(adata_real.obs[pert_col])
+            controls = [a.X[(a.obs[pert_col] == control_pert).to_numpy()].toarray() for a in (adata_pred, adata_real)]
+            assert not {tuple(cell) for cell in controls[0]} & {tuple(cell) for cell in controls[1]}
             self.sizes = adata_pred.obs[pert_col].value_counts().drop(control_pert)
+            names = pd.Series(self.sizes.index.astype(str))
+            tables = []
+            for significant in (1, 2):
+                columns = {
+                    "target": names.repeat(3),
+                    "fdr": pd.Series(np.tile([0.0] * significant + [1.0] * (3 - significant), len(names))),
+                }
+                tables.append(
+                    SimpleNamespace(data=StandInTable({name: c.reset_index(drop=True) for name, c in columns.items()}))
+                )
+            self.de_comparison = SimpleNamespace(real=tables[0], pred=tables[1])
 
     def compute(self, *, profile, write_csv):
         lines = [{"perturbation": name, "size": float(size), "none": None} for name, size in self.sizes.items()]
@@ -370,50 +397,64 @@ class StandInEvaluator:
         return None, SimpleNamespace(to_dicts=lambda: [{"size": 7.0, "none": None, "nan": float("nan")}])
 
 
-def test_cell_eval_is_given_each_cell_type_with_its_mean_baseline_and_ceiling(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.comparison.baselines.check_installed", lambda *_: None)
+def test_vcc2025_is_given_each_cell_type_with_halves_of_its_controls_and_the_packages_yardsticks(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("eval.comparison.protocols.check_installed", lambda *_: None)
     monkeypatch.setitem(sys.modules, "cell_eval", SimpleNamespace(MetricsEvaluator=StandInEvaluator))
-    options = {"cell_eval": True, "protocol": "paper", "baselines": "additive"}
+    options = {"protocol": "vcc2025", "baselines": "additive"}
     found = run_main(folder, tmp_path / "out", "generated_0.h5ad", **options)
-    ours = [row for row in found["rows"] if row["protocol"] == "cell-eval"]
+    ours = [row for row in found["rows"] if row["protocol"] == "vcc2025"]
+    assert ours == found["rows"]
     seeds = {row["model"]: row["seeds"] for row in ours}
-    assert seeds == {"floor": 1, "thinned": 1, "additive": 3, "cell_eval_mean": 1, "cell_eval_ceiling": 1}
+    assert seeds == {"floor": 10, "thinned": 1, "additive": 3, "cell_eval_mean": 1, "cell_eval_ceiling": 1}
     test = anndata.read_h5ad(folder / "test.h5ad").obs
     sizes = (test["cell_type"].astype(str) + " | " + test["perturbation"].astype(str)).value_counts()
-    half = round(np.median([size // 2 for name, size in sizes.items() if not name.endswith("control")]))
     ceilings = [row for row in ours if row["model"] == "cell_eval_ceiling"]
-    assert [(row["metric"], row["mean"], row["n"]) for row in ceilings] == [("size", 7.0, half)]
+    assert {(row["grouping"], row["condition"]) for row in ceilings} == {
+        ("per_condition", None),
+        ("context", "type0"),
+        ("context", "type1"),
+    }
+    assert {(row["metric"], row["mean"]) for row in ceilings} == {("size", 7.0)}
+    strata = [row for row in ours if row["grouping"] == "stratum" and row["model"] == "thinned"]
+    assert {(row["condition"], row["metric"]) for row in strata} == {
+        ("1 to 9 differential genes", metric) for metric in ("size", "differential_genes", "differential_genes_real")
+    }
     for row in ours:
-        if row["grouping"] == "condition":
+        if row["grouping"] == "condition" and row["metric"] == "size":
             assert row["mean"] == sizes[row["condition"].removesuffix(" (under 20 cells)")]
             assert not row["condition"].startswith("type0 | control")
-    assert "metrics of the cell-eval package" in (tmp_path / "out" / "results.md").read_text()
+        if row["metric"].startswith("differential_genes"):
+            assert row["mean"] == (1 if row["metric"].endswith("real") else 2)
+    assert "by the package cell-eval (profile vcc)" in (tmp_path / "out" / "results.md").read_text()
 
 
 @pytest.mark.slow
-def test_cell_eval_itself_scores_real_cells_above_its_mean_baseline(folder, tmp_path):
+def test_vcc2025_itself_scores_real_cells_above_its_mean_baseline(folder, tmp_path):
     """The package as it is: two files of thinned training cells, whose perturbations are those of the test cells."""
     pytest.importorskip("cell_eval", reason="the extra 'baselines' is not installed")
-    found = run_main(folder, tmp_path / "out", cell_eval=True, protocol="paper", baselines="none")
+    found = run_main(folder, tmp_path / "out", protocol="vcc2025", baselines="none")
     assert found["versions"]["cell-eval"]
-    ours = [row for row in found["rows"] if row["protocol"] == "cell-eval" and row["grouping"] == "per_condition"]
+    ours = [row for row in found["rows"] if row["grouping"] == "per_condition"]
     means = {(row["model"], row["metric"]): row["mean"] for row in ours}
-    assert {metric for _, metric in means} == {"mae", "overlap_at_N", "discrimination_score_l1"}
+    genes = {"differential_genes", "differential_genes_real"}
+    assert {metric for _, metric in means} == {"mae", "overlap_at_N", "discrimination_score_l1"} | genes
     for model in ("thinned", "floor"):
         assert means[model, "discrimination_score_l1"] > means["cell_eval_mean", "discrimination_score_l1"] + 0.1
     assert 0 < means["cell_eval_ceiling", "discrimination_score_l1"] <= 1
     assert ("cell_eval_ceiling", "mae") not in means
 
 
-def test_cell_eval_means_of_training_perturbations_are_those_of_the_package(folder):
+def test_vcc2025_means_of_training_perturbations_are_those_of_the_package(folder):
     baseline = pytest.importorskip("cell_eval._baseline", reason="the extra 'baselines' is not installed")
     generated = {folder / "generated_0.h5ad": None}
     cells = read_comparison(generated, folder / "test.h5ad", folder / "train.h5ad", reserved_names=())
-    means = cell_eval._mean_cells(cells.train, cells.real)
+    means = vcc2025.mean_cells(cells.train, cells.real)
     for cell_type in ("type0", "type1"):
         chosen = (cells.train.labels["cell_type"] == cell_type).to_numpy()
         train = anndata.AnnData(
-            cell_eval.log_cp10k(cells.train.counts[chosen]).toarray(),
+            vcc2025.log_cp10k(cells.train.counts[chosen]).toarray(),
             obs=cells.train.labels[chosen].set_axis([str(row) for row in range(chosen.sum())]),
         )
         expected = baseline.build_base_mean_adata(train, pert_col="perturbation", control_pert="control")

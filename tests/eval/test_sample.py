@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from scipy import sparse
 
 from eval import sample
+from eval.comparison.submission import defects
 from eval.drawing.checkpoint import load_checkpoint
 from eval.sample import Schedule, main
 from modeling_dcm import DCMForDenoising
@@ -107,6 +108,23 @@ def test_a_label_beside_like_makes_counterfactuals_and_need_not_be_in_the_file(t
     assert drawn.obs["cell_type"].astype(str).tolist() == real.obs["cell_type"].astype(str).tolist()
 
 
+def test_a_submission_has_the_genes_and_labels_of_its_file_and_a_model_that_lacks_genes_makes_none(
+    trained, shards, tmp_path
+):
+    real = anndata.read_h5ad(shards / "test.h5ad")
+    real[:, ::-1].copy().write_h5ad(tmp_path / "real.h5ad")
+    main(str(trained), out=tmp_path / "cells.h5ad", like=tmp_path / "real.h5ad", vcc=True, steps=2)
+    drawn = anndata.read_h5ad(tmp_path / "cells.h5ad")
+    assert drawn.var_names.tolist() == real.var_names[::-1].tolist()
+    assert drawn.obs["perturbation"].astype(str).tolist() == real.obs["perturbation"].astype(str).tolist()
+    assert defects(tmp_path / "cells.h5ad", tmp_path / "real.h5ad") == []
+    real.var_names = ["another", *real.var_names[1:]]
+    real.write_h5ad(tmp_path / "real.h5ad")
+    with pytest.raises(ValueError, match=r"has 1 genes of [\d,]+ that the model does not know \(another\)"):
+        main(str(trained), out=tmp_path / "none.h5ad", like=tmp_path / "real.h5ad", vcc=True, steps=2)
+    assert not (tmp_path / "none.h5ad").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -171,6 +189,8 @@ def test_where_states_come_from_is_asked_for_and_said_in_the_file(trained, tmp_p
         ({"keep_state": True}, "expected a file of cells beside it, --like"),
         ({"keep_state": True, "state": "prior"}, "--state is prior; expected none with --keep-state"),
         ({"like": Path("a.h5ad"), "keep_state": True, "library_size": 9.0}, "expected none with --keep-state"),
+        ({"vcc": True}, "--vcc is True; expected beside --like"),
+        ({"vcc": True, "like": Path("a.h5ad"), "perturbation": "x"}, "left out with --perturbation"),
     ],
 )
 def test_options_that_no_model_could_follow_are_refused_before_one_is_loaded(tmp_path, options, message):

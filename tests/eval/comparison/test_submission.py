@@ -1,0 +1,95 @@
+"""A file for the Virtual Cell Challenge: every way in which it can be wrong, and how one is made."""
+
+import re
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from eval.comparison.submission import MOST_COUNTS, defects, rewrite_as_submission
+from eval.evaluate import main as evaluate
+from training.data.command_line import run
+
+GENES = ["A", "B", "C"]
+
+
+def cells(names: list[str], genes: list[str], *, seed: int = 0, **uns: object) -> anndata.AnnData:
+    counts = np.random.default_rng(seed).poisson(3.0, size=(len(names), len(genes)))
+    obs = pd.DataFrame({"perturbation": names}, index=[str(place) for place in range(len(names))])
+    return anndata.AnnData(sparse.csr_matrix(counts.astype(np.int32)), obs=obs, var=pd.DataFrame(index=genes), uns=uns)
+
+
+@pytest.fixture
+def real(tmp_path) -> Path:
+    cells(["control", "x", "x+y"] * 3, GENES, dcm_control="control").write_h5ad(tmp_path / "real.h5ad")
+    return tmp_path / "real.h5ad"
+
+
+def changed(folder: Path, change) -> Path:
+    adata = cells(["control", "x", "x+y"] * 2, GENES, seed=1)
+    adata = change(adata) or adata
+    adata.write_h5ad(folder / "changed.h5ad")
+    return folder / "changed.h5ad"
+
+
+def _fractional(adata):
+    adata.X = adata.X.astype(np.float32) / 2
+
+
+def _large(adata):
+    adata.X.data[0] = MOST_COUNTS + 1
+
+
+def _relabelled(adata):
+    adata.obs["perturbation"] = ["control", "x", "y+x"] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda adata: None, []),
+        (_fractional, ["are not integers"]),
+        (_large, ["1 cells have more than 1,000,000 counts"]),
+        (lambda adata: adata[:, :2].copy(), [r"1 genes are missing \(C\)"]),
+        (lambda adata: adata[:, [0, 2, 1]].copy(), [r"another order \(gene 2 is C, expected B\)"]),
+        (lambda adata: adata[adata.obs["perturbation"] != "control"].copy(), ["1 conditions without control cells"]),
+        (_relabelled, [r"of the real file are missing \(x\+y\)", r"not in the real file \(y\+x\)"]),
+        (lambda adata: adata[adata.obs["perturbation"] == "x", :1].copy(), ["2 genes", "without control", "missing"]),
+    ],
+)
+def test_everything_that_is_wrong_is_in_the_list(real, tmp_path, change, expected):
+    found = defects(changed(tmp_path, change), real)
+    assert len(found) == len(expected)
+    for defect, pattern in zip(found, expected):
+        assert re.search(pattern, defect)
+
+
+def test_the_command_says_it_in_one_line_and_exits_with_2(real, tmp_path, monkeypatch, capsys):
+    path = changed(tmp_path, lambda adata: adata[adata.obs["perturbation"] == "x", :1].copy())
+    monkeypatch.setattr("sys.argv", ["dcm-evaluate", str(path), "--real", str(real), "--validate"])
+    with pytest.raises(SystemExit) as ended:
+        run(evaluate)
+    assert ended.value.code == 2
+    line = capsys.readouterr().err
+    assert "breaks the contract of vcc2026" in line
+    assert "(1) 2 genes are missing (B, C); (2) 1 conditions without control cells (control); (3) " in line
+
+
+def test_drawn_cells_get_the_genes_and_labels_of_the_real_file(real, tmp_path):
+    """A model has its genes in its own order, one more of them, and combinations in the order of their names."""
+    drawn = cells(["control", "x", "y+x"] * 2, ["C", "D", "A", "B"], generator="dcm")
+    drawn.obs["source_cell"] = drawn.obs_names
+    drawn.obs["source_perturbation"] = ["control", "x", "x+y"] * 2
+    drawn.write_h5ad(tmp_path / "drawn.h5ad")
+    rewrite_as_submission(tmp_path / "drawn.h5ad", real)
+    found = anndata.read_h5ad(tmp_path / "drawn.h5ad")
+    assert list(found.var_names) == GENES
+    assert found.obs.columns.tolist() == ["perturbation"]
+    assert found.obs["perturbation"].tolist() == ["control", "x", "x+y"] * 2
+    np.testing.assert_array_equal(found.X.toarray(), drawn[:, GENES].X.toarray())
+    assert found.X.dtype == np.int32
+    assert found.uns["generator"] == "dcm"
+    assert defects(tmp_path / "drawn.h5ad", real) == []
