@@ -94,7 +94,7 @@ def render(
         **{name: str(value) for name, value in own.items()},
         "data": "\n\n".join([str(facts["data"]).strip(), *_numbers(facts)]),
         "usage": _usage(repo_id, example),
-        "status": _status(facts, checkpoint, measured),
+        "status": "\n\n".join([_status(facts, checkpoint, measured), *_without_code(checkpoint, repo_id)]),
         "evaluation": _evaluation(measured, figures),
     }
     data = ModelCardData(
@@ -214,6 +214,18 @@ def _status(facts: Mapping[str, object], checkpoint: Path | None, measured: obje
     if measured is None:
         return "> **Not evaluated.** Weights are here, but no results were given when they were pushed."
     return f"Evaluated on {facts['dataset_name']}; every number below stands beside its real-against-real floor."
+
+
+def _without_code(checkpoint: Path | None, repo_id: str) -> list[str]:
+    """Say of a folder without code, as those in this repository, how to get one that loads by itself."""
+    if checkpoint is None or (checkpoint / "modeling_dcm.py").exists():
+        return []
+    name = checkpoint.name
+    return [
+        f"> This folder, `{name}`, has no code: it loads where the package is installed, by `DCMForDenoising` and "
+        f"`DCMTokenizer`. `dcm-push {name} {repo_id} --results {name}/results.json --dry-run --out complete` writes a "
+        'folder that `pipeline("cell-generation", model="complete", trust_remote_code=True)` loads anywhere.'
+    ]
 
 
 def _evaluation(measured: Mapping | None, figures: Sequence[str]) -> str:

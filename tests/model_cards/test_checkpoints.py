@@ -1,22 +1,26 @@
-"""Checkpoints in the repository draw cells like those that the numbers on their cards describe."""
+"""Checkpoints in the repository draw cells like those that the numbers on their cards describe, and need no package."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from eval.drawing.checkpoint import load_checkpoint
 from model_cards.render_card import numbers_of, read_facts, render
+from tests.fresh_python import fresh_python, make_environment
+from training.push_to_hub import STRANGER
+from training.push_to_hub import main as push
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = sorted(path.parent for path in (ROOT / "model_cards" / "checkpoints").glob("*/model.safetensors"))
-CELLS = 1000
+COUNTS = 10**6  # to draw: fewer cells where each has more genes
 
 
 def differences(model, tokenizer, numbers: dict[str, object]) -> tuple[float, float]:
     """Generated cells beside the numbers: |log ratio| of library sizes, and the largest one of genes' means."""
-    labels = model.draw_labels(CELLS, seed=0)
+    labels = model.draw_labels(min(2000, COUNTS // len(tokenizer.genes)), seed=0)
     adata = tokenizer.decode(model.generate(**labels, seed=0), conditions=labels)
     means = dict(zip(tokenizer.genes, np.asarray(adata.X.mean(axis=0)).ravel()))
     genes = [abs(np.log((means[name] + 0.1) / (mean + 0.1))) for name, mean in numbers["mean_counts"].items()]
@@ -31,8 +35,26 @@ def test_a_checkpoint_of_the_repository_draws_what_its_card_says(folder):
     size, genes = differences(*load_checkpoint(str(folder)), facts["numbers"])
     assert size < 0.1
     assert genes < 0.5  # a gene of few loud cells has a mean as uncertain
-    card = (folder / "README.md").read_text()
-    assert all(name in card for name in facts["numbers"]["mean_counts"])
+    card = ModelCard.load(folder / "README.md")
+    known = {"checkpoint": folder, "results": folder / "results.json", "figures": ["figure.png"]}
+    answer = card.data.widget[0]["output"]["text"]
+    assert render(facts, repo_id=f"org/{folder.name}", example_output=answer, **known) == str(card)
+    assert all(name in str(card) for name in facts["numbers"]["mean_counts"])
+
+
+@pytest.mark.slow
+def test_checkpoints_of_the_repository_are_completed_to_load_where_the_package_is_not(tmp_path):
+    python = make_environment(tmp_path / "environment")
+    for folder in FOLDERS:
+        assert "has no code" in (folder / "README.md").read_text()
+        complete = tmp_path / folder.name
+        push(folder, f"org/{folder.name}", results=folder / "results.json", dry_run=True, out=complete)
+        card = ModelCard.load(complete / "README.md")
+        assert "has no code" not in str(card)
+        widget = card.data.widget[0]
+        done = fresh_python(python, STRANGER, complete, widget["text"], home=tmp_path / "home")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == widget["output"]["text"]
 
 
 def test_numbers_on_a_card_are_those_of_the_cells_and_a_model_of_other_cells_is_found_out(trained, shards, tmp_path):

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import modeling_dcm
+import tokenization
 from modeling_dcm import DCMConfig, DCMForDenoising
 from modeling_dcm.pipeline_dcm import CUSTOM_PIPELINES
 from tokenization import DCMTokenizer
@@ -313,10 +314,14 @@ def save_final(config: TrainConfig, model: DCMForDenoising, tokenizer: DCMTokeni
 
 
 def add_shipped_files(folder: Path) -> None:
-    """Add pipeline and endpoint handler to a checkpoint, which works without this package then; what is there stays."""
-    for name in ("handler.py", "pipeline_dcm.py"):
-        if not (folder / name).exists():
-            shutil.copyfile(Path(modeling_dcm.__file__).with_name(name), folder / name)
+    """Add pipeline and endpoint handler to a checkpoint, which works without this package then; what is there stays. A
+    folder without code, as those in this repository, gets all of it."""
+    has_code = (folder / "modeling_dcm.py").exists()
+    names = ("handler.py", "pipeline_dcm.py" if has_code else "*_dcm.py")
+    packages = [Path(package.__file__).parent for package in (modeling_dcm, tokenization)]
+    for path in (path for package in packages for name in names for path in package.glob(name)):
+        if not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
     config = json.loads((folder / "config.json").read_text())
     said = {"custom_pipelines": CUSTOM_PIPELINES} | config
     (folder / "config.json").write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
