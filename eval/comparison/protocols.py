@@ -6,6 +6,7 @@ components) is fitted on the real test cells alone, once for every model.
 Shapes: ``n`` and ``m`` cells, ``G`` genes, ``d`` components.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -360,15 +361,18 @@ def mean_scores(scores: Sequence[Score], metrics: Sequence[str]) -> list[Score]:
     return means
 
 
+def repeated_scores(repeats: Sequence[Sequence[Score]]) -> dict[tuple[str, str | None, str], list[Score]]:
+    """Grouping, condition and metric -> its score in each of the repeats that has it."""
+    found: dict[tuple[str, str | None, str], list[Score]] = {}
+    for score in itertools.chain.from_iterable(repeats):
+        found.setdefault((score.grouping, score.condition, score.metric), []).append(score)
+    return found
+
+
 def averaged_scores(repeats: Sequence[Sequence[Score]]) -> list[Score]:
     """Mean over repeats of each score that is finite there, ``n`` the smallest."""
-    if len(repeats) == 1:
-        return list(repeats[0])
-    grouped: dict[tuple[str, str | None, str], list[Score]] = {}
-    for score in (score for scores in repeats for score in scores):
-        grouped.setdefault((score.grouping, score.condition, score.metric), []).append(score)
     means = []
-    for key, scores in grouped.items():
+    for key, scores in repeated_scores(repeats).items():
         finite = [score.value for score in scores if np.isfinite(score.value)]
         means.append(Score(*key, float(np.mean(finite)) if finite else float("nan"), min(score.n for score in scores)))
     return means

@@ -116,10 +116,7 @@ class ChunkFiles:
         return self.folder / f"{chunk}{SUFFIX}"
 
     def _check_request(self, num_written: int) -> None:
-        try:
-            before = json.loads((self.folder / REQUEST).read_text())
-        except (OSError, json.JSONDecodeError):
-            before = {}
+        before = json.loads((self.folder / REQUEST).read_text())
         names = [name for name in {**before, **self.request} if before.get(name) != self.request.get(name)]
         if names:
             differences = ", ".join(f"{name}: {before.get(name)} then, {self.request.get(name)} now" for name in names)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from eval.comparison.floor import FLOOR
-from eval.comparison.protocols import CHALLENGES, FEW_CELLS, PROTOCOLS, Score
+from eval.comparison.protocols import CHALLENGES, FEW_CELLS, PROTOCOLS, Score, repeated_scores
 from eval.metrics.names import metric_label, model_label
 
 FEW_MARK = f"(under {FEW_CELLS} cells)"
@@ -38,12 +38,8 @@ def summary_rows(
         Rows with ``ROW_KEYS``: ``n`` the smallest number of cells a side, ``seeds`` the number of repeats with a finite
         value, ``std`` (n - 1) None for a single one, ``mean`` None without any.
     """
-    grouped: dict[tuple[str, str | None, str], list[Score]] = defaultdict(list)
-    for scores in repeats:
-        for score in scores:
-            grouped[score.grouping, score.condition, score.metric].append(score)
     rows = []
-    for (grouping, condition, metric), scores in grouped.items():
+    for (grouping, condition, metric), scores in repeated_scores(repeats).items():
         values = [score.value for score in scores if math.isfinite(score.value)]
         if condition is not None and test_cells[condition] < FEW_CELLS:
             condition = f"{condition} {FEW_MARK}"

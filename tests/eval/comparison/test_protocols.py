@@ -19,7 +19,6 @@ from eval.comparison.protocols import (
     evaluate_pair,
     log_cp10k,
     prepare_reference,
-    principal_components,
     variable_genes,
 )
 from eval.metrics import distances, gene_agreement
@@ -217,17 +216,6 @@ def test_cfgen_equals_scanpy_scikit_learn_and_pot():
     assert scores["per_condition", None, "mmd2"].value == pytest.approx(np.mean([e[0] for e in expected.values()]))
     assert scores["per_condition", None, "w2"].value == pytest.approx(np.mean([e[1] for e in expected.values()]))
     assert not any(grouping == "pooled" for grouping, _, _ in scores)
-
-
-def test_components_do_not_depend_on_which_side_of_the_matrix_is_longer():
-    rng = np.random.default_rng(0)
-    for shape in ((50, 12), (12, 50)):
-        values = sparse.csr_matrix(rng.poisson(1.0, shape).astype(float))
-        projected = principal_components(values)(values)
-        number = projected.shape[1]
-        assert number == 11 if shape[0] == 12 else number == 12
-        expected = PCA(number, svd_solver="full").fit_transform(values.toarray())
-        np.testing.assert_allclose(np.abs(projected), np.abs(expected), atol=1e-8)
 
 
 def test_variable_genes_are_those_of_scanpy_and_all_where_there_are_no_more():

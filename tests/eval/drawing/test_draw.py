@@ -24,8 +24,6 @@ from eval.sample import main
 from modeling_dcm import generation_dcm
 from tests.tiny_training import assert_same_file
 
-REQUEST = {"seed": 0, "guidance_scale": {"cell_type": 1.0}}
-
 
 def interrupted_run(monkeypatch, trained: Path, out: Path, options: dict) -> None:
     """Draw the first three chunks, and no more."""
@@ -182,7 +180,7 @@ def free_port() -> str:
 @pytest.fixture
 def files(tmp_path) -> ChunkFiles:
     """Seven cells in chunks of three, nothing drawn yet."""
-    files = ChunkFiles(tmp_path / "new" / "cells.h5ad", REQUEST, num_cells=7, batch_size=3)
+    files = ChunkFiles(tmp_path / "new" / "cells.h5ad", {"seed": 0}, num_cells=7, batch_size=3)
     assert not files.folder.parent.exists()
     assert files.prepare() == [0, 1, 2]
     return files
@@ -226,10 +224,3 @@ def test_an_output_is_not_written_while_a_chunk_is_missing(files):
         files.merge(annotations(7, 4))
     assert not files.out.exists()
     assert files.prepare() == [1]
-
-
-def test_a_request_that_cannot_be_read_is_another_request(files):
-    files.write(0, sparse.csr_matrix((3, 4), dtype=np.int32))
-    (files.folder / "request.json").write_text("{")
-    with pytest.raises(ValueError, match="1 drawn chunks of another request"):
-        files.prepare()
