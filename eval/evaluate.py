@@ -1,19 +1,18 @@
 """Score generated cells against held-out real ones, beside the real-vs-real floor and the baselines.
 
-Takes any generator's h5ad with integer counts, or checkpoints, which are drawn from first. Writes ``results.json``
-(every number), ``results.csv`` (the same), ``results.md`` (the tables), ``figure.png`` and ``report.html`` (tables and
-figures in one file). Reads test cells only to score.
+Takes any generator's h5ad with integer counts (``dcm-sample --like`` draws those of a checkpoint). Writes
+``results.json`` (every number), ``results.csv`` (the same), ``results.md`` (the tables), ``figure.png`` and
+``report.html`` (tables and figures in one file). Reads test cells only to score.
 
     dcm-evaluate generated.h5ad --real shards/test.h5ad --train shards/train.h5ad --out results/
     dcm-evaluate submission.h5ad --real shards/test.h5ad --validate
-    dcm-evaluate checkpoint/ scvi.h5ad --real shards/test.h5ad --train shards/train.h5ad --out results/ --baselines all
+    dcm-evaluate generated.h5ad scvi.h5ad --real test.h5ad --train train.h5ad --out results/ --baselines all
 """
 
 import logging
 import shutil
 from collections.abc import Sequence
 from functools import partial
-from itertools import filterfalse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +46,6 @@ def main(
     control: str | None = None,
     layer: str | None = None,
     dataset: str | None = None,
-    sampling_seeds: int = 3,
     seed: int = 0,
     umap: bool = True,
 ) -> None:
@@ -57,8 +55,7 @@ def main(
     report.html.
 
     Args:
-        generated: h5ad files of generated cells with integer counts (genes are matched by name), or checkpoints
-            (folders or ids on the Hub), from which the conditions of the real test cells are drawn first.
+        generated: h5ad files of generated cells with integer counts; genes are matched by name.
         real: h5ad of the real test cells.
         train: h5ad of the real training cells, for the floor and the baselines.
         out: Folder to write to.
@@ -70,7 +67,7 @@ def main(
             scvi_prior, scvi_aggregated_posterior), or default (those that need no other package), all, or none.
         vectors: vectors of perturbations by name: then ridge regression and nearest neighbours are baselines, too.
         name: The generator's name, or one for each file with commas between; by default what each file says in
-            uns["generator"], or the checkpoint's name.
+            uns["generator"].
         condition_keys: Columns of obs that make up a condition, with commas between, or none for pooled scores only;
             by default what the real file says in uns["dcm_conditions"], else cell_type and perturbation where present.
         control: The label of control cells in the column perturbation; by default what the real file says in
@@ -78,7 +75,6 @@ def main(
         layer: Layer of the generated files that holds the counts; by default X.
         dataset: The data set's name; by default that of the file which dcm-convert read, or else of the real file's
             folder.
-        sampling_seeds: How many samples are drawn from each checkpoint.
         seed: Of every draw (floor, baselines, thinning).
         umap: Embed by UMAP in the report (takes up to a minute) where umap-learn is installed, else by PCA.
     """
@@ -95,13 +91,11 @@ def main(
     from training.perturbations.table import read_vectors
 
     protocols, chosen = named_protocols(protocol), named_baselines(baselines)
-    from eval.comparison.cells import drawn_files, read_comparison
+    from eval.comparison.cells import read_comparison
     from eval.comparison.challenges import RESERVED_NAMES
 
-    named = _named(generated, name, RESERVED_NAMES)
-    files = drawn_files(named, real=real, out=out, seeds=sampling_seeds)
-    options = {"condition_keys": condition_keys, "layer": layer, "control": control}
-    comparison = read_comparison(files, real, train, reserved_names=RESERVED_NAMES, **options)
+    options = {"condition_keys": condition_keys, "layer": layer, "control": control, "reserved_names": RESERVED_NAMES}
+    comparison = read_comparison(_named(generated, name), real, train, **options)
     packages = (*PACKAGES, *["scvi-tools"] * bool(set(chosen) & set(FROM_SCVI)))
     packages += tuple(protocol.package for protocol in protocols if isinstance(protocol, Challenge))
     header = {
@@ -152,16 +146,11 @@ def evaluate(
     return rows
 
 
-def _named(generated: Sequence[Path], name: str | None, reserved_names: Sequence[str]) -> dict[Path, str | None]:
-    """Each generated file or checkpoint with its name, as far as ``name`` tells it."""
-    if name is None:
-        return dict.fromkeys(generated)
-    names, number = [part.strip() for part in name.split(",")], len(generated)
-    if len(names) not in (1, number) or not all(names):
+def _named(generated: Sequence[Path], name: str | None) -> dict[Path, str | None]:
+    """Each generated file with its name, as far as ``name`` tells it."""
+    names, number = [None] if name is None else [part.strip() for part in name.split(",")], len(generated)
+    if len(names) not in (1, number) or "" in names:
         raise ValueError(f"--name {name!r} holds {len(names)} names: expected one, or one for each of {number} files")
-    taken = [part for part in names if part in reserved_names]
-    if taken:
-        raise ValueError(f"--name {taken[0]!r} is the name of a row of every table; expected another name")
     return dict(zip(generated, names if len(names) == number else names * number))
 
 
@@ -176,17 +165,14 @@ def _validate(generated: Sequence[Path], real: Path, **options: str | None) -> N
 
 def _check_paths(generated: Sequence[Path], real: Sequence[Path], out: Path) -> None:
     """Refuse an empty or repeated list of files, a file that is not there, and an ``--out`` that cannot be a folder."""
-    from eval.comparison.cells import is_checkpoint
-
-    if not generated:
-        raise ValueError("no generated file given; expected one or more h5ad files or checkpoints")
     repeated = [path for path in generated if list(generated).count(path) > 1]
-    if repeated:
-        raise ValueError(f"{str(repeated[0])!r} is given more than once: each file counts as one sampling seed")
-    expected = dict.fromkeys(filterfalse(is_checkpoint, generated), "an h5ad file or a checkpoint")
-    for path, what in (expected | dict.fromkeys(real, "an h5ad file of real cells")).items():
+    if repeated or not generated:
+        given = f"{str(repeated[0])!r} is given more than once" if generated else "no generated file given"
+        raise ValueError(f"{given}: expected one or more h5ad files, each of which counts as one sampling seed")
+    for path in (*generated, *real):
         if not path.is_file():
-            raise FileNotFoundError(f"no file {str(path)!r}; expected {what}")
+            way_out = "; draw from a checkpoint first: dcm-sample CHECKPOINT --like REAL" if path in generated else ""
+            raise FileNotFoundError(f"no file {str(path)!r}; expected an h5ad file of cells{way_out}")
     check_folder(out)
 
 

@@ -1,7 +1,6 @@
 """The cells of a comparison, read from files: real test cells, real training cells, and those of every generator.
 
-Genes are matched by name, and what is not counts is refused. A checkpoint is drawn from first, with the conditions of
-the real test cells and several seeds.
+Genes are matched by name, and what is not counts is refused.
 """
 
 import logging
@@ -121,33 +120,6 @@ def joined_labels(labels: pd.DataFrame) -> pd.Series:
     return names
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether an argument is a checkpoint's folder, or may be its id on the Hub, and not a file of cells."""
-    return path.is_dir() or (path.suffix not in (".h5ad", ".h5") and not path.exists() and len(path.parts) == 2)
-
-
-def drawn_files(generated: Mapping[Path, str | None], *, real: Path, out: Path, seeds: int) -> dict[Path, str | None]:
-    """Replace every checkpoint by the files drawn from it, one for each seed, in ``out/samples``.
-
-    Returns:
-        The h5ad files and a name for each: the one given, for a checkpoint else the last part of its path.
-    """
-    drawn: dict[Path, str | None] = {}
-    for given, name in generated.items():
-        if not is_checkpoint(given):
-            drawn[given] = name
-            continue
-        from eval.sample import main as sample  # only here: drawing needs the network's packages
-
-        short = given.resolve().name
-        for seed in range(seeds):
-            logger.info("drawing the test cells' conditions from %s, seed %d", given, seed)
-            drawn[sample(str(given), out=out / "samples" / f"{short}_{seed}.h5ad", like=real, seed=seed)] = (
-                name or short
-            )
-    return drawn
-
-
 def read_comparison(
     generated: Mapping[Path, str | None],
     real: Path,
@@ -190,7 +162,12 @@ def read_comparison(
                 f"{str(path)!r} has none of the conditions of {str(real)!r} (columns {', '.join(conditions)}); it has "
                 f"{next(iter(cells.rows_by_condition))!r}, the other {next(iter(real_cells.rows_by_condition))!r}, ..."
             )
-        by_model.setdefault(generated[path] or _generator(file, path, reserved_names), []).append(cells)
+        model = generated[path] or file.uns.get("generator")
+        if model is None:
+            raise ValueError(f"{str(path)!r} does not say what generated it (uns['generator']); pass --name NAME")
+        if model in reserved_names:
+            raise ValueError(f"{str(path)!r}: {model!r} is a row of every table; pass --name with another name")
+        by_model.setdefault(str(model), []).append(cells)
     sampling = [file.uns.get("dcm_sampling", {}) for file in files.values()]
     found = [of_file.get("checkpoint") for of_file in sampling]
     falling = [float(of_file["loss_still_falling"]) for of_file in sampling if "loss_still_falling" in of_file]
@@ -273,16 +250,6 @@ def _genes_measured_in_all(files: Mapping[Path, "anndata.AnnData"], of_real: pd.
         what = "compared on the %d of %d genes that were measured in all cells of all files"
         logger.warning(what, len(kept), len(of_real))
     return list(map(str, kept))
-
-
-def _generator(file: "anndata.AnnData", path: Path, reserved_names: Sequence[str]) -> str:
-    """The generator's name as the file tells it."""
-    if "generator" not in file.uns:
-        raise ValueError(f"{str(path)!r} does not say what generated it (uns['generator']); pass --name NAME")
-    name = str(file.uns["generator"])
-    if name in reserved_names:
-        raise ValueError(f"{str(path)!r}: uns['generator'] is {name!r}, a row of every table; pass --name")
-    return name
 
 
 def _warn_of_gaps(comparison: Comparison) -> None:

@@ -14,7 +14,6 @@ import pytest
 import scipy.sparse
 from PIL import Image
 
-from eval import sample
 from eval.comparison import vcc2025
 from eval.comparison.cells import read_comparison
 from eval.comparison.metric_table import METRICS, POOLED_METRICS
@@ -304,7 +303,7 @@ def test_a_bad_generated_file_is_refused_and_nothing_is_written(folder, tmp_path
     ("options", "message"),
     [
         ({"protocol": "paper,cosine"}, "--protocol 'paper,cosine': expected one or more of paper, log"),
-        ({"name": "additive"}, "--name 'additive' is the name of a row of every table"),
+        ({"name": "additive"}, "'additive' is a row of every table; pass --name"),
         ({"name": "a,b,c"}, "--name 'a,b,c' holds 3 names: expected one, or one for each of 2 files"),
         ({"condition_keys": "donor"}, "has no obs column 'donor'; it has cell_type, perturbation"),
         ({"baselines": "mean"}, "--baselines 'mean': expected default, all, none, or some of independent_marginals"),
@@ -328,30 +327,12 @@ def test_bad_options_are_refused_before_anything_is_written(folder, tmp_path, op
 def test_files_that_cannot_be_compared_are_refused(folder, tmp_path):
     file, train = folder / "generated_0.h5ad", folder / "train.h5ad"
     for files, cells, message in (
-        ((file, file), train, "is given more than once: each file counts as one sampling seed"),
+        ((file, file), train, "is given more than once: expected one or more h5ad files"),
         ((), train, "no generated file given"),
-        ((file,), folder / "none.h5ad", r"no file '.*none\.h5ad'; expected an h5ad file of real cells"),
+        ((file,), folder / "none.h5ad", r"no file '.*none\.h5ad'; expected an h5ad file of cells"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             main(files, real=folder / "test.h5ad", train=cells, out=tmp_path / "out")
-
-
-def test_a_checkpoint_is_drawn_from_with_every_seed_and_takes_its_folders_name(folder, tmp_path, monkeypatch):
-    (tmp_path / "small").mkdir()
-    asked = []
-
-    def draw(checkpoint: str, *, out: Path, like: Path, seed: int) -> Path:
-        asked.append((checkpoint, like, seed))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes((folder / f"generated_{seed}.h5ad").read_bytes())
-        return out
-
-    monkeypatch.setattr(sample, "main", draw)
-    options = {"protocol": "scldm", "baselines": "none", "sampling_seeds": 2}
-    found = run_main(folder, tmp_path / "out", str(tmp_path / "small"), "generated_0.h5ad", **options)
-    assert asked == [(str(tmp_path / "small"), folder / "test.h5ad", seed) for seed in (0, 1)]
-    seeds = {row["model"]: row["seeds"] for row in found["rows"] if row["metric"] == "w2"}
-    assert seeds == {"floor": 10, "small": 2, "thinned": 1}
 
 
 class StandInTable(dict):
