@@ -18,7 +18,7 @@ from typing import Annotated
 import tyro
 import yaml
 
-from eval.metrics.names import metric_label, model_label
+from eval.metrics.table import metric_label, model_label
 from model_cards.draft_card import is_asked
 from tokenization.labels_dcm import read_text
 from training.data.command_line import run

@@ -11,8 +11,8 @@ from tqdm import tqdm
 from eval.comparison.baselines import BASELINE_DRAWS, Sampler, baseline_draws
 from eval.comparison.cells import CellCounts, Comparison
 from eval.comparison.floor import FLOOR, FLOOR_DRAWS, Halves, floor_draws, without_training_cells
-from eval.comparison.metric_table import COPYING
 from eval.comparison.protocols import Protocol, Reference, Score, averaged_scores, evaluate_pair, prepare_reference
+from eval.metrics.table import COPYING
 
 Scores = dict[str, list[list[Score]]]  # by model, of each of its samples
 

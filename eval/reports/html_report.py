@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from eval.comparison.cells import CellCounts, Comparison
-from eval.metrics.names import metric_label, model_label
+from eval.metrics.table import metric_label, model_label
 from eval.reports import figures
 from eval.reports.tables import Row, Unlike, beside_floor, header_notes, models_of, sample_sizes, sections
 

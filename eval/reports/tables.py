@@ -14,7 +14,7 @@ import pandas as pd
 
 from eval.comparison.floor import FLOOR
 from eval.comparison.protocols import CHALLENGES, FEW_CELLS, PROTOCOLS, Score, repeated_scores
-from eval.metrics.names import metric_label, model_label
+from eval.metrics.table import metric_label, model_label
 
 FEW_MARK = f"(under {FEW_CELLS} cells)"
 ROW_KEYS = ("model", "protocol", "grouping", "condition", "metric", "mean", "std", "n", "seeds")

@@ -12,7 +12,6 @@ from sklearn.metrics.pairwise import rbf_kernel
 
 from eval.comparison.cells import CellCounts, Comparison, _warn_of_gaps
 from eval.comparison.floor import floor_draws, without_training_cells
-from eval.comparison.metric_table import COPYING
 from eval.comparison.protocols import (
     PROTOCOLS,
     Protocol,
@@ -22,6 +21,7 @@ from eval.comparison.protocols import (
     variable_genes,
 )
 from eval.metrics import distances, gene_agreement
+from eval.metrics.table import COPYING
 
 LOG, PAPER = PROTOCOLS["log"], PROTOCOLS["paper"]
 
