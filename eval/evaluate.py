@@ -96,18 +96,11 @@ def main(
 
     options = {"condition_keys": condition_keys, "layer": layer, "control": control, "reserved_names": RESERVED_NAMES}
     comparison = read_comparison(_named(generated, name), real, train, **options)
-    packages = (*PACKAGES, *["scvi-tools"] * bool(set(chosen) & set(FROM_SCVI)))
-    packages += tuple(protocol.package for protocol in protocols if isinstance(protocol, Challenge))
-    header = {
-        "dataset": dataset or comparison.dataset or real.resolve().parent.name,
-        "split": real.stem,
-        "checkpoint": comparison.checkpoint,
-        "versions": versions_of(packages),
-        "command": command,
-    }
-    notes = {"training": comparison.training_note(), "genes": comparison.genes_note()}
-    notes |= {"floor": split_half_note(comparison.train, comparison.real)}
-    header |= {what: note for what, note in notes.items() if note is not None}
+    header = {"dataset": dataset or comparison.dataset or real.resolve().parent.name, "split": real.stem}
+    packages = ["scvi-tools"] * bool(set(chosen) & set(FROM_SCVI))
+    packages += [protocol.package for protocol in protocols if isinstance(protocol, Challenge)]
+    header |= {"checkpoint": comparison.checkpoint, "versions": versions_of((*PACKAGES, *packages)), "command": command}
+    header |= comparison.notes() | split_half_note(comparison.train, comparison.real)
     if "floor" in header:
         logger.warning("floor: %s", header["floor"])
     required = baselines not in ("default", "all")

@@ -89,19 +89,17 @@ class Comparison:
     dataset: str | None = None  # its name, as the real file tells it
     loss_still_falling: float | None = None  # the most of the generators' checkpoints, as their files tell it
 
-    def training_note(self) -> str | None:
-        """What a reader must know of a training that was too short."""
-        if self.loss_still_falling is None:
-            return None
-        return f"validation loss still falling by {self.loss_still_falling:.3g} per 1,000 steps when training ended"
-
-    def genes_note(self) -> str | None:
-        """What a reader of the numbers must know where not all genes of the real cells are compared."""
-        if not self.genes_left_out:
-            return None
-        number = len(self.genes) + len(self.genes_left_out)
-        left_out = f"left out, as some cells were not measured there: {shortened(self.genes_left_out)}"
-        return f"{len(self.genes):,} of the {number:,} genes of the real cells; {left_out}"
+    def notes(self) -> dict[str, str]:
+        """What a reader of the numbers must know: of a training that was too short, and of genes that are left out."""
+        found = {}
+        if self.loss_still_falling is not None:
+            falling = f"validation loss still falling by {self.loss_still_falling:.3g} per 1,000 steps"
+            found["training"] = f"{falling} when training ended"
+        if self.genes_left_out:
+            number = len(self.genes) + len(self.genes_left_out)
+            left_out = f"left out, as some cells were not measured there: {shortened(self.genes_left_out)}"
+            found["genes"] = f"{len(self.genes):,} of the {number:,} genes of the real cells; {left_out}"
+        return found
 
 
 def together(parts: Sequence[CellCounts]) -> CellCounts:

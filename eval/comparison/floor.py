@@ -47,16 +47,15 @@ def without_training_cells(train: CellCounts, real: CellCounts) -> list[str]:
     return [condition for condition in real.rows_by_condition if condition not in train.rows_by_condition]
 
 
-def split_half_note(train: CellCounts, real: CellCounts) -> str | None:
-    """Which conditions have the other floor, for whoever reads the numbers; None if there are none."""
+def split_half_note(train: CellCounts, real: CellCounts) -> dict[str, str]:
+    """Which conditions have the other floor, for whoever reads the numbers; none if there are none."""
     halved = without_training_cells(train, real)
-    if not halved:
-        return None
-    return (
+    note = (
         f"in {len(halved):,} of {len(real.rows_by_condition):,} conditions no training cell is there to be the floor: "
         "one half of their real test cells is compared with the other, and so is every model, with as many cells "
         f"({shortened(halved)})"
     )
+    return {"floor": note} if halved else {}
 
 
 class Halves:
