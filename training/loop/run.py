@@ -1,6 +1,5 @@
 """Prepare what the loop of `training/train.py` works with, and write what is due after each of its steps."""
 
-import logging
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,31 +16,15 @@ from tokenization import DCMTokenizer
 from training.config import TrainConfig
 from training.data.cells import Cells
 from training.data.files import written_aside
+from training.loop import states
 from training.loop.accelerator import attention_implementation, compile_blocks, compiles, start_trackers
 from training.loop.batches import TrainBatches
 from training.loop.effects import training_effects
 from training.loop.fine_tune import load_source, merged_tokenizer, shaped_like
 from training.loop.log import TrainingLog, draw_curves, peak_flops, training_flops
-from training.loop.start import (
-    build_model,
-    build_tokenizer,
-    empty_model,
-    open_cells,
-)
-from training.loop.states import (
-    all_states,
-    load_state_model,
-    newest_state,
-    remove_leftovers,
-    restore_state,
-    run_facts,
-    save_part,
-    save_state,
-)
+from training.loop.start import build_model, build_tokenizer, empty_model, open_cells
 from training.loop.step import NotFinite, build_optimizer, own_part, whole_averages
 from training.loop.validation import Validation
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,33 +55,28 @@ def prepare_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Run, tor
     attn = attention_implementation(config, accelerator.device, accelerator.mixed_precision)
     config = replace(config, attn=attn, mixed_precision=accelerator.mixed_precision)
     is_split = accelerator.is_fsdp2
-    facts = run_facts(config, accelerator.num_processes, is_split=is_split)
+    facts = states.run_facts(config, accelerator.num_processes, is_split=is_split)
     if len(set(gather_object([facts["hashes"]["data"]]))) > 1:
         raise ValueError(f"processes see different files in {str(config.data)!r}: copy the same shards to every node")
     network, tokenizer, cells, state = prepare_start(config, accelerator, facts)
     effects = training_effects(network, cells)
-    optimizer, whole, start = build_optimizer(network, config), None, 0
+    optimizer, whole = build_optimizer(network, config), None
     if is_split:
         whole = deepcopy(network).to(accelerator.device) if accelerator.is_main_process else None
         network.get_input_embeddings = lambda: None  # accelerate asks for them, to split them apart
-    else:
-        ema = [parameter.detach().clone().float() for parameter in network.parameters()]
-        start = restore_state(state, network, ema, optimizer, accelerator.scaler) if state else 0
     if compiles(config, accelerator.device):
         compile_blocks(network)
     # buffers are the same everywhere: no need to send them around at each step
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-        network, [n for n, _ in network.named_buffers()]
-    )
+    buffers = [name for name, _ in network.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, buffers)
     model, optimizer = accelerator.prepare(network, optimizer)
-    if is_split:
-        ema = [own_part(parameter.detach()).clone().float() for parameter in network.parameters()]
-        part = {"part": accelerator.process_index}
-        start = restore_state(state, network, ema, optimizer, accelerator.scaler, **part) if state else 0
-    ema = [average.to(accelerator.device) for average in ema]
-    rank, world = accelerator.process_index, accelerator.num_processes
-    device, state = accelerator.device, network.state if network.config.state_dim else None
-    of_run = {"rank": rank, "world": world, "device": device, "state": state, "effects": effects}
+    rank, device = accelerator.process_index, accelerator.device
+    ema = [own_part(parameter.detach()).clone().float() for parameter in network.parameters()]
+    part, start = rank if is_split else None, 0
+    if state is not None:
+        start = states.restore_state(state, network, ema, optimizer, accelerator.scaler, part=part)
+    told = {"state": network.state if network.config.state_dim else None, "effects": effects}
+    of_run = {"rank": rank, "world": accelerator.num_processes, "device": device, **told}
     train_batches = TrainBatches(cells, config, network.config, **of_run)
     validation = None
     if accelerator.is_main_process:
@@ -119,11 +97,11 @@ def prepare_start(
     effects of perturbations are estimated by each.
     """
     if accelerator.is_main_process:
-        remove_leftovers(config.out)
+        states.remove_leftovers(config.out)
     with accelerator.local_main_process_first():
-        state = newest_state(config, facts, log=logger if accelerator.is_main_process else None)
+        state = states.newest_state(config, facts)
         if state is not None:
-            model, tokenizer = load_state_model(state, config)
+            model, tokenizer = states.load_state_model(state, config)
             return model, tokenizer, open_cells(config, "train", tokenizer), state
         source = load_source(config.init_from) if config.init_from else None
         if source is not None:
@@ -170,7 +148,7 @@ def write_what_is_due(run: Run, done: int, reason: str | None) -> None:
         return
     network, ema = run.as_whole()
     if save and run.facts["is_split"]:
-        save_part(config.out, done, run.accelerator.process_index, run.network, run.ema, run.optimizer)
+        states.save_part(config.out, done, run.accelerator.process_index, run.network, run.ema, run.optimizer)
         run.accelerator.wait_for_everyone()
     if not run.accelerator.is_main_process:
         return
@@ -184,7 +162,7 @@ def write_what_is_due(run: Run, done: int, reason: str | None) -> None:
             seen |= scores
         if save:
             parts = (network, ema, None if run.facts["is_split"] else run.optimizer, run.tokenizer)
-            save_state(config, run.facts, done, *parts, scaler=run.accelerator.scaler, validation=seen)
+            states.save_state(config, run.facts, done, *parts, scaler=run.accelerator.scaler, validation=seen)
             draw_curves(config.out)
 
 
@@ -199,6 +177,6 @@ def _explained(error: NotFinite, run: Run) -> str:
     file = config.out / f"not-finite-step-{error.step}{of_process}.safetensors"
     with written_aside(file) as aside:
         save_file(tensors, aside)
-    states = all_states(config.out)
-    way_out = f"go on from the last good state with --init-from {states[-1]}" if states else "start again"
+    good = states.all_states(config.out)[-1:]
+    way_out = f"go on from the last good state with --init-from {good[0]}" if good else "start again"
     return f"{error}; its noised batch is in {str(file)!r}; {way_out}, a lower --learning-rate and another --out"

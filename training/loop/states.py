@@ -42,12 +42,11 @@ RANKED_BY = ("score_distance", "validation_loss")
 PACKAGES = ("discrete-cell-models", "torch", "transformers", "accelerate", "datasets", "safetensors", "numpy")
 
 
-def newest_state(config: TrainConfig, facts: dict[str, object], *, log: logging.Logger | None) -> Path | None:
+def newest_state(config: TrainConfig, facts: dict[str, object]) -> Path | None:
     """Return the newest state of ``config.out`` when resuming; None starts afresh. ``facts`` as of :func:`run_facts`.
 
     Raises:
-        ValueError: without ``resume`` the folder holds a run already; or the state is damaged, or trained with other
-            options, on other data, or by another number of processes.
+        ValueError: there is a run already and nobody said ``resume``, or the state is of another run, or damaged.
     """
     states = all_states(config.out)
     if not config.resume:
@@ -55,17 +54,15 @@ def newest_state(config: TrainConfig, facts: dict[str, object], *, log: logging.
             raise ValueError(f"{str(config.out)!r} holds a run already: add --resume, or choose another --out")
         return None
     if not states:
-        if log:
-            log.info("nothing to resume under %s: starting afresh", config.out / "checkpoints")
+        logger.info("nothing to resume under %s: starting afresh", config.out / "checkpoints")
         return None
     _check_same_run(config, facts, states[-1])
-    if log:
-        log.info("resuming from %s", states[-1])
+    logger.info("resuming from %s", states[-1])
     return states[-1]
 
 
 def all_states(out: Path) -> list[Path]:
-    """Return the folders of the states of a run, oldest first."""
+    """Folders of the states of a run, oldest first."""
     return sorted((out / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -97,7 +94,7 @@ def _check_same_run(config: TrainConfig, facts: dict[str, object], state: Path) 
 
 
 def _hashes(config: TrainConfig) -> dict[str, str]:
-    """SHA-256 of what training reads: shards that it looks at, their vocabularies, the table of perturbations.
+    """SHA-256 of what training reads: shards, their vocabularies, the table of perturbations.
 
     Of a shard the size and the footer are looked at, where Parquet says what lies where with which extremes: the counts
     of a hundred million cells would take longer than many a run."""
@@ -105,9 +102,8 @@ def _hashes(config: TrainConfig) -> dict[str, str]:
     digest = hashlib.sha256(sha256_of(data / "tokenizer").encode())
     if (data / REMOTE).is_file():
         digest.update((data / REMOTE).read_bytes())
-    for shard in sorted(data.glob("train/*.parquet")) + sorted(data.glob("validation/*.parquet")):
-        digest.update(f"{shard.relative_to(data).as_posix()} {shard.stat().st_size}\n".encode())
-        digest.update(_footer(shard))
+    for shard in [file for split in ("train", "validation") for file in sorted(data.glob(f"{split}/*.parquet"))]:
+        digest.update(f"{shard.relative_to(data).as_posix()} {shard.stat().st_size}\n".encode() + _footer(shard))
     hashes = {"data": digest.hexdigest()}
     if config.perturbation_embeddings is not None:
         hashes["perturbation_embeddings"] = sha256_of(config.perturbation_embeddings)
@@ -125,8 +121,7 @@ def _footer(shard: Path) -> bytes:
 
 
 def run_facts(config: TrainConfig, num_processes: int, *, is_split: bool = False) -> dict[str, object]:
-    """Return what a state says of its run: options, hashes of what was read, versions, number of processes, and whether
-    the network is split over them."""
+    """What a state says of its run; ``is_split`` where the network is split over the processes."""
     return {
         "num_processes": num_processes,
         "is_split": is_split,
@@ -153,31 +148,23 @@ def save_state(
     Without an ``optimizer`` each process has written its own part of the state, :func:`save_part`; ``model`` is whole.
     ``validation`` is what was seen there: the best have the least ``score_distance`` of generated cells; where no cells
     were scored, the least ``validation_loss``.
-
-    Raises:
-        OSError: the state could not be written; earlier ones are as they were.
     """
     folder = config.out / "checkpoints" / f"step-{step}"
-    scaled = None if scaler is None else scaler.state_dict()
     seen = {name: (validation or {}).get(name) for name in RANKED_BY}
-    said = {**facts, "step": step, **seen, "scaler": scaled}
-    try:
-        with written_aside(folder) as aside:
-            aside.mkdir(parents=True)
-            with averaged_weights(model, ema) as averaged:
-                averaged.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
-            if optimizer is None:
-                for rank in range(facts["num_processes"]):
-                    os.replace(_waiting_part(config.out, step, rank), aside / PART.format(rank))
-            else:
-                save_file(_tensors(model, optimizer), aside / "state.safetensors")
-            (aside / "state.json").write_text(json.dumps(said, indent=1))
-            for file in aside.iterdir():
-                with file.open("rb") as stream:
-                    os.fsync(stream.fileno())
-    except (OSError, SafetensorError) as error:
-        raise _not_written(folder, config.out, error) from error
+    said = {**facts, "step": step, **seen, "scaler": scaler and scaler.state_dict()}
+    with _failure_named(folder, config.out), written_aside(folder) as aside:
+        aside.mkdir(parents=True)
+        with averaged_weights(model, ema) as averaged:
+            averaged.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        if optimizer is None:
+            for rank in range(facts["num_processes"]):
+                os.replace(_waiting_part(config.out, step, rank), aside / PART.format(rank))
+        else:
+            save_file(_tensors(model, optimizer), aside / "state.safetensors")
+        (aside / "state.json").write_text(json.dumps(said, indent=1))
+        for file in aside.iterdir():
+            _make_safe(file)
     _remove_others(config)
 
 
@@ -185,21 +172,19 @@ def save_part(
     out: Path, step: int, rank: int, model: torch.nn.Module, ema: list[torch.Tensor], optimizer: torch.optim.Optimizer
 ) -> None:
     """Write what this process holds of a network that is split, of its averages and of the optimiser's moments. It
-    waits under a name of its own for the other parts, with which :func:`save_state` makes it a state.
-
-    Raises:
-        OSError: it could not be written.
-    """
+    waits under a name of its own for the other parts, with which :func:`save_state` makes it a state."""
     names = (name for name, _ in model.named_parameters())
     averages = {f"average.{name}": average.clone() for name, average in zip(names, ema, strict=True)}
     place = _waiting_part(out, step, rank)
     place.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with _failure_named(place, out):
         save_file(_tensors(model, optimizer) | averages, place)
-        with place.open("rb") as stream:
-            os.fsync(stream.fileno())
-    except (OSError, SafetensorError) as error:
-        raise _not_written(place, out, error) from error
+        _make_safe(place)
+
+
+def _make_safe(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def _waiting_part(out: Path, step: int, rank: int) -> Path:
@@ -214,21 +199,27 @@ def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     return {name: own_part(value).contiguous().clone() for name, value in tensors.items()}
 
 
-def _not_written(what: Path, out: Path, error: Exception) -> OSError:
-    free = shutil.disk_usage(out).free / 2**30
-    earlier = ", ".join(state.name for state in all_states(out)[-1:]) or "nothing"
-    return OSError(
-        f"{str(what)!r} could not be written ({error}; {free:.2f} GiB are free there); {earlier} is as it was: "
-        "make room, and go on with --resume"
-    )
+@contextmanager
+def _failure_named(what: Path, out: Path) -> Iterator[None]:
+    """Turn what writing raises into one OSError that says what is left, and the way out."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(out).free / 2**30
+        earlier = ", ".join(state.name for state in all_states(out)[-1:]) or "nothing"
+        raise OSError(
+            f"{str(what)!r} could not be written ({error}; {free:.2f} GiB are free there); {earlier} is as it was: "
+            "make room, and go on with --resume"
+        ) from error
 
 
 def _remove_others(config: TrainConfig) -> None:
-    states = all_states(config.out)
-    facts = {state: _facts(state) for state in states}
-    ranks = {state: [facts[state].get(name) for name in RANKED_BY] for state in states}
-    seen = [state for state in states if any(value is not None for value in ranks[state])]
-    best = sorted(seen, key=lambda state: [math.inf if value is None else value for value in ranks[state]])
+    states, ranks = all_states(config.out), {}
+    for state in states:
+        seen = [_facts(state).get(name) for name in RANKED_BY]
+        if seen != [None] * len(RANKED_BY):
+            ranks[state] = [math.inf if value is None else value for value in seen]
+    best = sorted(ranks, key=ranks.get)
     for state in set(states) - set(states[-config.keep_last :]) - set(best[: config.keep_best]):
         old = state.with_name(f".{state.name}.old")
         os.replace(state, old)  # a kill while it is being removed must not leave half a state
@@ -262,13 +253,8 @@ def restore_state(
     *,
     part: int | None = None,
 ) -> int:
-    """Load a state into model, average, optimiser and fp16's loss scaler; return the number of steps done.
-
-    Of a network that is split, each process loads its ``part``.
-
-    Raises:
-        ValueError: a file of the state is damaged.
-    """
+    """Load a state into model, average, optimiser and fp16's loss scaler; return the number of steps done. Of a network
+    that is split, each process loads its ``part``."""
     with _damage_named(folder):
         tensors = load_file(folder / ("state.safetensors" if part is None else PART.format(part)))
         averages = load_file(folder / "model.safetensors") if part is None else {}
@@ -295,22 +281,16 @@ def restore_state(
 
 
 def save_final(config: TrainConfig, model: DCMForDenoising, tokenizer: DCMTokenizer) -> None:
-    """Write the checkpoint that users load: every file aside, then renamed, the weights last.
-
-    Raises:
-        OSError: it could not be written; the states are as they were.
-    """
-    try:
-        with tempfile.TemporaryDirectory(dir=config.out, prefix=".final-") as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            add_shipped_files(Path(folder))
-            (Path(folder) / "training_options.json").write_text(json.dumps(config.options(), indent=1))
-            share(folder)
-            for file in sorted(Path(folder).iterdir(), key=lambda path: path.name == "model.safetensors"):
-                os.replace(file, config.out / file.name)
-    except (OSError, SafetensorError) as error:
-        raise _not_written(config.out, config.out, error) from error
+    """Write the checkpoint that users load: every file aside, then renamed, the weights last."""
+    out = config.out
+    with _failure_named(out, out), tempfile.TemporaryDirectory(dir=out, prefix=".final-") as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        add_shipped_files(Path(folder))
+        (Path(folder) / "training_options.json").write_text(json.dumps(config.options(), indent=1))
+        share(folder)
+        for file in sorted(Path(folder).iterdir(), key=lambda path: path.name == "model.safetensors"):
+            os.replace(file, out / file.name)
 
 
 def add_shipped_files(folder: Path) -> None:

@@ -86,7 +86,7 @@ def test_weights_averages_moments_and_loss_scale_come_back(config, make_model, t
 
 
 def resumed_from(config: TrainConfig, processes: int = 1) -> Path | None:
-    return newest_state(config, run_facts(config, processes), log=None)
+    return newest_state(config, run_facts(config, processes))
 
 
 def test_what_made_a_state_is_known_and_only_how_the_same_numbers_are_computed_may_change_on_resume(copy, tmp_path):
