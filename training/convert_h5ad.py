@@ -11,6 +11,7 @@ imported where they are needed, so that ``--help`` and a wrong option answer at 
 import inspect
 import logging
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "dcm-shards-2"
 PACKAGES = ("anndata", "datasets", "numpy", "pyarrow", "scikit-misc", "scipy", "transformers")
+WRITTEN = {"README.md", "split.json", "merged.json", "panels.json", "statistics.safetensors", "tokenizer"}
+WRITTEN |= {"train", "validation", "test", "train.h5ad", "validation.h5ad", "test.h5ad"}
 SplitName = Literal["random", "held-out-perturbations", "held-out-combinations", "few-shot", "zero-shot", "from-file"]
 Controls = Literal["proportional", "train", "test"]
 
@@ -47,7 +50,6 @@ def main(
     genes: Path | None = None,
     n_top_genes: int | None = None,
     join: Literal["intersection", "union"] = "intersection",
-    duplicate_genes: Literal["error", "sum"] = "error",
     split: SplitName = "random",
     held_out: str | None = None,
     held_out_cell_type: str | None = None,
@@ -78,7 +80,6 @@ def main(
         n_top_genes: Keep this many variable genes, chosen by seurat_v3 on training cells; default all.
         join: Of several files, genes that all have, or that any has; genes that a file lacks are then marked as not
             measured in its cells. With --genes, "union" allows genes that the data lack.
-        duplicate_genes: What to do with several columns of one gene.
         split: Random (a share of every condition), held-out-perturbations, held-out-combinations (both members seen
             alone), few-shot (some perturbations of --held-out-cell-type), zero-shot (all of them), or from-file.
         held_out: Perturbations to test on, separated by commas, or @FILE with one per line; default a share
@@ -94,11 +95,7 @@ def main(
         split_seed: Seed of the split and of the order of the shards.
 
     Returns:
-        The folder written.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a file, a value, a label or an option is wrong; nothing has been written then.
+        The folder written; where a file, a value, a label or an option is wrong nothing has been.
     """
     arguments = dict(locals())
     from training.conversion.splits import SplitOptions
@@ -112,19 +109,10 @@ def main(
         return _merge(sources, out, arguments)
     if genes is not None and n_top_genes is not None:
         raise ValueError("--genes and --n-top-genes were both given; pass one of them")
-    options = SplitOptions(
-        split=split,
-        held_out=held_out,
-        held_out_cell_type=held_out_cell_type,
-        controls=controls,
-        split_file=split_file,
-        split_key=split_key,
-        test_fraction=test_fraction,
-        validation_fraction=validation_fraction,
-        seed=split_seed,
-    )
+    chosen = {field.name: arguments[field.name] for field in fields(SplitOptions) if field.name != "seed"}
+    options = SplitOptions(**chosen, seed=split_seed)
     remove_leftovers(out)
-    check_replaceable(out, mark="split.json", written=_names_written())
+    check_replaceable(out, mark="split.json", written=WRITTEN)
     with scratch_folder(out) as scratch:
         from training.conversion.conditions import read_conditions
         from training.conversion.genes import choose_panel, read_cells, read_gene_list
@@ -137,7 +125,6 @@ def main(
             gene_key=gene_key,
             genes=None if genes is None else read_gene_list(genes),
             join=join,
-            duplicate_genes=duplicate_genes,
         )
         conditions = read_conditions(
             cells.obs,
@@ -202,19 +189,12 @@ def _merge(parts: Sequence[Path], out: Path, arguments: dict[str, object]) -> Pa
     from training.data.files import check_replaceable, folder_written_aside, remove_leftovers
 
     remove_leftovers(out)
-    check_replaceable(out, mark="split.json", written=_names_written())
+    check_replaceable(out, mark="split.json", written=WRITTEN)
     with folder_written_aside(out) as folder:
         description = merge_shards(parts, folder)
         (folder / "README.md").write_text(dataset_card(description), encoding="utf-8")
     logger.info("written: %s", out)
     return out
-
-
-def _names_written() -> set[str]:
-    """Names of all files and folders that a conversion writes."""
-    splits = ("train", "validation", "test")
-    others = {"README.md", "split.json", "merged.json", "panels.json", "statistics.safetensors", "tokenizer"}
-    return {*others, *splits, *(f"{split}.h5ad" for split in splits)}
 
 
 def _build_tokenizer(genes: Sequence[str], conditions: "ConditionColumns", panel: "Panel") -> "DCMTokenizer":

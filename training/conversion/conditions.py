@@ -65,11 +65,7 @@ def read_conditions(
     control: str | None,
     separator: str | None,
 ) -> ConditionColumns:
-    """Take the conditions out of the columns of ``obs``; the options are those of ``dcm-convert``.
-
-    Raises:
-        ValueError: a column is missing (those there are listed), a label is missing, an unknown or doubtful control.
-    """
+    """Take the conditions out of the columns of ``obs``; the options are those of ``dcm-convert``."""
     keys = {CELL_TYPE: cell_type_key, PERTURBATION: perturbation_key}
     for name in covariate_keys:
         if name in RESERVED or list(covariate_keys).count(name) > 1:
@@ -96,17 +92,16 @@ def existing_column(obs: pd.DataFrame, key: str) -> pd.Series:
 
 def _read_column(obs: pd.DataFrame, key: str) -> pd.Categorical:
     labels, codes = factorize(existing_column(obs, key))
-    stripped = [label.strip() for label in labels]
-    missing = int((codes < 0).sum()) + sum(int((codes == i).sum()) for i, label in enumerate(stripped) if not label)
+    is_empty = np.array([*(not label.strip() for label in labels), True])  # the last one is that of no label, -1
+    missing = int(is_empty[codes].sum())
     if missing:
-        raise ValueError(
-            f"column {key!r} has no label for {missing:,} of {len(obs):,} cells; fill them or drop the cells"
-        )
+        of_all = f"{missing:,} of {len(obs):,} cells"
+        raise ValueError(f"column {key!r} has no label for {of_all}; fill them or drop the cells")
     for i, label in enumerate(labels):
         if label.lower() in MISSING_AS_TEXT:
             number = f"{int((codes == i).sum()):,}"
             logger.warning("column %r has the label %r in %s cells: is that a missing label?", key, label, number)
-    padded = [label for label, text in zip(labels, stripped) if label != text]
+    padded = [label for label in labels if label != label.strip()]
     if padded:
         raise ValueError(f"column {key!r} has the label {padded[0]!r} with white space around it; strip it")
     return _categorical(labels, codes)
@@ -126,9 +121,8 @@ def _find_control(perturbations: pd.Categorical, control: str | None, separator:
     if control is None:
         usual = [label for label in USUAL_CONTROLS if label in singles]
         if len(usual) > 1:
-            raise ValueError(
-                f"perturbations have both {' and '.join(map(repr, usual))}; pass --control with one of them"
-            )
+            both = " and ".join(map(repr, usual))
+            raise ValueError(f"perturbations have both {both}; pass --control with one of them")
         if not usual:
             logger.info("no perturbation is called %s: there is no control", " or ".join(map(repr, USUAL_CONTROLS)))
             return None

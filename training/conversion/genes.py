@@ -68,14 +68,14 @@ class InputCells:
 
 
 def with_genes(counts: csr_matrix, columns: np.ndarray, num_genes: int) -> csr_matrix:
-    """Counts with column j moved to ``columns[j]`` and added up there, or dropped where that is -1."""
+    """Counts with column j moved to ``columns[j]``, or dropped where that is -1."""
     if num_genes == len(columns) and np.array_equal(columns, np.arange(num_genes)):
         return counts
     genes = columns[counts.indices]
     kept = genes >= 0
     pointers = np.concatenate([[0], np.cumsum(kept)])[counts.indptr]
     moved = csr_matrix((counts.data[kept], genes[kept], pointers), shape=(counts.shape[0], num_genes))
-    moved.sum_duplicates()
+    moved.sort_indices()
     return moved
 
 
@@ -87,15 +87,10 @@ def read_cells(
     gene_key: str | None = None,
     genes: Sequence[str] | None = None,
     join: Literal["intersection", "union"] = "intersection",
-    duplicate_genes: Literal["error", "sum"] = "error",
 ) -> InputCells:
     """Read all of the files but their counts, and join their genes; the options are those of ``dcm-convert``.
 
     Temporary files go to ``scratch``, which the caller removes.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a file, its names or an option is wrong.
     """
     resolved = [path.resolve() for path in sources]
     for path in sources:
@@ -103,7 +98,7 @@ def read_cells(
             raise ValueError(f"{str(path)!r} is given twice; give each file once")
     bar = tqdm(sources, desc="opening files", unit=" files", delay=1, disable=None)
     files = [open_counts(path, scratch / f"sorted{i}", layer) for i, path in enumerate(bar)]
-    names = [_gene_names(file, gene_key, duplicate_genes) for file in files]
+    names = [_gene_names(file, gene_key) for file in files]
     _check_kinds(files, names)
     joint = pd.Index(_join_genes(files, names, genes, join))
     ends = np.cumsum([len(file.obs) for file in files])
@@ -116,7 +111,7 @@ def read_cells(
     return InputCells(files=cells, obs=_join_obs(files), var=_join_var(files, names, joint))
 
 
-def _gene_names(file: CountFile, gene_key: str | None, duplicate_genes: str) -> np.ndarray:
+def _gene_names(file: CountFile, gene_key: str | None) -> np.ndarray:
     """Comparable names of a file's columns, (columns,) str; "" for those that are no genes."""
     var = file.var
     if gene_key is not None and gene_key not in var:
@@ -144,13 +139,11 @@ def _gene_names(file: CountFile, gene_key: str | None, duplicate_genes: str) -> 
         names = np.where(file.are_genes, names, "")
     given = pd.Index(names[names != ""])
     repeated = sorted(set(given[given.duplicated()]))
-    if repeated and duplicate_genes == "error":
-        raise ValueError(
-            f"{str(file.path)!r}: {len(repeated):,} gene names stand more than once ({shortened(repeated)}); "
-            "--duplicate-genes sum adds them up, --gene-key names a column of var with other names"
-        )
     if repeated:
-        logger.info("%s: the columns of %s repeated genes are added up", file.path.name, f"{len(repeated):,}")
+        raise ValueError(
+            f"{str(file.path)!r}: {len(repeated):,} gene names stand more than once ({shortened(repeated)}); add them "
+            "up or rename them, or name a column of var with other names (--gene-key)"
+        )
     return names
 
 
@@ -230,15 +223,16 @@ def _join_obs(files: list[CountFile]) -> pd.DataFrame:
 
 def _distinct_names(paths: list[Path]) -> list[str]:
     """File names without ending; of folders' parents as much as it takes to make them differ."""
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.resolve().with_suffix("").parts[-depth:]) for path in paths]
+    whole = [path.resolve().with_suffix("").parts for path in paths]
+    for depth in range(1, max(map(len, whole))):
+        names = ["/".join(parts[-depth:]) for parts in whole]
         if len(set(names)) == len(names):
             return names
     return [str(path) for path in paths]
 
 
 def _join_var(files: list[CountFile], names: list[np.ndarray], joint: pd.Index) -> pd.DataFrame:
-    """Annotations of the joint genes: the columns that all files have, each gene's from the first file with it."""
+    """Annotations of the joint genes: columns that all files have, each gene's from the first file with it."""
     shared = [column for column in files[0].var if all(column in file.var for file in files)]
     var = pd.concat([file.var[shared].set_axis(pd.Index(name)) for file, name in zip(files, names)])
     return _storable(var[~var.index.duplicated()].reindex(joint))
@@ -246,11 +240,8 @@ def _join_var(files: list[CountFile], names: list[np.ndarray], joint: pd.Index) 
 
 def _storable(table: pd.DataFrame) -> pd.DataFrame:
     """``table`` with columns of mixed types, which h5ad cannot hold, as text."""
-    mixed = [
-        column
-        for column in table
-        if table[column].dtype == object and infer_dtype(table[column], skipna=True) not in ("string", "empty")
-    ]
+    objects = [column for column in table if table[column].dtype == object]
+    mixed = [column for column in objects if infer_dtype(table[column], skipna=True) not in ("string", "empty")]
     return table.assign(**{column: table[column].astype(str).where(table[column].notna()) for column in mixed})
 
 
@@ -259,13 +250,13 @@ def _storable(table: pd.DataFrame) -> pd.DataFrame:
 
 def read_gene_list(path: Path) -> list[str]:
     """Genes of ``--genes``, as :func:`training.data.files.read_list`; one that is named twice is a ValueError, too."""
-    genes = read_list(path, "--genes")
-    repeated = sorted({gene for gene in genes if genes.count(gene) > 1}) if len(set(genes)) < len(genes) else []
+    genes = pd.Index(read_list(path, "--genes"))
+    repeated = sorted(set(genes[genes.duplicated()]))
     if repeated:
         raise ValueError(
             f"{str(path)!r} names {len(repeated):,} genes twice ({', '.join(repeated[:5])}); once is enough"
         )
-    return genes
+    return genes.tolist()
 
 
 @dataclass(frozen=True)
@@ -279,11 +270,7 @@ class Panel:
 
 
 def choose_panel(cells: InputCells, train: np.ndarray, n_top_genes: int | None) -> Panel:
-    """Validate every value, and choose the genes: all, or the ``n_top_genes`` most variable of the cells ``train``.
-
-    Raises:
-        ValueError: a value is no count, the training cells have no count, or there are too few genes or cells.
-    """
+    """Validate every value, and choose the genes: all, or the ``n_top_genes`` most variable of the cells ``train``."""
     num_genes = len(cells.var)
     if n_top_genes is not None and not 1 <= n_top_genes <= num_genes:
         raise ValueError(f"--n-top-genes is {n_top_genes:,}; expected 1 to {num_genes:,}, the genes of the data")
@@ -316,27 +303,24 @@ def choose_panel(cells: InputCells, train: np.ndarray, n_top_genes: int | None) 
 
 
 class CellTally:
-    """Tally of the cells added so far; eight bytes are kept for each."""
+    """Tally of the cells added so far; twelve bytes are kept for each."""
 
     def __init__(self):
-        self._fingerprints: list[np.ndarray] = []
-        self._expressed: list[np.ndarray] = []
+        self._tallies: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, counts: csr_matrix) -> None:
         """Add a block of cells (m, genes) with sorted genes and no stored zeros."""
-        self._fingerprints.append(fingerprints(counts))
-        self._expressed.append(np.diff(counts.indptr).astype(np.int32))
+        self._tallies.append((fingerprints(counts), np.diff(counts.indptr).astype(np.int32)))
 
     def warn(self, names: pd.Index) -> None:
         """Warn of cells without counts, and of cells that are there twice under two names."""
-        expressed = np.concatenate(self._expressed)
+        prints, expressed = map(np.concatenate, zip(*self._tallies))
         empty = np.flatnonzero(expressed == 0)
         if len(empty):
             shown = ", ".join(names[empty[:3]])
             logger.warning("%s cells have no count at all (%s); they are kept: drop them", f"{len(empty):,}", shown)
         rich = np.flatnonzero(expressed >= FEWEST_GENES)
-        prints = np.concatenate(self._fingerprints)[rich]
-        _, first, group = np.unique(prints, return_index=True, return_inverse=True)
+        _, first, group = np.unique(prints[rich], return_index=True, return_inverse=True)
         again = np.flatnonzero(first[group] != np.arange(len(rich)))
         if len(again):
             logger.warning(
@@ -349,10 +333,8 @@ class CellTally:
 
 
 def fingerprints(counts: csr_matrix) -> np.ndarray:
-    """A number (m,) uint64 for each cell: equal for equal counts, different for others but for one pair in 10^19.
-
-    The sum, modulo 2^64, of the hash of a (gene, count) pair for each expressed gene.
-    """
+    """The sum (m,) modulo 2^64 of the hashes of each cell's (gene, count) pairs: equal for equal counts, different for
+    others but for one pair of cells in 10^19."""
     pairs = counts.indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + counts.data.astype(np.uint64)
     mixed = pd.util.hash_array(pairs)
     sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(mixed, dtype=np.uint64)])

@@ -42,11 +42,7 @@ USES = {
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """The options of ``dcm-convert`` that say how cells are divided; they are explained there.
-
-    Raises:
-        ValueError: a fraction is outside [0, 1), or the split needs another option, or has no use for one.
-    """
+    """The options of ``dcm-convert`` that say how cells are divided; they are explained there."""
 
     split: str = "random"
     held_out: str | None = None
@@ -91,29 +87,24 @@ def split_cells(obs: pd.DataFrame, conditions: ConditionColumns, options: SplitO
     cell type for few-shot and zero-shot, else all) have the fate ``controls``, by default what STATE does; all others
     are trained on. ``held_out`` of held-out-perturbations are single names: every combination with one of them is
     tested on too.
-
-    Raises:
-        FileNotFoundError: a file of cells or of labels is missing.
-        ValueError: the data lack the conditions, nothing can be held out, or a label, a cell or a file is wrong.
     """
     strata = conditions.strata(len(obs))
     rng = np.random.default_rng(options.seed)
     description = {}
     if options.split == "from-file":
-        if options.split_file is not None:
-            where, labels = repr(str(options.split_file)), _labels_of_file(options.split_file, obs.index)
-        else:
-            where, labels = f"column {options.split_key!r}", _labels_of_column(obs, options.split_key)
-        cells = _cells_of_labels(labels, where)
+        cells = _cells_of_file(obs, options)
         if len(cells["validation"]):
             return Split(cells, description)
-        test = labels == "test"
+        test = np.isin(np.arange(len(obs)), cells["test"])
     elif options.split == "random":
         test = np.zeros(len(obs), dtype=bool)
         test[_draw(strata, options.test_fraction, rng)] = True
     else:
         test, description = _hold_out(conditions, strata, options, rng)
-    return Split(_with_validation(strata, test, options.validation_fraction, rng), description)
+    rest = np.flatnonzero(~test)
+    validation = rest[_draw(strata[rest], options.validation_fraction, rng)]
+    cells = {"train": np.setdiff1d(rest, validation), "validation": validation, "test": np.flatnonzero(test)}
+    return Split(cells, description)
 
 
 def _hold_out(
@@ -144,15 +135,6 @@ def _hold_out(
     if test.all():
         raise ValueError(f"--split {name} leaves no training cell; hold out fewer labels, or pass --controls train")
     return test, {"held_out": held, "held_out_cell_type": options.held_out_cell_type, "controls": fate}
-
-
-def _with_validation(
-    strata: np.ndarray, test: np.ndarray, fraction: float, rng: np.random.Generator
-) -> dict[str, np.ndarray]:
-    """The three splits, given which cells are tested on."""
-    rest = np.flatnonzero(~test)
-    validation = rest[_draw(strata[rest], fraction, rng)]
-    return {"train": np.setdiff1d(rest, validation), "validation": validation, "test": np.flatnonzero(test)}
 
 
 def _draw(strata: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
@@ -201,12 +183,13 @@ def _labels_of_file(path: Path, cells: pd.Index) -> np.ndarray:
     return labels
 
 
-def _labels_of_column(obs: pd.DataFrame, key: str) -> np.ndarray:
-    labels, codes = factorize(existing_column(obs, key))
-    return np.array([*labels, ""], dtype=object)[codes]
-
-
-def _cells_of_labels(labels: np.ndarray, where: str) -> dict[str, np.ndarray]:
+def _cells_of_file(obs: pd.DataFrame, options: SplitOptions) -> dict[str, np.ndarray]:
+    """Cells by the names in a file, or by the labels in a column."""
+    if options.split_file is not None:
+        where, labels = repr(str(options.split_file)), _labels_of_file(options.split_file, obs.index)
+    else:
+        known, codes = factorize(existing_column(obs, options.split_key))
+        where, labels = f"column {options.split_key!r}", np.array([*known, ""], dtype=object)[codes]
     wrong = sorted(set(labels) - {"", *SPLITS})
     if wrong:
         raise ValueError(f"{where} has the split {wrong[0]!r}; expected {', '.join(SPLITS)}")
@@ -261,7 +244,9 @@ def _held_out_labels(
             )
         size = min(max(1, round(options.test_fraction * len(eligible))), len(eligible) - 1)
         return sorted(rng.choice(np.array(eligible, dtype=object), size=size, replace=False).tolist())
-    given = _read_labels(options.held_out)
+    given = [label.strip() for label in options.held_out.split(",") if label.strip()]
+    if options.held_out.startswith("@"):
+        given = read_list(Path(options.held_out[1:]), "--held-out @FILE")
     wanted = sorted({join_perturbation(_names(conditions, label), conditions.separator) for label in given})
     unknown = [label for label in wanted if label not in eligible]
     if unknown and name == "held-out-combinations" and unknown[0] in here:
@@ -271,13 +256,6 @@ def _held_out_labels(
     if unknown:
         raise unknown_label_error("perturbation to hold out", unknown, eligible)
     return wanted
-
-
-def _read_labels(held_out: str) -> list[str]:
-    """Labels of ``--held-out``: separated by commas, or one per line of the file after ``@``."""
-    if not held_out.startswith("@"):
-        return [label.strip() for label in held_out.split(",") if label.strip()]
-    return read_list(Path(held_out[1:]), "--held-out @FILE")
 
 
 def _tested(name: str, conditions: ConditionColumns, label: np.ndarray, held: list[str]) -> np.ndarray:

@@ -97,17 +97,6 @@ def test_versions_of_ensembl_ids_do_not_matter(tmp_path):
     assert list(joined(paths[:1], tmp_path, genes=["ENSG00000000002.9"])[1]) == ["ENSG00000000002"]
 
 
-@pytest.mark.filterwarnings("ignore:.*names are not unique")
-def test_repeated_genes_are_refused_or_added_up(tmp_path):
-    path = write(tmp_path, "a", ["g1", "g2", "g1", "g1"])
-    with pytest.raises(ValueError, match=r"1 gene names stand more than once \(g1\); --duplicate-genes sum"):
-        joined([path], tmp_path)
-    _, counts = joined([path], tmp_path, duplicate_genes="sum")
-    values = anndata.read_h5ad(path).X.toarray()
-    assert list(counts) == ["g1", "g2"]
-    assert counts.to_numpy().tolist() == np.stack([values[:, [0, 2, 3]].sum(axis=1), values[:, 1]], axis=1).tolist()
-
-
 def test_cell_names_of_several_files_become_unique(tmp_path, caplog):
     caplog.set_level("INFO")
     (tmp_path / "x").mkdir()
