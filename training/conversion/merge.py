@@ -21,17 +21,11 @@ from tokenization.labels_dcm import shortened
 from training.data.cells import open_cells
 from training.data.files import write_json
 from training.data.shards import MERGED, PANEL, SPLITS, MergedLabels, Panels, find_panels
-from training.data.statistics import (
-    STATISTICS,
-    Statistics,
-    merged_statistics,
-    read_statistics,
-    vocabulary_of,
-    write_statistics,
-)
+from training.data.statistics import STATISTICS, merged_statistics, read_statistics, vocabulary_of, write_statistics
 
 logger = logging.getLogger(__name__)
 
+LISTS = ("cell_types", "perturbations")
 SAME = ("format", "split", "held_out", "held_out_cell_type", "conditions", "control", "separator")
 
 
@@ -57,10 +51,6 @@ class Part:
         return DCMTokenizer.from_pretrained(self.folder / "tokenizer")
 
     @cached_property
-    def statistics(self) -> Statistics:
-        return read_statistics(self.folder)
-
-    @cached_property
     def files(self) -> dict[str, list[Path]]:
         """Of each split that has cells."""
         found = {split: sorted((self.folder / split).glob("*.parquet")) for split in SPLITS}
@@ -82,12 +72,7 @@ class Part:
 
 
 def merge_shards(folders: Sequence[Path], out: Path) -> dict[str, object]:
-    """Write the data set of all ``folders`` to the empty folder ``out``; return what its ``split.json`` says.
-
-    Raises:
-        FileNotFoundError: a folder is none of shards.
-        ValueError: the parts differ in their genes, conditions or split, so that they are no one data set.
-    """
+    """Write the data set of all ``folders`` to the empty folder ``out``; return what its ``split.json`` says."""
     parts = [Part(folder) for folder in folders]
     _check_alike(parts)
     genes = parts[0].tokenizer.genes
@@ -98,7 +83,11 @@ def merge_shards(folders: Sequence[Path], out: Path) -> dict[str, object]:
         for split, files in part.files.items():
             (out / split).mkdir(exist_ok=True)
             for file in files:
-                _link(file, out / split / f"{number}-{file.name}")
+                place = out / split / f"{number}-{file.name}"
+                try:
+                    os.link(file.resolve(), place)
+                except OSError:  # another file system: a hard link cannot be
+                    place.symlink_to(file.resolve())
     tokenizer = _merged_tokenizer(parts)
     tokenizer.save_pretrained(out / "tokenizer")
     write_json(out / MERGED, asdict(labels))
@@ -106,9 +95,9 @@ def merge_shards(folders: Sequence[Path], out: Path) -> dict[str, object]:
         write_json(out / "panels.json", panels.missing)
     cells = open_cells(out, "train", tokenizer, streaming=True)
     conditions = {name: ids.numpy() for name, ids in cells.conditions.items()}
-    known = {"panel": cells.panel, "measured": cells.measured}
-    of_parts = [part.statistics for part in parts]
-    statistics = merged_statistics(of_parts, tokenizer, cells.library_size.numpy(), conditions, **known)
+    told = {"conditions": conditions, "panel": cells.panel, "measured": cells.measured}
+    of_parts = [read_statistics(part.folder) for part in parts]
+    statistics = merged_statistics(of_parts, tokenizer, cells.library_size.numpy(), **told)
     write_statistics(out / STATISTICS, statistics, vocabulary_of(tokenizer))
     numbers = {split: [part.description["cells"][split] for part in parts] for split in SPLITS}
     description = {
@@ -162,10 +151,7 @@ def _merged_labels(parts: Sequence[Part], panels: Panels | None) -> MergedLabels
 def _merged_tokenizer(parts: Sequence[Part]) -> DCMTokenizer:
     tokenizers = [part.tokenizer for part in parts]
     first = tokenizers[0]
-    labels = {
-        name: [label for tokenizer in tokenizers for label in getattr(tokenizer, name)] or None
-        for name in ("cell_types", "perturbations")
-    }
+    labels = {name: [label for one in tokenizers for label in getattr(one, name)] or None for name in LISTS}
     return DCMTokenizer.from_labels(
         genes=first.genes,
         max_count=max(tokenizer.max_count for tokenizer in tokenizers),
@@ -174,11 +160,3 @@ def _merged_tokenizer(parts: Sequence[Part]) -> DCMTokenizer:
         covariates={name: [label for one in tokenizers for label in one.covariates[name]] for name in first.covariates},
         separator=first.separator,
     )
-
-
-def _link(file: Path, place: Path) -> None:
-    """A hard link, or where there can be none (another file system) a symbolic one."""
-    try:
-        os.link(file.resolve(), place)
-    except OSError:
-        place.symlink_to(file.resolve())

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub import DatasetCardData
 from scipy.sparse import csr_matrix, vstack
 
 from tokenization import DCMTokenizer
@@ -99,14 +100,13 @@ def build_tables(cells: InputCells, conditions: ConditionColumns, panel: Panel, 
         others[PANEL] = pd.Categorical.from_codes(np.repeat(panels.of_file, sizes), categories=list(panels.missing))
         uns["dcm_panels"] = panels.measured
     columns = {**conditions.columns, **others}
+    labels = {name: column.categories for name, column in columns.items()}
     return Tables(
         obs=conditions.canonical_obs(cells.obs, others),
         var=cells.var.iloc[panel.genes],
         uns=uns,
         codes={name: column.codes.astype(np.int64) for name, column in columns.items()},
-        features=shard_features(
-            len(panel.genes), panel.largest, {name: column.categories for name, column in columns.items()}
-        ),
+        features=shard_features(len(panel.genes), panel.largest, labels),
         panels=panels,
     )
 
@@ -126,13 +126,12 @@ def write_splits(
     Temporary files go to ``folder``, too, which is made here and removed by the caller. ``splits`` are ascending
     positions among the cells of all files; ``seed`` orders the shards. Returns the folders and files written.
     """
-    for name in splits:
-        if not len(splits[name]):
-            logger.info("no cells for %s: it is not written", name)
+    empty = [name for name, here in splits.items() if not len(here)]
+    if empty:
+        logger.info("no cells for %s: not written", ", ".join(empty))
     splits = {name: here for name, here in splits.items() if len(here)}
-    places = {  # in the random order
-        name: np.random.default_rng([seed, SPLITS.index(name)]).permutation(len(here)) for name, here in splits.items()
-    }
+    rngs = {name: np.random.default_rng([seed, SPLITS.index(name)]) for name in splits}
+    places = {name: rngs[name].permutation(len(here)) for name, here in splits.items()}  # in the random order
     shard_of = {name: place // shards.SHARD_CELLS for name, place in places.items()}
     (folder / "sorted").mkdir(parents=True)
     whole, parts = sort_cells(cells, panel.genes, splits, shard_of, folder / "sorted", tables.types)
@@ -172,16 +171,8 @@ def sort_cells(
     folder: Path,
     types: Mapping[str, np.dtype],
 ) -> tuple[dict[str, StoredCells], dict[str, list[StoredCells]]]:
-    """Sort all cells into temporary files in ``folder``, in the order of the input files.
-
-    Args:
-        panel: the genes to keep, positions among the joint ones, ascending.
-        splits: (n,) positions of the cells of each split, ascending.
-        shard_of: (n,) the shard that each of these goes to.
-
-    Returns:
-        The cells of each split, and those of each of its shards.
-    """
+    """Sort all cells into temporary files in ``folder``, in the order of the input files: those of each split (n,
+    ascending), and those that go to each of its shards (``shard_of`` (n,)); of the genes of ``panel``."""
     whole = {name: StoredCells(folder / name, len(panel), types) for name in splits}
     parts = {
         name: [StoredCells(folder / f"{name}-{shard:05d}", len(panel), types) for shard in range(of_cell.max() + 1)]
@@ -232,18 +223,17 @@ def dataset_card(description: Mapping[str, object]) -> str:
         numbers = {name: len(cells) for name, cells in description["cells"].items()}
         where = "`split.json` names the cells of each, and the `.h5ad` files are the same cells as AnnData."
     numbers = {name: number for name, number in numbers.items() if number}
-    configs = "\n".join(
-        f"- config_name: {part or 'default'}\n  data_files:\n"
-        + "\n".join(f"  - split: {name}\n    path: {name}/{part and part + '-'}*.parquet" for name in numbers)
+    configs = [
+        {
+            "config_name": part or "default",
+            "data_files": [{"split": name, "path": f"{name}/{part and part + '-'}*.parquet"} for name in numbers],
+        }
         for part in parts or [""]
-    )
+    ]
+    metadata = DatasetCardData(configs=configs, tags=["single-cell", "gene-expression"]).to_yaml()
     rows = "\n".join(f"| {name} | {number:,} |" for name, number in numbers.items())
     return f"""---
-configs:
-{configs}
-tags:
-- single-cell
-- gene-expression
+{metadata}
 ---
 
 # Cells of {", ".join(source["file"] for source in description["sources"])}

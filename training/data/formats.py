@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import anndata
 import h5py
@@ -53,23 +52,19 @@ def open_counts(path: Path, scratch: Path, layer: str | None = None) -> CountFil
             and a table of genes beside it.
         scratch: folder for counts that must be sorted by cell first; need not exist, removed by the caller.
         layer: of an h5ad file, a layer, or ``"raw"`` for ``raw.X`` (unless a layer has that name); default ``X``.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not readable, has no cells or genes, or lacks the matrix asked for.
     """
     refuse_zarr(path)
+    is_10x = _is_10x(path)
+    if layer is not None and (path.is_dir() or is_10x or path.suffix == ".parquet"):
+        raise ValueError(f"--layer {layer!r} was given, but {str(path)!r} has no layers: leave it out")
+    if path.name.removesuffix(".gz").endswith(".mtx") and not path.is_dir():
+        raise ValueError(f"{str(path)!r} has no names of genes and cells; give its folder, with features and barcodes")
     if path.is_dir():
-        _no_layer(path, layer)
         file = _open_mtx(path, scratch)
-    elif _is_10x(path):
-        _no_layer(path, layer)
+    elif is_10x:
         file = _open_10x(path)
     elif path.suffix == ".parquet":
-        _no_layer(path, layer)
         file = _open_rows(path)
-    elif path.name.removesuffix(".gz").endswith(".mtx"):
-        raise ValueError(f"{str(path)!r} has no names of genes and cells; give its folder, with features and barcodes")
     else:
         file = _open_h5ad(path, scratch, layer)
     num_cells, num_genes = len(file.obs), len(file.var)
@@ -91,10 +86,7 @@ def opened_counts(path: Path, layer: str | None = None) -> Iterator[CountFile]:
 
 
 def read_counts(path: Path, layer: str | None = None) -> anndata.AnnData:
-    """Read a file into memory, every value checked: int32 counts as CSR in ``X``, ``obs``, ``var`` and ``uns``.
-
-    Raises as :func:`open_counts`, and ValueError where a value is not a count.
-    """
+    """Read a file into memory, every value checked: int32 counts as CSR in ``X``, ``obs``, ``var`` and ``uns``."""
     with opened_counts(path, layer) as file:
         blocks = [counts.astype(np.int32) for _, counts in file.blocks(f"reading {path.name}", check=True)]
         uns = {}
@@ -105,22 +97,13 @@ def read_counts(path: Path, layer: str | None = None) -> anndata.AnnData:
 
 
 def write_counts(path: Path, adata: anndata.AnnData, layer: str | None = None) -> None:
-    """Write the counts, names and labels of cells in memory to an h5ad file, and what ``uns`` says for this package.
-
-    Raises:
-        ValueError: there is no such layer.
-    """
+    """Write the counts, names and labels of cells in memory to an h5ad file, and what ``uns`` says for this package."""
     if layer is not None and layer not in adata.layers:
         raise ValueError(f"there is no layer {layer!r}; layers there: {', '.join(adata.layers) or 'none'}")
     counts = adata.X if layer is None else adata.layers[layer]
     uns = {name: adata.uns[name] for name in adata.uns if name.startswith("dcm_")}
     obs = adata.obs.set_axis(adata.obs_names.astype(str))
     anndata.AnnData(counts, obs=obs, var=adata.var[[]], uns=uns).write_h5ad(path)
-
-
-def _no_layer(path: Path, layer: str | None) -> None:
-    if layer is not None:
-        raise ValueError(f"--layer {layer!r} was given, but {str(path)!r} has no layers: leave it out")
 
 
 # --- h5ad -------------------------------------------------------------------------------------------------------------
@@ -221,7 +204,8 @@ def _mtx_file(folder: Path, names: tuple[str, ...]) -> Path:
 
 def _read_mtx(path: Path, scratch: Path) -> CellBuckets:
     """Sort the entries of a Matrix Market file (genes x cells) by cell."""
-    with damage_named(path), _opened_text(path) as file:
+    opened = gzip.open if path.suffix == ".gz" else open
+    with damage_named(path), opened(path, "rt", encoding="utf-8-sig") as file:
         header = file.readline().lower().split()
         if header[:3] != ["%%matrixmarket", "matrix", "coordinate"] or header[3] not in ("integer", "real"):
             raise ValueError(f"{str(path)!r} is not a sparse Matrix Market file of numbers: it begins {header[:4]}")
@@ -247,10 +231,6 @@ def _read_mtx(path: Path, scratch: Path) -> CellBuckets:
     if read != stored:
         raise ValueError(f"{str(path)!r} has {read:,} entries but announces {stored:,}: it is cut short; copy it again")
     return buckets
-
-
-def _opened_text(path: Path) -> IO[str]:
-    return gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig")
 
 
 # --- rows of Parquet --------------------------------------------------------------------------------------------------
