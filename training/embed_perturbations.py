@@ -26,8 +26,6 @@ from training.data.command_line import run
 if TYPE_CHECKING:
     import torch
 
-    from training.perturbations.proteins import Protein
-
 logger = logging.getLogger(__name__)
 
 CACHE = "dcm-embed-cache"
@@ -63,12 +61,7 @@ def main(
         batch_tokens: Residues of one batch, at most.
 
     Returns:
-        The file written.
-
-    Raises:
-        FileNotFoundError: a file or folder is not there.
-        ValueError: names without a vector, or a file that is not what it should be; nothing has been written then.
-        OSError: there is no such model.
+        The file written; with names or files that are not what they should be nothing has been.
     """
     if out.is_dir():
         raise ValueError(f"--out {str(out)!r} is a folder; expected the name of a safetensors file to write")
@@ -87,7 +80,7 @@ def main(
     names = perturbation_names(perturbations)
     logger.info("perturbations: %d", len(names))
     seen = seen_in_training(perturbations)
-    from training.perturbations.table import joined, write_table
+    from training.perturbations.table import joined, read_vectors, write_table
 
     about: dict[str, object] = {"from": sources[0] if len(sources) == 1 else list(sources)}
     tables = {}
@@ -98,7 +91,7 @@ def main(
         elif name == "coexpression":
             tables[name] = _by_name(names, _coexpression(shards or perturbations, components))
         else:
-            tables[name] = _by_name(names, _of_file(name))
+            tables[name] = _by_name(names, read_vectors(*_file_and_key(name)))
     what = {"proteins": f"protein in {str(proteins)!r}", "coexpression": EXPRESSED_GENE}
     missing_in = " or ".join(what.get(name, f"vector in {name!r}") for name in sources)
     found = {name: None for table in tables.values() for name in table}
@@ -116,12 +109,6 @@ def _file_and_key(source: str) -> tuple[Path, str | None]:
     return (Path(f"{file}.h5ad"), key) if colon else (Path(source), None)
 
 
-def _of_file(source: str) -> dict[str, "torch.Tensor"]:
-    from training.perturbations.table import read_vectors
-
-    return read_vectors(*_file_and_key(source))
-
-
 def _log_what_they_tell(folder: Path, tables: Mapping[str, Mapping[str, "torch.Tensor"]]) -> None:
     """Log how far the vectors of training perturbations tell each other's effects, leaving one out at a time."""
     from training.data.cells import Cells
@@ -136,12 +123,7 @@ def _log_what_they_tell(folder: Path, tables: Mapping[str, Mapping[str, "torch.T
 
 
 def perturbation_names(source: Path) -> list[str]:
-    """Return single names, sorted, without the control: of a folder's tokenizer and all its splits, or a text file.
-
-    Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: it names no perturbation.
-    """
+    """Return single names, sorted, without the control: of a folder's tokenizer and all its splits, or a text file."""
     if source.is_file():
         names, control = set(read_names(source)), None
     else:
@@ -171,21 +153,7 @@ def _of_proteins(
     names: list[str], fasta: Path, model: str, batch_tokens: int, cache: Path
 ) -> tuple[dict[str, "torch.Tensor"], dict[str, object]]:
     """Vectors of the proteins of names that have one, and what is said of them."""
-    from training.perturbations.proteins import ProteinEncoder, embed_proteins
-
-    found = _proteins_of(names, fasta)
-    if not found:
-        return {}, {}
-    encoder = ProteinEncoder.load(model, batch_tokens=batch_tokens)
-    by_sequence = embed_proteins([p.sequence for p in found.values()], encoder, cache)
-    about = {"model": model, "fingerprint": encoder.fingerprint(), "proteins": fasta.name}
-    about["records"] = {name: protein.record for name, protein in sorted(found.items())}
-    return {name: by_sequence[protein.sequence] for name, protein in found.items()}, about
-
-
-def _proteins_of(names: list[str], fasta: Path) -> dict[str, "Protein"]:
-    """The protein of each name that has one; what was chosen among several sequences is logged."""
-    from training.perturbations.proteins import match_proteins, read_fasta
+    from training.perturbations.proteins import ProteinEncoder, embed_proteins, match_proteins, read_fasta
 
     found, ambiguous = match_proteins(names, read_fasta(fasta))
     if ambiguous:
@@ -194,7 +162,13 @@ def _proteins_of(names: list[str], fasta: Path) -> dict[str, "Protein"]:
             len(ambiguous),
             ", ".join(f"{name}: {found[name].record} of {number}" for name, number in ambiguous.items()),
         )
-    return found
+    if not found:
+        return {}, {}
+    encoder = ProteinEncoder.load(model, batch_tokens=batch_tokens)
+    by_sequence = embed_proteins([p.sequence for p in found.values()], encoder, cache)
+    about = {"model": model, "fingerprint": encoder.fingerprint(), "proteins": fasta.name}
+    about["records"] = {name: protein.record for name, protein in sorted(found.items())}
+    return {name: by_sequence[protein.sequence] for name, protein in found.items()}, about
 
 
 def _coexpression(folder: Path, components: int) -> dict[str, "torch.Tensor"]:

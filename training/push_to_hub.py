@@ -8,7 +8,6 @@ The folder that is pushed is built aside from a list of files, and loaded in a f
 states of the optimiser, logs and whatever else lies in the checkpoint are never uploaded.
 """
 
-import fnmatch
 import json
 import logging
 import os
@@ -24,9 +23,9 @@ from typing import Annotated, TypeVar
 
 import tyro
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from model_cards.draft_card import drafted_facts, is_asked, panel_sha256
 from model_cards.render_card import read_facts, render
@@ -112,18 +111,14 @@ def main(
 
 
 def stage(checkpoint: Path, folder: Path) -> None:
-    """Copy the listed files of a checkpoint into ``folder`` and add what is shipped with them.
-
-    Raises:
-        FileNotFoundError: no such checkpoint, or files that it lacks.
-    """
+    """Copy the listed files of a checkpoint into ``folder`` and add what is shipped with them."""
     _check_complete(checkpoint)
     folder.mkdir()
     names = sorted(path.name for path in checkpoint.iterdir())
-    for name in names:
-        if _is_listed(name, LISTED) and (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, folder / name)
-    left = [name for name in names if not (folder / name).exists()]
+    listed = [name for name in filter_repo_objects(names, allow_patterns=list(LISTED)) if (checkpoint / name).is_file()]
+    for name in listed:
+        shutil.copyfile(checkpoint / name, folder / name)
+    left = [name for name in names if name not in listed]
     if left:
         logger.info("not uploaded: %s", ", ".join(left))
     from training.loop.states import add_shipped_files  # with torch, which takes seconds
@@ -145,11 +140,7 @@ def _check_complete(checkpoint: Path) -> None:
 
 
 def answer_of(folder: Path, request: object) -> str:
-    """Ask the folder in a fresh process that has neither our packages' path nor a token, and return its answer.
-
-    Raises:
-        ValueError: it cannot be loaded or does not answer; the message is the last line of the error.
-    """
+    """Ask the folder in a fresh process that has neither our packages' path nor a token, and return its answer."""
     with tempfile.TemporaryDirectory(prefix="dcm-fresh-") as home:
         secrets = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
         environment = {name: value for name, value in os.environ.items() if name not in secrets}
@@ -163,35 +154,21 @@ def answer_of(folder: Path, request: object) -> str:
 
 
 def push(folder: Path, repo_id: str, *, private: bool) -> str:
-    """Upload a folder in one commit, and return its address on the Hub.
-
-    Files of an earlier push that are not in ``folder`` are removed in the same commit; files of other kinds stay.
-
-    Raises:
-        ValueError: no token, one that is refused, or a public repository where a private one was asked for.
-        ConnectionError: the Hub cannot be reached, or the connection dropped in every attempt.
-    """
+    """Upload a folder in one commit, and return its address on the Hub. Files of an earlier push that are not in
+    ``folder`` are removed in the same commit; files of other kinds stay."""
     token = get_token()
     if not token:
         raise ValueError("no token of the Hub: log in with 'hf auth login', or set HF_TOKEN to one that may write")
     api = HfApi(token=token)
     try:
         url = _again_when_dropped(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
-        info = _again_when_dropped(lambda: api.model_info(repo_id))
-        if private and not info.private:
+        if private and not _again_when_dropped(lambda: api.model_info(repo_id)).private:
             raise ValueError(f"{repo_id} exists and is public: make it private on the Hub, or leave out --private")
-        there = {file.rfilename for file in info.siblings or ()}
-        _again_when_dropped(lambda: api.create_commit(repo_id, _operations(folder, there), commit_message="dcm-push"))
+        what = {"repo_id": repo_id, "folder_path": folder, "delete_patterns": list(OWN), "commit_message": "dcm-push"}
+        _again_when_dropped(lambda: api.upload_folder(**what))
     except HTTPError as error:
         raise _explained(error, repo_id, token) from None
     return str(url)
-
-
-def _operations(folder: Path, there: set[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
-    here = {file.name for file in folder.iterdir()}
-    added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in sorted(here)]
-    stale = sorted(name for name in there - here if _is_listed(name, OWN))
-    return [*added, *(CommitOperationDelete(path_in_repo=name) for name in stale)]
 
 
 def _again_when_dropped(call: Callable[[], Result]) -> Result:
@@ -260,10 +237,6 @@ def _facts_of(checkpoint: Path) -> Path:
         f"no facts for the model card of {str(checkpoint)!r}: let --draft-card card.yaml write what the checkpoint "
         "tells, answer what it asks for, and push with --card card.yaml"
     )
-
-
-def _is_listed(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 cli = partial(run, main)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from types import NoneType, TracebackType
+from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Union, get_args, get_origin
 
 if TYPE_CHECKING:
@@ -40,13 +40,8 @@ def run(*mains: Callable[..., object]) -> None:
 
 
 def parse(*mains: Callable[..., object], arguments: list[str] | None = None, **options) -> object:
-    """Return what ``main``, a function or a dataclass, makes of the options of the command line.
-
-    Args:
-        mains: one, or several that are told apart by name; signatures and docstrings are options and help.
-        arguments: words of the command line; default those of this program.
-        options: more for :func:`tyro.cli`.
-    """
+    """Return what ``main``, a function or a dataclass, or that of several which the first word names, makes of the
+    words of the command line, default those of this program; ``options`` are more for :func:`tyro.cli`."""
     import tyro
 
     if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
@@ -55,7 +50,9 @@ def parse(*mains: Callable[..., object], arguments: list[str] | None = None, **o
     for main in mains:
         _make_helpful(main)
     module = sys.modules[mains[0].__module__].__doc__
-    options |= {"prog": _program(_examples(module)[0]), "registry": grammar(), "args": arguments}
+    words = _examples(module)[0].split()
+    program = " ".join(words[:3] if words[0] == "python" else words[:1])
+    options |= {"prog": program, "registry": grammar(), "args": arguments}
     options["config"] = (tyro.conf.PositionalMetavarFromFieldName,)
     if len(mains) == 1:
         return tyro.cli(mains[0], **options)
@@ -87,11 +84,6 @@ def _make_helpful(main: Callable[..., object]) -> None:
 def _examples(text: str) -> list[str]:
     """The commands of a module's docstring: its lines with an indent, those that end in a backslash with the next."""
     return [" ".join(line.split()) for line in re.findall(r"^ {4}(\S.*)", re.sub(r"\\\n *", "", text), re.MULTILINE)]
-
-
-def _program(command: str) -> str:
-    words = command.split()
-    return " ".join(words[:3] if words[0] == "python" else words[:1])
 
 
 def grammar() -> "ConstructorRegistry":
@@ -219,15 +211,8 @@ def keep_freed_memory() -> None:
 
 
 class ProgressReport:
-    """Counts the units of a task that are done: a bar on a terminal, one line per half minute elsewhere.
-
-    Used as a context; what ends within a second is not reported.
-
-    Args:
-        total: units in all.
-        task: what is done, in the words of the user.
-        unit: what is counted, such as ``"cells"``.
-    """
+    """Counts the units of a ``task`` that are done, such as ``"cells"``: a bar on a terminal, one line per half minute
+    elsewhere. Used as a context; what ends within a second is not reported."""
 
     def __init__(self, total: float, *, task: str, unit: str):
         from tqdm import tqdm
@@ -241,9 +226,7 @@ class ProgressReport:
     def __enter__(self) -> "ProgressReport":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.close()
 
     @property
@@ -258,7 +241,6 @@ class ProgressReport:
         now = time.monotonic()
         if self.is_terminal or now - self.last_line < SECONDS_BETWEEN_LINES:
             return
-        self.last_line, rate = now, self.done / (now - self.start)
-        left = (self.total - self.done) / max(rate, 1e-9)
+        self.last_line, left = now, (self.total - self.done) / max(self.rate, 1e-9)
         line = "%s: %d of %d %s, %.3g per second, %.0f s left"
-        logger.info(line, self.task, self.done, self.total, self.unit, rate, left)
+        logger.info(line, self.task, self.done, self.total, self.unit, self.rate, left)

@@ -38,12 +38,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def read_list(path: Path, option: str) -> list[str]:
-    """Names of a text file, one per line, in order; ``option`` is what it was given by.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no text, or names nothing.
-    """
+    """Names of a text file, one per line, in order; ``option`` is what it was given by."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r} ({option}); expected a text file with one name per line")
     names = read_names(path)
@@ -53,12 +48,7 @@ def read_list(path: Path, option: str) -> list[str]:
 
 
 def check_writable(out: Path) -> None:
-    """Raise unless a file ``out`` can be written, before the work that fills it.
-
-    Raises:
-        IsADirectoryError: it is a folder.
-        PermissionError: its folder cannot be made or written to.
-    """
+    """Raise OSError unless a file ``out`` can be written, before the work that fills it."""
     if out.is_dir():
         raise IsADirectoryError(f"--out {str(out)!r} is a folder; expected the h5ad file to write")
     nearest = next(folder for folder in out.absolute().parents if folder.exists())

@@ -50,12 +50,8 @@ DAMAGE = (OSError, KeyError, IndexError, EOFError, RuntimeError, zlib.error, ann
 
 
 def open_h5ad(path: str | Path) -> h5py.File:
-    """Open an h5ad file as HDF5, to read parts of it without loading the rest; the caller closes it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is empty, not HDF5, cut short, or HDF5 without AnnData's layout.
-    """
+    """Open an h5ad file as HDF5, to read parts of it without loading the rest; the caller closes it. A file that is
+    empty, cut short, not HDF5, or without AnnData's layout is a ValueError."""
     path = Path(path)
     refuse_zarr(path)
     if not path.is_file():
@@ -124,11 +120,7 @@ def refuse_zarr(path: Path) -> None:
 
 
 def read_table(file: h5py.File, name: str) -> pd.DataFrame:
-    """Read ``obs``, ``var`` or ``raw/var``, as anndata does, but for columns of an encoding that it does not know.
-
-    Raises:
-        ValueError: a column is there twice, or the table is a group that does not say that it is one.
-    """
+    """Read ``obs``, ``var`` or ``raw/var``, as anndata does, but for columns of an encoding that it does not know."""
     element = file[name]
     if isinstance(element, h5py.Dataset):
         return _read_old_table(file, element)
@@ -214,13 +206,12 @@ def storable(values: np.ndarray) -> np.ndarray:
 
 
 class DenseRows:
-    """A dense matrix (n, F) in an HDF5 file."""
+    """A dense matrix (n, F) in an HDF5 file; of this and of all that follow ``blocks`` yields rows (m, F) in order."""
 
     def __init__(self, path: Path, name: str, shape: tuple[int, int]):
         self.path, self.name, self.shape = path, name, shape
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Yield values (m, F)."""
         size = max(1, min(BLOCK_CELLS, BLOCK_VALUES // max(1, self.shape[1])))
         with h5py.File(self.path, "r") as file:
             for start in range(0, self.shape[0], size):
@@ -228,11 +219,7 @@ class DenseRows:
 
 
 class StoredRows:
-    """A CSR matrix (n, F) in the group ``name`` of an HDF5 file.
-
-    Raises:
-        ValueError: the index pointers contradict the shape or the number of stored values.
-    """
+    """A CSR matrix (n, F) in the group ``name`` of an HDF5 file."""
 
     def __init__(self, path: Path, name: str, shape: tuple[int, int]):
         self.path, self.name = path, name
@@ -241,7 +228,6 @@ class StoredRows:
             self.indptr = checked_pointers(file[name], lines=shape[0])
 
     def blocks(self) -> Iterator[scipy.sparse.csr_matrix]:
-        """Yield stored values (m, F)."""
         start, (num_cells, num_genes) = 0, self.shape
         with h5py.File(self.path, "r") as file:
             data, indices = (file[self.name][array] for array in ("data", "indices"))
@@ -257,13 +243,7 @@ class StoredRows:
 
 
 class TokenRows:
-    """Rows of a Parquet file: lists of ``genes``, by token, and their ``expressions`` (n, F).
-
-    Args:
-        path: the file.
-        shape: (n, F).
-        tokens: (F,) of each gene.
-    """
+    """Rows of a Parquet file: lists of ``genes``, by token (F,), and their ``expressions`` (n, F)."""
 
     def __init__(self, path: Path, shape: tuple[int, int], tokens: np.ndarray):
         self.path, self.shape = path, shape
@@ -292,23 +272,20 @@ class TokenRows:
 
 
 class CellBuckets:
-    """A matrix (n, F) whose values arrive in any order, sorted by cell through temporary files.
-
-    These go to ``folder``, which is made here and removed by the caller.
-    """
+    """A matrix (n, F) whose values arrive in any order, sorted by cell through temporary files in ``folder``, which is
+    made here and removed by the caller."""
 
     def __init__(self, folder: Path, shape: tuple[int, int], dtype: np.dtype):
         self.folder = folder
         self.folder.mkdir(parents=True)
         self.shape = tuple(int(size) for size in shape)
-        self.bucket_cells = BLOCK_CELLS
         self.record = np.dtype([("cell", np.int32), ("gene", np.int32), ("value", dtype)])
 
     def add(self, cells: np.ndarray, genes: np.ndarray, values: np.ndarray) -> None:
         """Take the values of some pairs of cell and gene, three arrays of one length."""
         records = np.empty(len(values), dtype=self.record)
         records["cell"], records["gene"], records["value"] = cells, genes, values
-        buckets = cells // self.bucket_cells
+        buckets = cells // BLOCK_CELLS
         order = np.argsort(buckets, kind="stable")
         edges = np.flatnonzero(np.diff(buckets[order])) + 1
         for part in np.split(order, edges):
@@ -317,10 +294,9 @@ class CellBuckets:
                     records[part].tofile(file)
 
     def blocks(self) -> Iterator[scipy.sparse.csr_matrix]:
-        """Yield stored values (m, F)."""
         num_cells, num_genes = self.shape
-        for bucket, start in enumerate(range(0, num_cells, self.bucket_cells)):
-            path, size = self._path(bucket), min(self.bucket_cells, num_cells - start)
+        for bucket, start in enumerate(range(0, num_cells, BLOCK_CELLS)):
+            path, size = self._path(bucket), min(BLOCK_CELLS, num_cells - start)
             records = np.fromfile(path, dtype=self.record) if path.exists() else np.empty(0, dtype=self.record)
             cells = records["cell"] - start
             records = records[np.argsort(cells, kind="stable")]
@@ -333,11 +309,7 @@ class CellBuckets:
 
 
 def sorted_by_cell(path: Path, group: h5py.Group, shape: tuple[int, int], folder: Path) -> CellBuckets:
-    """Transpose a CSC matrix (n, F) on disk, reading its arrays once.
-
-    Raises:
-        ValueError: the arrays contradict the shape or each other.
-    """
+    """Transpose a CSC matrix (n, F) on disk, reading its arrays once."""
     pointers = checked_pointers(group, lines=shape[1])
     data, indices, stored = group["data"], group["indices"], int(pointers[-1])
     buckets = CellBuckets(folder, shape, data.dtype)
@@ -397,9 +369,6 @@ class CountFile:
 
         ``task`` is what the progress bar says. With ``check`` every value is looked at as it is stored; after one that
         is no count blocks are still read, to say all that is wrong, but no longer yielded.
-
-        Raises:
-            ValueError: with ``check``, some value is not a count; or the file is damaged.
         """
         checked, start = CountCheck(), 0
         with ProgressReport(len(self.obs), task=task, unit="cells") as report:
@@ -425,11 +394,8 @@ class CountFile:
                 yield block
 
     def panel_blocks(self, columns: np.ndarray, task: str) -> Iterator[scipy.sparse.csr_matrix]:
-        """Yield the counts (m, G) int64 of the genes in ``columns`` (G,); nothing is stored where that is -1.
-
-        Raises:
-            ValueError: some value of the file, also of other genes, is not a count; or the file is damaged.
-        """
+        """Yield the counts (m, G) int64 of the genes in ``columns`` (G,), nothing where that is -1; every value of the
+        file is checked."""
         there = np.flatnonzero(columns >= 0)
         for _, counts in self.blocks(task, check=True):
             found = counts[:, columns[there]]
