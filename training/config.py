@@ -172,15 +172,13 @@ class TrainConfig:
         for name, value in OF_PAPER.items() if self.paper else ():
             if getattr(self, name) != value:
                 raise ValueError(f"{name}={getattr(self, name)!r} contradicts paper, which is {value!r}: leave one out")
+        heads = self.num_attention_heads
         if self.size is None:
-            heads = self.num_attention_heads
             expected = f"a multiple of num_attention_heads={heads}"
-            self._expect(expected, lambda value: value % heads == 0, "hidden_size")
-            return
-        for name in SHAPE_OF_SIZE:
-            if self.is_set(name):
-                value = getattr(self, name)
-                raise ValueError(f"{name}={value} contradicts size={self.size!r}, which sets it: leave one out")
+            return self._expect(expected, lambda value: value % heads == 0, "hidden_size")
+        for name in filter(self.is_set, SHAPE_OF_SIZE):
+            value = getattr(self, name)
+            raise ValueError(f"{name}={value} contradicts size={self.size!r}, which sets it: leave one out")
         if self.init_from is not None:
             raise ValueError(f"size={self.size!r} contradicts init_from, which brings its own shape: leave size out")
 
@@ -212,9 +210,7 @@ class TrainConfig:
             raise FileNotFoundError(f"no tokenizer/ in {str(self.data)!r}; expected a folder that dcm-convert wrote")
         table = self.perturbation_embeddings
         if table is not None and not table.is_file():
-            raise FileNotFoundError(
-                f"no perturbation table {str(table)!r}; expected a safetensors file of one vector per name"
-            )
+            raise FileNotFoundError(f"no perturbation table {str(table)!r}; expected safetensors, a vector per name")
 
 
 OPTIONS = {field.name: field.type for field in fields(TrainConfig) if field.name != "given"}
@@ -242,12 +238,7 @@ def parse(arguments: list[str]) -> TrainConfig:
 
 
 def read_config(path: Path) -> dict[str, object]:
-    """Read the options of a YAML file, or of the one in :data:`CONFIGS` that has this name.
-
-    Raises:
-        FileNotFoundError: no such file; the message lists those names, and the files beside it.
-        ValueError: not a mapping, an unknown option (the message names the nearest one), or a value of another type.
-    """
+    """Read the options of a YAML file, or of the one in :data:`CONFIGS` that has this name."""
     shipped = {file.stem: file for file in sorted(CONFIGS.glob("*.yaml"))}
     path = path if path.is_file() else shipped.get(str(path), path)
     if not path.is_file():

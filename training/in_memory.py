@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from pathlib import Path
@@ -59,6 +58,7 @@ def fit(
     from training.config import TrainConfig, read_config
     from training.convert_h5ad import main as convert
     from training.data.formats import write_counts
+    from training.loop.log import read_log
     from training.train import main as train
 
     keys = {"cell_type_key": cell_type_key, "perturbation_key": perturbation_key, "control": control}
@@ -82,7 +82,7 @@ def fit(
         tokenizer = model.tokenizer = DCMTokenizer.from_pretrained(settings.out)
         datasets.enable_progress_bars()
         transformers.utils.logging.enable_progress_bar()
-        lines = [json.loads(line) for line in (settings.out / "training.jsonl").read_text().splitlines()]
+        lines = read_log(settings.out)
     scores = {name: value for line in lines for name, value in line.items() if name.startswith(("validation", "score"))}
     logging.getLogger(__name__).info("validation loss %.4g", scores.get("validation_loss", float("nan")))
     return model, tokenizer, scores

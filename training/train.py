@@ -24,13 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(config: TrainConfig) -> Path:
-    """Train, and return the checkpoint folder.
-
-    Raises:
-        ValueError: options, data and an earlier state do not fit together, or the loss is no longer finite.
-        FileNotFoundError: no shards, no state to resume from, no embeddings.
-        SystemExit: with code 75 after SIGTERM or Ctrl-C, when the state has been saved.
-    """
+    """Train, and return the checkpoint folder; after SIGTERM or Ctrl-C exit with code 75, when a state is saved."""
     config.check_files()
     import torch  # from here on everything is needed; until here an answer comes at once
     from accelerate.utils import set_seed

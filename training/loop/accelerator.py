@@ -33,12 +33,7 @@ KINDS_OF_CALLS = 4  # of a network's blocks in training: among tokens, at querie
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Return the accelerator of this process.
-
-    Raises:
-        ValueError: a tracker is not installed, or accelerate was told to split the network over the processes by
-            another engine than FSDP2, or to accumulate another number of batches.
-    """
+    """Return the accelerator of this process; what accelerate was told must fit the options."""
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 for what bf16 leaves in float32
     accelerator = Accelerator(
@@ -81,11 +76,7 @@ def available_cores() -> int:
 
 
 def tracker_names(wanted: str) -> list[str]:
-    """Return the trackers ``wanted``, which commas separate; ``auto`` is tensorboard where it is installed.
-
-    Raises:
-        ValueError: one is not installed, or accelerate does not know it.
-    """
+    """Return the trackers ``wanted``, which commas separate; ``auto`` is tensorboard where it is installed."""
     installed = [tracker.value for tracker in get_available_trackers()]
     if wanted == "auto":
         return [name for name in installed if name == "tensorboard"]
@@ -108,11 +99,7 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
 
 
 def attention_implementation(config: TrainConfig, device: torch.device, mixed_precision: str) -> str:
-    """What ``attn`` says, or for ``auto`` the fastest implementation that is there and fits.
-
-    Raises:
-        ValueError: flash attention was asked for and is not there.
-    """
+    """What ``attn`` says, or for ``auto`` the fastest implementation that is there and fits."""
     fits = device.type == "cuda" and mixed_precision in ("bf16", "fp16")
     if config.attn in ("sdpa", "eager") or (config.attn == "auto" and not fits):
         return config.attn.replace("auto", "sdpa")

@@ -7,24 +7,24 @@ the marginals of the new training cells. Letters: G genes, K largest count, D wi
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from modeling_dcm import DCMForDenoising
+from modeling_dcm import DCMConfig, DCMForDenoising
 from modeling_dcm.count_distribution_dcm import CategoricalHead, NegativeBinomialHead
 from modeling_dcm.layers_dcm import LOWEST_LEVEL, count_features, level_features
 from tokenization import DCMTokenizer
 from tokenization.labels_dcm import shortened
-from training.config import TrainConfig
+from training.config import OPTIONS, TrainConfig
 from training.data.files import check_readable
 
 logger = logging.getLogger(__name__)
 
-SHAPE = ("backbone", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "num_latents")
-SHAPE += ("masked_keys", "cell_summary", "gene_output_bias", "condition_tokens", "count_distribution", "state_dim")
+NETWORK = OPTIONS.keys() & {field.name for field in fields(DCMConfig)}  # options that are the network's own
+SHAPE = sorted(NETWORK - {"dropout", "label_dropout", "library_size_conditioning", "loss_weighting"})
 RIDGE = 1e-4  # keeps the weights of fitted features small where the data say nothing
 
 
@@ -58,11 +58,7 @@ class SharedNames:
 
 
 def load_source(name: str) -> Source:
-    """Load the checkpoint in a folder or on the Hub.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Load the checkpoint in a folder or on the Hub."""
     for path in (name, *Path(name).glob("*.safetensors")):
         check_readable(path)
     try:
@@ -73,11 +69,7 @@ def load_source(name: str) -> Source:
 
 
 def shaped_like(config: TrainConfig, source: Source) -> TrainConfig:
-    """Return the options with the shape of the checkpoint.
-
-    Raises:
-        ValueError: an option asks for another shape.
-    """
+    """Return the options with the shape of the checkpoint, which none may contradict."""
     theirs = {name: getattr(source.model.config, name) for name in SHAPE}
     for name, value in theirs.items():
         if config.is_set(name) and getattr(config, name) != value:
@@ -89,11 +81,7 @@ def shaped_like(config: TrainConfig, source: Source) -> TrainConfig:
 
 
 def merged_tokenizer(new: DCMTokenizer, source: DCMTokenizer) -> DCMTokenizer:
-    """Return the genes and conditions of the new data, with the checkpoint's labels and counts and then the new ones.
-
-    Raises:
-        ValueError: no gene in common, or other bins of counts.
-    """
+    """Return the genes and conditions of the new data, the checkpoint's labels and counts before the new ones."""
     if not set(new.genes) & set(source.genes):
         raise ValueError(
             f"no gene of the shards ({shortened(new.genes, 3)}) is in the checkpoint ({shortened(source.genes, 3)}): "
@@ -122,11 +110,7 @@ def _union(old: Sequence[str], new: Sequence[str]) -> list[str]:
 
 @torch.no_grad()
 def transfer(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer) -> None:
-    """Take the checkpoint's weights over into a fresh ``model`` of ``tokenizer``; one line of the log says what is new.
-
-    Raises:
-        ValueError: the checkpoint's perturbations are labels, or other vectors, and ``model`` has a table of vectors.
-    """
+    """Take the checkpoint's weights over into a fresh ``model`` of ``tokenizer``; the log says what is new."""
     old, names = source.model, source.tokenizer
     theirs = dict(old.named_parameters())
     fresh_head = {name: value.clone() for name, value in model.head.state_dict().items()}
@@ -308,11 +292,7 @@ def _take_effects(old: DCMForDenoising, new: DCMForDenoising, genes: SharedNames
 
 @torch.no_grad()
 def take_state_map(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer) -> None:
-    """Take the map from counts to the cell state over, so that states keep their meaning; new genes do not count.
-
-    Raises:
-        ValueError: the state of one tells the depth and that of the other does not.
-    """
+    """Take the map from counts to the cell state over, so that states keep their meaning; new genes do not count."""
     old, new = source.model.cell_state, model.cell_state
     if source.model.config.state_width != model.config.state_width:
         raise ValueError(

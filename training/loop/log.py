@@ -6,10 +6,11 @@ Numbers of one interval are averaged over its steps and over the processes.
 import json
 import logging
 import math
+import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -23,11 +24,6 @@ from training.config import TrainConfig
 from training.data.files import write_text, written_aside
 from training.loop.batches import TrainBatches
 from training.loop.step import MEASURED, check_finite
-
-try:
-    import resource
-except ImportError:  # Windows has no such module
-    resource = None
 
 logger = logging.getLogger(__name__)
 
@@ -98,9 +94,8 @@ class TrainingLog:
         self.last_line = self.seconds_per_step = 0.0
         if accelerator.is_main_process:
             config.out.mkdir(parents=True, exist_ok=True)
-            if self.path.exists():
-                kept = [line for line in self.path.read_text().splitlines() if _is_of_step_before(line, start)]
-                write_text(self.path, "".join(f"{line}\n" for line in kept))
+            kept = [line for line in read_log(config.out) if line["step"] <= start]
+            write_text(self.path, "".join(f"{json.dumps(line)}\n" for line in kept))
 
     def note(self, measured: tuple[torch.Tensor, ...], learning_rate: float) -> None:
         """Keep the numbers of one step, :data:`MEASURED`, still on the device: reading them would make it wait."""
@@ -134,9 +129,7 @@ class TrainingLog:
         if self.batches is not None:
             means["share_waiting"] = (self.batches.waited - self.waited) / (now - self.since)
             self.waited = self.batches.waited
-        memory = peak_memory(self.accelerator.device)
-        if memory is not None:
-            means["memory_gib"] = memory
+        means["memory_gib"] = peak_memory(self.accelerator.device)
         if self.utilisation_per_cell is not None:
             means["flop_utilisation"] = self.utilisation_per_cell * of_process
         self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {per_second:.0f} cells/s")
@@ -178,32 +171,28 @@ class TrainingLog:
         self.bar.close()
 
 
+def read_log(out: Path) -> list[dict[str, float]]:
+    """Lines of the log of the run in ``out``, if there is one; of a killed run the last may be cut off: left out."""
+    path, lines = out / "training.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
 def loss_still_falling(out: Path) -> float | None:
     """Return by how much per 1,000 steps the validation loss fell between its last two measurements; None if that was
     under 1 % of it, or there were not two."""
-    lines = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
-    measured = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+    measured = [(line["step"], line["validation_loss"]) for line in read_log(out) if "validation_loss" in line]
     if len(measured) < 2:
         return None
     (before, higher), (step, loss) = measured[-2:]
     return 1000 * (higher - loss) / (step - before) if higher - loss > 0.01 * abs(loss) else None
 
 
-def _is_of_step_before(line: str, start: int) -> bool:
-    try:
-        return json.loads(line)["step"] <= start
-    except json.JSONDecodeError:  # cut off when the run was killed
-        return False
-
-
 def draw_curves(out: Path) -> Path | None:
-    """Draw `training_curves.png` from the log of the run in ``out``; None when there is nothing to draw yet.
-
-    Raises:
-        OSError: the picture could not be written.
-    """
-    path, log = out / "training_curves.png", out / "training.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    """Draw `training_curves.png` from the log of the run in ``out``; None when there is nothing to draw yet."""
+    path, lines = out / "training_curves.png", read_log(out)
     known = {name for line in lines for name in line}
     panels = [title for title, names in PANELS.items() if known & set(names)]
     if not panels:
@@ -263,11 +252,9 @@ def training_flops(config: DCMConfig, genes: int, queries: int | None = None) ->
     return 3.0 * (blocks + condition + head)
 
 
-def peak_memory(device: torch.device) -> float | None:
-    """Return the most memory so far, GiB: tensors on a GPU, or the whole process on a CPU; None if it is not told."""
+def peak_memory(device: torch.device) -> float:
+    """Return the most memory so far, GiB: tensors on a GPU, or the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    if resource is None:
-        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20

@@ -4,6 +4,7 @@ Knows nothing of the loop. Letters: N training cells, G genes, K largest count.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -29,24 +30,10 @@ from training.loop.estimates import (
     state_loadings,
     state_mixture,
 )
-from training.loop.fine_tune import Source, take_state_map, transfer
+from training.loop.fine_tune import NETWORK, Source, take_state_map, transfer
 from training.perturbations.table import PerturbationTable, read_table
 
 logger = logging.getLogger(__name__)
-
-# options of training that are the network's own configuration, besides those of its size
-OWN = (
-    "backbone",
-    "masked_keys",
-    "num_latents",
-    "mlp_ratio",
-    "dropout",
-    "gene_output_bias",
-    "cell_summary",
-    "count_distribution",
-    "state_dim",
-)
-OWN += ("library_size_conditioning", "condition_tokens", "loss_weighting", "label_dropout")
 
 
 def open_cells(config: TrainConfig, split: str, tokenizer: DCMTokenizer) -> Cells:
@@ -55,11 +42,7 @@ def open_cells(config: TrainConfig, split: str, tokenizer: DCMTokenizer) -> Cell
 
 
 def build_tokenizer(config: TrainConfig) -> DCMTokenizer:
-    """The shards' vocabulary, less the conditions that are not learned, plus the names of a perturbation table.
-
-    Raises:
-        ValueError: an unknown condition, or perturbations that the table neither has nor marks as without vector.
-    """
+    """The shards' vocabulary, less the conditions that are not learned, plus the names of a perturbation table."""
     shards = DCMTokenizer.from_pretrained(config.shards / "tokenizer")
     there = [*(["cell_type"] if shards.cell_types else []), *(["perturbation"] if shards.perturbations else [])]
     there += list(shards.covariates)
@@ -98,8 +81,7 @@ def _names_with_table(config: TrainConfig, perturbations: list[str], shards: DCM
         )
     never_seen = []
     if without:
-        ids = open_cells(config, "train", shards).conditions["perturbation_ids"].unique().tolist()
-        seen = {shards.perturbations[i] for i in ids if i >= 0}
+        seen = _seen(open_cells(config, "train", shards), "perturbation_ids", shards.perturbations)
         never_seen = [name for name in without if name not in seen]
         learned = [name for name in without if name in seen]
         if learned:
@@ -132,15 +114,13 @@ def build_model(
         )
     shape = SIZES[config.size] if config.size else {}
     table = read_table(config.perturbation_embeddings, tokenizer.control) if config.perturbation_embeddings else None
-    own = OWN if shape else (*OWN, *SIZES["5m"])
     labels = cells.conditions.get("perturbation_ids")
     vector_size, table_sha256 = (None, None) if table is None else (table.dim, table.sha256)
     if source is not None and table is None and tokenizer.perturbations:
         vector_size = source.model.config.perturbation_dim
         table_sha256 = source.model.config.perturbation_table_sha256
     model_config = DCMConfig(
-        **{name: getattr(config, name) for name in own},
-        **shape,
+        **{name: getattr(config, name) for name in NETWORK} | shape,
         num_genes=len(tokenizer.genes),
         max_count=tokenizer.max_count,
         count_bins=tokenizer.count_bins,
@@ -190,6 +170,11 @@ def empty_model(model_config: DCMConfig, config: TrainConfig) -> DCMForDenoising
     return model
 
 
+def _seen(cells: Cells, ids: str, names: Sequence[str]) -> set[str]:
+    """Which of the ``names`` some cell has."""
+    return {names[id_] for id_ in cells.conditions[ids].unique().tolist() if id_ >= 0}
+
+
 def _warn_of_names_never_seen(
     tokenizer: DCMTokenizer, cells: Cells, table: PerturbationTable | None, source: Source | None
 ) -> None:
@@ -203,8 +188,7 @@ def _warn_of_names_never_seen(
         known = set() if table is None else set(table.vectors)
         if source is not None:
             known |= {*source.tokenizer.cell_types, *source.tokenizer.perturbations}
-        seen = {names[id_] for id_ in cells.conditions[ids].unique().tolist() if id_ >= 0}
-        never_seen = [name for name in names if name not in seen | known]
+        never_seen = [name for name in names if name not in _seen(cells, ids, names) | known]
         if never_seen:
             logger.warning(
                 "no training cell has these %s, so the model takes the names but learns nothing of them: %s",
@@ -226,7 +210,7 @@ def _vectors_without_cells(
     model: DCMForDenoising, tokenizer: DCMTokenizer, cells: Cells, source: Source | None
 ) -> list[int]:
     """Ids of perturbations whose frozen vector no training cell had, now or in the source."""
-    seen = {tokenizer.perturbations[i] for i in cells.conditions["perturbation_ids"].unique().tolist() if i >= 0}
+    seen = _seen(cells, "perturbation_ids", tokenizer.perturbations)
     if source is not None:
         unseen = source.model.config.perturbations_without_cells or ()
         seen |= {name for i, name in enumerate(source.tokenizer.perturbations) if i not in unseen}

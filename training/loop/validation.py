@@ -6,10 +6,11 @@ Never looks at test cells. Letters: N cells.
 
 import logging
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -116,9 +117,7 @@ class Validation:
         if not self.cells or len(self.cells) < 2:
             return {}
         number = min(len(self.cells), self.config.score_cells)
-        if self.reference is None:
-            self.reference = self._reference(number)
-        reference = self.reference
+        self.reference = reference = self.reference or self._reference(number)
         if reference is None:
             return {}
         conditions = {name: ids[:number] for name, ids in self.cells.conditions.items()}
@@ -158,13 +157,8 @@ class Validation:
 def validation_entropy(
     model: DCMForDenoising, cells: Cells, *, num_cells: int = 256, seed: int = 0
 ) -> tuple[dict, dict[str, list[float]]]:
-    """Measure (see :func:`measure_entropy`) the first validation ``cells``, and fit the entropy curve.
-
-    Cells in which a gene of the panel was not measured are left out: their curve would end early.
-
-    Raises:
-        ValueError: there is no cell in which every gene was measured.
-    """
+    """Measure (see :func:`measure_entropy`) the first validation ``cells``, and fit the entropy curve. Cells in which a
+    gene of the panel was not measured are left out: their curve would end early."""
     rows = _complete_cells(cells, num_cells)
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:
@@ -220,12 +214,8 @@ def _alike(train: Cells, cells: Cells, number: int, rng: np.random.Generator) ->
         columns = [ids[rows].reshape(len(rows), -1) for ids in of.conditions.values()]
         return [tuple(row) for row in torch.cat(columns, dim=1).tolist()] if columns else [()] * len(rows)
 
-    alike: dict[tuple[int, ...], list[int]] = {}
+    alike = defaultdict(list)
     for row, label in zip(pool.tolist(), labels(train, pool)):
-        alike.setdefault(label, []).append(row)
-    rows, taken = [], Counter()
-    for label in labels(cells, np.arange(number)):
-        found = alike.get(label, pool)
-        rows.append(found[taken[label] % len(found)])
-        taken[label] += 1
-    return np.asarray(rows)
+        alike[label].append(row)
+    draws = defaultdict(lambda: cycle(pool.tolist()), {label: cycle(found) for label, found in alike.items()})
+    return np.array([next(draws[label]) for label in labels(cells, np.arange(number))])
