@@ -8,7 +8,7 @@ import pytest
 from accelerate.utils import DistributedType
 
 from training.config import CONFIGS, TrainConfig, parse, read_config
-from training.loop.accelerator import build_accelerator, threads_per_process
+from training.loop.accelerator import build_accelerator
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "training" / "configs").glob("*.yaml"))
@@ -66,13 +66,6 @@ def test_what_accelerate_was_told_otherwise_is_refused(kind, accumulated, messag
     monkeypatch.setattr("training.loop.accelerator.Accelerator", lambda **options: told)
     with pytest.raises(ValueError, match=message):
         build_accelerator(TrainConfig(data=Path("d"), out=Path("o"), trackers="none"))
-
-
-def test_processes_that_share_a_machine_share_its_cores(monkeypatch):
-    monkeypatch.setattr("training.loop.accelerator.available_cores", lambda: 8)
-    assert threads_per_process(["a", "a", "b", "a"], "a") == 2
-    assert threads_per_process(["a", "a", "b", "a"], "b") == 8
-    assert threads_per_process(["a"] * 20, "a") == 1
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from tokenization.gene_names_dcm import ENSEMBL_ID, without_version
 from tokenization.labels_dcm import shortened
 from training.data.files import read_list
 from training.data.formats import open_counts
-from training.data.h5ad import CountFile
+from training.data.h5ad import CountFile, with_genes
 from training.data.variable_genes import GeneTotals, seurat_v3_variances, top_genes
 
 logger = logging.getLogger(__name__)
@@ -65,18 +65,6 @@ class InputCells:
             for rows, counts in cells.file.blocks(f"{task} of {cells.file.path.name}", check=check):
                 here = slice(rows.start + cells.rows.start, rows.stop + cells.rows.start)
                 yield here, with_genes(counts, cells.columns, len(cells.measured)), cells.measured
-
-
-def with_genes(counts: csr_matrix, columns: np.ndarray, num_genes: int) -> csr_matrix:
-    """Counts with column j moved to ``columns[j]``, or dropped where that is -1."""
-    if num_genes == len(columns) and np.array_equal(columns, np.arange(num_genes)):
-        return counts
-    genes = columns[counts.indices]
-    kept = genes >= 0
-    pointers = np.concatenate([[0], np.cumsum(kept)])[counts.indptr]
-    moved = csr_matrix((counts.data[kept], genes[kept], pointers), shape=(counts.shape[0], num_genes))
-    moved.sort_indices()
-    return moved
 
 
 def read_cells(

@@ -23,10 +23,10 @@ from tokenization import DCMTokenizer
 from tokenization.conditions_dcm import PERTURBATION
 from tokenization.count_checks_dcm import library_size
 from training.conversion.conditions import ConditionColumns
-from training.conversion.genes import InputCells, Panel, with_genes
+from training.conversion.genes import InputCells, Panel
 from training.data import shards
 from training.data.command_line import ProgressReport
-from training.data.h5ad import BLOCK_CELLS, write_h5ad_in_blocks
+from training.data.h5ad import BLOCK_CELLS, with_genes, write_h5ad_in_blocks
 from training.data.shards import COUNTS, LIBRARY_SIZE, MERGED, PANEL, SPLITS, Panels, find_panels, shard_features
 from training.data.statistics import STATISTICS, compute_statistics, vocabulary_of, write_statistics
 

@@ -346,6 +346,18 @@ def checked_indices(indices: np.ndarray, size: int) -> np.ndarray:
     return indices
 
 
+def with_genes(counts: scipy.sparse.csr_matrix, columns: np.ndarray, num_genes: int) -> scipy.sparse.csr_matrix:
+    """Counts with column j moved to ``columns[j]``, or dropped where that is -1."""
+    if num_genes == len(columns) and np.array_equal(columns, np.arange(num_genes)):
+        return counts
+    genes = columns[counts.indices]
+    kept = genes >= 0
+    pointers = np.concatenate([[0], np.cumsum(kept)])[counts.indptr]
+    moved = scipy.sparse.csr_matrix((counts.data[kept], genes[kept], pointers), shape=(counts.shape[0], num_genes))
+    moved.sort_indices()
+    return moved
+
+
 @dataclass(frozen=True)
 class CountFile:
     """A file of n cells and F genes, whose counts stay on disk."""
@@ -396,8 +408,7 @@ class CountFile:
     def panel_blocks(self, columns: np.ndarray, task: str) -> Iterator[scipy.sparse.csr_matrix]:
         """Yield the counts (m, G) int64 of the genes in ``columns`` (G,), nothing where that is -1; every value of the
         file is checked."""
-        there = np.flatnonzero(columns >= 0)
+        there, place = np.flatnonzero(columns >= 0), np.full(len(self.var), -1)
+        place[columns[there]] = there
         for _, counts in self.blocks(task, check=True):
-            found = counts[:, columns[there]]
-            shape = (found.shape[0], len(columns))
-            yield scipy.sparse.csr_matrix((found.data, there[found.indices], found.indptr), shape=shape)
+            yield with_genes(counts, place, len(columns))

@@ -36,14 +36,11 @@ PANELS = {  # of the curves: title, and the lines of the log that it shows, with
     "learning rate": {"learning_rate": None},
     "cells per second": {"cells_per_second": None},
     "FLOP utilisation": {"flop_utilisation": None},
-    "generated: MMD\N{SUPERSCRIPT TWO}": {"score_mmd2": "generated", "score_mmd2_floor": "floor"},
-    "generated: W2": {"score_w2": "generated", "score_w2_floor": "floor"},
-    "generated: correlation slope": {"score_correlation_slope": "generated", "score_correlation_slope_floor": "floor"},
-    "generated: variance of components": {
-        "score_component_variance": "generated",
-        "score_component_variance_floor": "floor",
-    },
 }
+SCORES = {"MMD\N{SUPERSCRIPT TWO}": "mmd2", "W2": "w2", "correlation slope": "correlation_slope"}
+SCORES |= {"variance of components": "component_variance"}
+for title, name in SCORES.items():
+    PANELS[f"generated: {title}"] = {f"score_{name}": "generated", f"score_{name}_floor": "floor"}
 # dense 16-bit matrix products, FLOP/s, from the makers' data sheets; the first name found in the device's name counts
 PEAK_FLOPS = {
     "B200": 2250e12,

@@ -98,10 +98,7 @@ def test_all_that_runs_a_network_in_bf16_runs_attention_that_knows_no_float32(co
 def test_a_tracker_that_is_not_installed_or_not_known_is_refused_by_name(monkeypatch):
     monkeypatch.setattr("training.loop.accelerator.get_available_trackers", list)
     assert tracker_names("none") == tracker_names("auto") == []
-    for name in ("wandb", "trackio"):
-        with pytest.raises(ValueError, match=rf"'{name}' is not installed \(pip install {name}\); installed are: none"):
-            tracker_names(name)
-    with pytest.raises(ValueError, match="unknown tracker 'wandbb'; near matches: 'wandb'"):
+    with pytest.raises(ValueError, match=r"tracker 'wandbb' is not installed, or none that .*; there are: auto, none"):
         tracker_names("wandbb")
 
 
