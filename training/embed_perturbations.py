@@ -123,26 +123,18 @@ def _log_what_they_tell(folder: Path, tables: Mapping[str, Mapping[str, "torch.T
 
 
 def perturbation_names(source: Path) -> list[str]:
-    """Return single names, sorted, without the control: of a folder's tokenizer and all its splits, or a text file."""
+    """Return single names, sorted, without the control: of a folder's tokenizer, or a text file."""
     if source.is_file():
         names, control = set(read_names(source)), None
     else:
         folder = source / "tokenizer" if (source / "tokenizer").is_dir() else source
         if not (folder / "conditions.json").is_file():
-            raise FileNotFoundError(
-                f"no tokenizer in {str(source)!r}; expected shards of dcm-convert, a checkpoint, or a file of names"
-            )
-        import datasets
-        import pyarrow.parquet as pq
-
+            expected = "shards of dcm-convert, a checkpoint, or a file of names"
+            raise FileNotFoundError(f"no tokenizer in {str(source)!r}; expected {expected}")
         from tokenization import DCMTokenizer
 
         tokenizer = DCMTokenizer.from_pretrained(folder)
         control, names = tokenizer.control, set(tokenizer.perturbations)
-        for file in source.glob("*/*.parquet"):  # labels that are held out of training may be here only
-            column = datasets.Features.from_arrow_schema(pq.read_schema(file)).get(PERTURBATION)
-            for label in column.names if column is not None else []:
-                names.update(split_perturbation(label, control=control, separator=tokenizer.separator))
     names.discard(control)
     if not names:
         raise ValueError(f"{str(source)!r} names no perturbation; there is nothing to embed")
@@ -191,19 +183,14 @@ def _by_name(names: list[str], vectors: Mapping[str, "torch.Tensor"]) -> dict[st
 
 def seen_in_training(source: Path) -> set[str] | None:
     """Names that some training cell of a folder of shards has; None for what is no such folder."""
-    files = sorted(source.glob("train/*.parquet"))
-    if not files:
+    if not any(source.glob("train/*.parquet")):
         return None
-    import datasets
-    import pyarrow.parquet as pq
+    from training.data.cells import open_cells
 
-    from tokenization import DCMTokenizer
-
-    tokenizer = DCMTokenizer.from_pretrained(source / "tokenizer")
-    labels = datasets.Features.from_arrow_schema(pq.read_schema(files[0]))[PERTURBATION].names
-    codes = {code for file in files for code in pq.read_table(file, columns=[PERTURBATION])[0].unique().to_pylist()}
-    options = {"control": tokenizer.control, "separator": tokenizer.separator}
-    return {name for code in codes if code is not None for name in split_perturbation(labels[code], **options)}
+    cells = open_cells(source, "train", streaming=True)  # which reads no count
+    labels = cells.labels(PERTURBATION).dropna().unique()
+    options = {"control": cells.tokenizer.control, "separator": cells.tokenizer.separator}
+    return {name for label in labels for name in split_perturbation(label, **options)}
 
 
 def _missing(

@@ -122,9 +122,8 @@ def _hold_out(
     held = _held_out_labels(conditions, label[scope & ~is_control], options, rng)
     test = scope & ~is_control & _tested(name, conditions, label, held)
     if not test.any() or test.all():
-        raise ValueError(
-            f"--split {name} would test on {int(test.sum()):,} of {num_cells:,} cells; hold out other labels"
-        )
+        tested = f"{int(test.sum()):,} of {num_cells:,} cells"
+        raise ValueError(f"--split {name} would test on {tested}; hold out other labels")
     fate = options.controls or ("test" if name == "zero-shot" else "proportional")
     divided = np.flatnonzero(scope & is_control)
     if fate == "proportional":
@@ -195,9 +194,8 @@ def _cells_of_file(obs: pd.DataFrame, options: SplitOptions) -> dict[str, np.nda
         raise ValueError(f"{where} has the split {wrong[0]!r}; expected {', '.join(SPLITS)}")
     unnamed = int((labels == "").sum())
     if unnamed:
-        raise ValueError(
-            f"{where} has no split for {unnamed:,} of {len(labels):,} cells; name all cells, or drop them from the data"
-        )
+        of_all = f"{unnamed:,} of {len(labels):,} cells"
+        raise ValueError(f"{where} has no split for {of_all}; name all cells, or drop them from the data")
     cells = {name: np.flatnonzero(labels == name) for name in SPLITS}
     if not len(cells["train"]):
         raise ValueError(f"{where} names no training cell")
@@ -239,9 +237,8 @@ def _held_out_labels(
         eligible = [label for label in here if len(members[label]) > 1 and set(members[label]) <= set(here)]
     if options.held_out is None:
         if len(eligible) < 2:
-            raise ValueError(
-                f"--split {name} needs at least 2 labels that can be held out; found: {eligible or 'none'}"
-            )
+            found = eligible or "none"
+            raise ValueError(f"--split {name} needs at least 2 labels that can be held out; found: {found}")
         size = min(max(1, round(options.test_fraction * len(eligible))), len(eligible) - 1)
         return sorted(rng.choice(np.array(eligible, dtype=object), size=size, replace=False).tolist())
     given = [label.strip() for label in options.held_out.split(",") if label.strip()]

@@ -96,9 +96,6 @@ def read_panels(
     Returns:
         The panel of each cell (n,), and which genes were measured in each panel that has cells (P, F); one panel of all
         genes where the file says nothing (``panels`` is None).
-
-    Raises:
-        ValueError: panels of other genes, or cells without one.
     """
     if panels is None:
         return np.zeros(len(obs), dtype=np.int64), np.ones((1, num_genes), dtype=bool)
@@ -120,11 +117,7 @@ def read_panels(
 
 
 def shard_features(num_genes: int, largest_count: int, labels: Mapping[str, Sequence[str]]) -> "datasets.Features":
-    """Columns of a shard: the narrowest integers that hold every gene and count, and a ClassLabel per condition.
-
-    Raises:
-        ValueError: a count does not fit into 32 bits.
-    """
+    """Columns of a shard: the narrowest integers that hold every gene and count, and a ClassLabel per condition."""
     import datasets  # takes seconds, and only writing needs it
 
     if largest_count >= 2**31:
@@ -145,9 +138,6 @@ def local_folder(data: Path) -> Path:
     """The folder of shards ``data``, or where that is a URL the local folder that stands for it.
 
     The shards' names, sizes and checksums are in its name: data that change have another one.
-
-    Raises:
-        FileNotFoundError: there is nothing at the URL.
     """
     found = re.fullmatch(r"([a-z][a-z0-9]+):/+(.*)", str(data))  # a Path has one slash of two
     if found is None:

@@ -57,9 +57,6 @@ def seurat_v3_variances(totals: GeneTotals, blocks: Iterable[csr_matrix]) -> np.
     log10 variance is fitted on log10 mean by loess; counts are standardised with the fitted deviation and clipped at
     sqrt(n), where n is each gene's own number of cells that measured it. ``totals`` and ``blocks`` (m, G) are of the
     same cells.
-
-    Raises:
-        ValueError: fewer than two cells, or too few variable genes for the fit.
     """
     n = totals.n
     mean, deviation = totals.sums / n, _expected_deviation(totals)

@@ -127,11 +127,7 @@ def _sent_to_all(built: DCMForDenoising | None, config: TrainConfig, accelerator
 
 
 def write_what_is_due(run: Run, done: int, reason: str | None) -> None:
-    """Log, validate, score and save after step number ``done``, which is the last one if there is a ``reason``.
-
-    Raises:
-        ValueError: a loss or gradient since the last look was not finite; what was saved before is good.
-    """
+    """Log, validate, score and save after step number ``done``, which is the last one if there is a ``reason``."""
     config, log = run.config, run.log
     last = done == config.max_steps or reason == "time"
     validate = done % config.validate_every == 0 or last

@@ -43,11 +43,7 @@ PACKAGES = ("discrete-cell-models", "torch", "transformers", "accelerate", "data
 
 
 def newest_state(config: TrainConfig, facts: dict[str, object]) -> Path | None:
-    """Return the newest state of ``config.out`` when resuming; None starts afresh. ``facts`` as of :func:`run_facts`.
-
-    Raises:
-        ValueError: there is a run already and nobody said ``resume``, or the state is of another run, or damaged.
-    """
+    """The newest state of ``config.out`` when resuming; None starts afresh. ``facts`` as of :func:`run_facts`."""
     states = all_states(config.out)
     if not config.resume:
         if states or (config.out / "model.safetensors").exists():

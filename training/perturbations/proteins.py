@@ -55,12 +55,7 @@ class Protein:
 
 
 def read_fasta(path: Path) -> list[Protein]:
-    """Read every record of a FASTA file (``.gz`` too), in order.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: not FASTA, or a record without a sequence.
-    """
+    """Read every record of a FASTA file (``.gz`` too), in order."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}; expected protein sequences as FASTA")
     records: list[tuple[str, list[str]]] = []
@@ -151,12 +146,7 @@ class ProteinEncoder:
 
     @classmethod
     def load(cls, name: str, *, window: int = 1022, overlap: int = 256, batch_tokens: int = 8192) -> "ProteinEncoder":
-        """Load transformers' ``EsmModel`` from a local folder or the Hub; bfloat16 on a GPU, else float32 on the CPU.
-
-        Raises:
-            OSError: there is no such folder, nor such a model on the Hub.
-            ValueError: weights are missing in the checkpoint, or the window does not fit the network.
-        """
+        """Load transformers' ``EsmModel`` from a folder or the Hub; bfloat16 on a GPU, else float32 on the CPU."""
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens is {batch_tokens}; expected at least 1")
         offline = not Path(name).is_dir() and not hub_answers()
@@ -266,9 +256,6 @@ def embed_proteins(sequences: Sequence[str], encoder: ProteinEncoder, cache: Pat
 
     Batches are cut from all sequences, whatever the cache has, and are written whole. So after a kill at any moment
     the rest is computed in the same batches, and the vectors have the same bits.
-
-    Raises:
-        ValueError: a sequence has a residue that the language model does not know.
     """
     unique = sorted(set(sequences), key=lambda sequence: (-len(sequence), sequence))
     for sequence in unique:

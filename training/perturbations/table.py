@@ -45,11 +45,7 @@ class PerturbationTable:
 def write_table(
     table: Mapping[str, torch.Tensor], out: Path, about: Mapping[str, object], without_vector: Iterable[str] = ()
 ) -> None:
-    """Write vectors (D,) by name as float32, with ``about`` and the names without a vector as JSON in the metadata.
-
-    Raises:
-        ValueError: vectors of different lengths, not finite, or all zero; nothing has been written then.
-    """
+    """Write vectors (D,) by name as float32, with ``about`` and the names without a vector as JSON in the metadata."""
     vectors = {name: vector.detach().float().clone() for name, vector in sorted(table.items())}
     dim = _dim(vectors, "the table")
     said = json.dumps({**about, WITHOUT_VECTOR: sorted(without_vector)}, sort_keys=True)
@@ -61,9 +57,6 @@ def write_table(
 def read_table(path: Path, control: str | None) -> PerturbationTable:
     """Read a table, of ``dcm-embed`` or any safetensors file with vectors by name; the ``control``'s is left out, as it
     is always learned.
-
-    Raises:
-        ValueError: the file holds something else, or vectors of different lengths, not finite, or all zero.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -85,9 +78,6 @@ def read_vectors(path: Path, key: str | None = None) -> dict[str, torch.Tensor]:
             ``.parquet`` (a row to each name, which stands in the first column or the index), or ``.h5ad`` (a row of X
             to each name of ``obs``).
         key: in ``.h5ad``, of obsm instead of X.
-
-    Raises:
-        ValueError: the file holds something else.
     """
     try:
         table = _read(path, key)
