@@ -85,14 +85,6 @@ def labels(*new: str | None) -> Callable[[Path], Path]:
     return changed(change)
 
 
-def content(data: bytes) -> Callable[[Path], Path]:
-    def make(folder: Path) -> Path:
-        (folder / "cells.h5ad").write_bytes(data)
-        return folder / "cells.h5ad"
-
-    return make
-
-
 def log_normalised(cells: anndata.AnnData) -> None:
     cells.X.data = np.log1p(cells.X.data)
 
@@ -134,37 +126,28 @@ def two_kinds(folder: Path) -> tuple[Path, ...]:
     return ensembl, changed(None, "b.h5ad")(folder)
 
 
-def cut_short(folder: Path) -> Path:
-    path = changed(None)(folder)
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2])
-    return path
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def flipped_bytes(folder: Path) -> Path:
-    path = folder / "cells.h5ad"
+def flipped_bytes(path: Path) -> None:
     made_up().write_h5ad(path, compression="gzip")
     with h5py.File(path) as file:
         chunk = file["X/data"].id.get_chunk_info(0)
     data = bytearray(path.read_bytes())
     data[chunk.byte_offset : chunk.byte_offset + chunk.size] = b"\xa5" * chunk.size
     path.write_bytes(data)
-    return path
 
 
-def wrong_indices(folder: Path) -> Path:
-    path = changed(None)(folder)
+def wrong_indices(path: Path) -> None:
     with h5py.File(path, "r+") as file:
         file["X/indices"][5] = 10_000
-    return path
 
 
-def text_for_counts(folder: Path) -> Path:
-    path = changed(None)(folder)
+def text_for_counts(path: Path) -> None:
     with h5py.File(path, "r+") as file:
         del file["X"]
         file["X"] = np.full((N, GENES), "4", dtype=h5py.string_dtype())
-    return path
 
 
 def folder_of_h5ad(folder: Path) -> Path:
@@ -172,10 +155,9 @@ def folder_of_h5ad(folder: Path) -> Path:
     return changed(None)(folder / "sample").parent
 
 
-def loom(folder: Path) -> Path:
-    with h5py.File(folder / "cells.h5ad", "w") as file:
+def loom(path: Path) -> None:
+    with h5py.File(path, "w") as file:
         file["matrix"] = np.ones((GENES, N))
-    return folder / "cells.h5ad"
 
 
 def mtx(entries: str, features: str = "ENSG1\tA\nENSG2\tB\n") -> Callable[[Path], Path]:
@@ -277,7 +259,7 @@ DEFECTS = [
     Defect("log-normalised values, counts in `raw`", changed(log_normalised_with_raw)),
     Defect("scaled values", changed(scaled)),
     Defect("values too large for a count", counts(TWO, 2.0**40)),
-    Defect("text in the place of counts", text_for_counts),
+    Defect("text in the place of counts", rewritten(text_for_counts)),
     Defect("a gene name twice", changed(names("var", "TP53", "TP53"))),
     Defect("a gene without a name", changed(names("var", ""))),
     Defect("Ensembl ids in one file, symbols in another", two_kinds),
@@ -295,12 +277,12 @@ DEFECTS = [
     Defect("genes that are all zero", counts(np.s_[:, :2], 0), refused=False, says="all zero in training"),
     Defect("no counts at all", counts(np.s_[:], 0)),
     Defect("no cells", changed(lambda cells: cells[:0].copy())),
-    Defect("a file cut short", cut_short),
-    Defect("damaged bytes", flipped_bytes),
-    Defect("indices beyond the last gene", wrong_indices),
-    Defect("an empty file", content(b"")),
-    Defect("no HDF5 file", content(b"<html>404 Not Found</html>")),
-    Defect("another kind of HDF5 file", loom),
+    Defect("a file cut short", rewritten(cut_short)),
+    Defect("damaged bytes", rewritten(flipped_bytes)),
+    Defect("indices beyond the last gene", rewritten(wrong_indices)),
+    Defect("an empty file", rewritten(lambda path: path.write_bytes(b""))),
+    Defect("no HDF5 file", rewritten(lambda path: path.write_text("<html>404 Not Found</html>"))),
+    Defect("another kind of HDF5 file", rewritten(loom)),
     Defect("h5ad of an old anndata", rewritten(without_encoding)),
     Defect("a column of `obs` twice", rewritten(column_twice)),
     Defect("compressed by another filter", rewritten(unknown_filter)),

@@ -6,33 +6,24 @@ from training.data import files
 from training.data.files import written_aside
 
 
-def test_a_file_appears_only_when_it_is_whole(tmp_path):
-    target = tmp_path / "new" / "file.txt"
-    with written_aside(target) as path:
-        path.write_text("whole")
-        assert not target.exists()
-    assert target.read_text() == "whole"
-    assert [entry.name for entry in target.parent.iterdir()] == ["file.txt"]
-
-
-def test_a_folder_is_replaced_at_once(tmp_path):
-    target = tmp_path / "folder"
-    for text in ("one", "two"):
-        with written_aside(target) as path:
-            path.mkdir()
-            (path / text).touch()
-    assert [entry.name for entry in tmp_path.rglob("*")] == ["folder", "two"]
-
-
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_failure_leaves_the_last_good_state(tmp_path, kind):
-    target = tmp_path / "target"
-    target.write_text("good") if kind == "file" else target.mkdir()
-    with pytest.raises(RuntimeError, match="crash"), written_aside(target) as path:
-        path.write_text("bad") if kind == "file" else path.mkdir()
-        raise RuntimeError("crash")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
-    assert target.is_dir() or target.read_text() == "good"
+def test_what_is_written_appears_when_it_is_whole_and_a_failure_leaves_the_last_good_state(tmp_path, kind):
+    target = tmp_path / "new" / "target"
+
+    def write(text: str, error: Exception | None = None) -> None:
+        with written_aside(target) as path:
+            path.write_text(text) if kind == "file" else (path / text).mkdir(parents=True)
+            assert target.exists() == (text != "one")
+            if error:
+                raise error
+
+    write("one")
+    write("two")
+    with pytest.raises(RuntimeError, match="crash"):
+        write("three", RuntimeError("crash"))
+    assert [entry.name for entry in target.parent.iterdir()] == ["target"]
+    assert (target.read_text() if kind == "file" else next(target.iterdir()).name) == "two"
+    assert kind == "file" or len(list(target.iterdir())) == 1
 
 
 @pytest.mark.parametrize("moves", [1, 2])

@@ -117,7 +117,7 @@ def test_a_damaged_shard_is_named(block_shards, tmp_path, monkeypatch, streaming
         open_cells(copy, "train", streaming=streaming)[[5, 160]]
 
 
-def test_an_epoch_has_no_cell_twice_epochs_differ_and_cells_come_from_several_blocks(streamed):
+def test_an_epoch_has_no_cell_twice_and_reads_each_block_once_and_batches_are_of_several_blocks(streamed, read):
     sampler = BlockBatchSampler(streamed._first_cells, batch_size=16, seed=0)
     seen = []
     for epoch in (0, 1, 0):
@@ -128,14 +128,10 @@ def test_an_epoch_has_no_cell_twice_epochs_differ_and_cells_come_from_several_bl
         blocks = [len(np.unique(np.searchsorted(sampler.first_cells, batch, side="right"))) for batch in batches]
         assert np.mean(blocks) > 2.5
     assert seen[0] == seen[2] != seen[1]
-
-
-def test_an_epoch_reads_each_block_once(streamed, read):
-    batches = streamed.batches(batch_size=16, seed=0)
-    for _ in range(len(streamed._sampler(batch_size=16, seed=0))):
-        next(batches)
-    assert sorted(read) == sorted(set(read))
-    assert len(read) == len(streamed._places)
+    of_epoch = streamed.batches(batch_size=16, seed=0)
+    for _ in range(len(sampler)):
+        next(of_epoch)
+    assert sorted(read) == list(range(len(streamed._places)))
     assert len(streamed._blocks) <= stream.BLOCKS_IN_MEMORY
 
 
