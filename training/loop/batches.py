@@ -6,8 +6,9 @@ each gene is drawn on the device, for :data:`BLOCK` rows of the global batch at 
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
@@ -26,29 +27,22 @@ from training.data.cells import Cells
 BLOCK = 32  # rows of the global batch whose keys come from one generator
 
 
+@dataclass
 class TrainBatches:
-    """Noised batches of one process among ``world``, by their index in the run.
+    """Noised batches of one process among ``world``, by their index in the run."""
 
-    Attributes:
-        waited: seconds that the loop has waited for a batch of cells.
-    """
+    cells: Cells
+    config: TrainConfig
+    model_config: DCMConfig
+    rank: int
+    world: int
+    device: torch.device | str
+    state: Callable | None = None  # of whole cells, from ids and library sizes
+    effects: object = None  # see :func:`drawn_for_cells`
+    waited: float = 0.0  # seconds that the loop has waited for a batch of cells
 
-    def __init__(
-        self,
-        cells: Cells,
-        config: TrainConfig,
-        model_config: DCMConfig,
-        *,
-        rank: int,
-        world: int,
-        device,
-        state=None,
-        effects=None,
-    ):
-        self.cells, self.config, self.model_config = cells, config, model_config
-        self.rank, self.world, self.device, self.state = rank, world, torch.device(device), state
-        self.effects, self.several_panels = effects, len(cells.measured) > 1
-        self.waited = 0.0
+    def __post_init__(self):
+        self.device, self.several_panels = torch.device(self.device), len(self.cells.measured) > 1
 
     def starting_at(self, index: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield batches without end, from number ``index`` of the run on."""
@@ -88,10 +82,8 @@ class TrainBatches:
 def noised(
     batch, config: TrainConfig, model_config: DCMConfig, index: int, rank: int, world: int, device, state=None
 ) -> dict[str, torch.Tensor]:
-    """Make the arguments of the model's forward for one batch: genes masked, some conditions dropped.
-
-    ``state`` computes the states of whole cells from ids and library sizes; None where the model has none.
-    """
+    """Make the arguments of the model's forward for one batch: genes masked, some conditions dropped; ``state`` as of
+    :class:`TrainBatches`."""
     drawn = drawn_for_cells(batch, config, model_config, index, rank, world)
     return masked(drawn, config, model_config, index, rank, torch.device(device), state)
 

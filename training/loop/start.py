@@ -180,14 +180,12 @@ def _warn_of_names_never_seen(
 ) -> None:
     """Say which names the model takes and yet knows nothing of: no training cell has them, now or in the source, and
     they have no vector. Cells drawn for them are drawn for a random vector."""
-    conditions = (("cell types", "cell_type_ids"), ("perturbations", "perturbation_ids"))
-    for what, ids in conditions:
-        names = tokenizer.cell_types if ids == "cell_type_ids" else tokenizer.perturbations
-        if not names:
-            continue
-        known = set() if table is None else set(table.vectors)
-        if source is not None:
-            known |= {*source.tokenizer.cell_types, *source.tokenizer.perturbations}
+    known = set() if table is None else set(table.vectors)
+    if source is not None:
+        known |= {*source.tokenizer.cell_types, *source.tokenizer.perturbations}
+    kinds = [("cell types", "cell_type_ids", tokenizer.cell_types)] * bool(tokenizer.cell_types)
+    kinds += [("perturbations", "perturbation_ids", tokenizer.perturbations)] * bool(tokenizer.perturbations)
+    for what, ids, names in kinds:
         never_seen = [name for name in names if name not in _seen(cells, ids, names) | known]
         if never_seen:
             logger.warning(
@@ -220,9 +218,9 @@ def _vectors_without_cells(
 
 def _set_library_sizes(model: DCMForDenoising, tokenizer: DCMTokenizer, statistics: Statistics, cells: Cells) -> None:
     """Their scale, and the quantiles of each group of conditions, from which generation draws."""
-    for name in ("log_mean", "log_std"):
-        value = statistics.tensors[f"library_size.{name}"].item()
-        getattr(model.conditions.library_size, name).fill_(value if name == "log_mean" else max(value, 1e-3))
+    mean, std = (statistics.tensors[f"library_size.{name}"].item() for name in ("log_mean", "log_std"))
+    model.conditions.library_size.log_mean.fill_(mean)
+    model.conditions.library_size.log_std.fill_(max(std, 1e-3))
     groups = statistics.library_sizes(tokenizer)
     if groups is None:
         conditions = {name: ids.numpy() for name, ids in cells.conditions.items()}
