@@ -20,7 +20,7 @@ from tokenization import DCMTokenizer
 from tokenization.labels_dcm import shortened
 from training.data.cells import open_cells
 from training.data.files import write_json
-from training.data.shards import MERGED, PANEL, SPLITS, MergedLabels, Panels, find_panels
+from training.data.shards import MERGED, PANEL, SPLITS, MergedLabels, Panels, find_panels, measured_of
 from training.data.statistics import STATISTICS, merged_statistics, read_statistics, vocabulary_of, write_statistics
 
 logger = logging.getLogger(__name__)
@@ -67,8 +67,8 @@ class Part:
         genes = self.tokenizer.genes
         if PANEL not in self.features:
             return {"": np.ones(len(genes), dtype=bool)}
-        panels = json.loads((self.folder / "panels.json").read_text(encoding="utf-8"))
-        return {name: ~np.isin(genes, panels[name]["missing_genes"]) for name in self.features[PANEL].names}
+        names = self.features[PANEL].names
+        return dict(zip(names, measured_of(self.folder, genes, names)))
 
 
 def merge_shards(folders: Sequence[Path], out: Path) -> dict[str, object]:

@@ -10,7 +10,6 @@ Letters: N cells of the split, B cells of a batch, G genes of the panel, M pertu
 P panels of measured genes, U blocks.
 """
 
-import json
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -27,13 +26,13 @@ import torch
 from scipy.sparse import csr_matrix
 
 from tokenization import DCMTokenizer
-from tokenization.labels_dcm import read_text
 from training.data.shards import (
     COUNTS,
     LIBRARY_SIZE,
     NOT_LABELS,
     PANEL,
     MergedLabels,
+    measured_of,
     open_shard,
     shard_features,
     shard_files,
@@ -118,7 +117,9 @@ class Cells:
             sizes, self._names = [open_shard(file).metadata.num_rows for file in files], self._merged.labels
             self._codes = {name: self._merged.recoded(name, of, files, sizes) for name, of in self._codes.items()}
         self.panel = self._codes.pop(PANEL, np.zeros(len(self), dtype=np.int64))
-        self.measured = self._read_panels() if PANEL in names else np.ones((1, len(self.tokenizer.genes)), dtype=bool)
+        self.measured = np.ones((1, len(self.tokenizer.genes)), dtype=bool)
+        if PANEL in names:
+            self.measured = measured_of(folder, self.tokenizer.genes, self._names[PANEL])
         self.conditions = self._condition_ids()
         self._warned = False
 
@@ -204,14 +205,6 @@ class Cells:
         if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
             raise IndexError(f"cells {rows.min()} to {rows.max()} of {len(self):,}; expected 0 to {len(self) - 1:,}")
         return rows
-
-    def _read_panels(self) -> np.ndarray:
-        """Which genes (P, G) were measured in the cells of each panel."""
-        path = self.folder / "panels.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"no panels.json in {str(self.folder)!r}, though cells have panels; convert again")
-        panels = json.loads(read_text(path))
-        return np.stack([~np.isin(self.tokenizer.genes, panels[name]["missing_genes"]) for name in self._names[PANEL]])
 
     def _condition_ids(self) -> dict[str, torch.Tensor]:
         known = self.tokenizer.known_conditions()

@@ -209,10 +209,8 @@ def _read_mtx(path: Path, scratch: Path) -> CellBuckets:
         header = file.readline().lower().split()
         if header[:3] != ["%%matrixmarket", "matrix", "coordinate"] or header[3] not in ("integer", "real"):
             raise ValueError(f"{str(path)!r} is not a sparse Matrix Market file of numbers: it begins {header[:4]}")
-        line = file.readline()
-        while line.startswith("%"):
-            line = file.readline()
-        num_genes, num_cells, stored = (int(number) for number in line.split())
+        sizes = next(line for line in file if not line.startswith("%"))
+        num_genes, num_cells, stored = map(int, sizes.split())
         if not stored:
             raise ValueError(f"{str(path)!r} has no counts: it announces 0 entries of {num_genes:,} x {num_cells:,}")
         dtype = np.int64 if header[3] == "integer" else np.float64

@@ -70,6 +70,15 @@ class MergedLabels:
         return found
 
 
+def measured_of(folder: Path, genes: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """Which ``genes`` were measured in each of the panels ``names`` (P, G), by the ``panels.json`` of a folder."""
+    path = folder / "panels.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no panels.json in {str(folder)!r}, though cells have panels; convert again")
+    panels = json.loads(path.read_text(encoding="utf-8"))
+    return np.stack([~np.isin(genes, panels[name]["missing_genes"]) for name in names])
+
+
 def find_panels(measured: np.ndarray, files: Sequence[str], genes: Sequence[str]) -> Panels | None:
     """Group F files that measured the same of G genes, given ``measured`` (F, G); None where every file has all."""
     if measured.all():
