@@ -418,7 +418,8 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         ids = torch.arange(known, known + n)
         if config.effect_groups:
             seen = (encoder.has_vector & ~encoder.is_unseen).nonzero()[:, 0]
-            self.effects.add(ids.to(seen), vectors, seen, encoder.table[seen])
+            of_seen = encoder.table[seen], self.target_gene_ids[seen]
+            self.effects.add(ids.to(seen), vectors, targets.to(seen), seen, *of_seen)
             config.effect_groups = len(self.effects.keys)
         encoder.table = torch.cat([encoder.table, vectors])
         encoder.has_vector = torch.cat([encoder.has_vector, encoder.has_vector.new_ones(n)])

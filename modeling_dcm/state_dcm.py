@@ -204,22 +204,34 @@ class PerturbationEffects(nn.Module):
         factor = torch.where(counts.sum(dim=1) > 1, self.damping[-1], 1.0)
         return (self.state[rows] * counts[..., None]).sum(dim=1) * factor[:, None]
 
-    def add(self, ids: torch.Tensor, vectors: torch.Tensor, known: torch.Tensor, known_vectors: torch.Tensor) -> None:
+    def add(
+        self,
+        ids: torch.Tensor,
+        vectors: torch.Tensor,
+        targets: torch.Tensor,
+        known: torch.Tensor,
+        known_vectors: torch.Tensor,
+        known_targets: torch.Tensor,
+    ) -> None:
         """Add rows for single perturbations ``ids`` (m,), predicted from ``vectors`` (m, D) by what is known of others,
-        ``known`` (n,) with ``known_vectors`` (n, D)."""
+        ``known`` (n,) with ``known_vectors`` (n, D); ``targets`` are genes of the panel, -1 for none."""
         keys = self.keys.new_full((len(ids), self.keys.shape[1]), -1)
         keys[:, 0], keys[:, 1] = ANY, ids
         singles = torch.where((self.keys[:, 0] == ANY) & (self.keys[:, 2:] < 0).all(dim=1), self.keys[:, 1], -1)
         has_row = torch.isin(known, singles)
-        weights = ridge_weights(vectors, known_vectors[has_row], float(self.ridge)).to(self.genes)
+        known_vectors, known_targets = known_vectors[has_row], known_targets[has_row]
         rows = (singles == known[has_row, None]).int().argmax(dim=1)
-        if not len(rows):  # nobody to learn from: the mean effect
-            weights, rows = weights.new_ones(len(ids), 1), torch.tensor([len(singles) - 1])
+        if len(rows):
+            weights = ridge_weights(vectors, known_vectors, float(self.ridge))
+            others = left_out_weights(known_vectors, float(self.ridge))
+        else:  # nobody to learn from: the mean effect
+            weights, rows = torch.ones(len(ids), 1), torch.tensor([len(singles) - 1])
+            others, known_targets = torch.zeros(1, 1), rows.new_full((1,), -1)
+        of_genes = predicted_effects(self.genes[:, rows], known_targets, others, weights, targets)
         self.keys = torch.cat([self.keys[:-1], keys, self.keys[-1:]])
-        for name in ("genes", "state"):
+        for name, new in (("genes", of_genes), ("state", weights.to(self.state) @ self.state[rows])):
             table = getattr(self, name)
-            new = weights @ table[..., rows, :]
-            setattr(self, name, torch.cat([table[..., :-1, :], new, table[..., -1:, :]], dim=-2))
+            setattr(self, name, torch.cat([table[..., :-1, :], new.to(table), table[..., -1:, :]], dim=-2))
 
 
 def ridge_weights(vectors: torch.Tensor, known: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -232,3 +244,34 @@ def ridge_weights(vectors: torch.Tensor, known: torch.Tensor, penalty: float) ->
     kernel = centred @ centred.T / scale
     weights = torch.linalg.solve(kernel + penalty * torch.eye(n, dtype=kernel.dtype), centred @ new.T / scale).T
     return weights + (1 - weights.sum(dim=1, keepdim=True)) / n
+
+
+def left_out_weights(vectors: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Weights (n, n) of the others in what :func:`ridge_weights` predicts at each of ``vectors`` (n, D) without it."""
+    weights = ridge_weights(vectors, vectors, penalty)
+    own = weights.diagonal()
+    return (weights - own.diag()) / (1 - own).clamp(min=1e-9)[:, None]
+
+
+def predicted_effects(
+    effects: torch.Tensor,
+    targets: torch.Tensor,
+    others: torch.Tensor,
+    weights: torch.Tensor,
+    new_targets: torch.Tensor,
+) -> torch.Tensor:
+    """Effects (.., m, G) of perturbations by ``weights`` (m, n) of those ``effects`` (.., n, G) that are known.
+
+    What a known perturbation does to its own target (n,; -1 for none) says nothing of what others do there: what
+    ``others`` (n, n), the weights that predict it, say of it takes its place. The mean of what it does beyond that is
+    added at ``new_targets`` (m,).
+    """
+    known, new = (targets >= 0).nonzero()[:, 0], (new_targets >= 0).nonzero()[:, 0]
+    at_own = (..., known, targets[known])
+    of_others = (others.to(effects) @ effects)[at_own]
+    beyond = (effects[at_own] - of_others).mean(dim=-1, keepdim=True).nan_to_num()
+    effects = effects.clone()
+    effects[at_own] = of_others
+    predicted = weights.to(effects) @ effects
+    predicted[..., new, new_targets[new]] += beyond
+    return predicted

@@ -13,7 +13,7 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -54,7 +54,7 @@ def main(
     num_splits: int = 3,
     test_fraction: float = 0.2,
     vectors: str | None = None,
-    learned: bool = True,
+    models: tuple[Literal["vectors", "shuffled", "learned"], ...] = (),
     config: Path | None = None,
     max_steps: int | None = None,
     trainings: int = 3,
@@ -79,9 +79,8 @@ def main(
         held_out_cell_type: Cell type in which few-shot holds them out; the others are seen with them.
         num_splits: Number of random splits, unless --held-out names them.
         test_fraction: Share of the labels in a random split.
-        vectors: Where vectors come from: coexpression, or a file with vectors by name; default none, and only the
-            learned vectors are looked at.
-        learned: Train a model with learned vectors, too.
+        vectors: Where vectors come from: coexpression, or a file with vectors by name.
+        models: Which of the models to train; default all, or without --vectors only "learned".
         config: YAML file with options of training.
         max_steps: Steps of each training; default what --config says.
         trainings: How often each model is trained in a split, from seeds 0, 1, ...; each draws test cells once.
@@ -98,8 +97,9 @@ def main(
     for name, value in {"num-splits": num_splits, "trainings": trainings}.items():
         if value < 1:
             raise ValueError(f"--{name} {value}: expected at least 1")
-    if vectors is None and not learned:
-        raise ValueError("--no-learned without --vectors leaves no model to train; pass --vectors")
+    models = models or ((LEARNED,) if vectors is None else (VECTORS, SHUFFLED, LEARNED))
+    if vectors is None and models != (LEARNED,):
+        raise ValueError(f"--models {' '.join(models)} without --vectors: expected learned alone; or pass --vectors")
     conversion = {"perturbation_key": perturbation_key, "control": control, "cell_type_key": cell_type_key}
     conversion |= {"covariate_keys": covariate_keys, "split": split, "held_out_cell_type": held_out_cell_type}
     chosen = [{"held_out": labels} for labels in held_out] or [{"test_fraction": test_fraction}] * num_splits
@@ -109,7 +109,7 @@ def main(
         "conversion": conversion,
         "splits": splits,
         "vectors": [vectors, sha256_of(Path(vectors)) if vectors and Path(vectors).is_file() else None],
-        "learned": learned,
+        "models": models,
         "training": [read_config(config) if config else None, max_steps],
         "trainings": trainings,
     }
@@ -125,7 +125,7 @@ def main(
         shards = folder / "shards"
         if not shards.exists():
             convert(source, out=shards, **conversion, **of_split)
-        tables = _tables(folder / "tables", shards, vectors, learned=learned, seed=number)
+        tables = _tables(folder / "tables", shards, vectors, models=models, seed=number)
         for (model, table), seed in itertools.product(tables.items(), range(trainings)):
             _train(folder / f"{model}_{seed}", shards, table, [*training, "--seed", str(seed)])
         found = _scores(folder, list(tables), trainings)
@@ -191,23 +191,23 @@ def _check_same_study(out: Path, facts: dict[str, object]) -> None:
     write_text(path, text + "\n")
 
 
-def _tables(folder: Path, shards: Path, vectors: str | None, *, learned: bool, seed: int) -> dict[str, Path | None]:
+def _tables(
+    folder: Path, shards: Path, vectors: str | None, *, models: Sequence[str], seed: int
+) -> dict[str, Path | None]:
     """Return each model's table of vectors; None where every name is seen in training and learns its own."""
     from training.perturbations.table import read_vectors, write_table
 
     names = set(perturbation_names(shards))
     trained = names & seen_in_training(shards)
-    given: dict[str, dict[str, torch.Tensor]] = {}
+    given: dict[str, torch.Tensor] = {}
     if vectors is not None:
         raw = folder / "source.safetensors"
         if not raw.exists():
             embed(shards, raw, source=vectors, allow_missing=True)
-        given[VECTORS] = read_vectors(raw)
-        given[SHUFFLED] = shuffled(given[VECTORS], seed=seed)
-    if learned:
-        given[LEARNED] = {}
+        given = read_vectors(raw)
     tables: dict[str, Path | None] = {}
-    for model, found in given.items():
+    for model in models:
+        found = {VECTORS: given, SHUFFLED: shuffled(given, seed=seed) if model == SHUFFLED else {}, LEARNED: {}}[model]
         tables[model] = folder / f"{model}.safetensors" if found or names - trained else None
         if tables[model] is not None and not tables[model].exists():
             write_table(completed(found, names, trained), tables[model], {"from": vectors, "model": model})

@@ -196,6 +196,7 @@ def labelled(
         is_control=((ids == control).any(dim=1) & (others < 0).all(dim=1)).numpy(),
         fold=fold_of(cells.library_size).numpy(),
         num_types=len(gene_mean) - 1,
+        targets=cells.tokenizer.target_gene_ids,
     )
 
 

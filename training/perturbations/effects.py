@@ -3,7 +3,9 @@
 Everything is against control cells of the same cell type and covariates, and shrunk by how many cells and counts stand
 behind it (empirical Bayes). For each gene and set of perturbations two sums are all that is needed, of weighted counts
 S and of what control cells of the same depth would have E: with weights ``1 / (1 + mu / r)`` E is also the variance of
-S, and with a Gamma prior of variance tau^2 around 1 the fold change is ``(S + 1 / tau^2) / (E + 1 / tau^2)``.
+S, and with a Gamma prior of variance tau^2 around 1 the fold change is ``(S + 1 / tau^2) / (E + 1 / tau^2)``. A
+perturbation's own gene is a case of its own: there the prior is around what perturbations do to their targets, and what
+others are predicted to do is told by those that do not target the gene.
 Letters: n cells, G genes, T cell types, C contexts (cell type and covariates), R rows, E = d + 1 of the state and log1p
 of the total, K kinds of gene effects (whole; beside the state).
 """
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from modeling_dcm.state_dcm import ANY, ridge_weights
+from modeling_dcm.state_dcm import ANY, left_out_weights, predicted_effects, ridge_weights
 
 CELLS_AT_ONCE = 1024
 FOLDS = 2  # halves of the training cells: a cell is shown effects that the other half has
@@ -39,6 +41,7 @@ class LabelledCells:
     is_control: np.ndarray  # (N,) whether it is a control cell; the others without perturbation are left out
     fold: np.ndarray  # (N,) which half the cell is in
     num_types: int  # T
+    targets: np.ndarray  # gene of the panel that each perturbation targets, by id; -1 for none
 
 
 @dataclass(frozen=True)
@@ -81,34 +84,43 @@ def estimate_effects(cells: LabelledCells, vectors: dict[int, torch.Tensor] | No
     base_of_type, base_folds, base = _bases(cells)
     sums, expected = _sums(cells, row_of, len(keys), base)  # each (FOLDS, K, R, G)
     levels = _levels(keys)
-    whole = _fold_changes(sums.sum(axis=0), expected.sum(axis=0), levels)
-    folds = np.stack([_fold_changes(*both, levels) for both in zip(sums, expected)])
+    singles = np.flatnonzero((keys[:, 0] == ANY) & (keys[:, 2:] < 0).all(axis=1))
+    own = cells.targets[keys[singles, 1]]
+    targeted = singles[own >= 0], own[own >= 0]
+    whole = _fold_changes(sums.sum(axis=0), expected.sum(axis=0), levels, targeted)
+    folds = np.stack([_fold_changes(*both, levels, targeted) for both in zip(sums, expected)])
     state = _state_shifts(cells, row_of, keys, levels)
     members = [_members(keys, row, cells.types[row_of[:, 1] == row]) for row in range(len(keys))]
     damping = np.array([*(_damping(effect, members) for effect in whole), _damping(state, members)])
-    singles = np.flatnonzero((keys[:, 0] == ANY) & (keys[:, 2:] < 0).all(axis=1))
-    known = [row for row in singles if vectors and int(keys[row, 1]) in vectors]
-    penalty, weights, error = PENALTIES[-1], None, None
+    known = np.flatnonzero([bool(vectors) and id_ in vectors for id_ in keys[singles, 1].tolist()])
+    weights, penalty, error = _mean_of_others(len(singles)), PENALTIES[-1], None
     if len(known) > 2:
-        penalty, weights, error = choose_penalty(_stack(vectors, keys[known, 1]), whole[0, known])
-    unseen = [_as_if_unseen(half, keys, members, singles, known, weights) for half in folds]
+        of_known = _stack(vectors, keys[singles[known], 1])
+        penalty, of_others, error = choose_penalty(of_known, whole[0, singles[known]], own[known])
+        weights[known] = 0
+        weights[np.ix_(known, known)] = of_others
+    unseen = [_as_if_unseen(half, keys, members, singles, weights, own) for half in folds]
     predicted, by_vector = np.stack([values for values, _ in unseen]), unseen[0][1]
-    new = sorted(set(vectors or ()) - set(keys[singles, 1].tolist()))
+    has_target = np.flatnonzero(cells.targets >= 0).tolist()
+    new = np.array(sorted({*(vectors or ()), *has_target} - set(keys[singles, 1].tolist())), dtype=np.int64)
     mixed = np.full((len(new) + 1, len(singles)), 1 / max(len(singles), 1))  # a last one of the mean, for all others
-    if new and len(known) > 2:
-        mixed[:-1] = 0
-        of_known = ridge_weights(_stack(vectors, new), _stack(vectors, keys[known, 1]), penalty).numpy()
-        mixed[:-1, np.searchsorted(singles, known)] = of_known
+    with_vector = np.flatnonzero([bool(vectors) and id_ in vectors for id_ in new.tolist()])
+    if len(with_vector) and len(known) > 2:
+        mixed[with_vector] = 0
+        told = ridge_weights(_stack(vectors, new[with_vector]), of_known, penalty).numpy()
+        mixed[np.ix_(with_vector, known)] = told
     added = np.full((len(mixed), keys.shape[1]), -1)
     added[:-1, 0], added[:-1, 1], added[-1] = ANY, new, ANY
-    keys = np.concatenate([keys, added])
+    keys, new_own = np.concatenate([keys, added]), np.append(cells.targets[new], -1)
 
     def extended(values: np.ndarray) -> np.ndarray:
-        return np.concatenate([values, mixed @ values[..., singles, :]], axis=-2)
+        of_new = _predicted(values[..., singles, :], own, weights, mixed, new_own)
+        return np.concatenate([values, of_new], axis=-2)
 
     by_vector = np.append(by_vector, np.zeros(len(mixed), dtype=bool))
-    values = {"genes": whole, "folds": folds, "predicted": predicted, "state": state}
+    values = {"genes": whole, "folds": folds, "predicted": predicted}
     values = {name: extended(value).astype(np.float32) for name, value in values.items()}
+    values["state"] = np.concatenate([state, mixed @ state[singles]]).astype(np.float32)
     return Effects(
         keys=keys,
         base=base_of_type,
@@ -122,25 +134,40 @@ def estimate_effects(cells: LabelledCells, vectors: dict[int, torch.Tensor] | No
     )
 
 
-def choose_penalty(vectors: torch.Tensor, effects: np.ndarray) -> tuple[float, np.ndarray, float]:
+def choose_penalty(
+    vectors: torch.Tensor, effects: np.ndarray, targets: np.ndarray | None = None
+) -> tuple[float, np.ndarray, float]:
     """Choose the ridge's penalty by leaving out one perturbation at a time.
 
     Args:
         vectors: (n, D) of perturbations that were seen.
         effects: (n, G) what they do.
+        targets: (n,) gene that each of them targets, -1 for none: what it does there is not asked for.
 
     Returns:
         The penalty (the largest: the vectors tell nothing), the weights (n, n) of the others in each prediction, and
         the sum of squared errors as a share of that of the mean of the others.
     """
+    n = len(effects)
+    if targets is not None:
+        others = _mean_of_others(n)
+        effects = _predicted(effects, targets, others, np.eye(n), np.full(n, -1))
     errors = {}
     for penalty in PENALTIES:
-        weights = ridge_weights(vectors, vectors, penalty).numpy()
-        own = np.diag(weights).copy()
-        left_out = (weights - np.diag(own)) / (1 - own).clip(1e-9)[:, None]
+        left_out = left_out_weights(vectors, penalty).numpy()
         errors[penalty] = np.square(left_out @ effects - effects).sum(), left_out
     best = min(errors, key=lambda penalty: errors[penalty][0])
     return best, errors[best][1], errors[best][0] / max(errors[PENALTIES[-1]][0], 1e-12)
+
+
+def _predicted(*of_known_and_new: np.ndarray) -> np.ndarray:
+    """:func:`modeling_dcm.state_dcm.predicted_effects` of arrays."""
+    return predicted_effects(*map(torch.from_numpy, of_known_and_new)).numpy()
+
+
+def _mean_of_others(n: int) -> np.ndarray:
+    """Weights (n, n) of the others in the mean of them."""
+    return (1 - np.eye(n)) / max(n - 1, 1)
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------
@@ -238,11 +265,18 @@ def _blocks(rows: np.ndarray) -> list[np.ndarray]:
     return [rows[start : start + CELLS_AT_ONCE] for start in range(0, len(rows), CELLS_AT_ONCE)]
 
 
-def _fold_changes(sums: np.ndarray, expected: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Log fold changes (K, R, G): of rows with any cell type around none, of the others around that row."""
+def _fold_changes(
+    sums: np.ndarray, expected: np.ndarray, levels: np.ndarray, targeted: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """Log fold changes (K, R, G): of rows with any cell type around none, or at the genes that they target (rows and
+    genes) around the mean of these; of the others around the row with any cell type."""
     is_general = levels == np.arange(len(levels))
     effects = np.zeros_like(sums)
-    effects[:, is_general] = _shrunk(sums[:, is_general], expected[:, is_general])
+    for kind, (x, mu) in enumerate(zip(sums, expected)):
+        weight = 1 / (1 + 1 / np.maximum(mu[targeted], 1e-9))  # as many counts tell it, and as it varies by about 1
+        logs = np.log((x[targeted] + 0.5) / (mu[targeted] + 0.5))
+        effects[kind][targeted] = (weight * logs).sum() / (weight.sum() + 1)
+    effects[:, is_general] = _shrunk(sums[:, is_general], expected[:, is_general], effects[:, is_general])
     effects[:, ~is_general] = _shrunk(sums[:, ~is_general], expected[:, ~is_general], effects[:, levels[~is_general]])
     return effects
 
@@ -305,24 +339,27 @@ def _damping(effects: np.ndarray, members: Sequence[list[int]]) -> float:
 
 
 def _as_if_unseen(
-    effects: np.ndarray, keys: np.ndarray, members: Sequence[list[int]], singles: np.ndarray, known, weights
+    effects: np.ndarray,
+    keys: np.ndarray,
+    members: Sequence[list[int]],
+    singles: np.ndarray,
+    weights: np.ndarray,
+    own: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What would be said of each group without its cells (K, R, G): sums of single perturbations, what other cell types
-    say, or what vectors (or the mean) of other perturbations say; and where it is this last one (R,)."""
+    say, or what other perturbations say, by ``weights``; and where it is this last one (R,)."""
     predicted, by_vector = effects.copy(), np.zeros(len(keys), dtype=bool)
     damping = np.array([[_damping(effect, members)] for effect in effects])
+    if len(singles) > 1:
+        predicted[:, singles] = _predicted(effects[:, singles], own, weights, weights, own)
+        by_vector[singles] = True
     for row, key in enumerate(keys):
         same_set = (keys[:, 1:] == key[1:]).all(axis=1)
         others = np.flatnonzero(same_set & (keys[:, 0] != ANY) & (keys[:, 0] != key[0]))
-        rest = singles[singles != row]
         if members[row]:
             predicted[:, row] = damping * effects[:, members[row]].sum(axis=1)
         elif key[0] != ANY:
             predicted[:, row] = effects[:, others].mean(axis=1)
-        elif row in singles and len(rest):
-            predicted[:, row], by_vector[row] = effects[:, rest].mean(axis=1), True
-    if weights is not None:
-        predicted[:, known] = weights @ effects[:, known]
     return predicted, by_vector
 
 

@@ -195,14 +195,14 @@ def test_a_study_writes_its_files_and_goes_on_where_it_stopped(tmp_path, monkeyp
     assert capsys.readouterr().out == printed
     with pytest.raises(ValueError, match="holds a study that differs in trainings"):
         zero_shot(**{**options, "trainings": 3})
-    with pytest.raises(ValueError, match="holds a study that differs in learned"):
-        zero_shot(**{**options, "learned": not options.get("learned", True)})
+    with pytest.raises(ValueError, match="holds a study that differs in models"):
+        zero_shot(**{**options, "models": ("vectors",)})
 
 
 @pytest.mark.slow
 def test_vectors_that_determine_the_effect_beat_shuffled_ones(tmp_path):
     options = simulated(tmp_path, num_cells=1500, num_perturbations=14)
-    means = means_of(zero_shot(**options, learned=False, test_fraction=0.3, max_steps=150))
+    means = means_of(zero_shot(**options, models=("vectors", "shuffled"), test_fraction=0.3, max_steps=150))
     assert means["vectors", "pearson_delta"] > means["shuffled", "pearson_delta"] + 0.1
     assert means["vectors", "mmd2"] < means["shuffled", "mmd2"]
 
@@ -210,7 +210,7 @@ def test_vectors_that_determine_the_effect_beat_shuffled_ones(tmp_path):
 def test_contradicting_options_are_refused(tmp_path):
     options = simulated(tmp_path, num_cells=60, num_perturbations=2)
     for wrong, message in (
-        ({"vectors": None, "learned": False}, "leaves no model to train"),
+        ({"vectors": None, "models": ("vectors",)}, "--models vectors without --vectors"),
         ({"num_splits": 0}, "--num-splits 0: expected at least 1"),
         ({"trainings": 0}, "--trainings 0: expected at least 1"),
         ({"out": tmp_path}, "exists and holds no study"),

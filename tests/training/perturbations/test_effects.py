@@ -18,7 +18,7 @@ G = 40
 MEAN = np.linspace(1, 6, G)
 
 
-def labelled(groups, rng, *, state=None) -> LabelledCells:
+def labelled(groups, rng, *, state=None, targets=None) -> LabelledCells:
     """Cells of ``groups`` (cell type, perturbations, number of cells, log fold changes (G,)), Poisson counts."""
     types, ids, blocks = [], [], []
     for type_, members, number, effect in groups:
@@ -37,6 +37,7 @@ def labelled(groups, rng, *, state=None) -> LabelledCells:
         is_control=(ids < 0).all(axis=1),
         fold=np.arange(len(x)) % 2,
         num_types=2,
+        targets=np.full(30, -1) if targets is None else targets,
     )
 
 
@@ -87,6 +88,27 @@ def test_vectors_that_tell_effects_predict_new_ones_and_others_predict_the_mean(
         assert np.corrcoef(predicted, effects[i])[0, 1] > 0.9
     noise = torch.from_numpy(rng.normal(size=(20, 8)))
     assert choose_penalty(noise, rng.normal(size=(20, 200)))[0] >= PENALTIES[-2]
+
+
+def test_what_perturbations_do_to_their_own_gene_is_told_of_a_new_one_and_does_not_pass_for_what_others_do():
+    rng = np.random.default_rng(6)
+    vectors, loadings = rng.normal(size=(24, 4)), rng.normal(0, 0.3, (4, G))
+    targets = np.array([-1, *rng.permutation(G)[:24], *[-1] * 5])
+    effects = vectors @ loadings
+    effects[np.arange(24), targets[1:25]] -= 2
+    groups = [(0, [], 400, 0), *((0, [1 + i], 60, effects[i]) for i in range(20))]
+    table = {1 + i: torch.from_numpy(vectors[i]) for i in range(22)}  # the last two have none: the mean effect
+    found = estimate_effects(labelled(groups, rng, targets=targets), table)
+    predicted = np.stack([found.genes[0, row_of(found, ANY, 1 + i)] for i in range(24)])
+    own = np.arange(24), targets[1:25]
+    assert np.abs(predicted[own] - effects[own])[:20].mean() < 0.2  # seen: around what others do to theirs
+    assert np.abs(predicted[own] - effects[own])[20:].mean() < 0.7
+    assert predicted[own][20:].max() < -1
+    off = np.where(np.arange(G) == targets[1:25, None], 0, predicted - effects)
+    assert np.abs(off[20:22]).mean() < 0.12
+    assert np.abs(predicted[:, targets[21:25]][:20] - effects[:20][:, targets[21:25]]).mean() < 0.2
+    told = found.predicted[0, 0, [row_of(found, ANY, 1 + i) for i in range(20)]]  # as if it had no cells
+    assert np.abs(told[own[0][:20], own[1][:20]] - effects[own][:20]).mean() < 0.7
 
 
 def test_ridge_weights_are_those_of_ridge_regression_with_an_intercept():
