@@ -10,6 +10,7 @@ Takes any generator's h5ad with integer counts (``dcm-sample --like`` draws thos
 """
 
 import logging
+import re
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -193,23 +194,24 @@ def _write(
     """Write every file of the evaluation; figures show real and generated cells, and independent marginals."""
     from eval.comparison.baselines import baseline_draws, independent_marginals
     from eval.reports import html_report, tables
-    from eval.reports.figures import overview_figures
+    from eval.reports.figures import cells_to_draw, overview_figure
 
     name = independent_marginals.__name__
     sample = samplers.get(name) or independent_marginals(comparison.train)
     marginals = next(baseline_draws(sample, comparison.real, seed=seed))
-    options = {"baseline_name": name, "seed": seed}
+    drawn = cells_to_draw(comparison, marginals, baseline_name=name, seed=seed)
     pages = {
         "results.json": tables.results_json(header, rows),
         "results.csv": tables.results_csv(header, rows),
         "results.md": tables.results_markdown(header, rows),
-        "report.html": html_report.html_report(header, rows, comparison, marginals, umap=umap, **options),
+        "report.html": html_report.html_report(header, rows, comparison, drawn, umap=umap),
     }
     for file, text in pages.items():
         write_text(out / file, text)
-    for file, figure in overview_figures(comparison, marginals, dataset=str(header["dataset"]), **options):
-        with written_aside(out / file) as aside:
-            figure.savefig(aside, format="png", dpi=130)
+    for position, (model, cells) in enumerate(drawn.items()):
+        name = f"figure_{re.sub(r'[^A-Za-z0-9._-]+', '_', model)}.png" if position else "figure.png"
+        with written_aside(out / name) as aside:
+            overview_figure(cells, dataset=str(header["dataset"])).savefig(aside, format="png", dpi=130)
 
 
 cli = partial(run, main)

@@ -6,8 +6,7 @@ generator, a baseline), in this order, with the (n, G) counts of each.
 """
 
 import importlib.util
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
@@ -45,16 +44,14 @@ CORRELATED_GENES = 100
 PAIRS = f"pairs of {CORRELATED_GENES} variable genes", "correlation"  # title and axes of their panel
 
 
-def overview_figures(
-    cells: Comparison, baseline: CellCounts, *, baseline_name: str, dataset: str, seed: int
-) -> Iterator[tuple[str, Figure]]:
-    """Yield one overview per generator, of its first file: ``figure.png``, and ``figure_NAME.png`` from the second."""
+def cells_to_draw(
+    cells: Comparison, baseline: CellCounts, *, baseline_name: str, seed: int
+) -> dict[str, dict[str, CellCounts]]:
+    """Return for each generator real cells, those of its first file, and a baseline's, by name: at most 2,000 each."""
     rng = np.random.default_rng(seed)
     real, drawn = (side.thinned(CELLS_DRAWN, rng) for side in (cells.real, baseline))
-    for position, (model, files) in enumerate(cells.generated.items()):
-        shown = {"real": real, model: files[0].thinned(CELLS_DRAWN, rng), baseline_name: drawn}
-        name = f"figure_{re.sub(r'[^A-Za-z0-9._-]+', '_', model)}.png" if position else "figure.png"
-        yield name, overview_figure(shown, dataset=dataset)
+    generated = {model: files[0].thinned(CELLS_DRAWN, rng) for model, files in cells.generated.items()}
+    return {model: {"real": real, model: ours, baseline_name: drawn} for model, ours in generated.items()}
 
 
 @matplotlib.rc_context(STYLE)

@@ -8,13 +8,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 from matplotlib.figure import Figure
 
 from eval.comparison.cells import CellCounts, Comparison
 from eval.metrics.table import metric_label, model_label
 from eval.reports import figures
-from eval.reports.tables import Row, Unlike, beside_floor, header_notes, models_of, sample_sizes, sections
+from eval.reports.tables import (
+    AT_FLOOR,
+    HOW_TO_READ,
+    Row,
+    Unlike,
+    beside_floor,
+    header_notes,
+    models_of,
+    sample_sizes,
+    sections,
+)
 
 PUBLISHED = Path(__file__).with_name("published.json")  # by a word of the data set's name
 PUBLISHED_NOTE = (
@@ -28,20 +37,17 @@ def html_report(
     header: dict[str, object],
     rows: Sequence[Row],
     cells: Comparison,
-    baseline: CellCounts,
+    drawn: dict[str, dict[str, CellCounts]],
     *,
-    baseline_name: str,
     umap: bool = True,
-    seed: int = 0,
 ) -> str:
     """Return the report as one HTML page.
 
     Args:
         header, rows: what stands in results.json.
-        cells: real and generated cells; pictures show the first file of each generator, at most 2,000 cells a side.
-        baseline, baseline_name: cells for the pictures of genes.
+        cells: real and generated cells.
+        drawn: what is in the pictures of each generator, by :func:`eval.reports.figures.cells_to_draw`.
         umap: embed by UMAP where umap-learn is installed.
-        seed: of the thinning.
     """
     title = html.escape(f"{header['dataset']}, {header['split']} cells")
     parts = [f"<h1>{title}</h1>", _introduction(header, cells), "<h2>Scores</h2>"]
@@ -51,8 +57,8 @@ def html_report(
     parts += _published_section(str(header["dataset"]))
     for model, files in cells.generated.items():
         parts.append(f"<h2>Pictures of {html.escape(model)}</h2>")
-        shown = {"real": cells.real, model: files[0], baseline_name: baseline}
-        parts += _pictures(shown, cells.genes, umap=umap, seed=seed)
+        changes = figures.differential_figure(cells.real, files[0], cells.genes)
+        parts += _pictures(drawn[model], changes, umap=umap)
     body, style = "\n".join(parts), CSS.read_text(encoding="utf-8")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -69,10 +75,7 @@ def _introduction(header: dict[str, object], cells: Comparison) -> str:
         f"<p>{len(cells.real):,} real test cells, {len(cells.train):,} real training cells, {len(cells.genes):,} "
         f"genes; generators: {html.escape(', '.join(cells.generated))}. "
         f"Checkpoint: {html.escape(str(header['checkpoint'] or 'not named'))}.</p>{notes}"
-        '<p class="note"><strong>floor</strong> is real training cells against the real test cells, as many in each '
-        "condition: no generator can be expected to do better. A shaded number is at the floor, within two of its "
-        "standard deviations, where cells and conditions are as many. A distance between two samples is not 0 even "
-        "where their distributions are equal, and it falls with n: read every number against the floor beside it.</p>"
+        f"{_note(f'{HOW_TO_READ} Shaded: {AT_FLOOR}')}"
         f'<p class="note">Made by <code>{html.escape(str(header["command"]))}</code> ({html.escape(versions)}).</p>'
     )
 
@@ -98,7 +101,7 @@ def _score_table(rows: Sequence[Row], caption: str, unlike: Unlike) -> str:
     for metric, found in beside_floor(rows, unlike):
         name, better = map(html.escape, metric_label(metric))
         lines.append((f"{name} <small>{better}</small>", map(_number, *zip(*found))))
-    return _table(f"{caption}, mean ± standard deviation over seeds or draws", ["metric", *head], lines)
+    return _table(caption, ["metric", *head], lines)
 
 
 def _number(row: Row | None, marked: bool) -> str:
@@ -121,13 +124,11 @@ def _published_section(dataset: str) -> list[str]:
     return parts
 
 
-def _pictures(shown: dict[str, CellCounts], genes: Sequence[str], *, umap: bool, seed: int) -> list[str]:
-    """Return all figures of one generator; ``shown`` are real cells, its own, and a baseline's, by their names."""
-    rng = np.random.default_rng(seed)
-    thinned = {name: side.thinned(figures.CELLS_DRAWN, rng) for name, side in shown.items()}
-    counts = {name: side.counts for name, side in thinned.items()}
-    (_, model, baseline_name), (real, generated, _) = shown, shown.values()
-    embedding, method = figures.embedding_figure(dict(list(thinned.items())[:2]), umap=umap)
+def _pictures(cells: dict[str, CellCounts], changes: Figure | None, *, umap: bool) -> list[str]:
+    """Return all figures of one generator; ``cells`` are real ones, its own, and a baseline's, by their names."""
+    counts = {name: side.counts for name, side in cells.items()}
+    _, model, baseline_name = cells
+    embedding, method = figures.embedding_figure(dict(list(cells.items())[:2]), umap=umap)
     of_pca = "The first two principal components of log1p(CP10k), fitted on the real cells"
     of_umap = "UMAP of 30 principal components of log1p(CP10k), both sides together"
     pictures = [
@@ -150,7 +151,7 @@ def _pictures(shown: dict[str, CellCounts], genes: Sequence[str], *, umap: bool,
             f"Correlation matrices of real and of {model} cells",
         ),
         (
-            figures.differential_figure(real, generated, genes),
+            changes,
             "The ten genes that the strongest perturbations move most from control cells in real cells (blue), and how "
             "far they move in generated ones (orange). As they are chosen where the real change is large, noise "
             "included, a perfect generator falls somewhat short of it, too.",

@@ -17,6 +17,12 @@ from eval.comparison.protocols import CHALLENGES, FEW_CELLS, PROTOCOLS, Score, r
 from eval.metrics.table import metric_label, model_label
 
 FEW_MARK = f"(under {FEW_CELLS} cells)"
+HOW_TO_READ = (
+    "Mean ± standard deviation over seeds or draws; n: cells on each side. Floor: real training cells against the real "
+    "test cells, as many in each condition: no generator can be expected to do better. Distances are not 0 between "
+    "samples of one distribution, and fall with n."
+)
+AT_FLOOR = "within two standard deviations of the floor; a distance further below it means cells too much alike"
 ROW_KEYS = ("model", "protocol", "grouping", "condition", "metric", "mean", "std", "n", "seeds")
 
 Row = dict[str, str | float | int | None]
@@ -100,10 +106,7 @@ def results_markdown(header: dict[str, object], rows: Sequence[Row]) -> str:
     parts = [
         f"# {header['dataset']}, {header['split']} cells",
         f"Checkpoint: {header['checkpoint'] or 'not named'}. Command: `{header['command']}`",
-        "Mean ± standard deviation over seeds or draws. *floor*: real training cells against the real test cells, as "
-        "many in each condition; no generator can be expected to do better. **Bold**: at the floor, within two of its "
-        "standard deviations, where cells and conditions are as many; a distance further below it is no better, it "
-        "means cells too much alike. n: cells on each side.",
+        f"{HOW_TO_READ} **Bold**: {AT_FLOOR}.",
     ]
     parts += [f"{word} {note}." for word, note in header_notes(header)]
     for section in sections(rows):

@@ -14,7 +14,7 @@ from scipy import sparse
 
 from eval.comparison.cells import CellCounts, Comparison
 from eval.comparison.protocols import Score
-from eval.reports.figures import INK, differential_figure
+from eval.reports.figures import INK, cells_to_draw, differential_figure
 from eval.reports.html_report import html_report
 from eval.reports.tables import Row, summary_rows
 
@@ -58,7 +58,8 @@ def report(dataset: str, generated: dict[str, list[CellCounts]]) -> str:
     header = {"dataset": dataset, "split": "test", "checkpoint": None, "command": "dcm-evaluate x"}
     header["versions"] = {"python": "3", "absent": None}
     shown = Comparison(cells(0), cells(1), generated, GENES, None)
-    return html_report(header, rows(), shown, cells(3), baseline_name="marginals", umap=False)
+    drawn = cells_to_draw(shown, cells(3), baseline_name="marginals", seed=0)
+    return html_report(header, rows(), shown, drawn, umap=False)
 
 
 @pytest.fixture(scope="module")
