@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_NUM_CELLS = 500
-GUIDED = ("cell_type", "perturbation", "covariates")
 Schedule = Literal["linear", "cosine", "cubic", "optimal"]
 Dtype = Literal["float32", "bfloat16"]
 Source = Literal["prior", "bank", "null"]
@@ -98,24 +97,15 @@ def main(
         ValueError: options that contradict each other, the checkpoint, or an interrupted run; unknown labels.
         OSError: no such checkpoint or file, an output that cannot be written, or another process that failed.
     """
-    guided = set(guidance or ())
+    of_like = "none with --keep-state, which keeps that of --like"
     for option, value, holds, expected in (
         ("--num-cells", num_cells, num_cells is None or num_cells >= 1, "at least 1"),
-        ("--num-cells", num_cells, num_cells is None or like is None, "none with --like, whose file says how many"),
-        ("--steps", steps, steps in ("auto", None) or (isinstance(steps, int) and steps >= 1), "at least 1, or auto"),
-        ("--guidance", ", ".join(guided), guided <= set(GUIDED), f"weights of {', '.join(GUIDED)}"),
+        ("--num-cells", num_cells, None in (num_cells, like), "none with --like, whose file says how many"),
         ("--guidance-scale", guidance_scale, not (guidance and guidance_scale), "0 with --guidance, which weighs each"),
-        ("--temperature", temperature, temperature > 0, "above 0"),
         ("--library-size", library_size, library_size is None or library_size >= 0, "0 or more"),
-        (
-            "--library-size",
-            library_size,
-            library_size is None or not keep_state,
-            "none with --keep-state, which keeps it",
-        ),
-        ("--state", state, state is None or not keep_state, "none with --keep-state, which keeps it"),
+        ("--library-size", library_size, library_size is None or not keep_state, of_like),
+        ("--state", state, state is None or not keep_state, of_like),
         ("--seed", seed, seed >= 0, "0 or more"),
-        ("--batch-size", batch_size, batch_size >= 1, "at least 1"),
         ("--vcc", vcc, like is not None or not vcc, "beside --like, whose genes and labels the cells get"),
         ("--vcc", vcc, perturbation is None or not vcc, "left out with --perturbation: the cells get those of --like"),
         ("--no-labels", no_labels, like is None or not no_labels, "left out with --like, which brings all labels"),

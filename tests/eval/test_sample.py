@@ -13,12 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy import sparse
 
-from eval import sample
 from eval.comparison.submission import defects
 from eval.drawing.checkpoint import load_checkpoint
 from eval.sample import Schedule, main
 from modeling_dcm import DCMForDenoising
-from modeling_dcm.guidance_dcm import GUIDED
 from modeling_dcm.schedule_dcm import SCHEDULES
 from tests.tiny_training import assert_same_file
 from tokenization import DCMTokenizer
@@ -169,21 +167,13 @@ def test_where_states_come_from_is_asked_for_and_said_in_the_file(trained, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_cells": 0}, "--num-cells is 0; expected at least 1"),
-        ({"steps": 0}, "--steps is 0; expected at least 1, or auto"),
-        ({"steps": "many"}, "--steps is many; expected at least 1, or auto"),
-        (
-            {"guidance": {"donors": 1.0}},
-            "--guidance is donors; expected weights of cell_type, perturbation, covariates",
-        ),
         (
             {"guidance": {"cell_type": 1.0}, "guidance_scale": 2.0},
             "--guidance-scale is 2.0; expected 0 with --guidance",
         ),
-        ({"temperature": 0.0}, "--temperature is 0.0; expected above 0"),
+        ({"num_cells": 0}, "--num-cells is 0; expected at least 1"),
         ({"library_size": -1.0}, "--library-size is -1.0; expected 0 or more"),
         ({"seed": -1}, "--seed is -1; expected 0 or more"),
-        ({"batch_size": 0}, "--batch-size is 0; expected at least 1"),
         ({"like": Path("a.h5ad"), "num_cells": 3}, "--num-cells is 3; expected none with --like"),
         ({"like": Path("a.h5ad"), "layer": "counts"}, "--layer is counts; expected --keep-state beside it"),
         ({"keep_state": True}, "expected a file of cells beside it, --like"),
@@ -196,6 +186,21 @@ def test_where_states_come_from_is_asked_for_and_said_in_the_file(trained, tmp_p
 def test_options_that_no_model_could_follow_are_refused_before_one_is_loaded(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         main(str(tmp_path / "no checkpoint"), out=tmp_path / "new" / "cells.h5ad", **options)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps=0, expected at least 1"),
+        ({"guidance": {"donors": 1.0}}, "guidance_scale for 'donors', expected one of cell_type, perturbation"),
+        ({"temperature": 0.0}, "temperature=0.0, expected above 0"),
+        ({"batch_size": 0}, "batch_size=0, expected at least 1"),
+    ],
+)
+def test_numbers_that_the_sampler_refuses_are_refused_before_anything_is_written(trained, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        main(str(trained), out=tmp_path / "new" / "cells.h5ad", **options)
     assert not (tmp_path / "new").exists()
 
 
@@ -284,4 +289,3 @@ def test_defaults_and_choices_are_those_of_generate():
     shared = ("steps", "schedule", "guidance_scale", "temperature", "seed", "batch_size")
     assert {name: command[name].default for name in shared} == {name: generate[name].default for name in shared}
     assert set(get_args(Schedule)) == set(SCHEDULES)
-    assert set(sample.GUIDED) == set(GUIDED)
