@@ -244,10 +244,10 @@ def test_a_file_that_does_not_fit_is_refused_and_nothing_is_written(checkpoint, 
 
 
 def test_progress_is_a_line_every_half_minute_where_there_is_no_terminal(monkeypatch, caplog):
-    now = iter([0, 10, 32, 32, 40])  # when a line is due the clock is read twice
-    monkeypatch.setattr(command_line.time, "monotonic", lambda: next(now))
+    now = [0]
+    monkeypatch.setattr(command_line.time, "monotonic", lambda: now[0])
     with caplog.at_level(logging.INFO), command_line.ProgressReport(100, task="scoring", unit="cells") as report:
-        for _ in range(3):
+        for now[0] in (10, 32, 40):
             report.update(20)
     assert [record.message for record in caplog.records] == ["scoring: 40 of 100 cells, 1.25 per second, 48 s left"]
 
