@@ -305,25 +305,41 @@ class CellGenerationMixin:
         return self.state_source.draw(keys, conditions.get("cell_type_ids"), generator, log_sizes)
 
     def _origins(self, number: int, conditions) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """Keys (B, W) of the groups that states are drawn from, and what is added to these (B, d+1): where no training
-        cell has the perturbations in the cell type, control cells and the perturbations' shift, if that is known."""
+        """Keys (B, W) of the groups that states are drawn from, and what is added to these (B, d+1).
+
+        Where no training cell has the perturbations in the cell type: control cells and the perturbations' shift, if
+        that is known; or cells of that one among them that shifts most, and what is left of the shift.
+        """
         keys, ids = self._group_keys(number, conditions), conditions.get("perturbation_ids")
         if ids is None or not self.config.effect_groups:
             return keys, 0.0
-        ids, first = ids.to(self.device), keys.shape[1] - self.library_sizes.perturbation_columns
-        groups = self.state_source.keys
-        is_new = (groups[first_match(groups, keys), first] == ANY) & (ids >= 0).any(dim=1)
-        of_control = self._of_control(keys)
-        is_new &= groups[first_match(groups, of_control), first] != ANY  # a shift is one of control cells
-        shift = self.effects.of_state(keys[:, 0], ids).masked_fill(~is_new[:, None], 0.0)
-        return torch.where(is_new[:, None], of_control, keys), shift
+        ids, types, groups = ids.to(self.device), keys[:, 0], self.state_source.keys
+        first = keys.shape[1] - self.library_sizes.perturbation_columns
+
+        def has_cells(keys: torch.Tensor) -> torch.Tensor:
+            return groups[first_match(groups, keys), first] != ANY
+
+        is_new = ~has_cells(keys) & (ids >= 0).any(dim=1)
+        start = self._of_control(keys)
+        whole = self.effects.of_state(types, ids)
+        told = torch.zeros_like(whole)
+        for column in ids.split(1, dim=1):
+            alone = self._alone(keys, column)
+            shift = self.effects.of_state(types, column)
+            is_larger = (shift[:, :-1].norm(dim=1) > told[:, :-1].norm(dim=1)) & has_cells(alone)
+            start, told = (torch.where(is_larger[:, None], *pair) for pair in ((alone, start), (shift, told)))
+        is_new &= has_cells(start)
+        left = (whole - told).masked_fill(~is_new[:, None], 0.0)
+        return torch.where(is_new[:, None], start, keys), left
 
     def _of_control(self, keys: torch.Tensor) -> torch.Tensor:
         """Keys (B, W) of the same cell type and covariates with the control for perturbation."""
+        return self._alone(keys, self.effects.control_id.expand(len(keys), 1))
+
+    def _alone(self, keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Keys (B, W) of the same cell type and covariates with perturbations ``ids`` (B, 1)."""
         first = keys.shape[1] - self.library_sizes.perturbation_columns
-        return torch.cat([keys[:, :first], torch.full_like(keys[:, first:], -1)], dim=1).index_fill(
-            1, torch.tensor([first], device=keys.device), int(self.effects.control_id)
-        )
+        return torch.cat([keys[:, :first], ids.to(keys), torch.full_like(keys[:, first + 1 :], -1)], dim=1)
 
     def _told_state(self, drawn: torch.Tensor) -> torch.Tensor:
         """What the network is told (B, E) of (z, log1p(total)): the total too, where it is no condition of its own."""

@@ -41,7 +41,7 @@ MEANING = {
     FLOOR: "the other half of the real cells of the same condition",
     "vectors": "trained with vectors",
     "shuffled": "trained with the same vectors, each given to another name",
-    "learned": "trained with a free vector for each perturbation; one never seen has the mean of them",
+    "learned": "trained with a free vector for each perturbation; one never seen is told the mean effect",
     "perturbation_mean": "real control cells moved to the mean of all training perturbations",
     "additive": "real control cells moved by the sum of the single perturbations' shifts; one never seen has none",
     "controls_scaled": "real control cells, genes scaled to the response; one never seen has the mean response",

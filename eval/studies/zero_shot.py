@@ -13,7 +13,7 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -26,7 +26,7 @@ from training.convert_h5ad import main as convert
 from training.data.command_line import command_of, run, versions_of
 from training.data.files import sha256_of, write_text, written_aside
 from training.embed_perturbations import main as embed
-from training.embed_perturbations import perturbation_names, seen_in_training
+from training.embed_perturbations import seen_in_training
 from training.train import main as train
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def main(
     """Hold perturbations out, train with each kind of vectors, and score the held-out cells.
 
     Models: "vectors" (those of --vectors), "shuffled" (the same, each given to another name) and "learned" (a free
-    vector for each training perturbation; one that was never seen gets the mean of them). Writes zero_shot.json,
+    vector for each training perturbation; one that was never seen is told the mean effect). Writes zero_shot.json,
     zero_shot.md and zero_shot.png.
 
     Args:
@@ -147,34 +147,6 @@ def shuffled(vectors: Mapping[str, torch.Tensor], *, seed: int) -> dict[str, tor
     return {name: vectors[other] for name, other in zip(names, [*names[1:], names[0]])}
 
 
-def completed(
-    vectors: Mapping[str, torch.Tensor], names: Iterable[str], trained: Iterable[str]
-) -> dict[str, torch.Tensor]:
-    """Return a vector for every name: those given, and for trained names without one a column of their own.
-
-    A frozen vector that is zero but in a column of its own makes the network's linear map learn one vector for this
-    name alone; so models differ in their table and in nothing else. Its length is the root mean square length of the
-    given vectors; where none are given, all names are learned (the entries' root mean square is then 1), and a name
-    that is not trained gets the mean of them.
-
-    Raises:
-        ValueError: some vectors are given, but none for a name that is not trained.
-    """
-    import torch
-
-    trained = set(trained)
-    own = sorted(name for name in set(names) & trained if name not in vectors)
-    unseen = sorted(name for name in set(names) - trained if name not in vectors)
-    if vectors and unseen:
-        raise ValueError(f"held-out perturbations without a vector: {', '.join(unseen)}; hold out others")
-    given = torch.stack(list(vectors.values())) if vectors else torch.zeros(0, 0)
-    length = given.square().sum(dim=1).mean().sqrt() if vectors else len(own) ** 0.5
-    width = given.shape[1]
-    table = {name: torch.cat([vector, torch.zeros(len(own))]) for name, vector in vectors.items()}
-    learned = torch.cat([torch.zeros(len(own), width), length * torch.eye(len(own))], dim=1)
-    return table | dict(zip(own, learned)) | {name: learned.mean(dim=0) for name in unseen}
-
-
 def _check_same_study(out: Path, facts: dict[str, object]) -> None:
     """Note what decides the numbers in ``out``, or refuse to go on with a study of other options."""
     path = out / "study.json"
@@ -194,24 +166,24 @@ def _check_same_study(out: Path, facts: dict[str, object]) -> None:
 def _tables(
     folder: Path, shards: Path, vectors: str | None, *, models: Sequence[str], seed: int
 ) -> dict[str, Path | None]:
-    """Return each model's table of vectors; None where every name is seen in training and learns its own."""
-    from training.perturbations.table import read_vectors, write_table
+    """Return each model's table of vectors; None where every name learns its own.
 
-    names = set(perturbation_names(shards))
-    trained = names & seen_in_training(shards)
-    given: dict[str, torch.Tensor] = {}
-    if vectors is not None:
-        raw = folder / "source.safetensors"
-        if not raw.exists():
-            embed(shards, raw, source=vectors, allow_missing=True)
-        given = read_vectors(raw)
-    tables: dict[str, Path | None] = {}
-    for model in models:
-        found = {VECTORS: given, SHUFFLED: shuffled(given, seed=seed) if model == SHUFFLED else {}, LEARNED: {}}[model]
-        tables[model] = folder / f"{model}.safetensors" if found or names - trained else None
-        if tables[model] is not None and not tables[model].exists():
-            write_table(completed(found, names, trained), tables[model], {"from": vectors, "model": model})
-    return tables
+    Raises:
+        ValueError: held-out perturbations without a vector.
+    """
+    from training.perturbations.table import read_table, write_table
+
+    table, other = folder / "source.safetensors", folder / f"{SHUFFLED}.safetensors"
+    if vectors is not None and not table.exists():
+        embed(shards, table, source=vectors, allow_missing=True)
+    if vectors is not None and not other.exists():
+        found = read_table(table, control=None)
+        lacking = sorted(set(found.without_vector) - seen_in_training(shards))
+        if lacking:
+            raise ValueError(f"held-out perturbations without a vector: {', '.join(lacking)}; hold out others")
+        about = {"from": vectors, "model": SHUFFLED}
+        write_table(shuffled(found.vectors, seed=seed), other, about, without_vector=found.without_vector)
+    return {model: {VECTORS: table, SHUFFLED: other, LEARNED: None}[model] for model in models}
 
 
 def _train(checkpoint: Path, shards: Path, table: Path | None, options: list[str]) -> None:

@@ -97,6 +97,7 @@ def estimate_effects(cells: LabelledCells, vectors: dict[int, torch.Tensor] | No
     if len(known) > 2:
         of_known = _stack(vectors, keys[singles[known], 1])
         penalty, of_others, error = choose_penalty(of_known, whole[0, singles[known]], own[known])
+    if penalty < PENALTIES[-1]:  # else the mean of all perturbations, with a vector or without
         weights[known] = 0
         weights[np.ix_(known, known)] = of_others
     unseen = [_as_if_unseen(half, keys, members, singles, weights, own) for half in folds]
@@ -105,7 +106,7 @@ def estimate_effects(cells: LabelledCells, vectors: dict[int, torch.Tensor] | No
     new = np.array(sorted({*(vectors or ()), *has_target} - set(keys[singles, 1].tolist())), dtype=np.int64)
     mixed = np.full((len(new) + 1, len(singles)), 1 / max(len(singles), 1))  # a last one of the mean, for all others
     with_vector = np.flatnonzero([bool(vectors) and id_ in vectors for id_ in new.tolist()])
-    if len(with_vector) and len(known) > 2:
+    if len(with_vector) and penalty < PENALTIES[-1]:
         mixed[with_vector] = 0
         told = ridge_weights(_stack(vectors, new[with_vector]), of_known, penalty).numpy()
         mixed[np.ix_(with_vector, known)] = told

@@ -204,6 +204,10 @@ def test_a_combination_without_cells_is_the_sum_of_its_members_around_control_ce
     assert keys[:, 1:].tolist() == [[0, -1]] * 4
     assert shift.tolist() == [[9, 9, 9], [10, 20, 30], [50.5, 51, 51.5], [0, 0, 0]]
     assert model._origin_of_states(None, 4, given, 0, False)[1].tolist() == [0, 0, 0, 0]
+    source.keys[1, 1] = 1  # the group of a member alone: its cells are nearer than the control's
+    keys, shift = model._origins(4, given)
+    assert keys[:, 1:].tolist() == [[1, -1], [0, -1], [1, -1], [0, -1]]
+    assert shift[2].tolist() == [50.5 - 1, 51 - 2, 51.5 - 3]
 
 
 def test_without_control_cells_to_start_from_nothing_is_shifted_and_labels_that_are_drawn_are_those_of_controls():
