@@ -38,6 +38,16 @@ CONDITIONS = {
 }
 
 
+def every_condition(B: int) -> dict[str, torch.Tensor]:
+    """Arguments for B cells of a model with all :data:`CONDITIONS`; some labels not given, some combinations."""
+    return {
+        "cell_type_ids": torch.arange(B) % 4 - 1,
+        "perturbation_ids": torch.stack([torch.arange(B) % 4, torch.arange(B) % 5 - 1], dim=1),
+        "covariate_ids": torch.stack([torch.arange(B) % 2, torch.arange(B) % 3], dim=1),
+        "library_size": torch.arange(B) * 5.0,
+    }
+
+
 @pytest.fixture(params=["dit", "latent"])
 def backbone(request) -> str:
     """Every test that asks for it runs with both backbones."""

@@ -11,19 +11,15 @@ import pytest
 import torch
 
 from modeling_dcm import generation_dcm
-from modeling_dcm.diffusion_dcm import keyed_generator
 from modeling_dcm.guidance_dcm import denoiser
+from tests.conftest import every_condition
 from tests.modeling_dcm.any_order import any_order, any_order_p_value, generator
 
 MASK, PAD = 5, 6  # of the tiny models
 
 
 def conditions(N: int) -> dict[str, torch.Tensor]:
-    return {
-        "cell_type_ids": torch.arange(N) % 4 - 1,
-        "perturbation_ids": torch.stack([torch.arange(N) % 4, torch.arange(N) % 5 - 1], dim=1),
-        "covariate_ids": torch.stack([torch.arange(N) % 2, torch.arange(N) % 3], dim=1),
-    }
+    return {name: ids for name, ids in every_condition(N).items() if name != "library_size"}
 
 
 @pytest.fixture
@@ -40,10 +36,8 @@ def model(make_model, backbone):
 @pytest.mark.parametrize("steps", [1, 3, 50])
 def test_generated_cells_hold_counts_and_never_mask_or_pad(model, schedule, steps):
     cells = model.generate(40, steps=steps, schedule=schedule)
-    assert cells.shape == (40, 7)
-    assert cells.dtype == torch.int64
-    assert cells.min() >= 0
-    assert cells.max() < MASK
+    assert (cells.shape, cells.dtype) == ((40, 7), torch.int64)
+    assert 0 <= cells.min() <= cells.max() < MASK
 
 
 def test_a_chunk_of_cells_depends_on_seed_and_batch_size_and_not_on_other_chunks_and_differs_from_them(model):
@@ -145,10 +139,7 @@ def test_guidance_of_0_is_no_guidance_and_more_of_it_is_another_distribution(mod
         ({"num_cells": 2, "library_size": math.inf}, "expected one number or 2, all 0 or more"),
         ({"num_cells": 2, "library_size": torch.ones(3)}, r"library_size of shape \(3,\), expected one number or 2"),
         ({"observed": torch.zeros(2, 3)}, r"observed has shape \(2, 3\), expected \(2, 7\): cells x genes"),
-        (
-            {"observed": torch.arange(-1, 6).expand(2, 7)},
-            r"observed holds values from -1 to 5, expected counts 0..4, or -1",
-        ),
+        ({"observed": torch.arange(-1, 6).expand(2, 7)}, "values from -1 to 5, expected counts 0..4, or -1"),
         ({"observed": torch.full((2, 7), -2)}, r"observed holds values from -2 to -2"),
         ({"observed": torch.full((2, 7), 0.5)}, "observed holds values that are not integers"),
         ({"num_cells": 2, "gene_ids": torch.tensor([0, 7])}, r"gene_ids are \[0, 7\], expected genes 0..6"),
@@ -180,22 +171,20 @@ def test_logits_while_sampling_are_those_of_the_full_sequence(model):
 def test_genes_embedded_once_give_the_logits_of_the_full_sequence(make_model, genes):
     model = make_model("latent", conditioned=True, seed=3)
     given = {**conditions(3), "library_size": torch.tensor([5.0, -1.0, 80.0])}
-    L, read = len(genes), []
-    embed = model.backbone.embedding.forward
-    model.backbone.embedding.forward = lambda cells, **options: read.append(cells.gene_ids) or embed(cells, **options)
-    denoise = denoiser(model, torch.full((3, L), MASK), genes, given, 0.0, from_nothing=True)
-    order = torch.stack([torch.randperm(L, generator=keyed_generator(0, row)) for row in range(3)])
-    x_0 = torch.randint(0, 5, (3, L), generator=keyed_generator(1, 0))
-    x_t = torch.full((3, L), MASK)
+    L, read, asked = len(genes), [], []
+    x_0, x_t = torch.randint(0, 5, (3, L), generator=generator()), torch.full((3, L), MASK)
+    denoise = denoiser(model, x_t, genes, given, 0.0, from_nothing=True)
+    order = torch.rand(3, L, generator=generator(1)).argsort(dim=1)
+    hook = model.backbone.embedding.register_forward_hook(lambda _, cells, tokens: read.append(cells[0].input_ids))
     for start, end in [(0, 1), (1, 3), (3, L)]:
         positions = order[:, start:end]
-        incremental = denoise(x_t, positions, order[:, :start]).full()
-        assert sum(genes.shape[1] for genes in read) == start  # each gene is embedded once
-        embedded, model.backbone.embedding.forward = model.backbone.embedding.forward, embed
-        full = model(x_t, gene_ids=genes, **given).logits.gather(1, positions[..., None].expand(-1, -1, 5))
-        model.backbone.embedding.forward = embedded
-        torch.testing.assert_close(incremental, full, atol=2e-5, rtol=1e-5)
+        asked.append((x_t, positions, denoise(x_t, positions, order[:, :start]).full()))
+        assert sum(ids.shape[1] for ids in read) == start  # each gene is embedded once
         x_t = x_t.scatter(1, positions, x_0.gather(1, positions))
+    hook.remove()
+    for x_t, positions, logits in asked:
+        full = model(x_t, gene_ids=genes, **given).logits.gather(1, positions[..., None].expand(-1, -1, 5))
+        torch.testing.assert_close(logits, full, atol=2e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -212,9 +201,8 @@ def test_without_masked_keys_a_masked_gene_has_no_influence(make_model):
 @torch.no_grad()
 @pytest.mark.parametrize("scale", [0.5, 2.0, -1.0])
 def test_guided_distribution_is_the_formula_of_the_design(model, scale):
-    x_t = torch.tensor([[0, 1, MASK, MASK, 2, MASK, 4]])
+    x_t, library_size = torch.tensor([[0, 1, MASK, MASK, 2, MASK, 4]]), torch.tensor([50.0])
     known, positions = torch.tensor([[0, 1, 4, 6]]), torch.tensor([[2, 3, 5]])
-    library_size = torch.tensor([50.0])
     given = {**{name: ids[2:3] for name, ids in conditions(3).items()}, "library_size": library_size}
     denoise = denoiser(model, x_t, torch.arange(7), given, scale, from_nothing=False)
     guided = denoise(x_t, positions, known).log_softmax(dim=-1)
@@ -237,9 +225,8 @@ def enumerated_elbo(model, x_0: torch.Tensor) -> float:
     n = len(x_0)
     masks = torch.tensor(list(itertools.product([False, True], repeat=n)))[1:]
     distribution = model.distribution(x_0.masked_fill(masks, model.config.mask_token_id))
-    cross_entropy = distribution.cross_entropy(x_0.expand_as(masks)).double() * masks
-    k = masks.sum(dim=1).tolist()
-    return -sum((n / j) * nats / (n * math.comb(n, j)) for j, nats in zip(k, cross_entropy.sum(dim=1).tolist()))
+    nats = (distribution.cross_entropy(x_0.expand_as(masks)).double() * masks).sum(dim=1)
+    return -sum((n / k) * S_k / (n * math.comb(n, k)) for k, S_k in zip(masks.sum(dim=1).tolist(), nats.tolist()))
 
 
 def test_one_gene_per_step_draws_the_networks_any_order_distribution(make_model, backbone):
@@ -296,21 +283,15 @@ def test_log_likelihood_refuses_masked_cells_and_samples_without_pairs(make_mode
         model.log_likelihood(x_0)
 
 
-def test_genes_outside_the_attention_mask_do_not_count(make_model, backbone):
-    model = make_model(backbone)
-    x_0 = torch.randint(0, 5, (4, 7), generator=generator())
-    mask = torch.ones(4, 7)
-    mask[:, 2:4] = 0
-    padded = x_0.masked_fill(mask == 0, PAD)
-    assert torch.equal(model.log_likelihood(x_0, attention_mask=mask), model.log_likelihood(padded))
-
-
-def test_genes_shared_by_all_cells_are_not_cut_into_chunks(make_model, backbone):
-    model = make_model(backbone)
-    genes, x_0 = torch.tensor([6, 2, 4]), torch.randint(0, 5, (5, 3), generator=generator())
+def test_scoring_takes_attention_masks_and_genes_shared_by_all_cells(make_model, backbone):
+    model, genes = make_model(backbone), torch.tensor([6, 2, 4])
+    x_0 = torch.randint(0, 5, (5, 3), generator=generator())
+    mask = torch.tensor([1, 0, 1]).expand(5, 3)
     for score in (model.log_likelihood, model.embed):
         shared = score(x_0, gene_ids=genes, batch_size=2)
         torch.testing.assert_close(shared, score(x_0, gene_ids=genes.expand(5, 3), batch_size=2))
+        padded = score(x_0.masked_fill(mask == 0, PAD), gene_ids=genes)
+        assert torch.equal(score(x_0, gene_ids=genes, attention_mask=mask), padded)
 
 
 def test_embeddings_depend_on_counts_and_conditions_and_not_on_chunks_or_padded_genes(model):
@@ -322,8 +303,8 @@ def test_embeddings_depend_on_counts_and_conditions_and_not_on_chunks_or_padded_
     of_genes = states[0][:, -7:] if model.config.backbone == "dit" else states[0]  # tokens of conditions come first
     torch.testing.assert_close(embedded, of_genes.mean(dim=1))
     torch.testing.assert_close(model.embed(x_0, **conditions(6), batch_size=4), embedded, atol=1e-5, rtol=1e-5)
-    assert (model.embed(x_0) - embedded).abs().amax(dim=1).min() > 1e-4
-    assert (model.embed(4 - x_0, **conditions(6)) - embedded).abs().amax(dim=1).min() > 1e-4
+    for other in (model.embed(x_0), model.embed(4 - x_0, **conditions(6))):
+        assert (other - embedded).abs().amax(dim=1).min() > 1e-4
     partial, genes = x_0.clone(), torch.tensor([0, 1, 3, 6])
     partial[:, [2, 4, 5]] = PAD
     partial[:, 3] = MASK
