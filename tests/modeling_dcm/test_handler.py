@@ -1,8 +1,8 @@
 """Properties of the endpoint handler: right answers, bounds, hostile input."""
 
-import importlib.util
 import json
 import logging
+import runpy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,18 +16,14 @@ from tokenization import DCMTokenizer
 
 
 @pytest.fixture(scope="module")
-def handler_module(tiny_checkpoint):
-    """``handler.py`` of the checkpoint, imported from there by its path as an endpoint does."""
-    spec = importlib.util.spec_from_file_location("handler", tiny_checkpoint / "handler.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def handler(tiny_checkpoint):
+    """That of ``handler.py`` in the checkpoint, by its path as an endpoint does."""
+    return runpy.run_path(str(tiny_checkpoint / "handler.py"))["EndpointHandler"](str(tiny_checkpoint))
 
 
 @pytest.fixture(scope="module")
-def endpoint(handler_module, tiny_checkpoint) -> Callable[[object], tuple[int, dict]]:
+def endpoint(handler) -> Callable[[object], tuple[int, dict]]:
     """What the Hub's inference toolkit does: JSON in, status and JSON out, errors to status 400."""
-    handler = handler_module.EndpointHandler(str(tiny_checkpoint))
 
     def post(body: object) -> tuple[int, dict]:
         content = body if isinstance(body, bytes) else json.dumps(body)
@@ -103,20 +99,14 @@ HOSTILE = {
 def test_hostile_input_is_refused_in_one_short_line_that_says_why(endpoint, name):
     body, message = HOSTILE[name]
     status, answer = endpoint(body)
-    assert status == 400
-    assert set(answer) == {"error"}
+    assert (status, set(answer)) == (400, {"error"})
     assert message in answer["error"]
     assert len(answer["error"]) < 600
     assert "\n" not in answer["error"]
-    assert "Traceback" not in answer["error"]
     assert endpoint({"inputs": {}})[0] == 200  # and it goes on serving
 
 
-def test_a_failure_inside_is_logged_and_says_nothing_to_a_stranger(
-    handler_module, tiny_checkpoint, caplog, monkeypatch
-):
-    handler = handler_module.EndpointHandler(str(tiny_checkpoint))
-
+def test_a_failure_inside_is_logged_and_says_nothing_to_a_stranger(handler, caplog, monkeypatch):
     def fail(*args, **kwargs):
         raise KeyError("secret path")
 
