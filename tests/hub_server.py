@@ -17,11 +17,10 @@ class Commit:
     """A state of a repository: file contents by path."""
 
     files: dict[str, bytes]
-    oid: str = ""
 
-    def __post_init__(self):
-        content = b"".join(name.encode() + hashlib.sha256(data).digest() for name, data in sorted(self.files.items()))
-        self.oid = hashlib.sha1(content).hexdigest()
+    @property
+    def oid(self) -> str:
+        return hashlib.sha1(repr(sorted(self.files.items())).encode()).hexdigest()
 
 
 @dataclass
@@ -135,22 +134,17 @@ class _Requests(BaseHTTPRequestHandler):
     def _preupload(self, repository: Repository, data: dict) -> None:
         files = repository.commits[-1].files
         answers = []
-        for file in data["files"]:
-            is_large = file["path"].endswith(".safetensors")
-            answer = {"path": file["path"], "uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False}
-            if file["path"] in files:
-                content = files[file["path"]]
-                answer["oid"] = hashlib.sha256(content).hexdigest() if is_large else _git_oid(content)
-            answers.append(answer)
+        for path in (file["path"] for file in data["files"]):
+            mode = "lfs" if path.endswith(".safetensors") else "regular"
+            known = {"oid": _oid(path, files[path])} if path in files else {}
+            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **known})
         return self._json({"files": answers})
 
     def _batch(self, data: dict) -> None:
-        objects = []
-        for wanted in data["objects"]:
-            answer = {"oid": wanted["oid"], "size": wanted["size"]}
+        objects = [{"oid": wanted["oid"], "size": wanted["size"]} for wanted in data["objects"]]
+        for wanted in objects:
             if wanted["oid"] not in self.hub.large:
-                answer["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{wanted['oid']}"}}
-            objects.append(answer)
+                wanted["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{wanted['oid']}"}}
         return self._json({"transfer": "basic", "objects": objects}, kind="application/vnd.git-lfs+json")
 
     def _store(self, path: str, body: bytes) -> None:
@@ -176,7 +170,8 @@ class _Requests(BaseHTTPRequestHandler):
 
     def _read(self, repository: Repository, repo_id: str, rest: list[str]) -> None:
         kind, revision, name = (*rest[:2], "/".join(rest[2:])) if len(rest) > 1 else ("", "main", "")
-        commit = _commit_of(repository, revision)
+        newest = repository.commits[-1]
+        commit = newest if revision == "main" else next((c for c in repository.commits if c.oid == revision), None)
         if commit is None:
             return self._refuse(404, "RevisionNotFound", f"no revision {revision}")
         if kind == "tree":
@@ -185,8 +180,7 @@ class _Requests(BaseHTTPRequestHandler):
             if name not in commit.files:
                 return self._refuse(404, "EntryNotFound", f"no file {name}", {"X-Repo-Commit": commit.oid})
             content = commit.files[name]
-            etag = _entry(name, content)
-            headers = {"ETag": f'"{etag.get("lfs", etag)["oid"]}"', "X-Repo-Commit": commit.oid}
+            headers = {"ETag": f'"{_oid(name, content)}"', "X-Repo-Commit": commit.oid}
             return self._send(200, content, "application/octet-stream", headers)
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         info = {"_id": repo_id, "id": repo_id, "modelId": repo_id, "sha": commit.oid, "private": repository.private}
@@ -208,18 +202,14 @@ class _Requests(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
-def _commit_of(repository: Repository, revision: str) -> Commit | None:
-    if revision == "main":
-        return repository.commits[-1]
-    return next((commit for commit in repository.commits if commit.oid == revision), None)
-
-
 def _entry(path: str, content: bytes) -> dict[str, object]:
-    entry = {"type": "file", "path": path, "size": len(content), "oid": _git_oid(content)}
+    oid = _oid(path, content)
+    large = {"lfs": {"oid": oid, "size": len(content), "pointerSize": 100}} if path.endswith(".safetensors") else {}
+    return {"type": "file", "path": path, "size": len(content), "oid": oid, **large}
+
+
+def _oid(path: str, content: bytes) -> str:
+    """What the Hub calls a file's content by: git's hash, of a large one SHA-256."""
     if path.endswith(".safetensors"):
-        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 100}
-    return entry
-
-
-def _git_oid(content: bytes) -> str:
+        return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

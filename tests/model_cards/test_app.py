@@ -3,13 +3,8 @@
 import ast
 import importlib.util
 import io
-import os
 import re
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +20,6 @@ from sklearn.decomposition import PCA
 from model_cards.space import app
 from modeling_dcm import DCMForDenoising
 from tests.tiny_checkpoint import GENES
-from tokenization import DCMTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +37,9 @@ def test_a_space_needs_its_requirements_and_gradio_alone():
 
 
 def test_cells_are_those_of_generate_with_its_own_defaults(checkpoint, tiny_checkpoint):
-    tokenizer, model = DCMTokenizer.from_pretrained(tiny_checkpoint), DCMForDenoising.from_pretrained(tiny_checkpoint)
     drawn = checkpoint.draw("k562", "KLF1+TGFBR2", 7, None, 0, 5)
-    conditions = tokenizer.conditions(cell_type="k562", perturbation="KLF1+TGFBR2", num_cells=7)
-    ours = model.generate(**conditions, seed=5, batch_size=app.BATCH_CELLS)
+    asked = {"cell_type": "k562", "perturbation": "KLF1+TGFBR2", "seed": 5, "batch_size": app.BATCH_CELLS}
+    ours = DCMForDenoising.from_pretrained(tiny_checkpoint).generate(7, **asked)
     assert np.array_equal(drawn["counts"], ours.numpy())
     assert checkpoint.draw(app.ANY, None, 3.0, 2.0, 1, 0.0)["counts"].shape == (3, len(GENES))
 
@@ -74,9 +67,8 @@ def test_inputs_out_of_bounds_are_refused(change, message, checkpoint):
 def test_the_table_shows_the_first_cells_over_the_genes_of_the_highest_mean():
     counts = np.array([[0, 2, 0], [5, 0, 1]])
     head, rows = app.count_table(counts, ["A", "B", "C"])
-    assert head == ["cell", "A", "B", "C"]
-    assert rows == [[0, 0, 2, 0], [1, 5, 0, 1]]
-    head, rows = app.count_table(np.ones((99, 40)), [str(i) for i in range(40)])
+    assert (head, rows) == (["cell", "A", "B", "C"], [[0, 0, 2, 0], [1, 5, 0, 1]])
+    head, rows = app.count_table(np.ones((99, 40)), list("ABCDEFGH") * 5)
     assert (len(rows), len(head)) == (app.TABLE_CELLS, 1 + app.TABLE_GENES)
 
 
@@ -176,13 +168,16 @@ def test_what_is_missing_is_one_line_before_anything_is_loaded(arguments, messag
     assert capsys.readouterr().err == f"error: {message}\n"
 
 
-def test_a_space_names_its_checkpoint_by_a_variable(tiny_checkpoint, monkeypatch):
-    served = []
-    monkeypatch.setattr(app, "build", lambda checkpoint: SimpleNamespace(launch=lambda: served.append(checkpoint.name)))
+def test_the_checkpoint_is_named_on_the_command_line_or_in_a_space_by_a_variable(tiny_checkpoint, monkeypatch):
+    named = []
+    monkeypatch.setattr(app, "Checkpoint", lambda *names: named.append(names))
+    monkeypatch.setattr(app, "build", lambda checkpoint: SimpleNamespace(launch=lambda: None))
+    monkeypatch.setattr(sys, "argv", ["dcm-app", str(tiny_checkpoint), "--reference", __file__])
+    app.cli()
     monkeypatch.setitem(sys.modules, "training.data.command_line", None)  # this package is not installed there
     monkeypatch.setenv("DCM_CHECKPOINT", str(tiny_checkpoint))
     app.cli()
-    assert served == [tiny_checkpoint.name]
+    assert named == [(str(tiny_checkpoint), __file__), (str(tiny_checkpoint), None)]
 
 
 def test_an_answer_is_cells_to_take_home_and_what_is_wrong_takes_none(checkpoint):
@@ -205,90 +200,52 @@ def test_an_answer_is_cells_to_take_home_and_what_is_wrong_takes_none(checkpoint
 
 
 @pytest.fixture(scope="module")
-def address(browser, tiny_checkpoint, tmp_path_factory):
-    """Where ``dcm-app`` serves the page of a tiny checkpoint, beside 40 reference cells."""
+def page(browser, tiny_checkpoint, tmp_path_factory):
+    """The page of a tiny checkpoint in a browser, beside 40 reference cells."""
     pytest.importorskip("gradio", reason="gradio is not installed (extra 'app')")
-    home = tmp_path_factory.mktemp("serving")
     reference = anndata.AnnData(np.random.default_rng(0).poisson(1.0, (40, len(GENES))).astype(np.float32))
     reference.var_names = GENES
     reference.obs["cell_type"] = ["k562"] * 25 + ["rpe1"] * 15
-    reference.write_h5ad(home / "reference.h5ad")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    own = {"GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(home / "gradio"), "HF_HOME": str(home / "hf")}
-    own |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "model_cards.space.app", tiny_checkpoint, "--reference", home / "reference.h5ad"]
-    with (home / "log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | own, cwd=home)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        until(lambda: server.poll() is not None or is_serving(url), "the page is served", seconds=120)
-        assert server.poll() is None, (home / "log").read_text()
-        yield url
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
-
-
-def is_serving(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
-
-
-def until(holds: Callable[[], object], what: str, *, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, f"not within {seconds:g} seconds: {what}"
-        time.sleep(0.1)
-
-
-@pytest.fixture
-def page(browser, address):
-    browser.get(address)
-    until(lambda: elements(browser, "#generate"), "the page has its button")
-    until(lambda: elements(browser, "#num-cells input[type=number]"), "and its inputs")
-    return browser
-
-
-def elements(page, selector: str) -> list:
-    return page.find_elements("css selector", selector)
-
-
-def click(page, selector: str) -> None:
-    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", elements(page, selector)[0])
-    elements(page, selector)[0].click()
-
-
-def text(page) -> str:
-    return page.execute_script("return document.body.innerText")
+    file = tmp_path_factory.mktemp("serving") / "reference.h5ad"
+    reference.write_h5ad(file)
+    served = app.build(app.Checkpoint(str(tiny_checkpoint), str(file)))
+    browser.get(served.launch(prevent_thread_lock=True, quiet=True)[1])
+    yield browser
+    served.close()
 
 
 @pytest.mark.slow
 def test_a_click_shows_cells_that_can_be_taken_home(page, tiny_checkpoint):
-    for selector, value in (
-        ("#num-cells input[type=number]", "12"),
-        ("#perturbation input", "KLF1+TGFBR2"),
-        ("#seed input", "5"),
-    ):
-        elements(page, selector)[0].send_keys("\ue009a\ue000", value, "\ue004")  # control and a, the text, tab
-    click(page, "#generate")
-    until(lambda: "12 cells (KLF1+TGFBR2): median" in text(page), "the summary appears")
-    until(lambda: "log2 fold change" in text(page), "so does the table of changes")  # each part arrives by itself
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def until(holds: Callable[[], object], what: str) -> object:
+        return WebDriverWait(page, 60).until(lambda _: holds(), message=what)
+
+    def element(selector: str):
+        return until(lambda: page.find_elements("css selector", selector), f"{selector} is there")[0]
+
+    def click(selector: str) -> None:
+        page.execute_script("arguments[0].scrollIntoView({block: 'center'})", element(selector))
+        element(selector).click()
+
+    def shows(words: str) -> bool:
+        return words in page.execute_script("return document.body.innerText")
+
+    typed = {"#num-cells input[type=number]": "12", "#perturbation input": "KLF1+TGFBR2", "#seed input": "5"}
+    for selector, value in typed.items():
+        element(selector).send_keys("\ue009a\ue000", value, "\ue004")  # control and a, the text, tab
+    click("#generate")
+    until(lambda: shows("12 cells (KLF1+TGFBR2): median"), "the summary appears")
+    until(lambda: shows("log2 fold change"), "so does the table of changes")  # each part arrives by itself
     loaded = "const image = document.querySelector('#picture img'); return image && image.naturalWidth > 0"
     until(lambda: page.execute_script(loaded), "the picture is there")
-    with Image.open(io.BytesIO(elements(page, "#picture img")[0].screenshot_as_png)) as picture:
+    with Image.open(io.BytesIO(element("#picture img").screenshot_as_png)) as picture:
         assert picture.width > 450
         assert len(set(picture.convert("RGB").getdata())) > 50, "hardly anything is drawn"
-    until(lambda: elements(page, "#cells-file a[download]"), "the file is offered")
-    click(page, "#cells-file a[download]")
+    click("#cells-file a[download]")
     file = page.downloads / "cells.h5ad"
     until(file.is_file, "the download is there")
-    cells = anndata.read_h5ad(file)
-    tokenizer, model = DCMTokenizer.from_pretrained(tiny_checkpoint), DCMForDenoising.from_pretrained(tiny_checkpoint)
-    ours = model.generate(**tokenizer.conditions(perturbation="KLF1+TGFBR2", num_cells=12), seed=5, batch_size=128)
+    cells, model = anndata.read_h5ad(file), DCMForDenoising.from_pretrained(tiny_checkpoint)
     assert list(cells.var_names) == GENES
+    ours = model.generate(12, perturbation="KLF1+TGFBR2", seed=5, batch_size=app.BATCH_CELLS)
     assert np.array_equal(cells.X.toarray(), ours.numpy())
