@@ -34,7 +34,7 @@ def source_files() -> list[Path]:
 def shipped_files() -> list[Path]:
     """Files that are copied beside the weights: all of ``modeling_dcm/``, and the tokenizer's."""
     files = [path for folder in SHIPPED_FOLDERS for path in sorted((ROOT / folder).glob("*_dcm.py"))]
-    return files + [path for path in [ROOT / "modeling_dcm" / "handler.py"] if path.exists()]
+    return [*files, ROOT / "modeling_dcm" / "handler.py"]
 
 
 def rank(path: str) -> int:
@@ -77,27 +77,16 @@ def names(paths: list[Path]) -> list[str]:
 
 
 def test_every_python_file_stands_in_a_layer():
-    others = [
-        path
-        for path in ROOT.rglob("*.py")
-        if path.relative_to(ROOT).parts[0] not in FIRST_PARTY
-        and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
-        and path.relative_to(ROOT).parts[0] not in ("demo", "build", "dist")
-    ]
-    assert names(others) == []
+    tops = {path.relative_to(ROOT).parts[0] for path in ROOT.rglob("*.py")} - {"demo", "build", "dist"}
+    assert {top for top in tops if not top.startswith(".")} == FIRST_PARTY
 
 
 @pytest.mark.parametrize("name", names(source_files()))
 def test_imports_only_go_down(name):
-    forbidden = []
-    for module in imported_modules(ROOT / name):
-        if module.split(".")[0] not in FIRST_PARTY:
-            continue
-        target = file_of(module)
-        is_sibling = target.split("/")[0] == name.split("/")[0] and rank(target) == rank(name)
-        if not is_sibling and rank(target) >= rank(name):
-            forbidden.append(target)
-    assert forbidden == []
+    targets = [file_of(module) for module in imported_modules(ROOT / name) if module.split(".")[0] in FIRST_PARTY]
+    sideways = [target for target in targets if rank(target) == rank(name)]
+    assert {target.split("/")[0] for target in sideways} <= {name.split("/")[0]}
+    assert [target for target in targets if rank(target) > rank(name)] == []
 
 
 @pytest.mark.parametrize("name", names(sorted((ROOT / "eval" / "metrics").glob("*.py"))))
@@ -114,29 +103,22 @@ def test_no_folder_outgrows_a_floor_plan():
 
 @pytest.mark.parametrize("name", names(shipped_files()))
 def test_shipped_files_import_each_other_as_flat_siblings_only(name):
-    """Saving copies them by basename into one folder: only ``from .sibling_dcm import thing`` works there."""
-    path = ROOT / name
+    """Saving copies them by basename into one folder, where only ``from .sibling_dcm import thing`` works. Transformers
+    finds relative imports by a regular expression: no line of a docstring may look like one."""
+    path, relative = ROOT / name, 0
     for node in imports(path):
-        if isinstance(node, ast.Import):
-            assert not {alias.name.split(".")[0] for alias in node.names} & FIRST_PARTY
-        elif node.level:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            relative += 1
             assert node.level == 1
-            assert node.module is not None, "a lone `from . import x` breaks loading"
-            assert re.fullmatch(r"\w+_dcm", node.module), node.module
+            assert re.fullmatch(r"\w+_dcm", node.module or ""), "a lone `from . import x` breaks loading"
             assert (path.parent / f"{node.module}.py").exists()
         else:
-            assert node.module.split(".")[0] not in FIRST_PARTY
-
-
-@pytest.mark.parametrize("name", names(shipped_files()))
-def test_no_line_of_a_shipped_file_only_looks_like_a_relative_import(name):
-    """Transformers finds relative imports by a regular expression, in docstrings too."""
-    text = (ROOT / name).read_text(encoding="utf-8")
-    lines = re.findall(r"^\s*(?:from\s+\.\S*\s+import|import\s+\.)", text, flags=re.MULTILINE)
-    relative = [node for node in imports(ROOT / name) if isinstance(node, ast.ImportFrom) and node.level]
-    assert len(lines) == len(relative)
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+            assert not {module.split(".")[0] for module in modules} & FIRST_PARTY
+    looks = r"^\s*(?:from\s+\.\S*\s+import|import\s+\.)"
+    assert len(re.findall(looks, path.read_text(encoding="utf-8"), flags=re.MULTILINE)) == relative
 
 
 def test_no_two_shipped_files_have_the_same_basename():
-    modeling, tokenization = ({path.name for path in (ROOT / folder).glob("*.py")} for folder in SHIPPED_FOLDERS)
-    assert modeling & tokenization <= {"__init__.py"}
+    basenames = [path.name for path in shipped_files()]
+    assert len(set(basenames)) == len(basenames)
