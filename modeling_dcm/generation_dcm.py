@@ -112,14 +112,8 @@ class CellGenerationMixin:
             self._check_observed(observed, N, len(gene_ids))
         sizes = self._given_library_size(library_size, N, observed is not None)
         origin, source = self._origin_of_states(state, N, given, seed, observed is not None)
-        if origin == "null" and steps == "auto":
-            raise ValueError(
-                "steps='auto' goes by cells whose state is given, and here it is not: give a number of steps"
-            )
-        if steps is None:  # the curve was measured with the state that sampling is given
-            steps = 20 if origin == "null" or self.config.entropy_curve is None else "auto"
         options = {
-            "steps": steps,
+            "steps": self._steps(steps, origin),
             "schedule": schedule,
             "curve": as_curve(self.config.entropy_curve),
             "temperature": temperature,
@@ -134,18 +128,7 @@ class CellGenerationMixin:
             for chunk in range(len(all_rows)) if chunks is None else chunks:
                 rows = all_rows[chunk]
                 generator = keyed_generator(seed, chunk, device=self.device)
-                conditions = select_rows(given, rows, self.device)
-                drawn = None
-                if origin in ("bank", "prior"):  # z and log1p(total) together
-                    if origin == "bank":
-                        drawn = self.state_source.bank[source[rows].to(self.device)]
-                    else:
-                        drawn = self._prior_draw(rows, conditions, sizes, generator)
-                    drawn = drawn + self._origins(len(drawn), conditions)[1]
-                    conditions["state"] = self._told_state(drawn)
-                elif origin == "given":
-                    conditions["state"] = source[rows].to(self.device)
-                conditions["library_size"] = self._library_size(sizes, drawn, rows, conditions, gene_ids, generator)
+                conditions = self._told(rows, given, (origin, source), sizes, gene_ids, generator)
                 x = self._start(rows, len(gene_ids), observed).to(self.device)
                 genes = gene_ids.to(self.device)
                 denoise = denoiser(self, x, genes, conditions, guidance_scale, from_nothing=observed is None)
@@ -153,6 +136,32 @@ class CellGenerationMixin:
                 (cells.append if on_chunk is None else partial(on_chunk, chunk))(x)
                 bar.update(len(x))
         return torch.cat(cells) if cells else torch.empty(0, len(gene_ids), dtype=torch.long)
+
+    def _steps(self, steps: int | str | None, origin: str | None) -> int | str:
+        if origin == "null" and steps == "auto":  # the curve was measured with the state that sampling is given
+            raise ValueError(
+                "steps='auto' goes by cells whose state is given, and here it is not: give a number of steps"
+            )
+        if steps is not None:
+            return steps
+        return 20 if origin == "null" or self.config.entropy_curve is None else "auto"
+
+    def _told(self, rows: slice, given, states, sizes, gene_ids: torch.Tensor, generator) -> dict[str, torch.Tensor]:
+        """What the network is told of a chunk of cells: the ``given`` conditions, their state and their library size,
+        which are drawn together unless they are given. ``states`` are what :meth:`_origin_of_states` says."""
+        conditions, drawn = select_rows(given, rows, self.device), None
+        origin, source = states
+        if origin == "given":
+            conditions["state"] = source[rows].to(self.device)
+        elif origin in ("bank", "prior"):  # z and log1p(total)
+            if origin == "bank":
+                drawn = self.state_source.bank[source[rows].to(self.device)]
+            else:
+                drawn = self._prior_draw(rows, conditions, sizes, generator)
+            drawn = drawn + self._origins(len(drawn), conditions)[1]
+            conditions["state"] = self._told_state(drawn)
+        conditions["library_size"] = self._library_size(sizes, drawn, rows, conditions, gene_ids, generator)
+        return conditions
 
     def _ids_of(self, names: dict[str, object], num_cells: int | None) -> dict[str, torch.Tensor]:
         """Ids of labels given by name, {} where none is."""
@@ -199,9 +208,8 @@ class CellGenerationMixin:
         first = 1 + len(self.config.covariates)  # column of the perturbations
         asked, generator = self._group_keys(N, given).cpu(), keyed_generator(seed, LABELS)
         keys = self.label_counts.complete(asked, generator)
-        if self.config.effect_groups and bool(
-            (keys[:, :first] < 0).any()
-        ):  # of perturbations that no training cell has: the other labels of control cells
+        if self.config.effect_groups and bool((keys[:, :first] < 0).any()):
+            # of perturbations that no training cell has: the other labels of control cells
             of_control = self.label_counts.complete(self._of_control(asked), generator)
             keys = torch.cat([torch.where(keys < 0, of_control, keys)[:, :first], keys[:, first:]], dim=1)
         drawn = {}
@@ -344,9 +352,9 @@ class CellGenerationMixin:
     def _told_state(self, drawn: torch.Tensor) -> torch.Tensor:
         """What the network is told (B, E) of (z, log1p(total)): the total too, where it is no condition of its own."""
         z, log_total = drawn[:, :-1], drawn[:, -1:]
-        return (
-            z if self.config.library_size_conditioning else torch.cat([z, self.cell_state.standardized(log_total)], 1)
-        )
+        if self.config.library_size_conditioning:
+            return z
+        return torch.cat([z, self.cell_state.standardized(log_total)], dim=1)
 
     def _group_keys(self, number: int, conditions) -> torch.Tensor:
         labels = [conditions.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids")]

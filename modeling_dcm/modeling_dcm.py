@@ -184,9 +184,6 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         """
         if attention_mask is not None:
             input_ids = input_ids.masked_fill(attention_mask == 0, self.config.pad_token_id)
-        is_masked = input_ids == self.config.mask_token_id
-        k = is_masked.sum(dim=1)
-        n = (input_ids != self.config.pad_token_id).sum(dim=1)
         distribution = self.distribution(
             input_ids,
             gene_ids,
@@ -203,23 +200,36 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         )
         if labels is None:
             return DCMOutput(logits=distribution.full())
-        is_query = is_masked & (labels != IGNORED_LABEL)
-        if num_large is None:
-            self._check_labels(labels, is_query)
-        num_ignored = k - is_query.sum(dim=1)
-        k, n = k - num_ignored, n - num_ignored
-        if query_positions is not None:
-            positions = query_positions.clamp(min=0)
-            labels = labels.gather(1, positions)
-            is_query = is_query.gather(1, positions) & (query_positions >= 0)
-        cross_entropy = distribution.cross_entropy(labels.masked_fill(~is_query, 0), num_large)
-        uniform, elbo = denoising_loss(cross_entropy, is_query, k, n)
+        uniform, elbo = self._losses(distribution, input_ids, labels, query_positions, num_large)
         wanted = not self.training if return_logits is None else return_logits
         return DCMOutput(
             loss=elbo if self.config.loss_weighting == "elbo" else uniform,
             elbo=elbo.detach(),
             logits=distribution.full() if wanted else None,
         )
+
+    def _losses(
+        self,
+        distribution: TwoStageCategorical,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        query_positions: torch.Tensor | None,
+        num_large: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both weightings of :func:`denoising_loss`, over the masked genes that have a label; see :meth:`forward`."""
+        is_masked = input_ids == self.config.mask_token_id
+        is_query = is_masked & (labels != IGNORED_LABEL)
+        if num_large is None:
+            self._check_labels(labels, is_query)
+        k = is_query.sum(dim=1)
+        num_ignored = is_masked.sum(dim=1) - k
+        n = (input_ids != self.config.pad_token_id).sum(dim=1) - num_ignored
+        if query_positions is not None:
+            positions = query_positions.clamp(min=0)
+            labels = labels.gather(1, positions)
+            is_query = is_query.gather(1, positions) & (query_positions >= 0)
+        cross_entropy = distribution.cross_entropy(labels.masked_fill(~is_query, 0), num_large)
+        return denoising_loss(cross_entropy, is_query, k, n)
 
     def _check_labels(self, labels: torch.Tensor, is_query: torch.Tensor) -> None:
         if labels.device.type != "cpu" and self.labels_were_checked:
