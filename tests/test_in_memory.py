@@ -49,8 +49,7 @@ def test_a_model_takes_labels_by_name_from_the_tokenizer_beside_it(fitted):
         assert (each.generate(**asked, num_cells=4, seed=3) == expected).all()
     adata = tokenizer.decode(expected, seed=3, **asked)
     assert adata.obs_names[3] == "dcm-3-3"
-    assert adata.obs["cell_type"].tolist() == ["type1"] * 4
-    assert adata.obs["perturbation"].tolist() == [name] * 4
+    assert adata.obs[["cell_type", "perturbation"]].values.tolist() == [["type1", name]] * 4
     with pytest.raises(ValueError, match="unknown cell_type 'typo1'; near matches: 'type1'"):
         model.generate(cell_type="typo1")
     with pytest.raises(ValueError, match="by name and as ids"):

@@ -27,18 +27,13 @@ from training.data.statistics import library_size_quantiles
 
 CONTROL = 0  # an ordinary label
 DIFFERENT = 1e-5  # of logits of order 1; what has no influence changes nothing, or nothing but rounding (1e-7)
-NULLS = {
-    "cell_type_ids": torch.full((2,), -1),
-    "perturbation_ids": torch.full((2, 2), -1),
-    "covariate_ids": torch.full((2, 2), -1),
-    "library_size": torch.full((2,), -1.0),
-}
 GIVEN = {
     "cell_type_ids": torch.tensor([0, 2]),
     "perturbation_ids": torch.tensor([[1, 2], [3, -1]]),
     "covariate_ids": torch.tensor([[0, 2], [1, 0]]),
     "library_size": torch.tensor([0.0, 40.0]),
 }
+NULLS = {name: torch.full_like(value, -1) for name, value in GIVEN.items()}
 
 
 @pytest.fixture
@@ -105,7 +100,7 @@ def test_given_conditions_and_nulls_do_not_touch_each_other_and_every_null_is_it
 
 
 def test_cells_of_a_batch_do_not_see_each_others_conditions(logits):
-    changed = {name: torch.stack([value[0], NULLS[name][1].to(value.dtype)]) for name, value in GIVEN.items()}
+    changed = {name: torch.stack([value[0], NULLS[name][1]]) for name, value in GIVEN.items()}
     torch.testing.assert_close(logits(**changed)[0], logits(**GIVEN)[0], atol=1e-6, rtol=0)
 
 
@@ -151,7 +146,7 @@ def test_a_vector_given_by_hand_is_the_label_with_that_vector_and_nan_rows_are_p
     vectors[:, 0] = with_table.conditions.perturbation.table[2]
     by_hand = with_table(x_t, perturbation_embeds=vectors).logits
     torch.testing.assert_close(by_hand, with_table(x_t, perturbation_ids=perturbed(2)).logits, atol=1e-5, rtol=0)
-    nothing = with_table(x_t, perturbation_embeds=torch.full((2, 2, 6), math.nan)).logits
+    nothing = with_table(x_t, perturbation_embeds=vectors * math.nan).logits
     assert torch.equal(nothing, with_table(x_t).logits)
 
 
@@ -166,25 +161,26 @@ def test_only_labels_without_a_vector_use_their_learned_one(with_table):
 
 @torch.no_grad()
 def test_a_target_flag_changes_the_output_where_the_target_is_among_the_genes_of_the_sequence(logits):
-    model = logits.model
+    def of(label: int, **targets: torch.Tensor) -> torch.Tensor:
+        return logits(perturbation_ids=perturbed(label), **targets)
+
+    model, (none, third) = logits.model, ({"target_gene_ids": torch.tensor([[gene], [gene]])} for gene in (-1, 3))
     model.target_gene_ids.fill_(-1)
-    without = logits(perturbation_ids=perturbed(2))
+    without, other = of(2), of(1)
     model.target_gene_ids[2] = 3
-    flagged = logits(perturbation_ids=perturbed(2))
+    flagged = of(2)
     assert (flagged - without)[:, 3].abs().max() > DIFFERENT  # as a queried gene
-    other = logits(perturbation_ids=perturbed(1))
+    assert torch.equal(of(1), other)
+    assert torch.equal(of(2, **none), without)
     model.target_gene_ids[2] = -1
-    assert torch.equal(logits(perturbation_ids=perturbed(1)), other)
-    overridden = logits(perturbation_ids=perturbed(2), target_gene_ids=torch.tensor([[3], [3]]))
-    assert torch.equal(overridden, flagged)
-    assert torch.equal(logits(perturbation_ids=perturbed(2), target_gene_ids=torch.tensor([[-1], [-1]])), without)
+    assert torch.equal(of(2, **third), flagged)
     observed = logits(target_gene_ids=torch.tensor([[1], [2]]))  # each in its cell: the other genes see the flag
     assert (observed - logits())[:, [0, 3, 4, 5, 6]].abs().max() > DIFFERENT
     x_t, genes = torch.tensor([[1, 5, 5]]), torch.tensor([0, 2, 5])
     outside = model(x_t, gene_ids=genes, target_gene_ids=torch.tensor([[3]])).logits
     assert torch.equal(outside, model(x_t, gene_ids=genes).logits)
     model.backbone.embedding.target.weight.zero_()  # the flag is a vector that is added
-    assert torch.equal(logits(perturbation_ids=perturbed(2), target_gene_ids=torch.tensor([[3], [3]])), without)
+    assert torch.equal(of(2, **third), without)
 
 
 def library_sizes(groups: dict[tuple[int, ...], list[int]], **options) -> LibrarySizes:
@@ -281,13 +277,11 @@ def progress(observed_total: list[float], library_size: list[float], expected_ma
 
 
 def test_depth_is_that_of_what_is_left_of_the_library_size_or_of_what_was_observed_without_one():
-    known = progress(observed_total=[60.0, 0.0, 100.0], library_size=[99.0, 39.0, 100.0])
+    known = progress([60.0, 0.0, 100.0], library_size=[99.0, 39.0, 100.0])
     torch.testing.assert_close(known.depth, torch.tensor([40 / 20, 40 / 20, 1 / 20]))
-    torch.testing.assert_close(progress(observed_total=[4.0], library_size=[-1.0]).depth, torch.tensor([5 / 10]))
-    ratios = log_ratio(torch.tensor([0.0, 2e6, -5.0, 0.0]), torch.tensor([0.0, 1e6, 3.0, 3.0]))
-    assert ratios[0] == 0
-    assert ratios[1].item() == pytest.approx(math.log(2), abs=1e-5)
-    assert ratios[2] == ratios[3]  # a remainder below zero counts as none
+    torch.testing.assert_close(progress([4.0], library_size=[-1.0]).depth, torch.tensor([5 / 10]))
+    ratios = log_ratio(torch.tensor([0.0, 2e6, -5.0]), torch.tensor([0.0, 1e6, 3.0]))  # below zero counts as none
+    torch.testing.assert_close(ratios, torch.tensor([1.0, 2.0, 1 / 4]).log(), atol=1e-5, rtol=0)
 
 
 def library_size_encoder(log_mean: float = 0.0, log_std: float = 1.0) -> LibrarySizeEncoder:
@@ -389,13 +383,16 @@ def test_vectors_that_do_not_fit_or_for_a_model_without_any_are_not_added(
             make_model(**options).add_perturbations(NEW)
 
 
-def test_names_that_are_known_or_no_names_are_not_added(labels):
-    for names, message in (
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
         (["X", "p1"], "1 perturbations are known already: p1; leave them out"),
         (["X", "X"], "perturbations has 1 names more than once: X"),
         (["X+Y"], r"'X\+Y' contains the separator"),
         ([""], "perturbations has the name ''"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            labels.add_perturbations(names)
-        assert labels.perturbations == ["control", "p1", "p2", "p3"]
+    ],
+)
+def test_names_that_are_known_or_no_names_are_not_added(labels, names, message):
+    with pytest.raises(ValueError, match=message):
+        labels.add_perturbations(names)
+    assert labels.perturbations == ["control", "p1", "p2", "p3"]

@@ -46,19 +46,11 @@ def test_mask_and_pad_are_the_two_ids_after_the_counts(max_count, count_bins, nu
 
 
 def test_saving_and_loading_loses_nothing(tmp_path):
-    config = DCMConfig(
-        num_genes=7,
-        max_count=15,
-        count_bins=[4, 8],
-        backbone="latent",
-        num_cell_types=2,
-        num_perturbations=3,
-        perturbation_dim=4,
-        perturbation_table_sha256="0" * 64,
-        covariates={"donor": 2, "batch": 4},
-        library_size_conditioning=True,
-        entropy_curve={"observed": [0.0, 1.0], "entropy": [1.2, 1.1]},
-    )
+    counts = {"num_genes": 7, "max_count": 15, "count_bins": [4, 8]}
+    labels = {"num_cell_types": 2, "num_perturbations": 3, "covariates": {"donor": 2, "batch": 4}}
+    vectors = {"perturbation_dim": 4, "perturbation_table_sha256": "0" * 64}
+    curve = {"observed": [0.0, 1.0], "entropy": [1.2, 1.1]}
+    config = DCMConfig(**counts, **labels, **vectors, library_size_conditioning=True, entropy_curve=curve)
     config.save_pretrained(tmp_path)
     loaded = DCMConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() == config.to_dict()
