@@ -138,12 +138,15 @@ def main(
         panel = choose_panel(cells, chosen.cells["train"], n_top_genes)
 
         # takes seconds, so not before labels and counts are known to be right
+        from tqdm import tqdm
+
         from training.conversion.write import build_tables, dataset_card, write_splits
-        from training.data.files import write_json
+        from training.data.files import sha256_of, write_json
 
         tokenizer = _build_tokenizer(cells.var.index[panel.genes], conditions, panel)
         tables = build_tables(cells, conditions, panel, [path.name for path in sources])
         written = write_splits(scratch / "splits", cells, chosen.cells, panel, tables, tokenizer, seed=split_seed)
+        bar = tqdm(sources, desc="summing files", unit=" files", delay=1, disable=None)
         selection = "list" if genes is not None else "all" if n_top_genes is None else "seurat_v3"
         description = {
             "format": FORMAT,
@@ -152,7 +155,7 @@ def main(
             "test_fraction": test_fraction,
             "validation_fraction": validation_fraction,
             **chosen.description,
-            "sources": _describe_sources(sources),
+            "sources": [{"file": path.name, "sha256": sha256_of(path)} for path in bar],
             "layer": layer,
             "conditions": list(conditions.columns),
             "columns": conditions.sources,
@@ -212,15 +215,6 @@ def _build_tokenizer(genes: Sequence[str], conditions: "ConditionColumns", panel
         covariates=labels,
         separator=conditions.separator,
     )
-
-
-def _describe_sources(sources: Sequence[Path]) -> list[dict[str, str]]:
-    from tqdm import tqdm
-
-    from training.data.files import sha256_of
-
-    bar = tqdm(sources, desc="summing files", unit=" files", delay=1, disable=None)
-    return [{"file": path.name, "sha256": sha256_of(path)} for path in bar]
 
 
 def _report(tokenizer: "DCMTokenizer", panel: "Panel") -> None:

@@ -46,8 +46,8 @@ class ConditionColumns:
         columns = self.columns | dict(others or {})
         canonical = pd.DataFrame(columns, index=obs.index)
         replaced = {}
-        for name in columns:
-            if name in obs and not _same_labels(obs[name], columns[name]):
+        for name, labels in columns.items():
+            if name in obs and (obs[name].astype(str).to_numpy() != np.asarray(labels, dtype=object)).any():
                 replaced[name] = f"original_{name}"
                 while replaced[name] in obs:
                     replaced[name] = f"original_{replaced[name]}"
@@ -157,7 +157,3 @@ def _canonical_perturbations(
     if control is not None and control not in alone:
         logger.warning("no cell has the control %r alone", control)
     return _categorical(after, perturbations.codes)
-
-
-def _same_labels(column: pd.Series, labels: pd.Categorical) -> bool:
-    return bool((column.astype(str).to_numpy() == np.asarray(labels, dtype=object)).all())

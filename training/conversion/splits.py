@@ -120,10 +120,13 @@ def _hold_out(
         label = np.asarray(conditions.columns[PERTURBATION], dtype=object)
     is_control = label == conditions.control
     held = _held_out_labels(conditions, label[scope & ~is_control], options, rng)
-    test = scope & ~is_control & _tested(name, conditions, label, held)
+    tested = held
+    if name == "held-out-perturbations":  # and all combinations with one of them
+        tested = [one for one in sorted(set(label.tolist())) if set(_names(conditions, one)) & set(held)]
+    test = scope & ~is_control & ((name == "zero-shot") | np.isin(label.astype(str), tested))
     if not test.any() or test.all():
-        tested = f"{int(test.sum()):,} of {num_cells:,} cells"
-        raise ValueError(f"--split {name} would test on {tested}; hold out other labels")
+        of_all = f"{int(test.sum()):,} of {num_cells:,} cells"
+        raise ValueError(f"--split {name} would test on {of_all}; hold out other labels")
     fate = options.controls or ("test" if name == "zero-shot" else "proportional")
     divided = np.flatnonzero(scope & is_control)
     if fate == "proportional":
@@ -253,12 +256,3 @@ def _held_out_labels(
     if unknown:
         raise unknown_label_error("perturbation to hold out", unknown, eligible)
     return wanted
-
-
-def _tested(name: str, conditions: ConditionColumns, label: np.ndarray, held: list[str]) -> np.ndarray:
-    """Cells with a held-out label, (n,) bool, whatever their cell type."""
-    if name == "zero-shot":
-        return np.ones(len(label), dtype=bool)
-    if name == "held-out-perturbations":
-        held = [one for one in sorted(set(label.tolist())) if set(_names(conditions, one)) & set(held)]
-    return np.isin(label.astype(str), held)

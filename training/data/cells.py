@@ -278,20 +278,18 @@ def to_csr(indptr: np.ndarray, positions: np.ndarray, values: np.ndarray, G: int
 # --- streaming --------------------------------------------------------------------------------------------------------
 
 
-def _opened(file: str) -> tuple[pq.ParquetFile, pa.Table]:
-    """A shard, and all of its columns but the counts."""
-    opened = open_shard(file)
-    return opened, opened.read(columns=[name for name in opened.schema_arrow.names if name not in COUNTS])
-
-
 class StreamedCells(Cells):
     """Cells of Parquet row groups, of which the last few read are in memory."""
 
     def _open(self, files: Sequence[str]) -> tuple[datasets.Features, pa.Table]:
         self._paths = files
+
+        def labels(file: pq.ParquetFile) -> pa.Table:
+            return file.read(columns=[name for name in file.schema_arrow.names if name not in COUNTS])
+
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-            opened = list(pool.map(_opened, files))
-        self._files = [file for file, _ in opened]
+            self._files = list(pool.map(open_shard, files))
+            tables = list(pool.map(labels, self._files))
         metadata = [file.metadata for file in self._files]
         self._places = [(i, group) for i, m in enumerate(metadata) for group in range(m.num_row_groups)]
         sizes = [metadata[i].row_group(group).num_rows for i, group in self._places]
@@ -299,7 +297,7 @@ class StreamedCells(Cells):
         self._blocks: OrderedDict[int, SparseRows] = OrderedDict()  # the last used is the last
         self._num_cells = int(self._first_cells[-1])
         # of merged parts not all may have panels
-        table = pa.concat_tables((table for _, table in opened), promote_options="default")
+        table = pa.concat_tables(tables, promote_options="default")
         return datasets.Features.from_arrow_schema(self._files[0].schema_arrow), table
 
     def random_cells(self, among: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:

@@ -157,7 +157,8 @@ def local_folder(data: Path) -> Path:
     url = "://".join(found.groups())
     system, root = fsspec.core.url_to_fs(url)
     files = {name[len(root) :].lstrip("/"): about for name, about in system.find(root, detail=True).items()}
-    shards = {name: [about["size"], about.get("blob_id")] for name, about in files.items() if _is_shard(name)}
+    of_splits = [name for name in files if name.endswith(".parquet") and name.partition("/")[0] in SPLITS]
+    shards = {name: [files[name]["size"], files[name].get("blob_id")] for name in of_splits}
     if not shards:
         raise FileNotFoundError(f"no shards at {url!r}; expected a folder that dcm-convert wrote")
     others = {name: about["size"] for name, about in files.items() if not name.endswith(NOT_COPIED)}
@@ -171,10 +172,6 @@ def local_folder(data: Path) -> Path:
                     shutil.copyfileobj(source, copy)
             (aside / REMOTE).write_text(said, encoding="utf-8")
     return folder
-
-
-def _is_shard(name: str) -> bool:
-    return name.endswith(".parquet") and name.partition("/")[0] in SPLITS
 
 
 def shard_files(folder: Path, split: str) -> list[str]:

@@ -114,7 +114,7 @@ def build_model(
         )
     shape = SIZES[config.size] if config.size else {}
     table = read_table(config.perturbation_embeddings, tokenizer.control) if config.perturbation_embeddings else None
-    labels = cells.conditions.get("perturbation_ids")
+    perturbations = cells.conditions.get("perturbation_ids")
     vector_size, table_sha256 = (None, None) if table is None else (table.dim, table.sha256)
     if source is not None and table is None and tokenizer.perturbations:
         vector_size = source.model.config.perturbation_dim
@@ -126,7 +126,7 @@ def build_model(
         count_bins=tokenizer.count_bins,
         num_cell_types=len(tokenizer.cell_types),
         num_perturbations=len(tokenizer.perturbations),
-        max_perturbations_per_cell=1 if labels is None else labels.shape[1],
+        max_perturbations_per_cell=1 if perturbations is None else perturbations.shape[1],
         covariates={name: len(names) for name, names in tokenizer.covariates.items()},
         perturbation_dim=vector_size,
         perturbation_table_sha256=table_sha256,
@@ -139,11 +139,15 @@ def build_model(
     model.target_gene_ids.copy_(torch.from_numpy(tokenizer.target_gene_ids))
     if config.library_size_conditioning:
         _set_library_sizes(model, tokenizer, statistics, cells)
-    if model.config.condition_names:
-        _set_label_counts(model, cells)
+    if model.config.condition_names:  # how many training cells have which labels
+        labels = [cells.conditions.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids")]
+        keys, number = model.library_sizes.group_keys(len(cells), *labels).unique(dim=0, return_counts=True)
+        model.label_counts.keys, model.label_counts.number, model.config.label_groups = keys, number, len(keys)
     set_estimates(model, config, cells, source)
-    if table is not None:
-        _set_vectors(model, tokenizer, table)
+    for index, name in enumerate(tokenizer.perturbations if table is not None else ()):
+        if name in table.vectors:  # frozen; names without one, the control among them, keep their learned vector
+            encoder = model.conditions.perturbation
+            encoder.table[index], encoder.has_vector[index] = table.vectors[name], True
     if source is not None:
         transfer(source, model, tokenizer)
     if model_config.perturbation_dim:
@@ -195,15 +199,6 @@ def _warn_of_names_never_seen(
             )
 
 
-def _set_vectors(model: DCMForDenoising, tokenizer: DCMTokenizer, table: PerturbationTable) -> None:
-    """Freeze the vectors of the table; names without one, the control among them, keep their learned vector."""
-    encoder = model.conditions.perturbation
-    for index, name in enumerate(tokenizer.perturbations):
-        if name in table.vectors:
-            encoder.table[index] = table.vectors[name]
-            encoder.has_vector[index] = True
-
-
 def _vectors_without_cells(
     model: DCMForDenoising, tokenizer: DCMTokenizer, cells: Cells, source: Source | None
 ) -> list[int]:
@@ -228,14 +223,6 @@ def _set_library_sizes(model: DCMForDenoising, tokenizer: DCMTokenizer, statisti
         groups = library_size_quantiles(cells.library_size.numpy(), conditions, cells.panel, cells.measured, gene_mean)
     model.library_sizes.keys, model.library_sizes.quantiles = map(torch.from_numpy, groups)
     model.config.library_size_groups = len(groups[0])
-
-
-def _set_label_counts(model: DCMForDenoising, cells: Cells) -> None:
-    """How many training cells have which labels."""
-    labels = [cells.conditions.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids")]
-    keys, number = model.library_sizes.group_keys(len(cells), *labels).unique(dim=0, return_counts=True)
-    model.label_counts.keys, model.label_counts.number = keys, number
-    model.config.label_groups = len(keys)
 
 
 STATISTIC_CELLS = 8192  # that components, dispersions and loadings are estimated on

@@ -119,15 +119,13 @@ def match_proteins(names: Iterable[str], proteins: Sequence[Protein]) -> tuple[d
         candidates = by_symbol.get(name) or by_id.get(name) or by_id.get(without_version(name))
         if not candidates:
             continue
-        found[name] = min(candidates, key=_preference)
+        found[name] = min(
+            candidates, key=lambda one: (one.is_unreviewed, one.is_isoform, -len(one.sequence), one.record)
+        )
         sequences = {protein.sequence for protein in candidates}
         if len(sequences) > 1:
             ambiguous[name] = len(sequences)
     return found, ambiguous
-
-
-def _preference(protein: Protein) -> tuple[bool, bool, int, str]:
-    return protein.is_unreviewed, protein.is_isoform, -len(protein.sequence), protein.record
 
 
 # --- the language model -----------------------------------------------------------------------------------------------
