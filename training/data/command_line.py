@@ -144,14 +144,14 @@ def user_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         if os.environ.get("DCM_TRACEBACK") == "1":
             raise
-        message = " ".join(str(error).split())
-        with bars_cleared():
-            sys.stderr.write(f"error: {message}\n")
-        sys.exit(2)
+        said, code = "error: " + " ".join(str(error).split()), 2
     except KeyboardInterrupt:
-        with bars_cleared():
-            sys.stderr.write("interrupted\n")
-        sys.exit(130)
+        said, code = "interrupted", 130
+    else:
+        return
+    with bars_cleared():
+        sys.stderr.write(said + "\n")
+    sys.exit(code)
 
 
 class AboveBars(logging.StreamHandler):

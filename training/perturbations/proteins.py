@@ -119,9 +119,7 @@ def match_proteins(names: Iterable[str], proteins: Sequence[Protein]) -> tuple[d
         candidates = by_symbol.get(name) or by_id.get(name) or by_id.get(without_version(name))
         if not candidates:
             continue
-        found[name] = min(
-            candidates, key=lambda one: (one.is_unreviewed, one.is_isoform, -len(one.sequence), one.record)
-        )
+        found[name] = min(candidates, key=lambda p: (p.is_unreviewed, p.is_isoform, -len(p.sequence), p.record))
         sequences = {protein.sequence for protein in candidates}
         if len(sequences) > 1:
             ambiguous[name] = len(sequences)
