@@ -100,7 +100,7 @@ def test_files_that_are_no_fasta_are_refused(tmp_path, text, message):
         read_fasta(tmp_path / "bad.fasta")
 
 
-# --- the language model ------------------------------------------------------------------------------------------------
+# --- the language model -----------------------------------------------------------------------------------------------
 
 
 def encoder(folder: Path, **options: int) -> ProteinEncoder:
