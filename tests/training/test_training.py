@@ -24,7 +24,7 @@ from tokenization import DCMTokenizer
 from training.config import TrainConfig
 from training.data.cells import Cells, GlobalBatchSampler
 from training.loop.accelerator import build_accelerator
-from training.loop.batches import TrainBatches, noised
+from training.loop.batches import TrainBatches
 from training.loop.start import build_model, build_tokenizer
 from training.loop.step import build_optimizer, learning_rate, take_step, update_average
 from training.loop.validation import Validation
@@ -108,7 +108,7 @@ def test_the_validation_loss_is_the_sum_over_all_batches_by_all_measured_genes(c
     total = measured = 0.0
     for index in range(0, min(len(validation.cells), 16), 3):
         batch = validation.cells[list(range(index, min(index + 3, len(validation.cells), 16)))]
-        inputs = noised(batch, validation.quiet, model.config, index, 0, 1, "cpu")
+        inputs = TrainBatches(None, validation.quiet, model.config).noised(batch, index)
         n = int((inputs["labels"] != tokenizer.pad_token_id).sum())
         total, measured = total + model.eval()(**inputs).loss.item() * n, measured + n
     assert losses["validation_loss"] == pytest.approx(total / measured)
@@ -176,15 +176,16 @@ def test_batches_from_any_number_on_are_those_of_the_whole_run(config, world):
 
 def test_noise_is_keyed_by_seed_and_batch_whoever_shares_it_and_leaves_the_global_state_alone(config, tokenizer):
     batch = clean_batch(12, tokenizer)
-    alone = noised(batch, config, ids(tokenizer), 5, 0, 1, "cpu")
-    shared = [noised(rows(batch, 6 * rank, 6 * rank + 6), config, ids(tokenizer), 5, rank, 2, "cpu") for rank in (0, 1)]
+    alone = TrainBatches(None, config, ids(tokenizer)).noised(batch, 5)
+    processes = [TrainBatches(None, config, ids(tokenizer), rank, world=2) for rank in (0, 1)]
+    shared = [one.noised(rows(batch, 6 * one.rank, 6 * one.rank + 6), 5) for one in processes]
     assert alone.keys() == shared[0].keys()
     for name, value in alone.items():
         if torch.is_tensor(value):
             assert torch.equal(torch.cat([part[name] for part in shared]), value), name
     before = torch.get_rng_state()
     first, again, other, seeded = (
-        noised(batch, options, ids(tokenizer), index, 0, 1, "cpu")["input_ids"]
+        TrainBatches(None, options, ids(tokenizer)).noised(batch, index)["input_ids"]
         for options, index in ((config, 5), (config, 5), (config, 6), (replace(config, seed=1), 5))
     )
     assert torch.equal(torch.get_rng_state(), before)
@@ -195,7 +196,7 @@ def test_noise_is_keyed_by_seed_and_batch_whoever_shares_it_and_leaves_the_globa
 
 def test_every_number_of_genes_is_masked_and_queried_ones_are_masked_and_within_the_budget(config, tokenizer):
     batch = clean_batch(90, tokenizer)
-    inputs = noised(batch, config, ids(tokenizer), 0, 0, 1, "cpu")
+    inputs = TrainBatches(None, config, ids(tokenizer)).noised(batch, 0)
     queries = inputs["query_positions"]
     assert queries.shape == (90, 6)
     chosen = inputs["input_ids"].gather(1, queries.clamp(min=0))
@@ -206,13 +207,13 @@ def test_every_number_of_genes_is_masked_and_queried_ones_are_masked_and_within_
     observed = inputs["input_ids"] != tokenizer.mask_token_id
     assert torch.equal(inputs["input_ids"][observed], inputs["labels"][observed])
     for budget in (None, 9):
-        everything = noised(batch, replace(config, query_genes=budget), ids(tokenizer), 0, 0, 1, "cpu")
+        everything = TrainBatches(None, replace(config, query_genes=budget), ids(tokenizer)).noised(batch, 0)
         assert "query_positions" not in everything
 
 
 def test_each_condition_is_dropped_on_its_own_and_never_becomes_another_label(config, tokenizer):
     batch = clean_batch(4000, tokenizer)
-    inputs = noised(batch, replace(config, label_dropout=0.3), ids(tokenizer), 0, 0, 1, "cpu")
+    inputs = TrainBatches(None, replace(config, label_dropout=0.3), ids(tokenizer)).noised(batch, 0)
     clean, noisy = (
         {
             "cell_type": of["cell_type_ids"],
@@ -231,7 +232,7 @@ def test_each_condition_is_dropped_on_its_own_and_never_becomes_another_label(co
         kept = noisy[name] != -1
         assert torch.equal(noisy[name][kept], value[kept]), name
     assert bool((inputs["perturbation_ids"][noisy["perturbation"] == -1] == -1).all())
-    without = noised(batch, replace(config, label_dropout=0.0), ids(tokenizer), 0, 0, 1, "cpu")
+    without = TrainBatches(None, replace(config, label_dropout=0.0), ids(tokenizer)).noised(batch, 0)
     assert all(torch.equal(without[name], batch[name]) for name in batch if name != "input_ids")
 
 

@@ -6,7 +6,7 @@ each gene is drawn on the device, for :data:`BLOCK` rows of the global batch at 
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -31,35 +31,38 @@ BLOCK = 32  # rows of the global batch whose keys come from one generator
 class TrainBatches:
     """Noised batches of one process among ``world``, by their index in the run."""
 
-    cells: Cells
+    cells: Cells | None  # None where batches are brought, to :meth:`noised`
     config: TrainConfig
     model_config: DCMConfig
-    rank: int
-    world: int
-    device: torch.device | str
+    rank: int = 0
+    world: int = 1
+    device: torch.device | str = "cpu"
     state: Callable | None = None  # of whole cells, from ids and library sizes
-    effects: object = None  # see :func:`drawn_for_cells`
+    effects: object = None  # what is told of those of perturbations: :class:`training.loop.effects.TrainingEffects`
     waited: float = 0.0  # seconds that the loop has waited for a batch of cells
 
     def __post_init__(self):
-        self.device, self.several_panels = torch.device(self.device), len(self.cells.measured) > 1
+        self.device = torch.device(self.device)
+
+    @property
+    def several_panels(self) -> bool:
+        return len(self.cells.measured) > 1
 
     def starting_at(self, index: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield batches without end, from number ``index`` of the run on."""
-        config = self.config
-        batches = self.cells.batches(
-            batch_size=config.batch_size, seed=config.seed, rank=self.rank, world_size=self.world, start=index
-        )
-        drawn = (
-            self._pinned(drawn_for_cells(batch, config, self.model_config, number, self.rank, self.world, self.effects))
-            for number, batch in enumerate(batches, start=index)
-        )
+        order = {"batch_size": self.config.batch_size, "seed": self.config.seed}
+        order |= {"rank": self.rank, "world_size": self.world, "start": index}
+        batches = enumerate(self.cells.batches(**order), start=index)
+        drawn = (self._pinned(self.drawn_for_cells(batch, number)) for number, batch in batches)
         for number, batch in enumerate(self._one_ahead(drawn), start=index):
-            yield masked(batch, config, self.model_config, number, self.rank, self.device, self.state)
+            yield self.masked(batch, number)
 
-    def _one_ahead(self, batches: Iterable[dict]) -> Iterator[dict]:
+    def noised(self, batch: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
+        """Make the arguments of the model's forward for one batch: genes masked, some conditions dropped."""
+        return self.masked(self.drawn_for_cells(batch, index), index)
+
+    def _one_ahead(self, batches: Iterator[dict]) -> Iterator[dict]:
         """The same batches, each made in a thread while the one before it is in use."""
-        batches = iter(batches)
         # memory is pinned for the current device, which is another one in a new thread
         is_one_of_several = self.device.type == "cuda" and self.device.index is not None
         of_device = (torch.cuda.set_device, (self.device,)) if is_one_of_several else (None, ())
@@ -78,75 +81,60 @@ class TrainBatches:
             return batch
         return {name: value.pin_memory() if torch.is_tensor(value) else value for name, value in batch.items()}
 
+    def drawn_for_cells(self, batch: dict[str, torch.Tensor], index: int) -> dict:
+        """Draw how many genes of each cell are masked and which conditions are dropped; look at what is to be known.
 
-def noised(
-    batch, config: TrainConfig, model_config: DCMConfig, index: int, rank: int, world: int, device, state=None
-) -> dict[str, torch.Tensor]:
-    """Make the arguments of the model's forward for one batch: genes masked, some conditions dropped; ``state`` as of
-    :class:`TrainBatches`."""
-    drawn = drawn_for_cells(batch, config, model_config, index, rank, world)
-    return masked(drawn, config, model_config, index, rank, torch.device(device), state)
+        Drawn for the whole global batch from (seed, index of the batch); this process takes its rows. ``num_large`` is
+        rounded up to a power of two, so that tensors have few sizes.
+        """
+        config, model_config, generator = self.config, self.model_config, keyed_generator(self.config.seed, index)
+        x_0 = batch["input_ids"]
+        B, whole = len(x_0), len(x_0) * self.world
+        own = slice(self.rank * B, (self.rank + 1) * B)
+        u = stratified_uniform(whole, generator)[own]
+        n = (x_0 != model_config.pad_token_id).sum(dim=1)
+        num_large = int(((x_0 >= model_config.num_small) & (x_0 < model_config.num_counts)).sum())
+        drawn = {"input_ids": x_0, "k": num_masked(u, n), "all_measured": bool((n == x_0.shape[1]).all())}
+        drawn["num_large"] = 1 << (num_large - 1).bit_length() if num_large else 0
 
+        def draw(*columns: int) -> torch.Tensor:
+            return torch.rand(*columns, whole, generator=generator)[..., own]
 
-def drawn_for_cells(
-    batch, config: TrainConfig, model_config: DCMConfig, index: int, rank: int, world: int, effects=None
-) -> dict:
-    """Draw how many genes of each cell are masked and which conditions are dropped; look at what is to be known.
-    ``effects`` (:class:`training.loop.effects.TrainingEffects`) says what is told of those of perturbations.
+        for name in ("cell_type_ids", "perturbation_ids"):
+            if name in batch:
+                drawn[name] = drop_labels(batch[name], draw(), config.label_dropout)
+        if "covariate_ids" in batch:
+            columns = batch["covariate_ids"].unbind(dim=1)
+            both = zip(columns, draw(len(columns)), strict=True)
+            drawn["covariate_ids"] = torch.stack([drop_labels(*each, config.label_dropout) for each in both], dim=1)
+        if config.library_size_conditioning:
+            drawn["library_size"] = drop_labels(batch["library_size"].float(), draw(), config.label_dropout)
+        has_state = (n == x_0.shape[1]) & (batch["library_size"] > 0)
+        if model_config.state_dim:
+            drawn["total"] = batch["library_size"]
+            drawn["is_stateless"] = draw() < config.state_dropout
+            has_state &= ~drawn["is_stateless"]
+        if self.effects is not None:
+            has_state &= bool(model_config.state_dim)
+            drawn |= self.effects.shown(drawn, batch["library_size"], has_state, draw())
+        return drawn
 
-    Drawn for the whole global batch from (seed, index of the batch); this process takes its rows. ``num_large`` is
-    rounded up to a power of two, so that tensors have few sizes.
-    """
-    generator = keyed_generator(config.seed, index)
-    x_0 = batch["input_ids"]
-    B = len(x_0)
-    own = slice(rank * B, (rank + 1) * B)
-    u = stratified_uniform(B * world, generator)[own]
-    n = (x_0 != model_config.pad_token_id).sum(dim=1)
-    num_large = int(((x_0 >= model_config.num_small) & (x_0 < model_config.num_counts)).sum())
-    drawn = {"input_ids": x_0, "k": num_masked(u, n), "all_measured": bool((n == x_0.shape[1]).all())}
-    drawn["num_large"] = 1 << (num_large - 1).bit_length() if num_large else 0
-    for name in ("cell_type_ids", "perturbation_ids"):
-        if name in batch:
-            drop = torch.rand(B * world, generator=generator)[own]
-            drawn[name] = drop_labels(batch[name], drop, config.label_dropout)
-    if "covariate_ids" in batch:
-        columns = batch["covariate_ids"].unbind(dim=1)
-        drops = torch.rand(len(columns), B * world, generator=generator)[:, own]
-        dropped = [drop_labels(column, u, config.label_dropout) for column, u in zip(columns, drops, strict=True)]
-        drawn["covariate_ids"] = torch.stack(dropped, dim=1)
-    if config.library_size_conditioning:
-        drop = torch.rand(B * world, generator=generator)[own]
-        drawn["library_size"] = drop_labels(batch["library_size"].float(), drop, config.label_dropout)
-    if model_config.state_dim:
-        drawn["total"] = batch["library_size"]
-        drawn["is_stateless"] = torch.rand(B * world, generator=generator)[own] < config.state_dropout
-    if effects is not None:
-        draw = torch.rand(B * world, generator=generator)[own]
-        has_state = (
-            (n == x_0.shape[1]) & (batch["library_size"] > 0) & ~drawn.get("is_stateless", torch.ones(B, dtype=bool))
-        )
-        drawn |= effects.shown(drawn, batch["library_size"], has_state, draw)
-    return drawn
-
-
-def masked(
-    drawn: dict, config: TrainConfig, model_config: DCMConfig, index: int, rank: int, device: torch.device, state=None
-) -> dict[str, torch.Tensor]:
-    """Choose and mask genes on the device; see :func:`noised`."""
-    inputs = {name: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for name, v in drawn.items()}
-    x_0 = inputs["input_ids"].long()  # sent as narrow as they come
-    keys = gene_keys(config.seed, index, rank * len(x_0), x_0.shape, device)
-    ids = {"mask_token_id": model_config.mask_token_id, "pad_token_id": model_config.pad_token_id}
-    inputs |= {"input_ids": mask_smallest(x_0, inputs.pop("k"), keys, **ids), "labels": x_0}
-    if config.query_genes is not None and config.query_genes < x_0.shape[1]:
-        inputs["query_positions"] = choose_queries(
-            inputs["input_ids"], keys, config.query_genes, mask_token_id=model_config.mask_token_id
-        )
-    total, is_stateless = inputs.pop("total", None), inputs.pop("is_stateless", None)
-    if state is not None:
-        inputs["state"] = state(x_0, total).masked_fill(is_stateless[:, None], torch.nan)
-    return inputs
+    def masked(self, drawn: dict, index: int) -> dict[str, torch.Tensor]:
+        """Choose and mask genes on the device."""
+        ids, budget = self.model_config, self.config.query_genes
+        to_device = {"device": self.device, "non_blocking": True}
+        inputs = {name: v.to(**to_device) if torch.is_tensor(v) else v for name, v in drawn.items()}
+        x_0 = inputs["input_ids"].long()  # sent as narrow as they come
+        keys = gene_keys(self.config.seed, index, self.rank * len(x_0), x_0.shape, self.device)
+        special = {"mask_token_id": ids.mask_token_id, "pad_token_id": ids.pad_token_id}
+        inputs |= {"input_ids": mask_smallest(x_0, inputs.pop("k"), keys, **special), "labels": x_0}
+        if budget is not None and budget < x_0.shape[1]:
+            queries = choose_queries(inputs["input_ids"], keys, budget, mask_token_id=ids.mask_token_id)
+            inputs["query_positions"] = queries
+        total, is_stateless = inputs.pop("total", None), inputs.pop("is_stateless", None)
+        if self.state is not None:
+            inputs["state"] = self.state(x_0, total).masked_fill(is_stateless[:, None], torch.nan)
+        return inputs
 
 
 def gene_keys(seed: int, index: int, first: int, shape: torch.Size, device: torch.device) -> torch.Tensor:

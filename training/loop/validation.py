@@ -26,7 +26,7 @@ from tokenization import DCMTokenizer
 from training.config import TrainConfig
 from training.data.cells import FLOOR, Cells
 from training.data.shards import shard_files
-from training.loop.batches import noised
+from training.loop.batches import TrainBatches
 from training.loop.start import open_cells
 from training.loop.step import averaged_weights
 
@@ -89,11 +89,12 @@ class Validation:
         measured = self.cells.measured.mean(axis=1)[self.cells.panel[rows]]  # share of the panel, of each cell
         sums = {"validation_loss": 0.0, "validation_elbo": 0.0}
         state = model.state if model.config.state_dim else None
+        quiet = TrainBatches(None, self.quiet, model.config, device=model.device, state=state)
         with averaged_weights(model, ema), self.autocast(), dropout_off(model):
             for index in range(0, len(rows), self.config.batch_size):
                 batch = self.cells[rows[index : index + self.config.batch_size]]
                 cells = measured[index : index + self.config.batch_size].sum()
-                inputs = noised(batch, self.quiet, model.config, index, 0, 1, model.device, state)
+                inputs = quiet.noised(batch, index)
                 share = cells / measured.sum()
                 if "state" in inputs:  # told the state, it is no bound on the cells' likelihood
                     told = model(**inputs, return_logits=False).loss.item()

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from eval.benchmarks.training import OPTIONS, OURS, Case, SimulatedCells, Training, start_accelerator
 from modeling_dcm.diffusion_dcm import keyed_generator
 from modeling_dcm.guidance_dcm import denoiser
-from training.loop.batches import BLOCK, TrainBatches, gene_keys, noised
+from training.loop.batches import BLOCK, TrainBatches, gene_keys
 from training.loop.step import take_step, update_average
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "_unique2", "unique_dim", "bincount"}
@@ -73,7 +73,7 @@ def test_forward_and_backward_pass_and_a_sampling_step_need_no_value_of_a_tensor
     monkeypatch.setattr("training.loop.batches.keyed_generator", on_cpu)
     options = replace(OPTIONS, query_genes=6)
     model.to("meta").train()
-    inputs = noised(batch_of(model), options, model.config, 0, 0, 1, "meta", model.state)
+    inputs = TrainBatches(None, options, model.config, device="meta", state=model.state).noised(batch_of(model), 0)
     model(**inputs).loss.backward()
     x = torch.full((5, 24), model.config.mask_token_id, device="meta")
     conditions = {"cell_type_ids": x[:, 0], "library_size": x[:, 0].float()}
