@@ -164,7 +164,7 @@ def test_a_network_split_by_fsdp2_learns_what_a_whole_one_does_and_resumes_bit_f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["latent", "dit", "of several panels"])
+@pytest.mark.parametrize("backbone", ["latent", "of several panels"])
 def test_two_processes_that_share_a_global_batch_do_what_one_does(config, cells_h5ad, tmp_path, backbone):
     """Whatever was measured in each one's cells."""
     if backbone == "of several panels":
