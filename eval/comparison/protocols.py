@@ -18,7 +18,7 @@ from eval.comparison.cells import PERTURBATION, CellCounts
 from eval.metrics.blocks import Matrix
 from eval.metrics.distances import median_bandwidth
 from eval.metrics.gene_agreement import leading_directions, principal_directions
-from eval.metrics.table import BESIDE_TRAINING_CELLS, METRICS, POOLED_METRICS, Pair
+from eval.metrics.table import BESIDE_TRAINING_CELLS, DELTAS, METRICS, POOLED_METRICS, Pair
 from training.data.variable_genes import FEWEST_GENES, GeneTotals, seurat_v3_variances, top_genes
 
 FEW_CELLS = 20
@@ -117,7 +117,7 @@ PROTOCOLS = {
             "of the genes",
             transform=lambda counts: counts.astype(np.float64).log1p(),
             pooled_metrics=POOLED_METRICS,
-            condition_metrics=(*DISTANCES, "pearson_delta"),
+            condition_metrics=(*DISTANCES, *DELTAS),
         ),
         Protocol(
             name="scldm",
@@ -327,7 +327,7 @@ def evaluate_pair(generated: CellCounts, reference: Reference, *, seed: int = 0)
         ours, theirs = _matched_rows(generated.rows_by_condition, group.rows, rng)
         names = protocol.pooled_metrics if group.grouping == "pooled" else protocol.condition_metrics
         if group.control_rows is None:
-            names = tuple(name for name in names if name != "pearson_delta")
+            names = tuple(name for name in names if name not in DELTAS)
         if reference.train is None:
             names = tuple(name for name in names if name not in BESIDE_TRAINING_CELLS)
         values = dict.fromkeys(names, float("nan"))
@@ -339,7 +339,7 @@ def evaluate_pair(generated: CellCounts, reference: Reference, *, seed: int = 0)
                 y_counts=real[theirs],
                 bandwidths=group.bandwidths,
                 biased=protocol.biased_mmd2,
-                control=reference.space(real[group.control_rows]) if "pearson_delta" in names else None,
+                control=reference.space(real[group.control_rows]) if set(DELTAS) & set(names) else None,
                 train=reference.train,
                 directions=reference.directions,
             )

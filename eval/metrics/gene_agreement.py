@@ -120,16 +120,19 @@ def library_size_cv_ratio(x: Matrix, y: Matrix) -> float:
     return float(cv[0] / cv[1]) if cv[1] > 0 else float("nan")
 
 
-def pearson_delta(x: Matrix, y: Matrix, control: Matrix) -> float:
+def pearson_delta(x: Matrix, y: Matrix, control: Matrix, y_control: Matrix | None = None) -> float:
     """Pearson correlation over genes of the mean shifts: ``corr(mu_x - mu_control, mu_y - mu_control)``.
 
-    1 is ideal; nan if either shift is the same for every gene. Give log-normalised cells to compare with others.
+    1 is ideal; nan if either shift is the same for every gene. Give log-normalised cells to compare with others. The
+    noise of control cells that both shifts start from is taken for agreement; with ``y_control`` each has its own.
     Reference: Roohani, Huang and Leskovec, Nature Biotechnology 42 (2024), 927-935 (GEARS).
     """
     x, y = checked_pair(x, y, min_cells=1)
-    _, control = checked_pair(y, control, min_cells=1, names=("y", "control"))
-    at_control = column_means(control)
-    return pearson(column_means(x) - at_control, column_means(y) - at_control)
+    shifts = []
+    for cells, origin in ((x, control), (y, control if y_control is None else y_control)):
+        cells, origin = checked_pair(cells, origin, min_cells=1, names=("cells", "control"))
+        shifts.append(column_means(cells) - column_means(origin))
+    return pearson(*shifts)
 
 
 def _gene_correlations(x: Matrix) -> np.ndarray:

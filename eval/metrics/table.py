@@ -47,6 +47,14 @@ def _component_variance(name: str, band: slice) -> tuple[str, str, Callable[[Pai
     return label, "→ 1", lambda p: gene_agreement.component_variance_ratio(p.x, p.y, p.directions, band)
 
 
+def _delta_from_halves(p: Pair) -> float:
+    """Pearson delta from disjoint halves of the control cells, each of which serves each side once; nan of one cell."""
+    halves = p.control[::2], p.control[1::2]
+    if not halves[1].shape[0]:
+        return float("nan")
+    return sum(gene_agreement.pearson_delta(p.x, p.y, *some) for some in (halves, halves[::-1])) / 2
+
+
 COPYING = "nearest_training_distance_ratio"
 TABLE: dict[str, tuple[str, str, Callable[[Pair], float]]] = {  # label, which way is better, and how it is computed
     "mmd2": ("MMD²", "↓", lambda p: distances.mmd2(p.x, p.y, bandwidths=p.bandwidths, biased=p.biased)),
@@ -67,10 +75,12 @@ TABLE: dict[str, tuple[str, str, Callable[[Pair], float]]] = {  # label, which w
     **{f"component_variance_{name}": _component_variance(name, band) for name, band in gene_agreement.BANDS.items()},
     COPYING: ("distance to training cells", "→ 1", lambda p: distances.nearest_distance_ratio(p.x, p.y, p.train)),
     "pearson_delta": ("Pearson delta", "↑", lambda p: gene_agreement.pearson_delta(p.x, p.y, p.control)),
+    "pearson_delta_halves": ("Pearson delta, each side from half of the controls", "↑", _delta_from_halves),
 }
 METRICS = {name: compute for name, (_, _, compute) in TABLE.items()}
 BESIDE_TRAINING_CELLS = (*(name for name in METRICS if name.startswith("component_")), COPYING)
-POOLED_METRICS = tuple(name for name in METRICS if name != "pearson_delta")
+DELTAS = ("pearson_delta", "pearson_delta_halves")  # of one perturbation
+POOLED_METRICS = tuple(name for name in METRICS if name not in DELTAS)
 VCC2026_NAMES = {
     "pds_cosine": ("discrimination (PDS, cosine)", "↑"),
     "expr_mse_unbiased_capped_norm": ("error of expression", "↓"),

@@ -244,6 +244,14 @@ def test_pearson_delta_is_taken_against_real_control_cells_of_the_cell_type():
         shifts = [means[side, (name, "x")] - control for side in ("generated", "real")]
         found = scores["condition", f"{name} | x", "pearson_delta"].value
         assert found == pytest.approx(np.corrcoef(*shifts)[0, 1], abs=1e-9)
+        rows = real.rows_by_condition[f"{name} | control"]
+        halves = [np.log1p(real.counts[half].toarray().astype(float)).mean(0) for half in (rows[::2], rows[1::2])]
+        expected = []
+        for of_sides in (halves, halves[::-1]):
+            shifts = [means[s, (name, "x")] - half for s, half in zip(("generated", "real"), of_sides)]
+            expected.append(np.corrcoef(*shifts)[0, 1])
+        found = scores["condition", f"{name} | x", "pearson_delta_halves"].value
+        assert found == pytest.approx(np.mean(expected), abs=1e-9)
         assert ("condition", f"{name} | control", "pearson_delta") not in scores
     averaged = scores["per_condition", None, "pearson_delta"]  # b | x has six cells only
     assert averaged.value == scores["condition", "a | x", "pearson_delta"].value

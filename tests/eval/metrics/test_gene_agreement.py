@@ -71,6 +71,8 @@ def test_pearson_delta_equals_scipy(rng):
     x, y, control = (rng.normal(size=(20, 7)) + rng.normal(size=7) for _ in range(3))
     expected = stats.pearsonr(x.mean(axis=0) - control.mean(axis=0), y.mean(axis=0) - control.mean(axis=0)).statistic
     assert pearson_delta(x, y, control) == pytest.approx(expected)
+    expected = stats.pearsonr(x.mean(axis=0) - control.mean(axis=0), y.mean(axis=0) - x[:9].mean(axis=0)).statistic
+    assert pearson_delta(x, y, control, x[:9]) == pytest.approx(expected)
     assert np.isnan(pearson_delta(control, y, control))
 
 
@@ -123,3 +125,9 @@ def test_independent_genes_lose_variance_along_components_and_real_cells_do_not(
 def test_a_band_beyond_the_components_is_nan(modules):
     directions = principal_directions(modules[0][:9])
     assert np.isnan(component_variance_ratio(modules[1], modules[2], directions, BANDS["21_40"]))
+
+
+def test_control_cells_that_both_shifts_start_from_look_like_agreement_and_disjoint_ones_do_not(rng):
+    x, y, one, other = (rng.normal(size=(5, 4000)) for _ in range(4))
+    assert pearson_delta(x, y, one) == pytest.approx(0.5, abs=0.05)
+    assert pearson_delta(x, y, one, other) == pytest.approx(0, abs=0.05)
