@@ -65,7 +65,8 @@ def main(
         protocol: Names of protocols, with commas between: paper, log, scldm, cfgen, vcc2025, vcc2026 (the last two need
             the packages of the extra baselines).
         baselines: Names with commas between (independent_marginals, perturbation_mean, controls_scaled, additive,
-            scvi_prior, scvi_aggregated_posterior), or default (those that need no other package), all, or none.
+            scvi_prior, scvi_aggregated_posterior, scvi_shift), or default (those that need no other package), all, or
+            none.
         vectors: vectors of perturbations by name: then ridge regression and nearest neighbours are baselines, too.
         name: The generator's name, or one for each file with commas between; by default what each file says in
             uns["generator"].

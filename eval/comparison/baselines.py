@@ -55,7 +55,7 @@ def perturbation_mean(train: CellCounts) -> Sampler:
     Raises:
         ValueError: no column of perturbations, or no control cells.
     """
-    means = _Means(train)
+    means = ConditionMeans(train)
 
     @functools.cache
     def average(context: tuple[str, ...]) -> np.ndarray:
@@ -77,7 +77,7 @@ def controls_scaled(train: CellCounts) -> Sampler:
     Raises:
         ValueError: no column of perturbations, or no control cells.
     """
-    means = _Means(train)
+    means = ConditionMeans(train)
 
     @functools.cache
     def factor(context: tuple[str, ...], perturbation: str) -> np.ndarray:
@@ -136,7 +136,7 @@ def additive(train: CellCounts) -> Sampler:
     Raises:
         ValueError: no column of perturbations, or no control cells.
     """
-    means = _Means(train)
+    means = ConditionMeans(train)
     unseen: list[str] = []
 
     @functools.cache
@@ -176,9 +176,16 @@ def scvi_aggregated_posterior(train: CellCounts) -> Sampler:
     return scvi.fit(train, from_prior=False)
 
 
-FROM_CONTROL = (perturbation_mean.__name__, controls_scaled.__name__, additive.__name__)
+def scvi_shift(train: CellCounts) -> Sampler:
+    """Decode control cells by scVI, their latents moved by the perturbation's mean shift (:func:`.scvi.fit_shift`)."""
+    from eval.comparison import scvi
+
+    return scvi.fit_shift(train)
+
+
+FROM_CONTROL = tuple(fit.__name__ for fit in (perturbation_mean, controls_scaled, additive, scvi_shift))
 FROM_VECTORS = {fit.__name__: fit for fit in (ridge, knn)}
-FROM_SCVI = (scvi_prior.__name__, scvi_aggregated_posterior.__name__)
+FROM_SCVI = tuple(fit.__name__ for fit in (scvi_prior, scvi_aggregated_posterior, scvi_shift))
 BASELINES: dict[str, Callable[[CellCounts], Sampler]] = {
     fit.__name__: fit
     for fit in (
@@ -188,6 +195,7 @@ BASELINES: dict[str, Callable[[CellCounts], Sampler]] = {
         additive,
         scvi_prior,
         scvi_aggregated_posterior,
+        scvi_shift,
     )
 }
 
@@ -254,6 +262,13 @@ def needs_control(train: CellCounts) -> str | None:
     return None
 
 
+def check_control(train: CellCounts) -> None:
+    """Raise ValueError where a baseline has no control cells to start from."""
+    reason = needs_control(train)
+    if reason is not None:
+        raise ValueError(f"this baseline starts from control cells, and {reason}")
+
+
 def cells_by_labels(labels: pd.DataFrame) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
     """Yield each distinct combination of labels of a data frame, in order, and its rows."""
     columns = list(labels)
@@ -285,7 +300,7 @@ def training_rows(train: CellCounts, *, who: str) -> Callable[[tuple[str, ...]],
     return rows
 
 
-class _Means:
+class ConditionMeans:
     """Mean counts (G,) of the training cells by context (all labels but the perturbation's) and perturbation.
 
     Raises:
@@ -293,9 +308,7 @@ class _Means:
     """
 
     def __init__(self, train: CellCounts):
-        reason = needs_control(train)
-        if reason is not None:
-            raise ValueError(f"this baseline starts from control cells, and {reason}")
+        check_control(train)
         self._train, labels = train, train.labels[[PERTURBATION, *train.labels.columns.drop(PERTURBATION)]]
         self._known = {key: _mean(train.counts[rows]) for key, rows in cells_by_labels(labels)}
         self._rows = training_rows(replace(train, labels=labels), who="control cells")
@@ -327,7 +340,7 @@ def _mean(counts: sparse.csr_matrix) -> np.ndarray:
 def _by_vectors(train: CellCounts, vectors: Mapping[str, np.ndarray], predicted: Callable[..., np.ndarray]) -> Sampler:
     """Sampler that scales control cells to responses, those of perturbations without training cells ``predicted``
     from vectors (n, D) and log responses (n, G) of others, and its vector (D,)."""
-    means = _Means(train)
+    means = ConditionMeans(train)
     known = [name for name in means.perturbations if name in vectors]
     if len(known) < 3:
         raise ValueError(f"{len(known)} training perturbations have a vector; expected three or more to predict from")
@@ -358,7 +371,10 @@ def _by_vectors(train: CellCounts, vectors: Mapping[str, np.ndarray], predicted:
 
 
 def _from_control_cells(
-    train: CellCounts, means: _Means, change: Callable[..., sparse.csr_matrix], wanted: Callable[..., np.ndarray]
+    train: CellCounts,
+    means: ConditionMeans,
+    change: Callable[..., sparse.csr_matrix],
+    wanted: Callable[..., np.ndarray],
 ) -> Sampler:
     """Sampler that draws control cells of the context, each once as far as they go, and makes of them what is
     ``wanted`` (context, perturbation) by ``change`` (cells, mean of the controls, what is wanted, generator)."""

@@ -133,7 +133,8 @@ def test_scvi_is_given_what_it_decodes_on_the_device_of_its_module(screen, monke
             given.update({name: tensor.device.type for name, tensor in tensors.items()})
             return {"px": SimpleNamespace(sample=lambda: torch.ones(len(tensors["z"]), 3))}
 
-    known = (SimpleNamespace(module=Module()), torch.zeros(len(screen), 2), *2 * [np.ones((len(screen), 4))])
+    latents, codes = np.ones((len(screen), 4)), torch.zeros(len(screen), 2)
+    known = scvi._Trained(SimpleNamespace(module=Module()), codes, latents, latents, torch.zeros(len(screen), 1))
     monkeypatch.setattr(scvi, "_trained", lambda train: known)
     scvi.fit(screen, from_prior=False)(conditions("a", "B", 5), np.random.default_rng(0))
     assert given == dict.fromkeys(("z", "library", "batch_index", "cat_covs"), "meta")
@@ -187,6 +188,42 @@ def test_scvi_knows_the_conditions_from_its_prior_and_from_its_posterior(screen)
         assert (cells != again).nnz == 0
         assert cells[30:, 0].sum() > 2 * cells[:30, 0].sum()
     assert (np.random.get_state()[1] == state).all()
+
+
+def test_scvi_moves_control_cells_by_the_difference_of_the_mean_latents_and_adds_those_of_parts(screen, monkeypatch):
+    """A stand-in whose latents are the counts, decoded as they are: cells of the perturbation have its mean."""
+
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def generative(self, *, z, **_):
+            return {"px": SimpleNamespace(sample=lambda: z * 100)}
+
+    told = []
+
+    def trained(train: CellCounts) -> scvi._Trained:
+        told.append(list(train.labels))
+        counts = screen.counts.toarray().astype(float)
+        return scvi._Trained(SimpleNamespace(module=Module()), None, counts, counts * 0, torch.zeros(len(screen), 1))
+
+    monkeypatch.setattr(scvi, "_trained", trained)
+    sampler = scvi.fit_shift(screen)
+    assert told == [["cell_type"]]
+    of = {
+        name: screen.counts[((screen.labels["cell_type"] == "a") & (screen.labels["perturbation"] == name)).to_numpy()]
+        for name in ("A", "B", "control")
+    }
+    means = {name: np.asarray(counts.mean(axis=0)).ravel() for name, counts in of.items()}
+    for name, expected in (
+        ("control", means["control"]),
+        ("A", means["A"]),
+        ("A+B", means["A"] + means["B"] - means["control"]),
+        ("new", means["control"]),
+    ):
+        drawn = np.asarray(sampler(conditions("a", name), np.random.default_rng(0)).mean(axis=0)).ravel() / 100
+        np.testing.assert_allclose(drawn, expected, rtol=0.1, atol=0.1)
 
 
 def test_scaled_controls_have_the_mean_of_the_perturbation_and_the_correlations_of_controls(screen):
