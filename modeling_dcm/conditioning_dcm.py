@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .configuration_dcm import DCMConfig
-from .state_dcm import ANY, StateEncoder, first_match
+from .state_dcm import ANY, StateEncoder, combination_keys, first_match
 
 SMOOTH_FEATURES = 16
 LIBRARY_QUANTILES = 65
@@ -339,14 +339,10 @@ class LibrarySizes(nn.Module):
 
     def group_keys(self, num_cells, cell_type_ids, perturbation_ids, covariate_ids) -> torch.Tensor:
         """Keys (B, W) of cells; a combination is sorted, and one wider than the table's is marked as unknown."""
-        width = self.keys.shape[1] - 1 - self.num_covariates
         missing = self.keys.new_full((num_cells, 1), -1)
         covariates = missing.expand(-1, self.num_covariates) if covariate_ids is None else covariate_ids
-        perturbations = missing if perturbation_ids is None else perturbation_ids.sort(dim=1, descending=True).values
-        too_wide = (perturbations[:, width:] >= 0).any(dim=1, keepdim=True)
-        missing_columns = max(0, width - perturbations.shape[1])
-        perturbations = nn.functional.pad(perturbations[:, :width], (0, missing_columns), value=-1)
-        perturbations = torch.where(too_wide, -3, perturbations)
+        perturbations = missing if perturbation_ids is None else perturbation_ids
+        perturbations = combination_keys(perturbations, self.keys.shape[1] - 1 - self.num_covariates)
         cell_type = missing if cell_type_ids is None else cell_type_ids[:, None]
         return torch.cat([cell_type, covariates[:, : self.num_covariates], perturbations], dim=1)
 

@@ -356,16 +356,18 @@ class CellGenerationMixin:
             return z
         return torch.cat([z, self.cell_state.standardized(log_total)], dim=1)
 
+    def _labels(self, conditions) -> list[torch.Tensor | None]:
+        labels = (conditions.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids"))
+        return [None if ids is None else ids.to(self.device) for ids in labels]
+
     def _group_keys(self, number: int, conditions) -> torch.Tensor:
-        labels = [conditions.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids")]
-        return self.library_sizes.group_keys(number, *(None if ids is None else ids.to(self.device) for ids in labels))
+        return self.library_sizes.group_keys(number, *self._labels(conditions))
 
     def _library_size(self, sizes, drawn, rows: slice, conditions, gene_ids: torch.Tensor, generator) -> torch.Tensor:
         """Library sizes (B,) over genes ``gene_ids`` (L,), as given, or drawn with the state or without one."""
         if sizes is not None:
             return sizes[rows].to(self.device)
-        B = rows.stop - rows.start
-        labels = [conditions.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids")]
+        B, labels = rows.stop - rows.start, self._labels(conditions)
         if drawn is None:
             size = self.library_sizes.draw(B, *labels, generator)
         else:

@@ -22,6 +22,13 @@ def first_match(groups: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return matches.int().argmax(dim=1)[cell_key]
 
 
+def combination_keys(ids: torch.Tensor, width: int) -> torch.Tensor:
+    """Perturbations (B, P) as columns (B, ``width``) of a key: descending, then -1; -3, unknown, where more."""
+    ids = ids.sort(dim=1, descending=True).values
+    ids = nn.functional.pad(ids, (0, max(0, width - ids.shape[1])), value=-1)
+    return ids[:, :width].masked_fill((ids[:, width:] >= 0).any(dim=1, keepdim=True), -3)
+
+
 class CellState(nn.Module):
     """The map from the counts of a whole cell to its state: ``z = W (log1p(x / total * median total) - mean)``."""
 
@@ -162,12 +169,10 @@ class PerturbationEffects(nn.Module):
         """Rows (B, P) whose sum is the effect of perturbations ``ids`` (B, P), and which of them count."""
         ids = ids.masked_fill(ids == self.control_id, -1).sort(dim=1, descending=True).values
         W, P = self.keys.shape[1] - 1, ids.shape[1]
-        sets = nn.functional.pad(ids, (0, max(0, W - P)), value=-1)
-        sets = sets[:, :W].masked_fill((sets[:, W:] >= 0).any(dim=1, keepdim=True), -3)  # wider ones have no row
-        whole = first_match(self.keys, torch.cat([cell_type_ids[:, None], sets], dim=1))
-        single = nn.functional.pad(ids[..., None], (0, W - 1), value=-1)  # (B, P, W)
-        types = cell_type_ids[:, None, None].expand(-1, P, 1)
-        rows = first_match(self.keys, torch.cat([types, single], dim=2).flatten(0, 1)).view(-1, P)
+        whole = first_match(self.keys, torch.cat([cell_type_ids[:, None], combination_keys(ids, W)], dim=1))
+        single = combination_keys(ids.flatten()[:, None], W)  # (B P, W)
+        types = cell_type_ids.repeat_interleave(P)[:, None]
+        rows = first_match(self.keys, torch.cat([types, single], dim=1)).view(-1, P)
         is_known = (whole < len(self.keys) - 1)[:, None]
         first = torch.arange(P, device=ids.device) == 0
         return torch.where(is_known & first, whole[:, None], rows), torch.where(is_known, first, True) & (ids >= 0)
