@@ -33,7 +33,11 @@ logger = logging.getLogger(__name__)
 YARDSTICKS = {"vcc2025": ("cell_eval_mean", "cell_eval_ceiling"), "vcc2026": ("generic_response", "replicate")}
 RESERVED_NAMES = (FLOOR, *BASELINES, *itertools.chain(*YARDSTICKS.values()))  # no generator can have them
 GENERATED_GENES, REAL_GENES = "differential_genes", "differential_genes_real"  # how many the cells of each side show
-STRATA = {"no differential genes": (0, 0), "1 to 9 differential genes": (1, 9), "10 or more": (10, np.inf)}
+STRATA = {
+    "no differential genes": (0, 0),
+    "1 to 9 differential genes": (1, 9),
+    "10 or more differential genes": (10, np.inf),
+}
 
 Values = dict[str, float]  # by metric
 Measure = Callable[["Context", CellCounts, CellCounts], tuple[dict[str, Values], Values]]

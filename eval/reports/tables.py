@@ -84,12 +84,15 @@ class Section:
 
 
 def sections(rows: Sequence[Row]) -> list[Section]:
-    """Return one section per protocol: all cells pooled, and the mean over conditions, where there are such rows."""
+    """Return one section per protocol: all cells pooled, means over conditions and strata, where there are any."""
     found = []
     for protocol in dict.fromkeys(row["protocol"] for row in rows):
         ours = [row for row in rows if row["protocol"] == protocol]
         pooled, means = ([row for row in ours if row["grouping"] == name] for name in ("pooled", "per_condition"))
         tables = [("All cells pooled", pooled, frozenset()), (_averaged_over(ours), means, _not_beside_floor(ours))]
+        strata = [row for row in ours if row["grouping"] == "stratum"]
+        for name in dict.fromkeys(row["condition"] for row in strata):
+            tables.append((f"Perturbations with {name}", [r for r in strata if r["condition"] == name], frozenset()))
         description = (PROTOCOLS | CHALLENGES)[protocol].description
         found.append(Section(protocol, description, [table for table in tables if table[1]]))
     return found

@@ -406,7 +406,9 @@ def test_vcc2025_is_given_each_cell_type_with_halves_of_its_controls_and_the_pac
             assert not row["condition"].startswith("type0 | control")
         if row["metric"].startswith("differential_genes"):
             assert row["mean"] == (1 if row["metric"].endswith("real") else 2)
-    assert "by the package cell-eval (profile vcc)" in (tmp_path / "out" / "results.md").read_text()
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "by the package cell-eval (profile vcc)" in text
+    assert "Perturbations with 1 to 9 differential genes:" in text
 
 
 @pytest.mark.slow
