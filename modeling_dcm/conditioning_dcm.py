@@ -99,6 +99,8 @@ def check_conditions(config: DCMConfig, given: dict[str, torch.Tensor | None]) -
         if not any(sizes):
             known = ", ".join(config.condition_names) or "no condition"
             raise ValueError(f"{name} were given, but this model knows: {known}")
+        if name == "perturbation_embeds" and config.perturbation_dim is None:
+            raise ValueError("perturbation_embeds were given, but this model learned its perturbations as labels")
         if value.ndim != dimensions or (name == "covariate_ids" and value.shape[1] != C):
             raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {shape}")
         if name in ("perturbation_embeds", "target_gene_ids") or value.device.type != "cpu" or not value.numel():
@@ -220,8 +222,6 @@ class PerturbationEncoder(nn.Module):
         total = (vectors * given[..., None]).sum(dim=1)
         anything = given.any(dim=1)
         if embeds is not None:
-            if self.linear is None:
-                raise ValueError("perturbation_embeds were given, but this model learned its perturbations as labels")
             real = ~embeds.isnan().any(dim=-1)  # (B, P)
             extra = self.linear(torch.nan_to_num(embeds).to(self.learned.weight.dtype))
             total = total + (extra * real[..., None]).sum(dim=1)

@@ -6,6 +6,7 @@ Letters: N all cells, B cells of a chunk, L genes in the sequence, G all genes, 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ from .diffusion_dcm import keyed_generator
 from .guidance_dcm import denoiser
 from .sampling_dcm import sample_counts
 from .schedule_dcm import as_curve
-from .state_dcm import ANY, first_match
+from .state_dcm import ANY, PerturbationEffects, first_match
 
 LABELS = 2**40  # the piece of a run that draws its labels; no chunk has this number
 
@@ -312,16 +313,41 @@ class CellGenerationMixin:
             log_sizes = log_sizes - shift[:, -1]
         return self.state_source.draw(keys, conditions.get("cell_type_ids"), generator, log_sizes)
 
+    def known_effects(
+        self, ids: torch.Tensor, embeds: torch.Tensor | None, targets: torch.Tensor | None
+    ) -> tuple[PerturbationEffects, torch.Tensor]:
+        """Effects in which vectors ``embeds`` (B, P', D) are labels that no training cell has, and the ids (B, P + P')
+        of ``ids`` (B, P) and of these. ``targets`` (B, P') are genes that the vectors' perturbations target."""
+        if embeds is None:
+            return self.effects, ids
+        encoder, effects = self.conditions.perturbation, copy(self.effects)
+        effects._buffers = dict(effects._buffers)
+        is_real = ~embeds.isnan().any(dim=-1)
+        labels = torch.full_like(is_real, -1, dtype=torch.long)
+        fits = targets is not None and targets.shape == labels.shape
+        given = torch.cat([embeds, (targets if fits else labels)[..., None]], dim=-1)[is_real]
+        new, which = given.unique(dim=0, return_inverse=True)
+        new_ids = len(encoder.has_vector) + torch.arange(len(new), device=ids.device)
+        seen = (encoder.has_vector & ~encoder.is_unseen).nonzero()[:, 0]
+        of_seen = encoder.table[seen], self.target_gene_ids[seen]
+        effects.add(new_ids, new[:, :-1], new[:, -1].long(), seen, *of_seen)
+        labels[is_real] = new_ids[which]
+        return effects, torch.cat([ids, labels], dim=1)
+
     def _origins(self, number: int, conditions) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Keys (B, W) of the groups that states are drawn from, and what is added to these (B, d+1).
 
         Where no training cell has the perturbations in the cell type: control cells and the perturbations' shift, if
         that is known; or cells of that one among them that shifts most, and what is left of the shift.
         """
-        keys, ids = self._group_keys(number, conditions), conditions.get("perturbation_ids")
-        if ids is None or not self.config.effect_groups:
+        keys = self._group_keys(number, conditions)
+        names = ("perturbation_ids", "perturbation_embeds", "target_gene_ids")
+        ids, *vectors = (None if (x := conditions.get(name)) is None else x.to(self.device) for name in names)
+        if (ids is None and vectors[0] is None) or not self.config.effect_groups:
             return keys, 0.0
-        ids, types, groups = ids.to(self.device), keys[:, 0], self.state_source.keys
+        effects, ids = self.known_effects(keys.new_full((number, 1), -1) if ids is None else ids, *vectors)
+        keys, types = self._group_keys(number, {**conditions, "perturbation_ids": ids}), keys[:, 0]
+        groups = self.state_source.keys
         first = keys.shape[1] - self.library_sizes.perturbation_columns
 
         def has_cells(keys: torch.Tensor) -> torch.Tensor:
@@ -329,11 +355,11 @@ class CellGenerationMixin:
 
         is_new = ~has_cells(keys) & (ids >= 0).any(dim=1)
         start = self._of_control(keys)
-        whole = self.effects.of_state(types, ids)
+        whole = effects.of_state(types, ids)
         told = torch.zeros_like(whole)
         for column in ids.split(1, dim=1):
             alone = self._alone(keys, column)
-            shift = self.effects.of_state(types, column)
+            shift = effects.of_state(types, column)
             is_larger = (shift[:, :-1].norm(dim=1) > told[:, :-1].norm(dim=1)) & has_cells(alone)
             start, told = (torch.where(is_larger[:, None], *pair) for pair in ((alone, start), (shift, told)))
         is_new &= has_cells(start)

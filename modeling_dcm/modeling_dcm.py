@@ -299,8 +299,10 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         if given.get("effect") is None:
             given["effect"] = torch.zeros((B, L), device=input_ids.device)
             if config.effect_groups:
-                types, ids = given["cell_type_ids"], given["perturbation_ids"]
-                given["effect"] = self.effects.of_genes(types, ids, gene_ids, self.effects.kind(given["state"]))
+                effects, ids = self.known_effects(given["perturbation_ids"], given.pop("perturbation_embeds"), targets)
+                kind = effects.kind(given["state"])
+                given["effect"] = effects.of_genes(given["cell_type_ids"], ids, gene_ids, kind)
+                given["perturbation_embeds"] = None
         mean = self.totals.mean(gene_ids, given["cell_type_ids"]) * given["effect"].exp()
         told = config.state_dim and not config.library_size_conditioning
         total = self.cell_state.total(given["state"]) if told else given["library_size"]

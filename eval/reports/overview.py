@@ -55,11 +55,20 @@ def main(
     if write is None:
         logger.info("%s", text)
         return
-    page = write.read_text(encoding="utf-8")
-    if not all(page.count(mark) == 1 for mark in MARKS):
-        raise ValueError(f"{str(write)!r} has no place for the table; expected the lines {MARKS[0]} and {MARKS[1]}")
-    before, rest = page.split(MARKS[0])
-    write_text(write, f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    write_between(write, MARKS, text)
+
+
+def write_between(page: Path, marks: tuple[str, str], text: str) -> None:
+    """Replace what stands between two lines of a page.
+
+    Raises:
+        ValueError: the page does not have both lines, once.
+    """
+    found = page.read_text(encoding="utf-8")
+    if not all(found.count(mark) == 1 for mark in marks):
+        raise ValueError(f"{str(page)!r} has no place for the table; expected the lines {marks[0]} and {marks[1]}")
+    before, rest = found.split(marks[0])
+    write_text(page, f"{before}{marks[0]}\n{text}\n{marks[1]}{rest.split(marks[1])[1]}")
 
 
 def overview(results: list[dict]) -> str:

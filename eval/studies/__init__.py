@@ -1,1 +1,1 @@
-"""In: an h5ad file. Out: a study of many trainings: rows, tables and a figure."""
+"""In: an h5ad file. Out: a study of many trainings: rows and tables."""

@@ -1,22 +1,33 @@
-"""Write the tables and the dot plot of a study of held-out perturbations.
+"""Write the tables of a study of held-out perturbations, and one table over several studies.
+
+    python -m eval.studies.tables eval/results/zero_shot/norman_mcfaline.json ... [--write README.md]
 
 ``study`` is the head of zero_shot.json: dataset, kind of split, vectors (None where only learned ones are there),
 held_out labels of each split, trained models (the first is compared with all others), trainings, versions and
 command. ``rows`` are those of results.json, each with its split.
 """
 
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+import tyro
 
 from eval.comparison.floor import FLOOR, FLOOR_DRAWS
+from eval.metrics.table import model_label
+from eval.reports.overview import write_between
 from eval.reports.tables import Row, markdown_table
+from training.data.command_line import run
+
+logger = logging.getLogger(__name__)
 
 Study = Mapping[str, object]
+MARKS = ("<!-- unseen: rendered by python -m eval.studies.tables -->", "<!-- end of unseen -->")
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,10 @@ class Metric:
     factor: float
     digits: int
     less_is_better: bool
+
+    @property
+    def arrow(self) -> str:
+        return "↓" if self.less_is_better else "↑"
 
     def text(self, value: float, *, sign: str = "") -> str:
         return format(self.factor * value, f"{sign}.{self.digits}f")
@@ -50,9 +65,45 @@ MEANING = {
     "control_cells": "real control cells as they are",
     "marginals_of_all": "each gene drawn by itself from all training cells of the same cell type and covariates",
 }
-COLOURS = {"vectors": "#e8762d", "shuffled": "#8a5fb5", "learned": "#1f5fa8"}
-BASELINE_COLOUR = "#777777"
+BESIDE = ("perturbation_mean", "additive", "controls_scaled", "control_cells", "ridge", "knn")  # in expectations
 MARKED = 2  # standard errors
+
+
+def main(studies: Annotated[list[Path], tyro.conf.Positional], *, write: Path | None = None) -> None:
+    """Print what is to be expected of unseen perturbations by several studies.
+
+    Args:
+        studies: zero_shot.json files, in the order of the table.
+        write: Page whose block between the two marks is replaced.
+    """
+    text = expectations([json.loads(path.read_text(encoding="utf-8")) for path in studies])
+    if write is None:
+        logger.info("%s", text)
+    else:
+        write_between(write, MARKS, text)
+
+
+def expectations(studies: Sequence[dict]) -> str:
+    """Return a table: of each study the floor, its first model ± the deviation over trainings, and the baselines."""
+    lines = [["held out", "model", *(f"{metric.label} {metric.arrow}" for metric in METRICS.values())]]
+    for study in studies:
+        rows, first = study["rows"], study["models"][0]
+        values = {name: _values(rows, name) for name in METRICS}
+        what = f"{study['dataset']}, {study['kind']}: {len(values['w2'])} labels, {study['trainings']} trainings"
+        for model in (FLOOR, first, *(name for name in BESIDE if name in values["w2"])):
+            numbers = [metric.text(values[name][model].mean()) for name, metric in METRICS.items()]
+            if model == first:
+                numbers = [f"{number} ± {_deviation(rows, first, name)}" for number, name in zip(numbers, METRICS)]
+            lines.append([what, "dcm" if model == first else model_label(model), *numbers])
+            what = ""
+    return markdown_table(lines)
+
+
+def _deviation(rows: Sequence[Row], model: str, metric: str) -> str:
+    """Write a model's standard deviation over trainings, the mean of the splits'."""
+    of_means = (row for row in rows if row["grouping"] != "condition")
+    found = [row["std"] for row in of_means if (row["model"], row["metric"]) == (model, metric)]
+    return METRICS[metric].text(np.mean(found))
 
 
 def study_markdown(study: Study, rows: Sequence[Row]) -> str:
@@ -88,7 +139,7 @@ def study_tables(study: Study, rows: Sequence[Row]) -> str:
     models, first = list(values["w2"]), study["models"][0]
     number, different = len(values["w2"]), len(values["w2"].index.unique("condition"))
     repeated = "" if different == number else f" ({different} different ones, some in several splits)"
-    head = [f"{metric.label} {'↓' if metric.less_is_better else '↑'}" for metric in METRICS.values()]
+    head = [f"{metric.label} {metric.arrow}" for metric in METRICS.values()]
     means, differences = [["model", *head]], [[f"{first} minus", *head]]
     for model in models:
         means.append([model, *(metric.text(values[name][model].mean()) for name, metric in METRICS.items())])
@@ -103,39 +154,6 @@ def study_tables(study: Study, rows: Sequence[Row]) -> str:
     return "\n\n".join([of_labels, markdown_table(means), how, markdown_table(differences)])
 
 
-def dot_plot(study: Study, rows: Sequence[Row]) -> Figure:
-    """Draw the distance from the floor: a panel to each metric, a line to each model, a dot to each perturbation."""
-    figure = Figure(figsize=(15, 5.6), dpi=100, layout="constrained")
-    number, splits = sum(map(len, study["held_out"])), len(study["held_out"])
-    what = f"{number} labels in {splits} split{'' if splits == 1 else 's'}"
-    title = f"{study['dataset']}, {study['kind']}: {what} (dots), their mean and its standard error (diamonds)"
-    figure.suptitle(title, fontsize=14)
-    for axes, (name, metric) in zip(figure.subplots(1, len(METRICS), sharey=True), METRICS.items()):
-        _panel(axes, _values(rows, name), metric)
-    return figure
-
-
-def _panel(axes: Axes, values: pd.DataFrame, metric: Metric) -> None:
-    models = [model for model in values if model != FLOOR]
-    for position, model in enumerate(models):
-        colour = COLOURS.get(model, BASELINE_COLOUR)
-        excess = metric.factor * (values[model] - values[FLOOR])
-        height = position + np.linspace(-0.22, 0.22, len(excess)) if len(excess) > 1 else [position]
-        axes.scatter(excess, height, s=26, color=colour, alpha=0.55, linewidths=0)
-        diamond = {"fmt": "D", "ms": 8, "color": colour, "mec": "black", "capsize": 4, "zorder": 3}
-        axes.errorbar(excess.mean(), position, xerr=np.nan_to_num(excess.sem()), **diamond)
-    axes.axvline(0, color="black", lw=1.2)
-    place, side = (4, "left") if metric.less_is_better else (-4, "right")
-    at = {"xytext": (place, -4), "xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-    axes.annotate(
-        f"floor ({metric.text(values[FLOOR].mean())} in the mean)", (0, 1), ha=side, va="top", fontsize=9, **at
-    )
-    axes.set_yticks(range(len(models)), models)
-    axes.set_ylim(len(models) - 0.5, -0.9)
-    axes.set(title=f"{metric.label}: {side} is better", xlabel="value minus its floor")
-    axes.grid(axis="x", alpha=0.25)
-
-
 def _values(rows: Sequence[Row], metric: str) -> pd.DataFrame:
     """Return the values of each held-out perturbation (split, condition), a column to each model."""
     found = pd.DataFrame(rows).query("grouping == 'condition' and metric == @metric").dropna(subset="mean")
@@ -148,3 +166,7 @@ def _difference(differences: pd.Series, metric: Metric) -> str:
     mean, error, number = differences.mean(), differences.sem(), len(differences)
     text = metric.text(mean, sign="+") + (f" ± {metric.text(error)}" if number > 1 else "")
     return f"{f'**{text}**' if abs(mean) > MARKED * error else text}; {better} of {number}"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -24,7 +24,7 @@ from eval.sample import main as sample
 from training.config import parse, read_config
 from training.convert_h5ad import main as convert
 from training.data.command_line import command_of, run, versions_of
-from training.data.files import sha256_of, write_text, written_aside
+from training.data.files import sha256_of, write_text
 from training.embed_perturbations import main as embed
 from training.embed_perturbations import seen_in_training
 from training.train import main as train
@@ -64,7 +64,7 @@ def main(
 
     Models: "vectors" (those of --vectors), "shuffled" (the same, each given to another name) and "learned" (a free
     vector for each training perturbation; one that was never seen is told the mean effect). Writes zero_shot.json,
-    zero_shot.md and zero_shot.png.
+    zero_shot.md.
 
     Args:
         source: h5ad file with raw counts.
@@ -220,16 +220,14 @@ def _scores(folder: Path, models: list[str], trainings: int) -> list[Row]:
 
 
 def _write(out: Path, study: dict[str, object], rows: list[Row]) -> None:
-    """Write numbers, tables and figure, and print the tables."""
+    """Write numbers and tables, and print the tables."""
     from eval.reports.tables import results_json
-    from eval.studies.tables import dot_plot, study_markdown, study_tables
+    from eval.studies.tables import study_markdown, study_tables
 
     for name, text in (("zero_shot.json", results_json(study, rows)), ("zero_shot.md", study_markdown(study, rows))):
         write_text(out / name, text)
-    with written_aside(out / "zero_shot.png") as aside:
-        dot_plot(study, rows).savefig(aside, format="png")
     sys.stdout.write(study_tables(study, rows) + "\n")
-    logger.info("numbers: %s\ntables:  %s\nfigure:  %s", *(out / f"zero_shot.{kind}" for kind in ("json", "md", "png")))
+    logger.info("numbers: %s\ntables:  %s", *(out / f"zero_shot.{kind}" for kind in ("json", "md")))
 
 
 cli = partial(run, main)

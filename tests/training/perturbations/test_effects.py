@@ -210,6 +210,31 @@ def test_a_combination_without_cells_is_the_sum_of_its_members_around_control_ce
     assert shift[2].tolist() == [50.5 - 1, 51 - 2, 51.5 - 3]
 
 
+@torch.no_grad()
+def test_a_vector_given_by_hand_has_the_effect_of_a_label_with_that_vector():
+    config = DCMConfig(num_genes=5, num_perturbations=5, perturbation_dim=2, state_dim=2, count_distribution="nb")
+    config.max_perturbations_per_cell, config.effect_groups, config.state_groups = 1, 5, 2
+    model = DCMForDenoising(config).eval()
+    rng, effects, encoder = torch.Generator().manual_seed(0), model.effects, model.conditions.perturbation
+    effects.control_id.fill_(0)
+    effects.keys.copy_(torch.tensor([[ANY, 1], [ANY, 2], [ANY, 3], [ANY, 4], [ANY, ANY]]))
+    for values in (effects.genes, effects.state, encoder.table):
+        values.copy_(torch.randn(values.shape, generator=rng))
+    encoder.has_vector[1:] = True
+    model.target_gene_ids.copy_(torch.tensor([-1, 4, 3, -1, -1]))
+    model.state_source.keys.copy_(torch.tensor([[-1, 0], [ANY, ANY]]))
+    new, x = {"a": torch.tensor([0.3, -1.0]), "b": torch.tensor([1.0, 0.5])}, torch.full((2, 5), config.mask_token_id)
+    targets = torch.tensor([[1], [-1]])
+    by_hand = {"perturbation_embeds": torch.stack(list(new.values()))[:, None], "target_gene_ids": targets}
+    told, origins = model(x, **by_hand).logits, model._origins(2, by_hand)
+    assert len(effects.keys) == 5  # the model itself has learned nothing
+    ids = model.add_perturbations(new, targets[:, 0])[:, None]
+    torch.testing.assert_close(model(x, perturbation_ids=ids).logits, told)
+    for label, vector in zip(model._origins(2, {"perturbation_ids": ids}), origins):
+        torch.testing.assert_close(label, vector)
+    assert origins[1].abs().min() > 0
+
+
 def test_without_control_cells_to_start_from_nothing_is_shifted_and_labels_that_are_drawn_are_those_of_controls():
     config = DCMConfig(num_genes=3, num_perturbations=2, covariates={"batch": 2}, state_dim=2, count_distribution="nb")
     config.max_perturbations_per_cell, config.label_groups = 1, 2
