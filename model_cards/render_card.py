@@ -18,7 +18,6 @@ from typing import Annotated
 import tyro
 import yaml
 
-from eval.metrics.table import metric_label, model_label
 from model_cards.draft_card import is_asked
 from tokenization.labels_dcm import read_text
 from training.data.command_line import run
@@ -257,6 +256,8 @@ def evaluation_table(rows: Sequence[Row]) -> str:
 
 def _scores(rows: Sequence[Row]) -> str:
     """Return a table, metrics down and models across, the floor first."""
+    from eval.metrics.table import metric_label, model_label  # with scipy, which takes a moment
+
     number = {row["model"]: row["n"] for row in rows}
     models = sorted(number, key=lambda model: (model != "floor", model != "dcm"))
     found = {(row["metric"], row["model"]): row for row in rows}
@@ -284,6 +285,8 @@ def _place(row: Row) -> tuple[object, ...]:
 def _eval_results(measured: Mapping, dataset_name: str) -> list:
     """Return the model's pooled and averaged rows as a model index; the floor stands beside each number."""
     from huggingface_hub import EvalResult
+
+    from eval.metrics.table import metric_label
 
     floors = {_place(row): row["mean"] for row in measured["rows"] if row["model"] == "floor"}
     ours = [row for row in measured["rows"] if row["model"] == "dcm" and row["grouping"] != "condition"]
