@@ -105,14 +105,24 @@ def main(
     for path in sources:
         if not path.exists():
             raise FileNotFoundError(f"no file {str(path)!r}; expected an h5ad file")
-    if merge:
-        return _merge(sources, out, arguments)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(main).parameters.items()}
+    others = [name for name in arguments.keys() - {"source", "out", "merge"} if arguments[name] != defaults[name]]
+    if merge and others:
+        option = min(others).replace("_", "-")
+        raise ValueError(f"--merge takes what the parts were converted with: leave out --{option}")
     if genes is not None and n_top_genes is not None:
         raise ValueError("--genes and --n-top-genes were both given; pass one of them")
     chosen = {field.name: arguments[field.name] for field in fields(SplitOptions) if field.name != "seed"}
     options = SplitOptions(**chosen, seed=split_seed)
     remove_leftovers(out)
     check_replaceable(out, mark="split.json", written=WRITTEN)
+    if merge:
+        from training.conversion.merge import merge_shards
+
+        with folder_written_aside(out) as folder:
+            merge_shards(sources, folder)
+        logger.info("written: %s", out)
+        return out
     with scratch_folder(out) as scratch:
         from training.conversion.conditions import read_conditions
         from training.conversion.genes import choose_panel, read_cells, read_gene_list
@@ -141,7 +151,7 @@ def main(
         from tqdm import tqdm
 
         from training.conversion.write import build_tables, dataset_card, write_splits
-        from training.data.files import sha256_of, write_json
+        from training.data.files import sha256_of, write_json, write_text
 
         tokenizer = _build_tokenizer(cells.var.index[panel.genes], conditions, panel)
         tables = build_tables(cells, conditions, panel, [path.name for path in sources])
@@ -173,29 +183,9 @@ def main(
             if tables.panels is not None:
                 write_json(folder / "panels.json", tables.panels.missing)
             write_json(folder / "split.json", description)
-            (folder / "README.md").write_text(dataset_card(description), encoding="utf-8")
+            write_text(folder / "README.md", dataset_card(description))
     logger.info("cells: %s", ", ".join(f"{len(here):,} {name}" for name, here in chosen.cells.items()))
     _report(tokenizer, panel)
-    logger.info("written: %s", out)
-    return out
-
-
-def _merge(parts: Sequence[Path], out: Path, arguments: dict[str, object]) -> Path:
-    """Make one data set of folders that this command wrote; no count is read."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(main).parameters.items()}
-    own = ("source", "out", "merge")
-    others = [name.replace("_", "-") for name in arguments if name not in own and arguments[name] != defaults[name]]
-    if others:
-        raise ValueError(f"--merge takes what the parts were converted with: leave out --{others[0]}")
-    from training.conversion.merge import merge_shards
-    from training.conversion.write import dataset_card
-    from training.data.files import check_replaceable, folder_written_aside, remove_leftovers
-
-    remove_leftovers(out)
-    check_replaceable(out, mark="split.json", written=WRITTEN)
-    with folder_written_aside(out) as folder:
-        description = merge_shards(parts, folder)
-        (folder / "README.md").write_text(dataset_card(description), encoding="utf-8")
     logger.info("written: %s", out)
     return out
 

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 
 from tokenization import DCMTokenizer
 from tokenization.labels_dcm import shortened
+from training.conversion.write import dataset_card
 from training.data.cells import open_cells
-from training.data.files import write_json
+from training.data.files import write_json, write_text
 from training.data.shards import MERGED, PANEL, SPLITS, MergedLabels, Panels, find_panels, measured_of
 from training.data.statistics import STATISTICS, merged_statistics, read_statistics, vocabulary_of, write_statistics
 
@@ -71,8 +72,8 @@ class Part:
         return dict(zip(names, measured_of(self.folder, genes, names)))
 
 
-def merge_shards(folders: Sequence[Path], out: Path) -> dict[str, object]:
-    """Write the data set of all ``folders`` to the empty folder ``out``; return what its ``split.json`` says."""
+def merge_shards(folders: Sequence[Path], out: Path) -> None:
+    """Write the data set of all ``folders`` to the empty folder ``out``."""
     parts = [Part(folder) for folder in folders]
     _check_alike(parts)
     genes = parts[0].tokenizer.genes
@@ -111,9 +112,9 @@ def merge_shards(folders: Sequence[Path], out: Path) -> dict[str, object]:
         },
     }
     write_json(out / "split.json", description)
+    write_text(out / "README.md", dataset_card(description))
     for split in SPLITS:
         logger.info("%s %s cells of %d parts", f"{sum(numbers[split]):,}", split, len(parts))
-    return description
 
 
 def _check_alike(parts: Sequence[Part]) -> None:
