@@ -31,13 +31,7 @@ def defects(path: Path, real: Path, *, control: str | None = None, layer: str | 
     Raises:
         OSError, ValueError: a file that cannot be read at all, or a real one without labels of perturbations.
     """
-    obs, genes, uns = annotations_of(real)
-    control = control if control is not None else uns.get("dcm_control")
-    if PERTURBATION not in obs or control is None or control not in set(obs[PERTURBATION]):
-        raise ValueError(
-            f"{str(real)!r} has no cells labelled {control!r} (control) in obs[{PERTURBATION!r}]: pass --control LABEL"
-        )
-    columns = [str(name) for name in np.atleast_1d(uns.get("dcm_conditions", [PERTURBATION]))]
+    obs, genes, columns, control = _asked(real, control)
     found, largest, large = [], 0, 0
     with opened_counts(path, layer) as file:
         try:
@@ -49,7 +43,7 @@ def defects(path: Path, real: Path, *, control: str | None = None, layer: str | 
         theirs, names = file.obs, list(map(str, file.var.index))
     if large:
         found.append(f"{large:,} cells have more than {MOST_COUNTS:,} counts (the most {largest:,})")
-    return found + _wrong_genes(names, genes) + _wrong_labels(theirs, obs, columns, str(control))
+    return found + _wrong_genes(names, genes) + _wrong_labels(theirs, obs, columns, control)
 
 
 def refuse_defects(path: Path, real: Path, **options: str | None) -> None:
@@ -82,8 +76,9 @@ def rewrite_as_submission(path: Path, real: Path) -> None:
 
 
 def refuse_missing_genes(known: Sequence[str], real: Path) -> None:
-    """Raise ValueError where a real file has genes that a checkpoint, whose genes are ``known``, cannot draw."""
-    genes = annotations_of(real)[1]
+    """Raise ValueError where a real file has genes that a checkpoint, whose genes are ``known``, cannot draw, or no
+    control cells."""
+    genes = _asked(real, None)[1]
     absent = [gene for gene in genes if gene not in set(known)]
     if absent:
         raise ValueError(
@@ -98,6 +93,18 @@ def annotations_of(path: Path) -> tuple[pd.DataFrame, list[str], dict[str, objec
     with open_h5ad(path) as file, damage_named(path):
         uns = read_known(file["uns"]) if "uns" in file else {}
         return read_table(file, "obs"), list(map(str, read_table(file, "var").index)), uns
+
+
+def _asked(real: Path, control: str | None) -> tuple[pd.DataFrame, list[str], list[str], str]:
+    """Labels, genes, columns of conditions and the label of control cells of the real file."""
+    obs, genes, uns = annotations_of(real)
+    control = str(uns.get("dcm_control") if control is None else control)
+    if PERTURBATION not in obs or control not in set(obs[PERTURBATION]):
+        raise ValueError(
+            f"{str(real)!r} has no cells labelled {control!r} (control) in obs[{PERTURBATION!r}]: name its label with "
+            "--control, or in uns['dcm_control'] as dcm-convert does"
+        )
+    return obs, genes, [str(name) for name in np.atleast_1d(uns.get("dcm_conditions", [PERTURBATION]))], control
 
 
 def _wrong_genes(names: list[str], genes: list[str]) -> list[str]:

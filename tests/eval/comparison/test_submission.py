@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from eval.comparison.submission import MOST_COUNTS, defects, rewrite_as_submission
+from eval.comparison.submission import MOST_COUNTS, defects, refuse_missing_genes, rewrite_as_submission
 from eval.evaluate import main as evaluate
 from training.data.command_line import run
 
@@ -76,6 +76,12 @@ def test_the_command_says_it_in_one_line_and_exits_with_2(real, tmp_path, monkey
     line = capsys.readouterr().err
     assert "breaks the contract of vcc2026" in line
     assert "(1) 2 genes are missing (B, C); (2) 1 conditions without control cells (control); (3) " in line
+
+
+def test_a_real_file_without_control_cells_is_told_where_to_name_them(tmp_path):
+    cells(["x", "y"], GENES).write_h5ad(tmp_path / "real.h5ad")
+    with pytest.raises(ValueError, match=r"has no cells labelled 'None' .* name its label with --control"):
+        refuse_missing_genes(GENES, tmp_path / "real.h5ad")
 
 
 def test_drawn_cells_get_the_genes_and_labels_of_the_real_file(real, tmp_path):
