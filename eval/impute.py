@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 import tyro
 
-from eval.drawing.checkpoint import check_checkpoint, load_checkpoint
 from eval.sample import Schedule
+from training.data.checkpoint import check_checkpoint, load_checkpoint
 from training.data.command_line import ProgressReport, run
 from training.data.files import check_writable, written_aside
 

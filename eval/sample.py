@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from eval.drawing.checkpoint import condition_labels, load_checkpoint, unknown_label_explained
+from training.data.checkpoint import condition_labels, load_checkpoint, unknown_label_explained
 from training.data.command_line import run
 from training.data.files import check_writable
 

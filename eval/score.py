@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from eval.drawing.checkpoint import check_checkpoint, load_checkpoint
+from training.data.checkpoint import check_checkpoint, load_checkpoint
 from training.data.command_line import ProgressReport, run
 from training.data.files import check_writable, written_aside
 

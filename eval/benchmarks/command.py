@@ -53,8 +53,8 @@ def entropy(
         raise FileNotFoundError(f"no tokenizer/ in {str(data)!r}; expected a folder that dcm-convert wrote")
     import torch
 
-    from eval.drawing.checkpoint import load_checkpoint
     from training.data.cells import Cells
+    from training.data.checkpoint import load_checkpoint
     from training.loop.validation import validation_entropy
 
     model, tokenizer = load_checkpoint(str(checkpoint))
@@ -113,8 +113,8 @@ def sampling(
     from eval.benchmarks import sampling as measured
     from eval.benchmarks.costs import device_name
     from eval.comparison.cells import from_anndata
-    from eval.drawing.checkpoint import cast_weights, load_checkpoint
     from eval.reports.tables import markdown_table
+    from training.data.checkpoint import cast_weights, load_checkpoint
     from training.data.formats import read_counts
 
     model, tokenizer = load_checkpoint(checkpoint)

@@ -25,12 +25,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_matrix
 
-from eval.drawing.checkpoint import cast_weights
 from eval.drawing.read_cells import read_obs
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.diffusion_dcm import keyed_generator
 from modeling_dcm.generation_dcm import row_chunks
 from tokenization import DCMTokenizer
+from training.data.checkpoint import cast_weights
 from training.data.command_line import ProgressReport
 from training.data.files import followed, write_text, written_aside
 from training.data.h5ad import write_h5ad_in_blocks

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from scipy import sparse
 
 from eval.comparison.submission import defects
-from eval.drawing.checkpoint import load_checkpoint
 from eval.sample import Schedule, main
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.schedule_dcm import SCHEDULES
 from tests.tiny_training import assert_same_file
 from tokenization import DCMTokenizer
+from training.data.checkpoint import load_checkpoint
 
 
 @pytest.fixture

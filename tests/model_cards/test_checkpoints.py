@@ -7,9 +7,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from eval.drawing.checkpoint import load_checkpoint
 from model_cards.render_card import numbers_of, read_facts, render
 from tests.fresh_python import fresh_python, make_environment
+from training.data.checkpoint import load_checkpoint
 from training.push_to_hub import STRANGER
 from training.push_to_hub import main as push
 

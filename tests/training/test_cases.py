@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import save_file
 
 from eval.comparison.cells import read_comparison
-from eval.drawing.checkpoint import check_checkpoint
 from eval.drawing.read_cells import read_measured_cells
 from eval.score import main as score
 from tests.tiny_esm import write_tiny_esm
@@ -26,6 +25,7 @@ from tokenization import DCMTokenizer
 from training.conversion.conditions import ConditionColumns
 from training.conversion.splits import SplitOptions, split_cells
 from training.convert_h5ad import main as convert
+from training.data.checkpoint import check_checkpoint
 from training.data.files import written_aside
 from training.data.formats import read_counts
 from training.data.h5ad import open_h5ad

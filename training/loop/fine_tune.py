@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from modeling_dcm.layers_dcm import LOWEST_LEVEL, count_features, level_features
 from tokenization import DCMTokenizer
 from tokenization.labels_dcm import shortened
 from training.config import OPTIONS, TrainConfig
-from training.data.files import check_readable
+from training.data.checkpoint import load_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +58,10 @@ class SharedNames:
 
 def load_source(name: str) -> Source:
     """Load the checkpoint in a folder or on the Hub."""
-    for path in (name, *Path(name).glob("*.safetensors")):
-        check_readable(path)
     try:
-        return Source(name, DCMForDenoising.from_pretrained(name), DCMTokenizer.from_pretrained(name))
+        return Source(name, *load_checkpoint(name))
+    except PermissionError:
+        raise
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"init_from={name!r} is no checkpoint ({reason}); expected a folder or a Hub id") from error

@@ -18,11 +18,11 @@ from scipy import sparse
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from eval.drawing.checkpoint import load_checkpoint
 from eval.drawing.draw import ChunkFiles
 from eval.sample import main
 from modeling_dcm import generation_dcm
 from tests.tiny_training import assert_same_file
+from training.data.checkpoint import load_checkpoint
 
 
 def interrupted_run(monkeypatch, trained: Path, out: Path, options: dict) -> None:
