@@ -186,17 +186,9 @@ def scvi_shift(train: CellCounts) -> Sampler:
 FROM_CONTROL = tuple(fit.__name__ for fit in (perturbation_mean, controls_scaled, additive, scvi_shift))
 FROM_VECTORS = {fit.__name__: fit for fit in (ridge, knn)}
 FROM_SCVI = tuple(fit.__name__ for fit in (scvi_prior, scvi_aggregated_posterior, scvi_shift))
+FITTED = (independent_marginals, perturbation_mean, controls_scaled, additive)
 BASELINES: dict[str, Callable[[CellCounts], Sampler]] = {
-    fit.__name__: fit
-    for fit in (
-        independent_marginals,
-        perturbation_mean,
-        controls_scaled,
-        additive,
-        scvi_prior,
-        scvi_aggregated_posterior,
-        scvi_shift,
-    )
+    fit.__name__: fit for fit in (*FITTED, scvi_prior, scvi_aggregated_posterior, scvi_shift)
 }
 
 
@@ -206,7 +198,7 @@ def named_baselines(names: str) -> list[str]:
     Raises:
         ValueError: an unknown name, or one whose package is not installed.
     """
-    lists = {"default": [name for name in BASELINES if name not in FROM_SCVI], "all": list(BASELINES), "none": []}
+    lists = {"default": [fit.__name__ for fit in FITTED], "all": list(BASELINES), "none": []}
     wanted = lists.get(names)
     if wanted is None:
         wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
