@@ -120,7 +120,13 @@ class Cells:
         self.measured = np.ones((1, len(self.tokenizer.genes)), dtype=bool)
         if PANEL in names:
             self.measured = measured_of(folder, self.tokenizer.genes, self._names[PANEL])
-        self.conditions = self._condition_ids()
+        known = self.tokenizer.known_conditions()
+        if set(known) - set(self._codes):
+            raise ValueError(
+                f"the shards have the conditions {sorted(self._codes)} but the tokenizer {sorted(known)}; take the "
+                "tokenizer of the shards"
+            )
+        self.conditions = self.tokenizer.condition_ids({name: self.labels(name) for name in known})
         self._warned = False
 
     def __len__(self) -> int:
@@ -205,15 +211,6 @@ class Cells:
         if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
             raise IndexError(f"cells {rows.min()} to {rows.max()} of {len(self):,}; expected 0 to {len(self) - 1:,}")
         return rows
-
-    def _condition_ids(self) -> dict[str, torch.Tensor]:
-        known = self.tokenizer.known_conditions()
-        if set(known) - set(self._codes):
-            raise ValueError(
-                f"the shards have the conditions {sorted(self._codes)} but the tokenizer {sorted(known)}; take the "
-                "tokenizer of the shards"
-            )
-        return self.tokenizer.condition_ids({name: self.labels(name) for name in known})
 
     def _clip(self, counts: np.ndarray) -> None:
         """Clip counts at ``max_count`` in place; raise instead for training cells."""
