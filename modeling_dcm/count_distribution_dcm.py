@@ -291,11 +291,16 @@ class NegativeBinomialHead(CategoricalHead):
         dispersion: torch.Tensor,
         state_loading: torch.Tensor | None,
         state_dispersion: torch.Tensor | None,
+        correction: torch.Tensor | None = None,
     ) -> None:
-        """Start at statistics: bounds of means (G,), 1/r (G,) around what is expected, B (G, E+1), and 1/r (G,) around
-        the regression."""
+        """Start at statistics: bounds of means (G,), 1/r (G,) around what is expected, B (G, E+1), 1/r (G,) around the
+        regression, and u (G, S+1) of the first counts, the last column of all others."""
         self.largest_mean.copy_(largest_mean)
         self.log_size[:] = -dispersion.log()
         if state_loading is not None:
             self.log_size[1] = -state_dispersion.log()
             self.state_loading.weight.copy_(state_loading)
+        if correction is not None and self.gene_bias is not None:
+            S, columns = correction.shape[1] - 1, self.gene_bias.weight
+            columns[:, :S] += correction[:, :S]
+            columns[:, S:] += correction[:, S:]

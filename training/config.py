@@ -69,9 +69,8 @@ class TrainConfig:
     """Counts with a bias of their own for each gene in the head."""
     count_distribution: Literal["nb", "categorical"] = "nb"
     """nb: corrections of a negative binomial that starts at statistics; categorical: the paper's head."""
-    state_dim: int | None = None
-    """Components of the cell state, drawn once for each cell; 0: none, as in the paper. Default: 16 or 32, whichever
-    draws held-out training cells better by regression alone."""
+    state_dim: int = 32
+    """Components of the cell state, drawn once for each cell; 0: none, as in the paper."""
     state_dropout: float = 0.15
     """Share of training cells whose state is not told."""
     keep_states: bool = True

@@ -1,8 +1,9 @@
-"""Measure a checkpoint's entropy curve, its sampling under each schedule, or what a training step costs.
+"""Measure a checkpoint's entropy curve, its sampling, what a training step costs, or how near cells are before one.
 
     dcm-benchmark entropy checkpoint/ --data shards/
     dcm-benchmark sampling checkpoint/ --real shards/test.h5ad --train shards/train.h5ad --out benchmark/
     dcm-benchmark training --out benchmark/
+    dcm-benchmark start --data shards/ --out benchmark/
 
 The entropy curve comes from validation cells only; test cells are read to score what was drawn.
 """
@@ -182,6 +183,33 @@ def training(
     return result
 
 
+def start(*, data: Path, out: Path = Path("benchmark"), seeds: int = 3) -> dict[str, float]:
+    """Time how long it takes until drawn cells are within 2 % of the floor: a network that starts from statistics of
+    the training cells and is not trained, and scVI (extra `baselines`) after 1, 2, 5, 10, ... epochs.
+
+    Writes start.json and .md; the last line printed is start_seconds=.. start_w2=.. scvi_seconds=.. (nan: not reached).
+
+    Args:
+        data: Folder of shards; cells are drawn beside the validation cells.
+        out: Folder to write to.
+        seeds: How often each draws.
+    """
+    _expect_at_least(2, seeds=seeds)
+    check_folder(out)
+    import torch
+
+    from eval.benchmarks import start as measured
+    from eval.benchmarks.costs import device_name
+    from eval.reports.tables import markdown_table
+
+    rows = measured.time_starts(data, seeds=seeds)
+    result = measured.summary(rows)
+    content = {"device": device_name(torch.device("cpu")), "rows": [row.as_json() for row in rows]}
+    title = f"Time to within 2 % of the floor: W2 of log1p counts to the validation cells of {data.name}"
+    _write(out / "start", title, [markdown_table(measured.table(rows), numbers=True)], result, content)
+    return result
+
+
 def last_line(result: dict[str, float]) -> str:
     """The result in one line for machines."""
     return " ".join(f"{name}={value:.4g}" for name, value in result.items())
@@ -222,7 +250,7 @@ def _expect_at_least(least: int, **options: int | None) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
 
 
-cli = partial(run, entropy, sampling, training)
+cli = partial(run, entropy, sampling, training, start)
 
 if __name__ == "__main__":
     cli()

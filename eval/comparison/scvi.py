@@ -27,12 +27,12 @@ CELLS_AT_ONCE = 512
 SEED = 0
 
 
-def fit(train: CellCounts, *, from_prior: bool) -> Sampler:
+def fit(train: CellCounts, *, from_prior: bool, max_epochs: int | None = None) -> Sampler:
     """Return a sampler that gives every wanted cell a training cell of its condition (backing off as marginals do).
 
-    ``z`` is drawn from the prior, or from that training cell's posterior.
+    ``z`` is drawn from the prior, or from that training cell's posterior. Default: scvi-tools' number of epochs.
     """
-    known = _trained(train)
+    known = _trained(train, max_epochs)
     source = training_rows(train, who="scVI")
 
     def sample(conditions: pd.DataFrame, rng: np.random.Generator) -> sparse.csr_matrix:
@@ -114,7 +114,7 @@ class _Trained:
 
 
 @functools.lru_cache(maxsize=1)
-def _trained(train: CellCounts) -> _Trained:
+def _trained(train: CellCounts, max_epochs: int | None = None) -> _Trained:
     """An SCVI model trained on all training cells, which two baselines share."""
     import scvi
 
@@ -124,7 +124,7 @@ def _trained(train: CellCounts) -> _Trained:
     with _seeded():
         scvi.model.SCVI.setup_anndata(adata, categorical_covariate_keys=columns or None)
         model = scvi.model.SCVI(adata)
-        model.train()
+        model.train(max_epochs=max_epochs)
         mean, variance = model.get_latent_representation(return_dist=True)
     model.module.eval()
     covariates = None

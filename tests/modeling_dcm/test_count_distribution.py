@@ -57,12 +57,15 @@ def estimates(model) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, t
 
 @pytest.mark.parametrize("gene_output_bias", [0, 3, 64])
 @pytest.mark.parametrize("state_dim", [0, 2])
-def test_a_fresh_head_emits_the_negative_binomial_that_it_was_given(make_model, backbone, gene_output_bias, state_dim):
+def test_a_fresh_head_emits_the_corrected_negative_binomial_that_it_was_given(
+    make_model, backbone, gene_output_bias, state_dim
+):
     options = {"gene_output_bias": gene_output_bias, "state_dim": state_dim, "library_size_conditioning": True}
     model = make_model(backbone, fresh=True, max_count=40, count_distribution="nb", **options)
     model.set_marginals(torch.ones(7, 41))
     model.totals.gene_mean[:] = torch.linspace(0.2, 3, 7)
-    model.head.set_estimates(*estimates(model))
+    u = torch.randn(7, 3, generator=torch.Generator().manual_seed(1))
+    model.head.set_estimates(*estimates(model), u)
     x = torch.full((2, 7), model.config.mask_token_id)
     library_size = torch.tensor([5.0, 14.0])
     state = torch.tensor([[0.5, -1.0], [torch.nan, torch.nan]]) if state_dim else None
@@ -75,7 +78,10 @@ def test_a_fresh_head_emits_the_negative_binomial_that_it_was_given(make_model, 
         dispersion[0] = told
     mean = torch.minimum(mean, largest)
     r, p = scipys(mean, 1 / dispersion)
-    expected = torch.from_numpy(nbinom.logpmf(np.arange(41), r[..., None], p[..., None])).log_softmax(dim=-1)
+    expected = torch.from_numpy(nbinom.logpmf(np.arange(41), r[..., None], p[..., None]))
+    if gene_output_bias:
+        expected = expected + u[:, torch.arange(41).clamp(max=2)]
+    expected = expected.log_softmax(dim=-1)
     # with two stages, counts above K are among the large ones
     torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-2)
 

@@ -1,8 +1,11 @@
-"""Estimate what the network starts at: dispersions and loadings of the cell state by regression, the state's prior.
+"""Estimate what the network starts at: dispersions, loadings of the cell state, shapes of counts, the state's prior.
 
 In come counts of training cells, what was expected of them, and their states; out go numbers for each gene, condition
-or cell type, in seconds. Letters: n cells, G genes, d components of the state, E = d + 1, M mixture components.
+or cell type, in seconds. Letters: n cells, G genes, d components of the state, E = d + 1, M mixture components,
+S counts with a correction of their own.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -10,23 +13,28 @@ from scipy.sparse.linalg import LinearOperator, svds
 from scipy.special import gammaln
 from sklearn.mixture import GaussianMixture
 
-from eval.metrics.distances import w2
-from modeling_dcm.count_distribution_dcm import LOWEST_MEAN
-
 DISPERSIONS = (1e-3, 30.0)  # least and largest 1 / r, the squared coefficient of variation beyond Poisson's
 GOLDEN = (5**0.5 - 1) / 2
 SEARCH_STEPS = 10  # to 5 % of a dispersion
 NEWTON_STEPS = 8
 LARGEST_STEP = 1.0  # of a loading in one Newton step
 LARGEST_EFFECT = 8.0  # of the state on the logarithm of a mean
-RIDGE = 300.0  # cells' worth of evidence that a loading is 0
+RIDGE = 30.0  # cells' worth of evidence that a loading is 0
 GENES_AT_ONCE = 2048
 CELLS_OF_A_COMPONENT = 40
 NO_WEIGHT = -1e4  # a logarithm of zero
 LARGEST_MEAN = 0.995  # quantile of a gene's counts above zero
-STATE_DIMS = (16, 32)  # that are tried
-HELD_OUT = 500  # cells that they are tried on, at most; and at most a fifth of all
-STATE_DRAWS = 3
+SPLITS = 2  # in which a fifth of the cells is held out
+RANKS = 5  # components whose spread is averaged
+SPREAD = (0.2, 1.0)  # least and largest variance of held-out cells along a component
+CALIBRATION_CELLS = 4096
+CALIBRATION_STEPS = 5
+CALIBRATION_STEP = 0.6
+CELLS_AT_ONCE = 512
+WEAK = 0.1  # a direction of the state that drawn cells hardly follow, of the one that they follow most
+SHAPED_COUNTS = 16  # that have a correction of their own
+SHAPE_STEPS = 4
+NOT_CORRECTED = 5.0  # cells' worth of evidence that counts are as the negative binomial says
 
 
 def principal_components(
@@ -95,63 +103,6 @@ def likely_dispersion(counts: csr_matrix, expected: np.ndarray) -> np.ndarray:
     return np.exp((low + high) / 2)
 
 
-def state_dim_distances(
-    counts: csr_matrix, total: np.ndarray, cell_type: np.ndarray, group: np.ndarray, seed: int
-) -> dict[int, float]:
-    """Draw cells by the regression alone, with several numbers of components of the cell state: W2 of each.
-
-    A part of the cells is held out. Components and loadings are fitted to the others, cells are drawn from the states
-    of some of these, of the same groups as the held-out ones, and compared on log1p counts of the genes with the most
-    counts. Too few components miss modules; too many repeat what was noise in the cell that gave its state.
-
-    Args:
-        counts: (n, G) sparse.
-        total: library sizes (n,).
-        cell_type: ids (n,), -1 where there is none.
-        group: numbers (n,) from 0; cells of one group have the same conditions.
-        seed: of the cells that are held out and of the draws.
-    """
-    loudest = np.argsort(-np.asarray(counts.sum(axis=0))[0], kind="stable")[:GENES_AT_ONCE]
-    counts = counts[:, np.sort(loudest)]
-    rng = np.random.default_rng([seed, 79])
-    order = rng.permutation(len(total))
-    held, kept = np.split(order, [min(HELD_OUT, len(order) // 5)])
-    x, largest, median = counts[kept], largest_means(counts[kept]), float(np.median(total[kept]))
-    expected = _expected(x, total[kept], cell_type[kept])
-    rows = [_of_groups(group[kept], group[held], rng) for _ in range(STATE_DRAWS)]
-    real = np.log1p(counts[held].toarray())
-    distances = {}
-    for d in STATE_DIMS:
-        if d + 1 < min(x.shape):
-            center, components = principal_components(x, total[kept], median, d)
-            state = np.log1p(x.toarray() / np.maximum(total[kept], 1)[:, None] * median) - center
-            state = state @ components.T
-            loadings, dispersion = state_loadings(x, expected, state, largest)
-            mean = regressed(expected, loadings, state, largest)
-            drawn = [np.log1p(rng.poisson(rng.gamma(1 / dispersion, mean[i] * dispersion))) for i in rows]
-            distances[d] = float(np.mean([w2(cells, real) for cells in drawn]))
-    return distances
-
-
-def _expected(counts: csr_matrix, total: np.ndarray, cell_type: np.ndarray) -> np.ndarray:
-    """Means (n, G) of the cells' types, times depth."""
-    types, row = np.unique(cell_type, return_inverse=True)
-    mean = np.stack([np.asarray(counts[row == index].mean(axis=0))[0] for index in range(len(types))])[row]
-    depth = (total + 1) / (mean.sum(axis=1) + 1)
-    return np.maximum(mean * depth[:, None], LOWEST_MEAN).astype(np.float32)
-
-
-def _of_groups(groups: np.ndarray, wanted: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Rows (m,) of ``groups`` (n,) that are of the groups ``wanted`` (m,), each once as far as they go; any row where
-    there is none."""
-    rows = np.empty(len(wanted), dtype=np.int64)
-    for value in np.unique(wanted):
-        found, places = np.flatnonzero(groups == value), np.flatnonzero(wanted == value)
-        found = rng.permutation(found if len(found) else len(groups))
-        rows[places] = np.resize(found, len(places))
-    return rows
-
-
 def largest_means(counts: csr_matrix) -> np.ndarray:
     """The largest mean (G,) that a gene may have: a high quantile of its counts above zero, at least 1.
 
@@ -216,6 +167,158 @@ def state_effect(loadings: np.ndarray, state: np.ndarray) -> np.ndarray:
     """Factor (n, G) of the state on expected counts, ``exp(<B, (z, 1)>)``, bounded."""
     logarithm = state.astype(np.float32) @ loadings[:, :-1].T.astype(np.float32) + loadings[:, -1].astype(np.float32)
     return np.exp(logarithm.clip(-LARGEST_EFFECT, LARGEST_EFFECT))
+
+
+def held_out_spread(
+    counts: csr_matrix, total: np.ndarray, median_total: float, cell_type: np.ndarray, num_components: int, seed: int
+) -> np.ndarray:
+    """Estimate how spread new cells are along principal components (d,): their variance within cell types over that of
+    the cells that the components were found in.
+
+    A part of the cells is held out. Components of high rank lie along what was noise in a few of the others.
+    """
+    logs = counts.astype(np.float64).multiply((median_total / np.maximum(total, 1))[:, None]).tocsr().log1p()
+    ratios = []
+    for split in range(SPLITS):
+        order = np.random.default_rng([seed, 79, split]).permutation(len(total))
+        held, kept = np.split(order, [max(1, len(order) // 5)])
+        _, components = principal_components(counts[kept], total[kept], median_total, num_components)
+        z = logs @ components.T
+        variances = [np.square(z[rows] - _type_means(z, cell_type, kept)[rows]).mean(axis=0) for rows in (held, kept)]
+        ratios.append(variances[0] / np.maximum(variances[1], 1e-9))
+    padded = np.pad(np.mean(ratios, axis=0), RANKS // 2, mode="edge")
+    return np.convolve(padded, np.full(RANKS, 1 / RANKS), mode="valid").clip(*SPREAD)
+
+
+def _type_means(z: np.ndarray, cell_type: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Mean states (n, d) of each cell's type, over the cells ``rows``; over all of these where none is of it."""
+    types, index = np.unique(cell_type, return_inverse=True)
+    means = np.repeat(z[rows].mean(axis=0)[None], len(types), axis=0)
+    for number in np.unique(index[rows]):
+        means[number] = z[rows[index[rows] == number]].mean(axis=0)
+    return means[index]
+
+
+def calibrated_loadings(
+    counts: csr_matrix,
+    expected: np.ndarray,
+    state: np.ndarray,
+    largest_mean: np.ndarray,
+    cell_type: np.ndarray,
+    spread: np.ndarray,
+    encode: Callable[[np.ndarray], np.ndarray],
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Regress counts on the state, and change the loadings until cells drawn from them are as spread as new cells are.
+
+    A cell's state is made of its own counts, noise included; cells that are drawn from it get noise once more, and
+    would vary too much along some components, too little along others where the ridge is strong. So cells are drawn and
+    their states taken, ``z' = z A + noise`` within cell types; A should be the matrix that makes the covariance of z'
+    that of new cells, and the loadings are moved towards it. A gene keeps its mean count.
+
+    Args:
+        counts, expected, state, largest_mean: as in :func:`state_loadings`; a last column of the state that is not of
+            ``encode`` keeps its loadings.
+        cell_type: ids (n,), the same for all where there is none.
+        spread: variance (d,) of new cells, of :func:`held_out_spread`.
+        encode: from counts (n, G) to their first d components of the state.
+        seed: of the cells that are drawn.
+    """
+    rng = np.random.default_rng([seed, 80])
+    loadings, dispersion = state_loadings(counts, expected, state, largest_mean)
+    rows = np.sort(rng.permutation(len(state))[:CALIBRATION_CELLS])
+    x, expected, state = counts[rows], expected[rows], state[rows]
+    d, z = len(spread), state[:, : len(spread)]
+    center = _type_means(z, cell_type[rows], np.arange(len(rows)))
+    r = z - center
+    within = r.T @ r / len(r)
+    share = np.linalg.pinv(np.cov(z.T).reshape(d, d), rcond=1e-6, hermitian=True) @ within
+    wanted = within * np.sqrt(np.outer(spread, spread))
+    for _ in range(CALIBRATION_STEPS):
+        dispersion = _with_means(x, expected, loadings, state, largest_mean)
+        drawn = np.concatenate(
+            [
+                encode(_drawn(regressed(expected[part], loadings, state[part], largest_mean), dispersion, rng))
+                for part in (slice(start, start + CELLS_AT_ONCE) for start in range(0, len(rows), CELLS_AT_ONCE))
+            ]
+        )
+        drawn = drawn - center
+        drawn -= drawn.mean(axis=0)
+        followed = np.linalg.pinv(within, rcond=1e-6, hermitian=True) @ (r.T @ drawn / len(r))
+        noise = drawn - r @ followed
+        target = _transport(within, wanted - noise.T @ noise / len(r))
+        change = share @ (target @ np.linalg.pinv(followed, rcond=WEAK) - np.eye(d))
+        loadings[:, :d] += CALIBRATION_STEP * loadings[:, :d] @ change.T
+    return loadings, _with_means(x, expected, loadings, state, largest_mean)
+
+
+def _with_means(
+    counts: csr_matrix, expected: np.ndarray, loadings: np.ndarray, state: np.ndarray, largest_mean: np.ndarray
+) -> np.ndarray:
+    """Move the intercepts of ``loadings`` so that genes have their mean counts; returns 1/r (G,) around these means."""
+    mean = regressed(expected, loadings, state, largest_mean).sum(axis=0, dtype=np.float64)
+    loadings[:, -1] += np.log((np.asarray(counts.sum(axis=0))[0] + 0.5) / (mean + 0.5))
+    return likely_dispersion(counts, regressed(expected, loadings, state, largest_mean))
+
+
+def _drawn(mean: np.ndarray, dispersion: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return rng.poisson(rng.gamma(1 / dispersion, mean * dispersion))
+
+
+def _transport(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The matrix (d, d) that takes Gaussian rows of covariance ``source`` to ``target`` by the shortest way; what is
+    negative in the target counts as 0."""
+
+    def root(matrix: np.ndarray, power: float) -> np.ndarray:
+        values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+        kept = values > 1e-6 * max(values.max(), 1e-12)
+        return (vectors * np.where(kept, np.where(kept, values, 1.0) ** power, 0.0)) @ vectors.T
+
+    half, inverse = root(source, 0.5), root(source, -0.5)
+    return inverse @ root(half @ root(target, 1.0) @ half, 0.5) @ inverse
+
+
+def count_corrections(counts: csr_matrix, mean: np.ndarray, dispersion: np.ndarray, num_small: int) -> np.ndarray:
+    """Estimate by likelihood what to add to the logarithms of a negative binomial: for each of the first S counts of a
+    gene, and for all others together, u (G, S + 1).
+
+    Every count is then as frequent in a gene as it is in the cells: few cells with many counts of a gene make its
+    dispersion large, and a negative binomial that has it is too wide for all others.
+
+    Args:
+        counts: (n, G) sparse.
+        mean: (n, G), above 0.
+        dispersion: 1/r (G,).
+        num_small: S, unless that is more than :data:`SHAPED_COUNTS`.
+    """
+    S = min(num_small, SHAPED_COUNTS)
+    found = []
+    for start in range(0, counts.shape[1], genes := GENES_AT_ONCE // 32):
+        part = slice(start, start + genes)
+        x = np.minimum(counts[:, part].toarray(), S)
+        cells = np.stack([(x == count).sum(axis=0) for count in range(S + 1)], axis=1)  # (g, S+1)
+        p = _probabilities(mean[:, part], dispersion[part], S)  # (n, g, S+1)
+        typical = p.mean(axis=0)
+        u = np.zeros(typical.shape, dtype=np.float32)
+        for _ in range(SHAPE_STEPS):
+            likely = 0
+            for each, weight in ((p, 1.0), (typical[None], NOT_CORRECTED)):
+                q = each * np.exp(u)
+                likely = likely + weight * (q / q.sum(axis=-1, keepdims=True)).sum(axis=0)
+            u += np.log((cells + NOT_CORRECTED * typical) / likely)
+        found.append(u)
+    return np.concatenate(found)
+
+
+def _probabilities(mean: np.ndarray, dispersion: np.ndarray, num_counts: int) -> np.ndarray:
+    """Of each of the first counts, and of all others together (n, G, S + 1), by a negative binomial."""
+    r, mean = (1 / dispersion).astype(np.float32), mean.astype(np.float32)
+    p = np.empty((*mean.shape, num_counts + 1), dtype=np.float32)
+    p[..., 0] = np.exp(-r * np.log1p(mean / r))
+    for count in range(1, num_counts):
+        p[..., count] = p[..., count - 1] * ((count - 1 + r) / count) * (mean / (mean + r))
+    p[..., -1] = 1 - p[..., :-1].sum(axis=-1)
+    return p.clip(1e-7)
 
 
 def state_mixture(residuals: np.ndarray, num_components: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

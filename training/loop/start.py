@@ -5,7 +5,7 @@ Knows nothing of the loop. Letters: N training cells, G genes, K largest count.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from scipy.sparse import csr_matrix
 from modeling_dcm import SIZES, DCMConfig, DCMForDenoising
 from modeling_dcm.conditioning_dcm import ANY
 from modeling_dcm.count_distribution_dcm import LOWEST_MEAN
+from modeling_dcm.state_dcm import CellState
 from tokenization import DCMTokenizer
 from tokenization.labels_dcm import shortened
 from training.config import TrainConfig
@@ -22,12 +23,13 @@ from training.data.cells import open_cells as open_split
 from training.data.statistics import Statistics, library_size_quantiles, read_statistics
 from training.loop.effects import cell_states
 from training.loop.estimates import (
-    STATE_DIMS,
+    calibrated_loadings,
+    count_corrections,
+    held_out_spread,
     largest_means,
     likely_dispersion,
     principal_components,
-    state_dim_distances,
-    state_loadings,
+    regressed,
     state_mixture,
 )
 from training.loop.fine_tune import NETWORK, Source, take_state_map, transfer
@@ -104,7 +106,6 @@ def build_model(
     A gene's marginal and mean counts are those of the cells in which it was measured. With a ``source`` the weights are
     then taken over from there, see :func:`transfer`.
     """
-    config = replace(config, state_dim=chosen_state_dim(config, cells))
     statistics = read_statistics(cells.folder)
     found, named = len(statistics.vocabulary["genes"]), len(tokenizer.genes)
     if found != named:
@@ -226,6 +227,7 @@ def _set_library_sizes(model: DCMForDenoising, tokenizer: DCMTokenizer, statisti
 
 
 STATISTIC_CELLS = 8192  # that components, dispersions and loadings are estimated on
+SHAPE_CELLS = 4096  # that corrections of counts are estimated on
 SHRINKAGE = 5.0  # cells' worth of evidence that a group of conditions has the mean state of the group above it
 STATE_CELLS = 1_000_000  # whose states are looked at, at most
 BANK_CELLS = 200_000  # states of training cells that a checkpoint keeps, at most
@@ -236,23 +238,6 @@ def _statistic_cells(config: TrainConfig, cells: Cells) -> tuple[np.ndarray, np.
     complete = np.flatnonzero(cells.measured.all(axis=1)[cells.panel])
     rng = np.random.default_rng([config.seed, 77])
     return complete, np.sort(cells.random_cells(complete, STATISTIC_CELLS, rng))
-
-
-def chosen_state_dim(config: TrainConfig, cells: Cells) -> int:
-    """Components of the cell state: as asked, or what draws the best cells by regression."""
-    if config.state_dim is not None:
-        return config.state_dim
-    _, rows = _statistic_cells(config, cells)
-    labels = [np.full((len(rows), 1), -1)]
-    labels += [ids.numpy()[rows].reshape(len(rows), -1) for ids in cells.conditions.values()]
-    group = np.unique(np.hstack(labels), axis=0, return_inverse=True)[1].ravel()
-    cell_type = cells.conditions["cell_type_ids"].numpy()[rows] if "cell_type_ids" in cells.conditions else group * 0
-    total = cells.library_size.numpy()[rows].astype(np.float64)
-    distances = state_dim_distances(cells.csr(rows), total, cell_type, group, config.seed)
-    found = ", ".join(f"{d}: {distance:.4g}" for d, distance in distances.items())
-    best = min(distances, key=distances.get, default=STATE_DIMS[0])
-    logger.info("cell state: %d components (W2 of held-out cells, drawn by regression: %s)", best, found)
-    return best
 
 
 @torch.no_grad()
@@ -293,10 +278,25 @@ def set_estimates(model: DCMForDenoising, config: TrainConfig, cells: Cells, sou
         tells_depth = config.library_size_conditioning or config.state_dim
         depth = (total + 1) / (mean.sum(axis=1) + 1) if tells_depth else np.ones(len(rows))
         expected = np.maximum(mean * depth[:, None], LOWEST_MEAN).astype(np.float32)
-        largest = largest_means(counts)
-        estimates = [largest, likely_dispersion(counts, expected)]
-        estimates += [None, None] if state is None else state_loadings(counts, expected, state, largest)
+        types, largest = types.numpy(), largest_means(counts)
+        estimates = [largest, likely_dispersion(counts, expected), None, None]
+        if state is not None:
+            spread = held_out_spread(
+                counts, total, model.cell_state.median_total.item(), types, config.state_dim, config.seed
+            )
+            estimates[2:] = calibrated_loadings(
+                counts, expected, state, largest, types, spread, partial(_encoded, model.cell_state), config.seed
+            )
+            expected = regressed(expected, estimates[2], state, largest)
+        few = slice(None, None, -(-len(rows) // SHAPE_CELLS))
+        around = estimates[1 if state is None else 3]
+        estimates.append(count_corrections(counts[few], expected[few], around, model.config.num_small))
         model.head.set_estimates(*(None if value is None else torch.from_numpy(value) for value in estimates))
+
+
+def _encoded(cell_state: CellState, counts: np.ndarray) -> np.ndarray:
+    """Components of the state (n, d) of cells with ``counts`` (n, G); 0 of a cell without any."""
+    return np.nan_to_num(cell_state(torch.from_numpy(counts)).numpy())
 
 
 def _set_state_map(model: DCMForDenoising, counts: csr_matrix, total: np.ndarray) -> None:

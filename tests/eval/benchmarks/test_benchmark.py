@@ -14,7 +14,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from eval.benchmarks import sampling as sampling_benchmark
-from eval.benchmarks.command import entropy, last_line, sampling, training
+from eval.benchmarks import start as start_benchmark
+from eval.benchmarks.command import entropy, last_line, sampling, start, training
 from eval.benchmarks.costs import interleaved, product_rate
 from eval.benchmarks.sampling import AUTO, LINEAR_100, NAIVE, SETTINGS, Row, naive_cells, summary
 from eval.benchmarks.training import OURS, PLAIN, Case, SimulatedCells, Training, start_accelerator
@@ -68,6 +69,24 @@ def test_entropy_refuses_shards_of_another_panel_and_stores_nothing_when_told_no
     fitted = entropy(checkpoint, data=shards, cells=16, store=False)
     assert all(later <= earlier + 1e-12 for earlier, later in pairwise(fitted["entropy"]))
     assert config_of(checkpoint)["entropy_curve"] is None  # nothing was stored
+
+
+def test_the_start_and_scvi_are_timed_until_both_are_near(shards, tmp_path, monkeypatch):
+    asked = []
+
+    def fit(train, *, from_prior, max_epochs):
+        asked.append(max_epochs)
+        factor = 1 if max_epochs == 2 else 9
+        return lambda labels, rng: factor * train.counts[rng.choice(len(train), len(labels), replace=False)]
+
+    monkeypatch.setattr(start_benchmark.scvi, "fit", fit)
+    monkeypatch.setattr(start_benchmark, "NEAR", 1.3)
+    found = start(data=shards, out=tmp_path, seeds=2)
+    assert asked == [1, 1, 2, 2]
+    assert found["scvi_seconds"] >= 0
+    rows = json.loads((tmp_path / "start.json").read_text())["rows"]
+    assert [row["name"] for row in rows][:3] == ["floor", "not trained, states: bank", "not trained, states: prior"]
+    assert "against the floor" in (tmp_path / "start.md").read_text()
 
 
 class Copycat:

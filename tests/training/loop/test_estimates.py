@@ -8,11 +8,14 @@ from scipy.stats import nbinom
 
 from training.loop import start
 from training.loop.estimates import (
+    calibrated_loadings,
+    count_corrections,
+    held_out_spread,
     largest_means,
     likely_dispersion,
     moment_dispersion,
+    principal_components,
     regressed,
-    state_dim_distances,
     state_effect,
     state_loadings,
     state_mixture,
@@ -70,15 +73,61 @@ def test_a_gene_that_no_cell_has_gets_finite_loadings():
     assert np.isfinite(dispersion).all()
 
 
-@pytest.mark.parametrize(("modules", "level", "best"), [(30, 8.0, 32), (2, 0.3, 16)])
-def test_as_many_components_are_best_as_the_cells_have_modules(modules, level, best):
+def cells_of_modules(n: int, G: int = 60, modules: int = 3) -> tuple[csr_matrix, np.ndarray, float]:
+    """Counts (n, G), their totals and the median of these."""
     rng = np.random.default_rng(4)
-    n, G = 1_000, 120
-    strength = rng.normal(0, 1, (n, modules))[:, np.arange(G) % modules]
-    x = csr_matrix(rng.poisson(level * np.exp(strength - 0.5)))
-    total, group = np.asarray(x.sum(axis=1))[:, 0], rng.integers(0, 3, n)
-    distances = state_dim_distances(x, total, np.zeros(n), group, seed=0)
-    assert min(distances, key=distances.get) == best
+    strength = 0.5 * rng.normal(0, 1, (n, modules))[:, np.arange(G) % modules]
+    x = csr_matrix(rng.poisson(2 * np.exp(strength)))
+    total = np.asarray(x.sum(axis=1))[:, 0].astype(float)
+    return x, total, float(np.median(total))
+
+
+def test_new_cells_are_as_spread_as_the_others_along_modules_and_less_along_noise():
+    x, total, median = cells_of_modules(300)
+    spread = held_out_spread(x, total, median, np.zeros(300), 20, seed=0)
+    assert spread.shape == (20,)
+    assert spread[0] > 0.75 > 0.7 > spread[3:12].max()
+
+
+def test_cells_drawn_with_calibrated_loadings_have_the_spread_that_is_wanted_and_the_genes_their_means():
+    x, total, median = cells_of_modules(2_000)
+    center, components = principal_components(x, total, median, 12)
+    largest = largest_means(x)
+
+    def encode(counts: np.ndarray) -> np.ndarray:
+        return (np.log1p(counts / np.maximum(counts.sum(axis=1), 1)[:, None] * median) - center) @ components.T
+
+    state = encode(x.toarray())
+    expected = np.outer(total, np.asarray(x.mean(axis=0))[0] / x.mean(axis=0).sum()).astype(np.float32)
+    wanted, rng = np.linspace(1, 0.8, 12), np.random.default_rng(0)
+    errors = []
+    options = (largest, np.zeros(2_000), wanted, encode, 0)
+    for loadings, dispersion in (
+        state_loadings(x, expected, state, largest),
+        calibrated_loadings(x, expected, state, *options),
+    ):
+        mean = regressed(expected, loadings, state, largest)
+        drawn = rng.poisson(rng.gamma(1 / dispersion, mean * dispersion))
+        errors.append(np.abs(encode(drawn).var(axis=0) - wanted).mean())
+        assert drawn.mean() == pytest.approx(x.mean(), rel=0.03)
+    assert errors[1] < 0.06 < 0.2 < errors[0]
+
+
+def test_corrected_counts_are_as_frequent_as_in_the_cells():
+    rng = np.random.default_rng(6)
+    n, dispersion = 5_000, np.array([1.0, 0.3])
+    mean = rng.gamma(2, 1, (n, 2)).astype(np.float32)
+    x = negative_binomial(mean, dispersion, rng)
+    x[rng.random((n, 2)) < 0.3] = 0  # more zeros than a negative binomial has
+    S = 6
+    u = count_corrections(csr_matrix(x), mean, dispersion, S)
+    assert u.shape == (2, S + 1)
+    r = 1 / dispersion
+    p = nbinom.pmf(np.arange(S)[:, None, None], r, r / (r + mean))
+    p = np.concatenate([p, 1 - p.sum(axis=0, keepdims=True)]) * np.exp(u.T[:, None])
+    likely = (p / p.sum(axis=0)).mean(axis=1)  # (S+1, 2)
+    share = np.stack([(np.minimum(x, S) == count).mean(axis=0) for count in range(S + 1)])
+    np.testing.assert_allclose(likely, share, atol=0.003)
 
 
 def test_no_mean_is_beyond_what_cells_have_and_a_rare_population_keeps_its_own():

@@ -21,8 +21,7 @@ from training.config import TrainConfig
 from training.convert_h5ad import main as convert
 from training.data.cells import Cells
 from training.loop.effects import cell_states
-from training.loop.estimates import STATE_DIMS
-from training.loop.start import build_model, build_tokenizer, chosen_state_dim, open_cells
+from training.loop.start import build_model, build_tokenizer, open_cells
 from training.train import main as train
 
 GENES = ["A", "B", "C"]
@@ -190,10 +189,14 @@ def test_fine_tuning_on_the_same_data_starts_as_the_same_function(shards, tmp_pa
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
 
 
-def test_how_many_components_is_found_by_drawing_cells_unless_it_is_said(shards, tmp_path):
-    model, cells = start(shards, tmp_path, state_dim=None)
-    assert model.config.state_dim in STATE_DIMS
-    assert chosen_state_dim(tiny_training(shards, tmp_path, state_dim=5), cells) == 5
+def test_the_first_network_draws_counts_as_often_as_the_cells_have_them(shards, tmp_path):
+    model, cells = start(shards, tmp_path)
+    labels = {"cell_type_ids": cells.conditions["cell_type_ids"]}
+    drawn = torch.cat([model.eval().generate(len(cells), **labels, steps=1, seed=seed) for seed in range(4)])
+    real = cells[list(range(len(cells)))]["input_ids"].long()
+    for count in (0, 1, 2):
+        share = (real == count).float().mean().item()
+        assert (drawn == count).float().mean().item() == pytest.approx(share, abs=0.02)
 
 
 def test_too_few_whole_cells_are_refused(shards, tmp_path):
