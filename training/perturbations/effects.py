@@ -24,6 +24,8 @@ PRIORS = (1e-3, 4.0)  # least and largest variance of fold changes
 PRIOR_ROUNDS = 5
 LARGEST_EFFECT = 5.0  # of log fold changes
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 1e6)  # the last one is the mean
+FEWEST_OF_A_TYPE = 3  # perturbations that tell what others do in a cell type
+MOST_PAIRS = 20_000  # of cell types and perturbations that are predicted; where there are more, none is
 DAMPING_CELLS = 0.1  # evidence, as a share of that of the sums, that sums are right as they are
 
 
@@ -110,20 +112,23 @@ def estimate_effects(cells: LabelledCells, vectors: dict[int, torch.Tensor] | No
         mixed[with_vector] = 0
         told = ridge_weights(_stack(vectors, new[with_vector]), of_known, penalty).numpy()
         mixed[np.ix_(with_vector, known)] = told
+    seen = np.unique(np.column_stack([cells.types, cells.ids[:, 0]])[np.isin(row_of[:, 1], singles)], axis=0)
+    pairs = _TypePairs(keys, np.append(keys[singles, 1], new), seen)
+    new_own = np.append(cells.targets[new], -1)
+
+    def extended(values: np.ndarray, of_new: np.ndarray) -> np.ndarray:
+        known_and_new = np.concatenate([values[..., singles, :], of_new[..., :-1, :]], axis=-2)
+        return np.concatenate([values, pairs.told(values, known_and_new)[1], of_new], axis=-2).astype(np.float32)
+
+    values = {"genes": whole, "folds": folds, "predicted": predicted}
+    of_new = {name: _predicted(value[..., singles, :], own, weights, mixed, new_own) for name, value in values.items()}
+    values, of_new = values | {"state": state}, of_new | {"state": mixed @ state[singles]}
+    values = {name: extended(value, of_new[name]) for name, value in values.items()}
     added = np.full((len(mixed), keys.shape[1]), -1)
     added[:-1, 0], added[:-1, 1], added[-1] = ANY, new, ANY
-    keys, new_own = np.concatenate([keys, added]), np.append(cells.targets[new], -1)
-
-    def extended(values: np.ndarray) -> np.ndarray:
-        of_new = _predicted(values[..., singles, :], own, weights, mixed, new_own)
-        return np.concatenate([values, of_new], axis=-2)
-
-    by_vector = np.append(by_vector, np.zeros(len(mixed), dtype=bool))
-    values = {"genes": whole, "folds": folds, "predicted": predicted}
-    values = {name: extended(value).astype(np.float32) for name, value in values.items()}
-    values["state"] = np.concatenate([state, mixed @ state[singles]]).astype(np.float32)
+    by_vector = np.append(by_vector, np.zeros(len(pairs.keys) + len(mixed), dtype=bool))
     return Effects(
-        keys=keys,
+        keys=np.concatenate([keys, pairs.keys, added]),
         base=base_of_type,
         base_folds=base_folds,
         damping=damping,
@@ -361,7 +366,54 @@ def _as_if_unseen(
             predicted[:, row] = damping * effects[:, members[row]].sum(axis=1)
         elif key[0] != ANY:
             predicted[:, row] = effects[:, others].mean(axis=1)
+    told, _ = _TypePairs(keys, keys[singles, 1], keys[:0, :2]).told(effects, effects[:, singles])
+    is_told = (keys[:, 0] != ANY) & (keys[:, 2:] < 0).all(axis=1)
+    predicted[:, is_told] = told[:, is_told]
     return predicted, by_vector
+
+
+class _TypePairs:
+    """Single perturbations in cell types that have no cells of them: what the type's others do, and how this one
+    differs from them elsewhere, as far as such differences agreed for those that the type has.
+
+    ``keys`` (N, 1 + W) are the pairs of types and ``ids`` that are not ``seen`` (M, 2), of types that have some.
+    """
+
+    def __init__(self, keys: np.ndarray, ids: np.ndarray, seen: np.ndarray):
+        is_single = (keys[:, 0] != ANY) & (keys[:, 2:] < 0).all(axis=1)
+        order = np.argsort(ids)
+        self.place = order[np.searchsorted(ids[order], keys[:, 1]).clip(max=len(ids) - 1)]  # in ids, of each row
+        of_type = {t: np.flatnonzero(is_single & (keys[:, 0] == t)) for t in np.unique(keys[is_single, 0])}
+        self.rows = {t: rows for t, rows in of_type.items() if len(rows) >= FEWEST_OF_A_TYPE}
+        self.missing = {t: np.flatnonzero(~np.isin(ids, seen[seen[:, 0] == t, 1])) for t in self.rows}
+        if sum(map(len, self.missing.values())) > MOST_PAIRS:
+            self.missing = {t: missing[:0] for t, missing in self.missing.items()}
+        self.keys = np.full((sum(map(len, self.missing.values())), keys.shape[1]), -1)
+        if len(self.keys):
+            self.keys[:, 0] = np.concatenate([np.full(len(missing), t) for t, missing in self.missing.items()])
+            self.keys[:, 1] = ids[np.concatenate(list(self.missing.values()))]
+
+    def told(self, values: np.ndarray, general: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What is said of groups' ``values`` (.., R, G) without their cells, where it is told so, and of the pairs
+        without cells (.., N, G); ``general`` (.., n, G) is said of each of the ids in any type."""
+        total, number = np.zeros_like(general), np.zeros(general.shape[-2])
+        for rows in self.rows.values():
+            total[..., self.place[rows], :] += values[..., rows, :]
+            number[self.place[rows]] += 1
+        left_out, pairs = values.copy(), [general[..., :0, :]]
+        for type_, rows in self.rows.items():
+            mine, of_place, n = values[..., rows, :], self.place[rows], len(rows)
+            elsewhere = (number[of_place] > 1)[:, None]
+            theirs = (total[..., of_place, :] - mine) / np.maximum(number[of_place] - 1, 1)[:, None]
+            theirs = np.where(elsewhere, theirs, general[..., of_place, :])
+            mean, mean_of_theirs = mine.mean(axis=-2, keepdims=True), theirs.mean(axis=-2, keepdims=True)
+            differs, differs_elsewhere = ((x - m) * n / (n - 1) for x, m in ((mine, mean), (theirs, mean_of_theirs)))
+            square = np.square(differs_elsewhere).sum(axis=(-2, -1), keepdims=True)
+            agreed = (differs * differs_elsewhere).sum(axis=(-2, -1), keepdims=True) / np.maximum(square, 1e-12)
+            agreed = agreed.clip(0, 1)
+            left_out[..., rows, :] = mine - differs + agreed * differs_elsewhere
+            pairs.append(mean + agreed * (general[..., self.missing[type_], :] - mean_of_theirs))
+        return left_out, np.concatenate(pairs, axis=-2)
 
 
 def _stack(vectors: dict[int, torch.Tensor], ids: Sequence[int]) -> torch.Tensor:

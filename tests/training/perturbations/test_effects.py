@@ -67,6 +67,21 @@ def test_a_cell_type_deviates_from_the_pooled_effect_as_far_as_its_cells_say():
     assert np.abs(of_few - effect).mean() < 0.2
 
 
+@pytest.mark.parametrize("agrees", [True, False])
+def test_in_a_cell_type_without_cells_of_it_a_perturbation_does_what_others_do_there_and_differs_as_elsewhere(agrees):
+    rng = np.random.default_rng(7)
+    common, effects, others = rng.normal(0, 0.5, G), *rng.normal(0, 0.5, (2, 6, G))
+    there = common + (effects if agrees else others)
+    groups = [(t, [], 400, 0) for t in (0, 1)]
+    groups += [(0, [1 + i], 150, effects[i]) for i in range(6)] + [(1, [1 + i], 150, there[i]) for i in range(5)]
+    found = estimate_effects(labelled(groups, rng))
+    predicted = found.genes[0, row_of(found, 1, 6)]
+    assert np.abs(predicted - (there[5] if agrees else common)).mean() < 0.3
+    assert (found.keys[:, 0] == 0).sum() == 5  # nothing is predicted where there are cells
+    told = found.predicted[0, 0, row_of(found, 1, 1)]  # as if it had no cells, too
+    assert np.abs(told - (there[0] if agrees else common)).mean() < 0.3
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_pairs_that_were_seen_teach_how_far_sums_hold(factor):
     rng = np.random.default_rng(2)
