@@ -22,6 +22,8 @@ LARGEST_EFFECT = 8.0  # of the state on the logarithm of a mean
 RIDGE = 30.0  # cells' worth of evidence that a loading is 0
 GENES_AT_ONCE = 2048
 CELLS_OF_A_COMPONENT = 40
+PARTS_BY_TOTAL = 5
+LEAST_VARIANCE = 1e-4
 NO_WEIGHT = -1e4  # a logarithm of zero
 LARGEST_MEAN = 0.995  # quantile of a gene's counts above zero
 SPLITS = 2  # in which a fifth of the cells is held out
@@ -324,7 +326,9 @@ def _probabilities(mean: np.ndarray, dispersion: np.ndarray, num_counts: int) ->
 def state_mixture(residuals: np.ndarray, num_components: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Fit a mixture of Gaussians with one covariance to states around their groups' means.
 
-    With fewer than :data:`CELLS_OF_A_COMPONENT` cells for each component there are fewer: the others have no weight.
+    Clusters of cells, each cut into parts of about equal size by the last column, the logarithm of the total, which is
+    skewed: the variance of a whole cluster would give cells with more counts than there are. With fewer than
+    :data:`CELLS_OF_A_COMPONENT` cells for each component there are fewer: the others have no weight.
 
     Returns:
         Log weights (M,), means (M, E) and Cholesky factor (E, E), lower triangle.
@@ -335,6 +339,12 @@ def state_mixture(residuals: np.ndarray, num_components: int, seed: int) -> tupl
     if n < 2:
         log_weight[0] = 0.0
         return log_weight, location, np.eye(E)
-    fit = GaussianMixture(M, covariance_type="tied", reg_covar=1e-2, max_iter=500, random_state=seed).fit(residuals)
-    log_weight[:M], location[:M] = np.log(fit.weights_), fit.means_
-    return log_weight, location, np.linalg.cholesky(fit.covariances_)
+    parts = min(M, PARTS_BY_TOTAL)
+    fit = GaussianMixture(M // parts, covariance_type="tied", reg_covar=1e-2, max_iter=500, random_state=seed)
+    cluster, left = fit.fit_predict(residuals), residuals.copy()
+    rows = [np.flatnonzero(cluster == number) for number in range(M // parts)]
+    pieces = [piece for each in rows for piece in np.array_split(each[np.argsort(residuals[each, -1])], parts)]
+    for number, piece in enumerate(piece for piece in pieces if len(piece)):
+        log_weight[number], location[number] = np.log(len(piece) / n), residuals[piece].mean(axis=0)
+        left[piece] -= location[number]
+    return log_weight, location, np.linalg.cholesky(left.T @ left / n + LEAST_VARIANCE * np.eye(E))
