@@ -101,9 +101,13 @@ class TwoStageCategorical(NamedTuple):
 
 
 def draw_counts(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
-    """One id for each row of ``logits`` (.., K+1), Gumbel-max in float32: the largest ``logits / T - log Exp(1)``."""
-    noise = torch.empty(logits.shape, device=logits.device).exponential_(generator=generator)
-    return (logits.float() / temperature - noise.log()).argmax(dim=-1)
+    """One id for each row of ``logits`` (.., K+1), divided by the temperature, in float32: the first whose cumulated
+    probability is above a uniform number. One random number for a row is several times cheaper than one for each id."""
+    cumulated = (logits.float() / temperature).softmax(dim=-1).cumsum(dim=-1)
+    total = cumulated[..., -1:]
+    uniform = torch.rand(total.shape, generator=generator, device=logits.device)
+    below = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))  # the product is rounded
+    return torch.searchsorted(cumulated, below, right=True)[..., 0]
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
