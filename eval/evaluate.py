@@ -81,12 +81,14 @@ def main(
         umap: Embed by UMAP in the report (takes up to a minute) where umap-learn is installed, else by PCA.
     """
     command = command_of("dcm-evaluate", main, locals())
+    _check_files(generated, (real, *[train] * (train is not None)))
     if validate:
         _validate(generated, real, control=control, layer=layer)
         return
-    if train is None or out is None:
-        raise ValueError("--train and --out are missing: the training cells for the floor, and the folder to write to")
-    _check_paths(generated, (real, train), out)
+    needed = {"--train, the training cells for the floor": train, "--out, the folder to write to": out}
+    if None in needed.values():
+        raise ValueError(f"missing: {' and '.join(option for option, path in needed.items() if path is None)}")
+    check_folder(out)
     from eval.comparison.baselines import FROM_SCVI, fitted_baselines, named_baselines
     from eval.comparison.floor import split_half_note
     from eval.comparison.protocols import Challenge, named_protocols
@@ -150,16 +152,22 @@ def _named(generated: Sequence[Path], name: str | None) -> dict[Path, str | None
 
 
 def _validate(generated: Sequence[Path], real: Path, **options: str | None) -> None:
-    """Refuse files that break the contract of vcc2026, and say of which there is nothing to say."""
+    """Refuse all files that break the contract of vcc2026, and say of which there is nothing to say."""
     from eval.comparison.submission import refuse_defects
 
+    found = []
     for path in generated:
-        refuse_defects(path, real, **options)
-        logger.info("%s: nothing is wrong with it beside %s", path, real)
+        try:
+            refuse_defects(path, real, **options)
+            logger.info("%s: nothing is wrong with it beside %s", path, real)
+        except ValueError as error:
+            found.append(str(error))
+    if found:
+        raise ValueError("; ".join(found))
 
 
-def _check_paths(generated: Sequence[Path], real: Sequence[Path], out: Path) -> None:
-    """Refuse an empty or repeated list of files, a file that is not there, and an ``--out`` that cannot be a folder."""
+def _check_files(generated: Sequence[Path], real: Sequence[Path]) -> None:
+    """Refuse an empty or repeated list of files, and a file that is not there."""
     repeated = [path for path in generated if list(generated).count(path) > 1]
     if repeated or not generated:
         given = f"{str(repeated[0])!r} is given more than once" if generated else "no generated file given"
@@ -168,7 +176,6 @@ def _check_paths(generated: Sequence[Path], real: Sequence[Path], out: Path) -> 
         if not path.is_file():
             way_out = "; draw from a checkpoint first: dcm-sample CHECKPOINT --like REAL" if path in generated else ""
             raise FileNotFoundError(f"no file {str(path)!r}; expected an h5ad file of cells{way_out}")
-    check_folder(out)
 
 
 def _log_summary(rows: Sequence["Row"]) -> None:

@@ -172,7 +172,7 @@ class MaskedEntries:
 
 def weighted_correlation(x: np.ndarray, y: np.ndarray, times: np.ndarray) -> float:
     """Pearson correlation of pairs (n,), each of which occurs ``times`` (n,) often; NaN if one is constant."""
-    covariance = np.cov(x, y, fweights=times)
+    covariance = np.cov(x, y, fweights=times, ddof=0)
     scale = np.sqrt(covariance[0, 0] * covariance[1, 1])
     return float(covariance[0, 1] / scale) if scale > 0 else float("nan")
 

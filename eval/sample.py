@@ -106,7 +106,7 @@ def main(
         ("--library-size", library_size, library_size is None or not keep_state, of_like),
         ("--state", state, state is None or not keep_state, of_like),
         ("--seed", seed, seed >= 0, "0 or more"),
-        ("--vcc", vcc, like is not None or not vcc, "beside --like, whose genes and labels the cells get"),
+        ("--vcc", vcc, like is not None or not vcc, "--like beside it, whose genes and labels the cells get"),
         ("--vcc", vcc, perturbation is None or not vcc, "left out with --perturbation: the cells get those of --like"),
         ("--no-labels", no_labels, like is None or not no_labels, "left out with --like, which brings all labels"),
         ("--keep-state", keep_state, like is not None or not keep_state, "a file of cells beside it, --like"),

@@ -325,7 +325,8 @@ class CellGenerationMixin:
         is_real = ~embeds.isnan().any(dim=-1)
         labels = torch.full_like(is_real, -1, dtype=torch.long)
         fits = targets is not None and targets.shape == labels.shape
-        given = torch.cat([embeds, (targets if fits else labels)[..., None]], dim=-1)[is_real]
+        genes = (targets if fits else labels)[..., None]
+        given = torch.cat([embeds.float(), genes], dim=-1)[is_real]  # 16 bits would round a gene's number
         new, which = given.unique(dim=0, return_inverse=True)
         new_ids = len(encoder.has_vector) + torch.arange(len(new), device=ids.device)
         seen = (encoder.has_vector & ~encoder.is_unseen).nonzero()[:, 0]

@@ -299,7 +299,8 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
         if given.get("effect") is None:
             given["effect"] = torch.zeros((B, L), device=input_ids.device)
             if config.effect_groups:
-                effects, ids = self.known_effects(given["perturbation_ids"], given.pop("perturbation_embeds"), targets)
+                vectors = given.pop("perturbation_embeds"), conditions.get("target_gene_ids")
+                effects, ids = self.known_effects(given["perturbation_ids"], *vectors)
                 kind = effects.kind(given["state"])
                 given["effect"] = effects.of_genes(given["cell_type_ids"], ids, gene_ids, kind)
                 given["perturbation_embeds"] = None

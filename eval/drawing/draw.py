@@ -99,6 +99,7 @@ class ChunkFiles:
 
         Raises:
             FileNotFoundError: a chunk is missing.
+            ValueError: a chunk is damaged.
         """
         whole = self.folder / self.out.name
         with written_aside(whole) as aside, ProgressReport(sum(self.sizes), task="merging", unit="cells") as report:
@@ -108,7 +109,10 @@ class ChunkFiles:
 
     def _blocks(self, num_genes: int, report: ProgressReport) -> Iterator[dict[str, csr_matrix]]:
         for chunk, size in enumerate(self.sizes):
-            arrays = load_file(self._path(chunk))
+            try:
+                arrays = load_file(self._path(chunk))
+            except SafetensorError as error:
+                raise ValueError(f"{str(self._path(chunk))!r} is damaged ({error}): remove it and run again") from error
             yield {"X": csr_matrix(tuple(arrays[name] for name in ARRAYS), shape=(size, num_genes))}
             report.update(size)
 

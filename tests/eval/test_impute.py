@@ -165,6 +165,7 @@ def test_scores_of_masked_entries_are_those_of_scipy_on_all_entries():
     assert scores["spearman"] == pytest.approx(stats.spearmanr(mean, counts[hidden])[0])
     assert scores["pearson_gene_means"] == pytest.approx(stats.pearsonr(gene_means, counts[hidden])[0])
     assert math.isnan(weighted_correlation(np.ones(4), np.arange(4.0), np.ones(4, dtype=int)))
+    assert math.isnan(weighted_correlation(np.ones(1), np.ones(1), np.ones(1, dtype=int)))  # and no warning
 
 
 @pytest.mark.parametrize("scale", [0.1, 1, 30])

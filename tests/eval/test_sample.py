@@ -172,7 +172,7 @@ def test_cells_can_keep_the_states_and_library_sizes_of_the_cells_that_they_are_
         ({"keep_state": True}, "expected a file of cells beside it, --like"),
         ({"keep_state": True, "state": "prior"}, "--state is prior; expected none with --keep-state"),
         ({"like": Path("a.h5ad"), "keep_state": True, "library_size": 9.0}, "expected none with --keep-state"),
-        ({"vcc": True}, "--vcc is True; expected beside --like"),
+        ({"vcc": True}, "--vcc is True; expected --like beside it"),
         ({"vcc": True, "like": Path("a.h5ad"), "perturbation": "x"}, "left out with --perturbation"),
     ],
 )

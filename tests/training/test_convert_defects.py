@@ -293,6 +293,7 @@ DEFECTS = [
     Defect("10x `.h5` of Cell Ranger 2", rewritten(of_cell_ranger_2)),
     Defect("h5ad of an earlier conversion, several panels", changed(of_two_panels)),
     Defect("a 10x matrix cut short", mtx_cut_short),
+    Defect("a 10x matrix that ends with its header", mtx("%cut\n")),
     Defect("a 10x matrix without its folder", lambda folder: mtx_cut_short(folder) / "matrix.mtx.gz"),
     Defect("a 10x matrix without entries", mtx("2 3 0\n")),
     Defect("10x features that are no genes", mtx("2 3 1\n1 1 5\n", "ENSG1\tA\tchr1\nENSG2\tB\tchr2\n")),

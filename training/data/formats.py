@@ -209,8 +209,10 @@ def _read_mtx(path: Path, scratch: Path) -> CellBuckets:
         header = file.readline().lower().split()
         if header[:3] != ["%%matrixmarket", "matrix", "coordinate"] or header[3] not in ("integer", "real"):
             raise ValueError(f"{str(path)!r} is not a sparse Matrix Market file of numbers: it begins {header[:4]}")
-        sizes = next(line for line in file if not line.startswith("%"))
-        num_genes, num_cells, stored = map(int, sizes.split())
+        sizes = next((line.split() for line in file if not line.startswith("%")), [])
+        if len(sizes) != 3 or not all(map(str.isdecimal, sizes)):
+            raise ValueError(f"{str(path)!r} does not say its numbers of genes, cells and entries; copy it again")
+        num_genes, num_cells, stored = map(int, sizes)
         if not stored:
             raise ValueError(f"{str(path)!r} has no counts: it announces 0 entries of {num_genes:,} x {num_cells:,}")
         dtype = np.int64 if header[3] == "integer" else np.float64

@@ -78,6 +78,19 @@ def test_the_command_says_it_in_one_line_and_exits_with_2(real, tmp_path, monkey
     assert "(1) 2 genes are missing (B, C); (2) 1 conditions without control cells (control); (3) " in line
 
 
+def test_of_several_files_all_are_looked_at_and_none_is_a_mistake(real, tmp_path):
+    wrong = changed(tmp_path, lambda adata: adata[:, :2].copy()).rename(tmp_path / "wrong.h5ad")
+    order = changed(tmp_path, lambda adata: adata[:, [0, 2, 1]].copy())
+    with pytest.raises(
+        ValueError, match=r"wrong\.h5ad' breaks .* missing \(C\); .*changed\.h5ad' breaks .* another order"
+    ):
+        evaluate((wrong, order), real, validate=True)
+    with pytest.raises(ValueError, match="no generated file given: expected one or more"):
+        evaluate((), real, validate=True)
+    with pytest.raises(FileNotFoundError, match=r"no file .*; expected an h5ad file of cells; draw from a checkpoint"):
+        evaluate((tmp_path,), real, validate=True)
+
+
 def test_a_real_file_without_control_cells_is_told_where_to_name_them(tmp_path):
     cells(["x", "y"], GENES).write_h5ad(tmp_path / "real.h5ad")
     with pytest.raises(ValueError, match=r"has no cells labelled 'None' .* name its label with --control"):

@@ -217,10 +217,16 @@ def test_what_was_taken_but_not_written_is_to_be_drawn_again(files):
     assert files.take(1)
 
 
-def test_an_output_is_not_written_while_a_chunk_is_missing(files):
+def test_an_output_is_not_written_while_a_chunk_is_missing_or_damaged(files):
     for chunk in (0, 2):
         files.write(chunk, sparse.csr_matrix((len(range(7)[files.rows[chunk]]), 4), dtype=np.int32))
     with pytest.raises(FileNotFoundError, match=r"1\.safetensors"):
         files.merge(annotations(7, 4))
+    files.write(1, sparse.csr_matrix((3, 4), dtype=np.int32))
+    damaged = files.folder / "1.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"1\.safetensors' is damaged \(.*\): remove it and run again"):
+        files.merge(annotations(7, 4))
     assert not files.out.exists()
+    damaged.unlink()
     assert files.prepare() == [1]

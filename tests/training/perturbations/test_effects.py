@@ -225,9 +225,9 @@ def test_a_combination_without_cells_is_the_sum_of_its_members_around_control_ce
     assert shift[2].tolist() == [50.5 - 1, 51 - 2, 51.5 - 3]
 
 
-@torch.no_grad()
-def test_a_vector_given_by_hand_has_the_effect_of_a_label_with_that_vector():
-    config = DCMConfig(num_genes=5, num_perturbations=5, perturbation_dim=2, state_dim=2, count_distribution="nb")
+def with_vectors_and_effects(num_genes: int) -> DCMForDenoising:
+    """A model that knows the control and four perturbations with vectors, two of which target a gene."""
+    config = DCMConfig(num_genes=num_genes, num_perturbations=5, perturbation_dim=2, state_dim=2)
     config.max_perturbations_per_cell, config.effect_groups, config.state_groups = 1, 5, 2
     model = DCMForDenoising(config).eval()
     rng, effects, encoder = torch.Generator().manual_seed(0), model.effects, model.conditions.perturbation
@@ -238,6 +238,27 @@ def test_a_vector_given_by_hand_has_the_effect_of_a_label_with_that_vector():
     encoder.has_vector[1:] = True
     model.target_gene_ids.copy_(torch.tensor([-1, 4, 3, -1, -1]))
     model.state_source.keys.copy_(torch.tensor([[-1, 0], [ANY, ANY]]))
+    return model
+
+
+@torch.no_grad()
+def test_a_vector_of_16_bits_or_beside_a_label_has_its_own_target_gene_or_none():
+    model, vector = with_vectors_and_effects(300), torch.tensor([[[0.5, -1.0]]])
+    nothing, x = torch.full((1, 1), -1), torch.full((1, 300), model.config.mask_token_id)
+    exact, narrow = (
+        model.known_effects(nothing, v, torch.tensor([[299]]))[0].genes for v in (vector, vector.bfloat16())
+    )
+    torch.testing.assert_close(narrow, exact)
+    mean = model.partial_cells(x, perturbation_ids=torch.tensor([[1]]), perturbation_embeds=vector).effect[0]
+    effects, ids = model.known_effects(torch.tensor([[1]]), vector, None)
+    kind = effects.kind(torch.full((1, 2), torch.nan))
+    torch.testing.assert_close(mean, effects.of_genes(torch.tensor([-1]), ids, torch.arange(300)[None], kind)[0])
+
+
+@torch.no_grad()
+def test_a_vector_given_by_hand_has_the_effect_of_a_label_with_that_vector():
+    model = with_vectors_and_effects(5)
+    config, effects = model.config, model.effects
     new, x = {"a": torch.tensor([0.3, -1.0]), "b": torch.tensor([1.0, 0.5])}, torch.full((2, 5), config.mask_token_id)
     targets = torch.tensor([[1], [-1]])
     by_hand = {"perturbation_embeds": torch.stack(list(new.values()))[:, None], "target_gene_ids": targets}
