@@ -226,7 +226,16 @@ class CategoricalHead(nn.Module):
 
 
 class Loadings(nn.Embedding):
-    """Numbers of each gene that start small (or at a regression) beside a factor that starts at zero."""
+    """Numbers of each gene that start small beside a factor that starts at zero."""
+
+
+class StateLoadings(nn.Module):
+    """Loadings of the cell state, as they were estimated: training would fit them to the noise of the very cells that
+    the states are made of, and drawn cells would have it twice."""
+
+    def __init__(self, num_genes: int, width: int):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(num_genes, width))
 
 
 class NegativeBinomialHead(CategoricalHead):
@@ -248,7 +257,7 @@ class NegativeBinomialHead(CategoricalHead):
         self.loading = Loadings(G, SCORES)
         self.score = ZeroLinear(D, SCORES)
         self.trust = ZeroLinear(D, 1) if config.num_perturbations else None
-        self.state_loading = Loadings(G, config.state_width + 1) if config.state_dim else None
+        self.state_loading = StateLoadings(G, config.state_width + 1) if config.state_dim else None
         # log r without and with the state
         self.register_buffer("log_size", torch.zeros(2, G))
         self.register_buffer("largest_mean", torch.full((G,), float(config.max_count)))

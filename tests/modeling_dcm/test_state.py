@@ -81,9 +81,9 @@ def test_where_the_library_size_is_given_states_of_such_cells_are_drawn(model):
 
 
 def test_completing_cells_is_told_no_state_unless_one_is_given(model):
-    observed = torch.full((2, 7), -1)
+    observed = torch.full((50, 7), -1)
     observed[:, :3] = 1
-    state = torch.zeros(2, 2)
+    state = torch.zeros(50, 2)
     assert torch.equal(model.generate(observed=observed), model.generate(observed=observed, state="null"))
     assert not torch.equal(model.generate(observed=observed, state=state), model.generate(observed=observed))
 

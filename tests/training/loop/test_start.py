@@ -171,8 +171,11 @@ def test_drawn_states_have_the_mean_of_their_cell_type(shards, tmp_path, keep_st
         assert (drawn[:, :3].std(dim=0) - own.std(dim=0)).abs().max() < 0.4
 
 
-def test_a_checkpoint_draws_completes_and_scores_in_a_fresh_model(shards, tmp_path):
+def test_a_checkpoint_draws_completes_and_scores_in_a_fresh_model_whose_state_has_the_loadings_of_the_start(
+    shards, tmp_path
+):
     model = DCMForDenoising.from_pretrained(train(tiny_training(shards, tmp_path / "out", **FIRST)))
+    assert torch.equal(model.head.state_loading.weight, start(shards, tmp_path)[0].head.state_loading.weight)
     cells = model.generate(6, cell_type_ids=torch.arange(6) % 2, steps=2)
     assert cells.shape == (6, 15)
     assert torch.equal(model.generate(observed=cells), cells)
