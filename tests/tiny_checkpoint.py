@@ -9,7 +9,7 @@ from modeling_dcm import DCMForDenoising
 from modeling_dcm.conditioning_dcm import ANY, LIBRARY_QUANTILES
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
-from training.loop.states import add_shipped_files
+from training.loop.resume import add_shipped_files
 
 GENES = ["KLF1", "TGFBR2", "GATA1", "ACTB", "HBB", "MYC", "FOS"]
 LABELS = {

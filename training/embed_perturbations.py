@@ -111,7 +111,7 @@ def _file_and_key(source: str) -> tuple[Path, str | None]:
 
 def _log_what_they_tell(folder: Path, tables: Mapping[str, Mapping[str, "torch.Tensor"]]) -> None:
     """Log how far the vectors of training perturbations tell each other's effects, leaving one out at a time."""
-    from training.data.cells import Cells
+    from training.data.loader import Cells
     from training.loop.effects import leave_one_out
 
     cells = Cells(folder, "train")
@@ -168,7 +168,7 @@ def _coexpression(folder: Path, components: int) -> dict[str, "torch.Tensor"]:
         raise ValueError(f"{str(folder)!r} is a file of names; coexpression needs --shards, a folder of shards")
     import torch
 
-    from training.data.cells import Cells
+    from training.data.loader import Cells
     from training.perturbations.coexpression import coexpression_vectors
 
     vectors = coexpression_vectors(Cells(folder, "train"), components)
@@ -185,7 +185,7 @@ def seen_in_training(source: Path) -> set[str] | None:
     """Names that some training cell of a folder of shards has; None for what is no such folder."""
     if not any(source.glob("train/*.parquet")):
         return None
-    from training.data.cells import open_cells
+    from training.data.loader import open_cells
 
     cells = open_cells(source, "train", streaming=True)  # which reads no count
     labels = cells.labels(PERTURBATION).dropna().unique()

@@ -121,7 +121,7 @@ def stage(checkpoint: Path, folder: Path) -> None:
     left = [name for name in names if name not in listed]
     if left:
         logger.info("not uploaded: %s", ", ".join(left))
-    from training.loop.states import add_shipped_files  # with torch, which takes seconds
+    from training.loop.resume import add_shipped_files  # with torch, which takes seconds
 
     add_shipped_files(folder)
     options = json.loads((folder / "training_options.json").read_text())

@@ -54,8 +54,8 @@ def entropy(
         raise FileNotFoundError(f"no tokenizer/ in {str(data)!r}; expected a folder that dcm-convert wrote")
     import torch
 
-    from training.data.cells import Cells
     from training.data.checkpoint import load_checkpoint
+    from training.data.loader import Cells
     from training.loop.validation import validation_entropy
 
     model, tokenizer = load_checkpoint(str(checkpoint))

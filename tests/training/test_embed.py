@@ -18,7 +18,7 @@ from tests.tiny_esm import D, proteins_of, write_fasta
 from tests.tiny_training import tiny_training
 from tokenization import DCMTokenizer
 from training.convert_h5ad import main as convert
-from training.data.cells import Cells
+from training.data.loader import Cells
 from training.embed_perturbations import main, perturbation_names
 from training.loop.start import build_tokenizer
 from training.perturbations.coexpression import coexpression_vectors

@@ -22,7 +22,7 @@ from tests.tiny_checkpoint import LABELS
 from tests.tiny_training import shards_of_two_panels, tiny_training
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
-from training.data.cells import Cells, GlobalBatchSampler
+from training.data.loader import Cells, GlobalBatchSampler
 from training.loop.accelerator import build_accelerator
 from training.loop.batches import TrainBatches
 from training.loop.start import build_model, build_tokenizer

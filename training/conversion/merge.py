@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from tokenization import DCMTokenizer
 from tokenization.labels_dcm import shortened
 from training.conversion.write import dataset_card
-from training.data.cells import open_cells
 from training.data.files import write_json, write_text
+from training.data.loader import open_cells
 from training.data.shards import MERGED, PANEL, SPLITS, MergedLabels, Panels, find_panels, measured_of
 from training.data.statistics import STATISTICS, merged_statistics, read_statistics, vocabulary_of, write_statistics
 

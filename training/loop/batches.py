@@ -22,7 +22,7 @@ from modeling_dcm.diffusion_dcm import (
     stratified_uniform,
 )
 from training.config import TrainConfig
-from training.data.cells import Cells
+from training.data.loader import Cells
 
 BLOCK = 32  # rows of the global batch whose keys come from one generator
 

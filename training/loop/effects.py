@@ -13,7 +13,7 @@ import torch
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.count_distribution_dcm import LOWEST_MEAN
 from modeling_dcm.state_dcm import ANY, PerturbationEffects
-from training.data.cells import Cells
+from training.data.loader import Cells
 from training.data.statistics import read_statistics
 from training.loop.estimates import state_effect
 from training.perturbations.effects import FOLDS, Effects, LabelledCells, estimate_effects

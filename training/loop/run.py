@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from modeling_dcm import DCMConfig, DCMForDenoising
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
-from training.data.cells import Cells
 from training.data.files import written_aside
-from training.loop import states
+from training.data.loader import Cells
+from training.loop import resume
 from training.loop.accelerator import attention_implementation, compile_blocks, compiles, start_trackers
 from training.loop.batches import TrainBatches
 from training.loop.effects import training_effects
@@ -55,7 +55,7 @@ def prepare_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Run, tor
     attn = attention_implementation(config, accelerator.device, accelerator.mixed_precision)
     config = replace(config, attn=attn, mixed_precision=accelerator.mixed_precision)
     is_split = accelerator.is_fsdp2
-    facts = states.run_facts(config, accelerator.num_processes, is_split=is_split)
+    facts = resume.run_facts(config, accelerator.num_processes, is_split=is_split)
     if len(set(gather_object([facts["hashes"]["data"]]))) > 1:
         raise ValueError(f"processes see different files in {str(config.data)!r}: copy the same shards to every node")
     network, tokenizer, cells, state = prepare_start(config, accelerator, facts)
@@ -74,7 +74,7 @@ def prepare_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Run, tor
     ema = [own_part(parameter.detach()).clone().float() for parameter in network.parameters()]
     part, start = rank if is_split else None, 0
     if state is not None:
-        start = states.restore_state(state, network, ema, optimizer, accelerator.scaler, part=part)
+        start = resume.restore_state(state, network, ema, optimizer, accelerator.scaler, part=part)
     told = {"state": network.state if network.config.state_dim else None, "effects": effects}
     of_run = {"rank": rank, "world": accelerator.num_processes, "device": device, **told}
     train_batches = TrainBatches(cells, config, network.config, **of_run)
@@ -97,11 +97,11 @@ def prepare_start(
     effects of perturbations are estimated by each.
     """
     if accelerator.is_main_process:
-        states.remove_leftovers(config.out)
+        resume.remove_leftovers(config.out)
     with accelerator.local_main_process_first():
-        state = states.newest_state(config, facts)
+        state = resume.newest_state(config, facts)
         if state is not None:
-            model, tokenizer = states.load_state_model(state, config)
+            model, tokenizer = resume.load_state_model(state, config)
             return model, tokenizer, open_cells(config, "train", tokenizer), state
         source = load_source(config.init_from) if config.init_from else None
         if source is not None:
@@ -144,7 +144,7 @@ def write_what_is_due(run: Run, done: int, reason: str | None) -> None:
         return
     network, ema = run.as_whole()
     if save and run.facts["is_split"]:
-        states.save_part(config.out, done, run.accelerator.process_index, run.network, run.ema, run.optimizer)
+        resume.save_part(config.out, done, run.accelerator.process_index, run.network, run.ema, run.optimizer)
         run.accelerator.wait_for_everyone()
     if not run.accelerator.is_main_process:
         return
@@ -158,7 +158,7 @@ def write_what_is_due(run: Run, done: int, reason: str | None) -> None:
             seen |= scores
         if save:
             parts = (network, ema, None if run.facts["is_split"] else run.optimizer, run.tokenizer)
-            states.save_state(config, run.facts, done, *parts, scaler=run.accelerator.scaler, validation=seen)
+            resume.save_state(config, run.facts, done, *parts, scaler=run.accelerator.scaler, validation=seen)
             draw_curves(config.out)
 
 
@@ -173,6 +173,6 @@ def _explained(error: NotFinite, run: Run) -> str:
     file = config.out / f"not-finite-step-{error.step}{of_process}.safetensors"
     with written_aside(file) as aside:
         save_file(tensors, aside)
-    good = states.all_states(config.out)[-1:]
+    good = resume.all_states(config.out)[-1:]
     way_out = f"go on from the last good state with --init-from {good[0]}" if good else "start again"
     return f"{error}; its noised batch is in {str(file)!r}; {way_out}, a lower --learning-rate and another --out"

@@ -18,8 +18,8 @@ from modeling_dcm.state_dcm import CellState
 from tokenization import DCMTokenizer
 from tokenization.labels_dcm import shortened
 from training.config import TrainConfig
-from training.data.cells import Cells
-from training.data.cells import open_cells as open_split
+from training.data.loader import Cells
+from training.data.loader import open_cells as open_split
 from training.data.statistics import Statistics, library_size_quantiles, read_statistics
 from training.loop.effects import cell_states
 from training.loop.estimates import (
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_cells(config: TrainConfig, split: str, tokenizer: DCMTokenizer) -> Cells:
-    """One split of the shards of a run; see :func:`training.data.cells.open_cells`."""
+    """One split of the shards of a run; see :func:`training.data.loader.open_cells`."""
     return open_split(config.shards, split, tokenizer, streaming=config.streaming)
 
 

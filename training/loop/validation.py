@@ -24,7 +24,7 @@ from modeling_dcm.schedule_dcm import fit_entropy
 from modeling_dcm.scoring_dcm import measure_entropy
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
-from training.data.cells import FLOOR, Cells
+from training.data.loader import FLOOR, Cells
 from training.data.shards import shard_files
 from training.loop.batches import TrainBatches
 from training.loop.start import open_cells

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.sparse.linalg import LinearOperator, svds
 
-from training.data.cells import Cells
+from training.data.loader import Cells
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from tests.tiny_training import tiny_training
 from tests.token_rows import write_token_rows
 from tokenization import DCMTokenizer
 from training.convert_h5ad import main as convert
-from training.data.cells import Cells, open_cells
+from training.data.loader import Cells, open_cells
 from training.train import main as train
 
 KEYS = {"cell_type_key": "cell_type", "perturbation_key": "perturbation", "split": "from-file", "split_key": "split"}

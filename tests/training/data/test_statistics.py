@@ -15,7 +15,7 @@ from modeling_dcm.conditioning_dcm import ANY
 from tests.training.test_convert_h5ad import KEYS, made_up
 from tokenization import DCMTokenizer
 from training.convert_h5ad import main
-from training.data.cells import Cells, open_cells
+from training.data.loader import Cells, open_cells
 from training.data.statistics import STATISTICS, _quantiles, library_size_quantiles, read_statistics
 
 CELL_TYPES = ["rpe1", "hela", "k562"]  # those of the shards in another order, and one more

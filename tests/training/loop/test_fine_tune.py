@@ -17,12 +17,12 @@ from tests.tiny_training import tiny_training
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
 from training.convert_h5ad import main as convert
-from training.data.cells import Cells
+from training.data.loader import Cells
 from training.loop.accelerator import build_accelerator
 from training.loop.fine_tune import load_source, merged_tokenizer, shaped_like
+from training.loop.resume import run_facts
 from training.loop.run import prepare_start
 from training.loop.start import build_model, build_tokenizer
-from training.loop.states import run_facts
 from training.perturbations.table import write_table
 from training.train import main
 

@@ -25,7 +25,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 import training.loop.accelerator
-import training.loop.states
+import training.loop.resume
 import training.loop.step
 import training.train
 from tests.tiny_training import TINY_TRAINING, shards_of_two_panels, tiny_training
@@ -57,7 +57,7 @@ def killed_at(event: int) -> None:
         return call
 
     training.loop.step.update_average = counted(training.loop.step.update_average)
-    training.loop.states.os.fsync = counted(os.fsync)
+    training.loop.resume.os.fsync = counted(os.fsync)
 
 
 class Split(Accelerator):
@@ -150,9 +150,9 @@ def test_a_network_split_by_fsdp2_learns_what_a_whole_one_does_and_resumes_bit_f
     assert finish(start(whole, 2)) == [0, 0]
     assert finish(start(split, 2, is_split=True)) == [0, 0]
     assert losses(split) == pytest.approx(losses(whole), abs=1e-5)
-    files = len(list(training.loop.states.all_states(split.out)[0].iterdir()))
+    files = len(list(training.loop.resume.all_states(split.out)[0].iterdir()))
     assert finish(start(stopped, 2, kill_at=3 + files + 3, is_split=True))[0] == -signal.SIGKILL
-    state = training.loop.states.all_states(stopped.out)[-1]
+    state = training.loop.resume.all_states(stopped.out)[-1]
     parts = {f"state-of-process-0000{rank}.safetensors" for rank in (0, 1)}
     assert {path.name for path in state.glob("state*.safetensors")} == parts
     assert state.name == "step-3"
@@ -192,7 +192,7 @@ def test_sigterm_to_one_of_two_processes_saves_a_state_and_exits_with_a_code_of_
         time.sleep(0.02)
     workers[-1].terminate()  # one of them is enough
     assert finish(workers) == [SAVED_AFTER_SIGNAL] * 2
-    state = training.loop.states.all_states(endless.out)[-1]
+    state = training.loop.resume.all_states(endless.out)[-1]
     step = int(state.name.removeprefix("step-"))
     assert step >= 7
     assert not (endless.out / "model.safetensors").exists()
@@ -223,7 +223,7 @@ def test_ctrl_c_saves_a_state_with_one_line_that_says_how_to_go_on(config):
         f"stopped: the state of step {len(losses(config))} is saved; go on with --resume"
     ]
     assert "Traceback" not in said
-    assert training.loop.states.all_states(config.out)[-1].name == f"step-{len(losses(config))}"
+    assert training.loop.resume.all_states(config.out)[-1].name == f"step-{len(losses(config))}"
 
 
 def test_ctrl_c_twice_ends_at_once_unless_a_launcher_passed_the_same_one_on(monkeypatch):

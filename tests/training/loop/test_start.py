@@ -19,7 +19,7 @@ from tests.tiny_training import tiny_training
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
 from training.convert_h5ad import main as convert
-from training.data.cells import Cells
+from training.data.loader import Cells
 from training.loop.effects import cell_states
 from training.loop.start import build_model, build_tokenizer, open_cells
 from training.train import main as train

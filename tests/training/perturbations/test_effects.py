@@ -9,7 +9,7 @@ import torch
 from modeling_dcm import DCMConfig, DCMForDenoising
 from modeling_dcm.state_dcm import ANY, ridge_weights
 from tests.tiny_training import tiny_training
-from training.data.cells import Cells
+from training.data.loader import Cells
 from training.loop.effects import take_rows, training_effects
 from training.loop.start import build_model, build_tokenizer, open_cells
 from training.perturbations.effects import PENALTIES, LabelledCells, choose_penalty, estimate_effects

@@ -16,7 +16,7 @@ from tests.tiny_training import tiny_training
 from tokenization import DCMTokenizer
 from training.config import TrainConfig
 from training.loop import step as one_step
-from training.loop.states import all_states, newest_state, remove_leftovers, restore_state, run_facts, save_state
+from training.loop.resume import all_states, newest_state, remove_leftovers, restore_state, run_facts, save_state
 from training.loop.step import build_optimizer
 from training.train import main
 
@@ -157,7 +157,7 @@ def test_a_full_disk_leaves_the_last_state_and_says_so(config, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("training.loop.states.save_file", full)
+    monkeypatch.setattr("training.loop.resume.save_file", full)
     with pytest.raises(OSError, match=r"step-4' could not be written .*No space left.* step-2 is as it was: make room"):
         main(replace(config, max_steps=6, resume=True))
     monkeypatch.undo()
@@ -168,7 +168,7 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_last_state_and_says_so(config
     def full(*arguments):
         raise SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr("training.loop.states.add_shipped_files", full)
+    monkeypatch.setattr("training.loop.resume.add_shipped_files", full)
     with pytest.raises(OSError, match=r"checkpoint' could not be written .*No space left.* step-6 is as it was: make"):
         main(config)
     monkeypatch.undo()

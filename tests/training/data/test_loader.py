@@ -19,7 +19,7 @@ import torch
 from tokenization import DCMTokenizer
 from training.convert_h5ad import main
 from training.data import shards
-from training.data.cells import Cells, GlobalBatchSampler, SparseRows, open_cells, to_csr
+from training.data.loader import Cells, GlobalBatchSampler, SparseRows, open_cells, to_csr
 
 
 @pytest.fixture(scope="module")

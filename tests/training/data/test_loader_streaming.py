@@ -13,8 +13,8 @@ from eval.simulate import main as simulate
 from tests.tiny_training import tiny_training
 from tokenization import DCMTokenizer
 from training.convert_h5ad import main as convert
-from training.data import cells as stream
-from training.data.cells import BlockBatchSampler, Cells, StreamedCells, open_cells
+from training.data import loader as stream
+from training.data.loader import BlockBatchSampler, Cells, StreamedCells, open_cells
 from training.data.shards import local_folder
 from training.train import main as train
 
