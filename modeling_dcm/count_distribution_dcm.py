@@ -107,7 +107,8 @@ def draw_counts(logits: torch.Tensor, temperature: float, generator: torch.Gener
     total = cumulated[..., -1:]
     uniform = torch.rand(total.shape, generator=generator, device=logits.device)
     below = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))  # the product is rounded
-    return torch.searchsorted(cumulated, below, right=True)[..., 0]
+    drawn = torch.searchsorted(cumulated, below, right=True)[..., 0]
+    return drawn.clamp(max=logits.shape[-1] - 1)  # of logits that are no numbers, too
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

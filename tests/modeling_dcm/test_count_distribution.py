@@ -1,11 +1,13 @@
 """Properties of the distribution over counts: the negative binomial it starts at, and its two stages."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import nbinom
 
-from modeling_dcm.count_distribution_dcm import log_counts_and_tail, log_ratios
+from modeling_dcm.count_distribution_dcm import draw_counts, log_counts_and_tail, log_ratios
 from modeling_dcm.layers_dcm import NUM_SMALL_COUNTS, count_features
 
 
@@ -104,6 +106,13 @@ def test_bumps_over_the_counts_go_from_zero_to_the_largest():
     features = count_features(256, torch.device("cpu"))
     assert features[0, NUM_SMALL_COUNTS] == 1
     assert features[-1, -1] == pytest.approx(1)
+
+
+def test_a_draw_is_a_count_whatever_the_logits_are():
+    logits = torch.tensor([[0.0, -1.0, 0.5], [0.0, math.nan, 0.0], [math.inf, 0.0, 0.0], [20.0, 1.0, 0.0]])
+    for temperature in (1.0, 1e-38):  # at which logits overflow
+        drawn = draw_counts(logits, temperature, torch.Generator().manual_seed(0))
+        assert 0 <= drawn.min() <= drawn.max() < 3
 
 
 def test_draws_and_loss_follow_the_logits_in_both_stages(make_model, backbone):

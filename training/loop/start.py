@@ -256,7 +256,7 @@ def set_estimates(model: DCMForDenoising, config: TrainConfig, cells: Cells, sou
     if len(complete) <= config.state_dim + 1:
         raise ValueError(
             f"{len(complete)} training cells have every gene measured, expected more than {config.state_dim + 1}: "
-            "pass --state-dim 0 --count-distribution categorical"
+            "pass a smaller --state-dim, or --state-dim 0 --count-distribution categorical"
         )
     counts, total = cells.csr(rows), cells.library_size.numpy()[rows].astype(np.float64)
     state = None
