@@ -185,7 +185,7 @@ def training(
 
 def start(*, data: Path, out: Path = Path("benchmark"), seeds: int = 3) -> dict[str, float]:
     """Time how long it takes until drawn cells are within 2 % of the floor: a network that starts from statistics of
-    the training cells and is not trained, and scVI (extra `baselines`) after 1, 2, 5, 10, ... epochs.
+    the training cells and is not trained, and scVI (extra `baselines`) after 10, 50, 100, ... epochs.
 
     Writes start.json and .md; the last line printed is start_seconds=.. start_w2=.. scvi_seconds=.. (nan: not reached).
 

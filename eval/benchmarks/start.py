@@ -19,10 +19,11 @@ from eval.metrics.distances import w2
 from training.config import TrainConfig
 from training.data.formats import read_counts
 from training.loop.start import build_model, build_tokenizer, open_cells
+from training.loop.validation import STATE_STEPS
 
 NEAR = 1.02  # of the floor
 OURS, SCVI = "not trained", "scVI"
-EPOCHS = (1, 2, 5, 10, 20, 50, 100, 200, 400)
+EPOCHS = (10, 50, 100, 200, 400)
 LAPTOP = {"backbone": "latent", "hidden_size": 64, "num_hidden_layers": 2, "num_latents": 24}
 
 
@@ -61,7 +62,9 @@ def time_starts(data: Path, *, seeds: int, epochs: Iterable[int] = EPOCHS) -> li
         num_cells=len(real),
     )
     for state in ("bank", "prior"):
-        draws = [tokenizer.decode(model.generate(**given, state=state, seed=s)).X for s in range(seeds)]
+        draws = [
+            tokenizer.decode(model.generate(**given, state=state, seed=s, steps=STATE_STEPS)).X for s in range(seeds)
+        ]
         rows.append(_row(f"{OURS}, states: {state}", seconds, real, draws))
     for number in epochs:
         began = time.perf_counter()
@@ -95,4 +98,4 @@ def summary(rows: list[Row]) -> dict[str, float]:
     near = [
         r.seconds for r in rows if r.name.startswith(SCVI) and "posterior" in r.name and r.mean <= NEAR * rows[0].mean
     ]
-    return {"start_seconds": ours.seconds, "start_w2": ours.mean, "scvi_seconds": min(near, default=math.nan)}
+    return {"start_seconds": ours.seconds, "start_w2": ours.mean, "scvi_seconds": next(iter(near), math.nan)}

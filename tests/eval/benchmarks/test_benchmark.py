@@ -76,13 +76,13 @@ def test_the_start_and_scvi_are_timed_until_both_are_near(shards, tmp_path, monk
 
     def fit(train, *, from_prior, max_epochs):
         asked.append(max_epochs)
-        factor = 1 if max_epochs == 2 else 9
+        factor = 1 if max_epochs == 50 else 9
         return lambda labels, rng: factor * train.counts[rng.choice(len(train), len(labels), replace=False)]
 
     monkeypatch.setattr(start_benchmark.scvi, "fit", fit)
     monkeypatch.setattr(start_benchmark, "NEAR", 1.3)
     found = start(data=shards, out=tmp_path, seeds=2)
-    assert asked == [1, 1, 2, 2]
+    assert asked == [10, 10, 50, 50]
     assert found["scvi_seconds"] >= 0
     rows = json.loads((tmp_path / "start.json").read_text())["rows"]
     assert [row["name"] for row in rows][:3] == ["floor", "not trained, states: bank", "not trained, states: prior"]
