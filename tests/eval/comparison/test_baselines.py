@@ -135,7 +135,7 @@ def test_scvi_is_given_what_it_decodes_on_the_device_of_its_module(screen, monke
 
     latents, codes = np.ones((len(screen), 4)), torch.zeros(len(screen), 2)
     known = scvi._Trained(SimpleNamespace(module=Module()), codes, latents, latents, torch.zeros(len(screen), 1))
-    monkeypatch.setattr(scvi, "_trained", lambda train: known)
+    monkeypatch.setattr(scvi, "_trained", lambda train, max_epochs=None: known)
     scvi.fit(screen, from_prior=False)(conditions("a", "B", 5), np.random.default_rng(0))
     assert given == dict.fromkeys(("z", "library", "batch_index", "cat_covs"), "meta")
 
