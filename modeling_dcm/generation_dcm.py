@@ -6,7 +6,6 @@ Letters: N all cells, B cells of a chunk, L genes in the sequence, G all genes, 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from functools import partial
 
 import torch
@@ -18,7 +17,7 @@ from .diffusion_dcm import keyed_generator
 from .guidance_dcm import denoiser
 from .sampling_dcm import sample_counts
 from .schedule_dcm import as_curve
-from .state_dcm import ANY, PerturbationEffects, first_match
+from .state_dcm import ANY, first_match
 
 LABELS = 2**40  # the piece of a run that draws its labels; no chunk has this number
 
@@ -313,28 +312,6 @@ class CellGenerationMixin:
             log_sizes = log_sizes - shift[:, -1]
         return self.state_source.draw(keys, conditions.get("cell_type_ids"), generator, log_sizes)
 
-    def known_effects(
-        self, ids: torch.Tensor, embeds: torch.Tensor | None, targets: torch.Tensor | None
-    ) -> tuple[PerturbationEffects, torch.Tensor]:
-        """Effects in which vectors ``embeds`` (B, P', D) are labels that no training cell has, and the ids (B, P + P')
-        of ``ids`` (B, P) and of these. ``targets`` (B, P') are genes that the vectors' perturbations target."""
-        if embeds is None:
-            return self.effects, ids
-        encoder, effects = self.conditions.perturbation, copy(self.effects)
-        effects._buffers = dict(effects._buffers)
-        is_real = ~embeds.isnan().any(dim=-1)
-        labels = torch.full_like(is_real, -1, dtype=torch.long)
-        fits = targets is not None and targets.shape == labels.shape
-        genes = (targets if fits else labels)[..., None]
-        given = torch.cat([embeds.float(), genes], dim=-1)[is_real]  # 16 bits would round a gene's number
-        new, which = given.unique(dim=0, return_inverse=True)
-        new_ids = len(encoder.has_vector) + torch.arange(len(new), device=ids.device)
-        seen = (encoder.has_vector & ~encoder.is_unseen).nonzero()[:, 0]
-        of_seen = encoder.table[seen], self.target_gene_ids[seen]
-        effects.add(new_ids, new[:, :-1], new[:, -1].long(), seen, *of_seen)
-        labels[is_real] = new_ids[which]
-        return effects, torch.cat([ids, labels], dim=1)
-
     def _origins(self, number: int, conditions) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Keys (B, W) of the groups that states are drawn from, and what is added to these (B, d+1).
 
@@ -346,7 +323,9 @@ class CellGenerationMixin:
         ids, *vectors = (None if (x := conditions.get(name)) is None else x.to(self.device) for name in names)
         if (ids is None and vectors[0] is None) or not self.config.effect_groups:
             return keys, 0.0
-        effects, ids = self.known_effects(keys.new_full((number, 1), -1) if ids is None else ids, *vectors)
+        ids = keys.new_full((number, 1), -1) if ids is None else ids
+        known = self.conditions.perturbation, self.target_gene_ids
+        effects, ids = self.effects.with_vectors(ids, *vectors, *known)
         keys, types = self._group_keys(number, {**conditions, "perturbation_ids": ids}), keys[:, 0]
         groups = self.state_source.keys
         first = keys.shape[1] - self.library_sizes.perturbation_columns
@@ -384,8 +363,8 @@ class CellGenerationMixin:
         return torch.cat([z, self.cell_state.standardized(log_total)], dim=1)
 
     def _labels(self, conditions) -> list[torch.Tensor | None]:
-        labels = (conditions.get(name) for name in ("cell_type_ids", "perturbation_ids", "covariate_ids"))
-        return [None if ids is None else ids.to(self.device) for ids in labels]
+        names = ("cell_type_ids", "perturbation_ids", "covariate_ids")
+        return [None if (ids := conditions.get(name)) is None else ids.to(self.device) for name in names]
 
     def _group_keys(self, number: int, conditions) -> torch.Tensor:
         return self.library_sizes.group_keys(number, *self._labels(conditions))

@@ -300,10 +300,11 @@ class DCMForDenoising(DCMPreTrainedModel, CellGenerationMixin, CellScoringMixin)
             given["effect"] = torch.zeros((B, L), device=input_ids.device)
             if config.effect_groups:
                 vectors = given.pop("perturbation_embeds"), conditions.get("target_gene_ids")
-                effects, ids = self.known_effects(given["perturbation_ids"], *vectors)
+                known = self.conditions.perturbation, self.target_gene_ids
+                effects, ids = self.effects.with_vectors(given["perturbation_ids"], *vectors, *known)
                 kind = effects.kind(given["state"])
                 given["effect"] = effects.of_genes(given["cell_type_ids"], ids, gene_ids, kind)
-                given["perturbation_embeds"] = None
+                given["perturbation_embeds"] = None  # as of a label without cells: the effect tells all
         mean = self.totals.mean(gene_ids, given["cell_type_ids"]) * given["effect"].exp()
         told = config.state_dim and not config.library_size_conditioning
         total = self.cell_state.total(given["state"]) if told else given["library_size"]

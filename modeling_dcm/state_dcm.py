@@ -6,6 +6,8 @@ components, N groups of conditions, S stored states. A row of NaN is *not given*
 and to single genes besides, is here too.
 """
 
+from copy import copy
+
 import torch
 from torch import nn
 
@@ -208,6 +210,32 @@ class PerturbationEffects(nn.Module):
         rows, counts = self.find(cell_type_ids, ids)
         factor = torch.where(counts.sum(dim=1) > 1, self.damping[-1], 1.0)
         return (self.state[rows] * counts[..., None]).sum(dim=1) * factor[:, None]
+
+    def with_vectors(
+        self,
+        ids: torch.Tensor,
+        embeds: torch.Tensor | None,
+        targets: torch.Tensor | None,
+        encoder: nn.Module,
+        known_targets: torch.Tensor,
+    ) -> tuple["PerturbationEffects", torch.Tensor]:
+        """Effects in which vectors ``embeds`` (B, P', D) are labels that no training cell has, and the ids (B, P + P')
+        of ``ids`` (B, P) and of these. ``targets`` (B, P') are genes that the vectors' perturbations target;
+        ``encoder`` has the vectors of the known ones, which target ``known_targets``."""
+        if embeds is None:
+            return self, ids
+        effects = copy(self)
+        effects._buffers = dict(self._buffers)
+        is_real = ~embeds.isnan().any(dim=-1)
+        labels = torch.full_like(is_real, -1, dtype=torch.long)
+        genes = targets if targets is not None and targets.shape == labels.shape else labels
+        given = torch.cat([embeds.float(), genes[..., None]], dim=-1)[is_real]  # 16 bits would round a gene's number
+        new, which = given.unique(dim=0, return_inverse=True)
+        new_ids = len(encoder.has_vector) + torch.arange(len(new), device=ids.device)
+        seen = (encoder.has_vector & ~encoder.is_unseen).nonzero()[:, 0]
+        effects.add(new_ids, new[:, :-1], new[:, -1].long(), seen, encoder.table[seen], known_targets[seen])
+        labels[is_real] = new_ids[which]
+        return effects, torch.cat([ids, labels], dim=1)
 
     def add(
         self,

@@ -16,7 +16,7 @@ from eval.comparison import scvi
 from eval.comparison.cells import CellCounts, from_anndata
 from eval.comparison.floor import FLOOR, FLOOR_DRAWS, floor_draws
 from eval.metrics.distances import w2
-from training.config import TrainConfig
+from training.config import TrainConfig, read_config
 from training.data.formats import read_counts
 from training.loop.start import build_model, build_tokenizer, open_cells
 from training.loop.validation import STATE_STEPS
@@ -24,7 +24,6 @@ from training.loop.validation import STATE_STEPS
 NEAR = 1.02  # of the floor
 OURS, SCVI = "not trained", "scVI"
 EPOCHS = (10, 50, 100, 200, 400)
-LAPTOP = {"backbone": "latent", "hidden_size": 64, "num_hidden_layers": 2, "num_latents": 24}
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Row:
 def time_starts(data: Path, *, seeds: int, epochs: Iterable[int] = EPOCHS) -> list[Row]:
     """The floor, our start with states of training cells and with drawn ones, and scVI until both its posterior and its
     prior are near."""
-    config = TrainConfig(data=data, out=data, **LAPTOP)
+    config = TrainConfig(**read_config(Path("laptop")) | {"data": data, "out": data})
     tokenizer = build_tokenizer(config)
     names = {"conditions": tokenizer.known_conditions(), "genes": tokenizer.genes}
     train, real = (from_anndata(read_counts(data / f"{s}.h5ad"), name=s, **names) for s in ("train", "validation"))

@@ -47,7 +47,7 @@ def principal_components(
     By Lanczos iterations on the sparse matrix; its centring is never written out.
     """
     n, G = counts.shape
-    logs = counts.astype(np.float64).multiply((median_total / np.maximum(total, 1))[:, None]).tocsr().log1p()
+    logs = _log_normalized(counts, total, median_total)
     center = np.asarray(logs.mean(axis=0))[0]
     centred = LinearOperator(
         (n, G),
@@ -60,6 +60,10 @@ def principal_components(
     components = np.zeros((num_components, G))
     components[:d] = vectors[::-1] / (values[::-1] / np.sqrt(n - 1))[:, None]
     return center, components
+
+
+def _log_normalized(counts: csr_matrix, total: np.ndarray, median_total: float) -> csr_matrix:
+    return counts.astype(np.float64).multiply((median_total / np.maximum(total, 1))[:, None]).tocsr().log1p()
 
 
 def moment_dispersion(counts: np.ndarray, expected: np.ndarray) -> np.ndarray:
@@ -179,7 +183,7 @@ def held_out_spread(
 
     A part of the cells is held out. Components of high rank lie along what was noise in a few of the others.
     """
-    logs = counts.astype(np.float64).multiply((median_total / np.maximum(total, 1))[:, None]).tocsr().log1p()
+    logs = _log_normalized(counts, total, median_total)
     ratios = []
     for split in range(SPLITS):
         order = np.random.default_rng([seed, 79, split]).permutation(len(total))

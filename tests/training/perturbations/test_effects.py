@@ -245,12 +245,11 @@ def with_vectors_and_effects(num_genes: int) -> DCMForDenoising:
 def test_a_vector_of_16_bits_or_beside_a_label_has_its_own_target_gene_or_none():
     model, vector = with_vectors_and_effects(300), torch.tensor([[[0.5, -1.0]]])
     nothing, x = torch.full((1, 1), -1), torch.full((1, 300), model.config.mask_token_id)
-    exact, narrow = (
-        model.known_effects(nothing, v, torch.tensor([[299]]))[0].genes for v in (vector, vector.bfloat16())
-    )
+    known, last = (model.conditions.perturbation, model.target_gene_ids), torch.tensor([[299]])
+    exact, narrow = (model.effects.with_vectors(nothing, v, last, *known)[0].genes for v in (vector, vector.bfloat16()))
     torch.testing.assert_close(narrow, exact)
     mean = model.partial_cells(x, perturbation_ids=torch.tensor([[1]]), perturbation_embeds=vector).effect[0]
-    effects, ids = model.known_effects(torch.tensor([[1]]), vector, None)
+    effects, ids = model.effects.with_vectors(torch.tensor([[1]]), vector, None, *known)
     kind = effects.kind(torch.full((1, 2), torch.nan))
     torch.testing.assert_close(mean, effects.of_genes(torch.tensor([-1]), ids, torch.arange(300)[None], kind)[0])
 
