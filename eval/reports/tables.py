@@ -42,15 +42,15 @@ def summary_rows(
 
     Returns:
         Rows with ``ROW_KEYS``: ``n`` the smallest number of cells a side, ``seeds`` the number of repeats with a finite
-        value, ``std`` (n - 1) None for a single one, ``mean`` None without any.
+        value, ``std`` (n - 1) None for a single one, ``mean`` None without any; both have six digits.
     """
     rows = []
     for (grouping, condition, metric), scores in repeated_scores(repeats).items():
         values = [score.value for score in scores if math.isfinite(score.value)]
         if condition is not None and test_cells[condition] < FEW_CELLS:
             condition = f"{condition} {FEW_MARK}"
-        mean = float(np.mean(values)) if values else None
-        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        mean = float(f"{np.mean(values):.6g}") if values else None
+        std = float(f"{np.std(values, ddof=1):.6g}") if len(values) > 1 else None
         n = min(score.n for score in scores)
         rows.append(dict(zip(ROW_KEYS, (model, protocol, grouping, condition, metric, mean, std, n, len(values)))))
     return rows
