@@ -112,7 +112,7 @@ def _file_and_key(source: str) -> tuple[Path, str | None]:
 def _log_what_they_tell(folder: Path, tables: Mapping[str, Mapping[str, "torch.Tensor"]]) -> None:
     """Log how far the vectors of training perturbations tell each other's effects, leaving one out at a time."""
     from training.data.loader import Cells
-    from training.loop.effects import leave_one_out
+    from training.loop.told_effects import leave_one_out
 
     cells = Cells(folder, "train")
     for name, table in tables.items():

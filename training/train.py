@@ -30,10 +30,10 @@ def main(config: TrainConfig) -> Path:
     from accelerate.utils import set_seed
 
     from modeling_dcm.diffusion_dcm import keyed_generator
-    from training.loop.accelerator import SAVED_AFTER_SIGNAL, Stopping, build_accelerator
+    from training.loop.accelerator import build_accelerator
     from training.loop.log import loss_still_falling
     from training.loop.resume import save_config, save_final
-    from training.loop.run import prepare_run, write_what_is_due
+    from training.loop.run import SAVED_AFTER_SIGNAL, Stopping, prepare_run, write_what_is_due
     from training.loop.step import averaged_weights, learning_rate, take_step, update_average
 
     set_seed(config.seed)

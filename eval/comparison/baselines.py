@@ -65,7 +65,7 @@ def perturbation_mean(train: CellCounts) -> Sampler:
     def predicted(context: tuple[str, ...], perturbation: str) -> np.ndarray:
         return means.control(context) if perturbation == train.control else average(context)
 
-    return _from_control_cells(train, means, _moved, predicted)
+    return from_control_cells(train, means, _moved, predicted)
 
 
 def controls_scaled(train: CellCounts) -> Sampler:
@@ -90,7 +90,7 @@ def controls_scaled(train: CellCounts) -> Sampler:
             factors = np.mean([means.of(*pair) / means.control(pair[0]) for pair in pairs], axis=0)
         return np.where(np.isfinite(factors), factors, 1.0)
 
-    return _from_control_cells(train, means, _scaled, factor)
+    return from_control_cells(train, means, _scaled, factor)
 
 
 def ridge(train: CellCounts, vectors: Mapping[str, np.ndarray]) -> Sampler:
@@ -156,7 +156,7 @@ def additive(train: CellCounts) -> Sampler:
         moved = np.log1p(means.control(context)) + sum(shift(context, part) for part in parts)
         return np.maximum(np.expm1(moved), 0.0)
 
-    return _from_control_cells(train, means, _moved, predicted)
+    return from_control_cells(train, means, _moved, predicted)
 
 
 def scvi_prior(train: CellCounts) -> Sampler:
@@ -359,10 +359,10 @@ def _by_vectors(train: CellCounts, vectors: Mapping[str, np.ndarray], predicted:
             logs = logs + (responses.mean(axis=0) if new is None else predicted(known_vectors, responses, new))
         return np.exp(logs)
 
-    return _from_control_cells(train, means, _scaled, factor)
+    return from_control_cells(train, means, _scaled, factor)
 
 
-def _from_control_cells(
+def from_control_cells(
     train: CellCounts,
     means: ConditionMeans,
     change: Callable[..., sparse.csr_matrix],

@@ -200,7 +200,7 @@ def _scores(folder: Path, models: list[str], trainings: int) -> list[Row]:
     from eval.comparison.baselines import FROM_VECTORS
     from eval.comparison.cells import read_comparison
     from eval.comparison.floor import FLOOR
-    from eval.studies.scores import BASELINES, score_held_out
+    from eval.studies.tables import BASELINES, score_held_out
     from training.perturbations.table import read_vectors
 
     table = folder / "tables" / "source.safetensors"

@@ -1,12 +1,7 @@
-"""What a run computes by, as `accelerate` and `torchrun` started it: processes, devices, kernels, when all stop."""
+"""What a run computes by, as `accelerate` and `torchrun` started it: processes, devices, kernels."""
 
 import logging
-import os
-import signal
-import threading
-import time
 from datetime import timedelta
-from types import FrameType
 
 import torch
 from accelerate import Accelerator
@@ -24,9 +19,6 @@ logger = logging.getLogger(__name__)
 WHOLE_COPIES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 # the others wait while the first process validates, scores and saves; their libraries give up after 10 minutes
 PATIENCE = timedelta(hours=2)
-SAVED_AFTER_SIGNAL = 75  # exit code, EX_TEMPFAIL of sysexits.h: the state is saved, start again with --resume
-SAME_KEY = 1.0  # seconds: launchers pass Ctrl-C on to processes that the terminal has sent it already
-AGREE_EVERY = 5  # steps between agreements of several processes
 KINDS_OF_CALLS = 4  # of a network's blocks in training: among tokens, at queried genes alone, into latents and back
 
 
@@ -125,45 +117,3 @@ def compile_blocks(model: DCMForDenoising, backend: str = "inductor") -> None:
     for block in model.modules():
         if isinstance(block, Block):
             block.compile(backend=backend, dynamic=False)
-
-
-class Stopping:
-    """When to stop before the last step: a signal to end (SIGTERM of Slurm's pre-emption, or Ctrl-C, a second of which
-    ends the process at once), or the end of the time given.
-
-    ``with Stopping(accelerator, minutes) as stopping:``, then ``stopping.reason(step)`` after each step.
-    """
-
-    def __init__(self, accelerator: Accelerator, max_time: float | None):
-        self.accelerator = accelerator
-        self.until = float("inf") if max_time is None else time.monotonic() + 60 * max_time
-        self.signalled: float | None = None  # when
-        self.before = {}
-
-    def __enter__(self) -> "Stopping":
-        if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *error) -> None:
-        for number, before in self.before.items():
-            signal.signal(number, before)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signalled is None:
-            self.signalled = time.monotonic()
-            if number == signal.SIGINT and self.accelerator.is_main_process:  # nothing else may write in a handler
-                os.write(2, b"\nstopping after this step, to save a state; Ctrl-C again ends at once\n")
-        elif number == signal.SIGINT and time.monotonic() - self.signalled > SAME_KEY:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    def reason(self, step: int) -> str | None:
-        """Return ``"signal"``, ``"time"`` or None after step number ``step``, the same in every process."""
-        asked = [self.signalled is not None, time.monotonic() > self.until]
-        if self.accelerator.num_processes > 1:
-            if step % AGREE_EVERY:
-                return None
-            device = self.accelerator.device
-            asked = self.accelerator.reduce(torch.tensor(asked, dtype=torch.float32, device=device), "sum").tolist()
-        return "signal" if asked[0] else "time" if asked[1] else None

@@ -1,9 +1,15 @@
-"""Prepare what the loop of `training/train.py` works with, and write what is due after each of its steps."""
+"""Prepare what the loop of `training/train.py` works with, write what is due after each of its steps, and say when it
+is to stop before the last one."""
 
+import os
+import signal
+import threading
+import time
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from types import FrameType
 
 import torch
 from accelerate import Accelerator
@@ -19,12 +25,16 @@ from training.data.loader import Cells
 from training.loop import resume
 from training.loop.accelerator import attention_implementation, compile_blocks, compiles, start_trackers
 from training.loop.batches import TrainBatches
-from training.loop.effects import training_effects
 from training.loop.fine_tune import load_source, merged_tokenizer, shaped_like
 from training.loop.log import TrainingLog, draw_curves, peak_flops, training_flops
 from training.loop.start import build_model, build_tokenizer, empty_model, open_cells
 from training.loop.step import NotFinite, build_optimizer, own_part, whole_averages
+from training.loop.told_effects import training_effects
 from training.loop.validation import Validation
+
+SAVED_AFTER_SIGNAL = 75  # exit code, EX_TEMPFAIL of sysexits.h: the state is saved, start again with --resume
+SAME_KEY = 1.0  # seconds: launchers pass Ctrl-C on to processes that the terminal has sent it already
+AGREE_EVERY = 5  # steps between agreements of several processes
 
 
 @dataclass(frozen=True)
@@ -176,3 +186,45 @@ def _explained(error: NotFinite, run: Run) -> str:
     good = resume.all_states(config.out)[-1:]
     way_out = f"go on from the last good state with --init-from {good[0]}" if good else "start again"
     return f"{error}; its noised batch is in {str(file)!r}; {way_out}, a lower --learning-rate and another --out"
+
+
+class Stopping:
+    """When to stop before the last step: a signal to end (SIGTERM of Slurm's pre-emption, or Ctrl-C, a second of which
+    ends the process at once), or the end of the time given.
+
+    ``with Stopping(accelerator, minutes) as stopping:``, then ``stopping.reason(step)`` after each step.
+    """
+
+    def __init__(self, accelerator: Accelerator, max_time: float | None):
+        self.accelerator = accelerator
+        self.until = float("inf") if max_time is None else time.monotonic() + 60 * max_time
+        self.signalled: float | None = None  # when
+        self.before = {}
+
+    def __enter__(self) -> "Stopping":
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, before in self.before.items():
+            signal.signal(number, before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signalled is None:
+            self.signalled = time.monotonic()
+            if number == signal.SIGINT and self.accelerator.is_main_process:  # nothing else may write in a handler
+                os.write(2, b"\nstopping after this step, to save a state; Ctrl-C again ends at once\n")
+        elif number == signal.SIGINT and time.monotonic() - self.signalled > SAME_KEY:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def reason(self, step: int) -> str | None:
+        """Return ``"signal"``, ``"time"`` or None after step number ``step``, the same in every process."""
+        asked = [self.signalled is not None, time.monotonic() > self.until]
+        if self.accelerator.num_processes > 1:
+            if step % AGREE_EVERY:
+                return None
+            device = self.accelerator.device
+            asked = self.accelerator.reduce(torch.tensor(asked, dtype=torch.float32, device=device), "sum").tolist()
+        return "signal" if asked[0] else "time" if asked[1] else None

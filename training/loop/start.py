@@ -21,8 +21,8 @@ from training.config import TrainConfig
 from training.data.loader import Cells
 from training.data.loader import open_cells as open_split
 from training.data.statistics import Statistics, library_size_quantiles, read_statistics
-from training.loop.effects import cell_states
-from training.loop.estimates import (
+from training.loop.fine_tune import NETWORK, Source, take_state_map, transfer
+from training.loop.start_estimates import (
     calibrated_loadings,
     count_corrections,
     held_out_spread,
@@ -32,7 +32,7 @@ from training.loop.estimates import (
     regressed,
     state_mixture,
 )
-from training.loop.fine_tune import NETWORK, Source, take_state_map, transfer
+from training.loop.told_effects import cell_states
 from training.perturbations.table import PerturbationTable, read_table
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,16 @@ from scipy import sparse
 
 from eval.comparison.cells import CellCounts, Comparison
 from eval.simulate import main as simulate
-from eval.studies.scores import BASELINES, control_cells, marginals_of_all, score_held_out
-from eval.studies.tables import MARKS, expectations, study_markdown, study_tables
+from eval.studies.tables import (
+    BASELINES,
+    MARKS,
+    control_cells,
+    expectations,
+    marginals_of_all,
+    score_held_out,
+    study_markdown,
+    study_tables,
+)
 from eval.studies.zero_shot import main as zero_shot
 from eval.studies.zero_shot import shuffled
 
@@ -178,7 +186,7 @@ def test_a_study_writes_its_files_and_goes_on_where_it_stopped(tmp_path, monkeyp
 
     for stage in ("convert", "train", "sample", "embed"):
         monkeypatch.setattr(f"eval.studies.zero_shot.{stage}", refuse)
-    for stage in ("eval.studies.scores.score_held_out", "training.perturbations.table.write_table"):
+    for stage in ("eval.studies.tables.score_held_out", "training.perturbations.table.write_table"):
         monkeypatch.setattr(stage, refuse)
     zero_shot(**options)
     assert written.read_bytes() == before

@@ -30,7 +30,7 @@ import training.loop.step
 import training.train
 from tests.tiny_training import TINY_TRAINING, shards_of_two_panels, tiny_training
 from training.config import TrainConfig
-from training.loop.accelerator import SAVED_AFTER_SIGNAL, Stopping
+from training.loop.run import SAVED_AFTER_SIGNAL, Stopping
 
 ROOT = Path(__file__).resolve().parents[3]
 SERVER = multiprocessing.get_context("forkserver")

@@ -20,8 +20,8 @@ from tokenization import DCMTokenizer
 from training.config import TrainConfig
 from training.convert_h5ad import main as convert
 from training.data.loader import Cells
-from training.loop.effects import cell_states
 from training.loop.start import build_model, build_tokenizer, open_cells
+from training.loop.told_effects import cell_states
 from training.train import main as train
 
 GENES = ["A", "B", "C"]

@@ -10,8 +10,8 @@ from modeling_dcm import DCMConfig, DCMForDenoising
 from modeling_dcm.state_dcm import ANY, ridge_weights
 from tests.tiny_training import tiny_training
 from training.data.loader import Cells
-from training.loop.effects import take_rows, training_effects
 from training.loop.start import build_model, build_tokenizer, open_cells
+from training.loop.told_effects import take_rows, training_effects
 from training.perturbations.effects import PENALTIES, LabelledCells, choose_penalty, estimate_effects
 
 G = 40

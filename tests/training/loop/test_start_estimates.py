@@ -7,7 +7,7 @@ from scipy.sparse import csr_matrix
 from scipy.stats import nbinom
 
 from training.loop import start
-from training.loop.estimates import (
+from training.loop.start_estimates import (
     calibrated_loadings,
     count_corrections,
     held_out_spread,
@@ -58,7 +58,7 @@ def test_loadings_and_dispersions_of_a_simulated_state_are_found_whatever_the_bl
     loadings, dispersion = state_loadings(x, expected, state, NO_BOUND[:G])
     np.testing.assert_allclose(loadings, truth, atol=0.05)
     np.testing.assert_allclose(dispersion, spread, rtol=0.25)
-    monkeypatch.setattr("training.loop.estimates.GENES_AT_ONCE", 3)
+    monkeypatch.setattr("training.loop.start_estimates.GENES_AT_ONCE", 3)
     in_blocks = state_loadings(x, expected, state, NO_BOUND[:G])
     np.testing.assert_allclose(in_blocks[0], loadings, rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(in_blocks[1], dispersion)

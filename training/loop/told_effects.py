@@ -15,7 +15,7 @@ from modeling_dcm.count_distribution_dcm import LOWEST_MEAN
 from modeling_dcm.state_dcm import ANY, PerturbationEffects
 from training.data.loader import Cells
 from training.data.statistics import read_statistics
-from training.loop.estimates import state_effect
+from training.loop.start_estimates import state_effect
 from training.perturbations.effects import FOLDS, Effects, LabelledCells, estimate_effects
 
 PREDICTED_SHARE = 0.2  # of cells that are told a predicted effect
