@@ -90,8 +90,8 @@ def main(
         raise ValueError(f"missing: {' and '.join(option for option, path in needed.items() if path is None)}")
     check_folder(out)
     from eval.comparison.baselines import FROM_SCVI, fitted_baselines, named_baselines
-    from eval.comparison.floor import split_half_note
     from eval.comparison.protocols import Challenge, named_protocols
+    from eval.comparison.scoring import split_half_note
     from training.perturbations.table import read_vectors
 
     protocols, chosen = named_protocols(protocol), named_baselines(baselines)

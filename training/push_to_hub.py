@@ -29,6 +29,7 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from model_cards.draft_card import drafted_facts, is_asked, panel_sha256
 from model_cards.render_card import read_facts, render
+from training.data.checkpoint import check_checkpoint
 from training.data.command_line import run
 from training.data.files import written_aside
 
@@ -36,9 +37,19 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 CARDS = Path(__file__).resolve().parent.parent / "model_cards"
-NEEDED = ("config.json", "genes.txt", "conditions.json", "tokenizer_config.json", "training_options.json")
+OF_TRAINING = ("tokenizer_config.json", "training_options.json")  # what a card and a pipeline need besides
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
-LISTED = (*NEEDED, *WEIGHTS, "*_dcm.py", "handler.py", "special_tokens_map.json", "added_tokens.json")
+LISTED = (
+    "config.json",
+    "genes.txt",
+    "conditions.json",
+    *OF_TRAINING,
+    *WEIGHTS,
+    "*_dcm.py",
+    "handler.py",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 OWN = (*LISTED, "README.md", "results.json", "figure.png")  # what a push may replace or remove on the Hub
 # options that would tell where the files of a user lie
 PATHS = ("data", "out", "config", "perturbation_embeddings", "init_from")
@@ -132,9 +143,8 @@ def stage(checkpoint: Path, folder: Path) -> None:
 def _check_complete(checkpoint: Path) -> None:
     if not checkpoint.is_dir():
         raise FileNotFoundError(f"no checkpoint folder {str(checkpoint)!r}")
-    missing = [name for name in NEEDED if not (checkpoint / name).is_file()]
-    if not any((checkpoint / name).is_file() for name in WEIGHTS[:2]):
-        missing.append(WEIGHTS[0])
+    check_checkpoint(str(checkpoint))
+    missing = [name for name in OF_TRAINING if not (checkpoint / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{str(checkpoint)!r} is no complete checkpoint: it has no {', '.join(missing)}")
 

@@ -22,10 +22,10 @@ import pandas as pd
 from scipy import sparse
 from tqdm import tqdm
 
-from eval.comparison.baselines import BASELINES, Sampler, baseline_draws, needs_control
+from eval.comparison.baselines import BASELINES, Sampler, needs_control
 from eval.comparison.cells import PERTURBATION, CellCounts, Comparison, joined_labels
-from eval.comparison.floor import FLOOR, Halves, floor_draws
 from eval.comparison.protocols import Challenge, Score, mean_scores
+from eval.comparison.scoring import FLOOR, Halves, samples_of
 from eval.reports.tables import Row, summary_rows
 
 logger = logging.getLogger(__name__)
@@ -79,18 +79,14 @@ def challenge_rows(
             raise ValueError(f"protocol {challenge.name} compares perturbations with control cells, and {reason}")
     halves = Halves(train, real, np.random.default_rng([seed, 0]))
     contexts = _contexts(halves.compared)
-    models: dict[str, Iterator[CellCounts]] = {
-        FLOOR: (halves.floor(drawn) for drawn in floor_draws(train, real, seed=seed)),
-        **{model: (halves.beside(file) for file in files) for model, files in comparison.generated.items()},
-        **{m: (halves.beside(d) for d in baseline_draws(s, real, seed=seed)) for m, s in samplers.items()},
-    }
     with tempfile.TemporaryDirectory() as folder, tqdm(desc=challenge.name, unit=" files", disable=None) as bar:
         make = {"vcc2025": vcc2025.Rules, "vcc2026": vcc2026.Rules}[challenge.name]
         rules = make(contexts, train, comparison.genes, Path(folder), seed)
         found: dict[str, list[list[Score]]] = {}
-        for model, files in models.items():
+        for model, samples in samples_of(comparison, samplers, seed=seed).items():
             found[model] = []
-            for cells in files:
+            for drawn in samples:
+                cells = halves.compared_cells(model, drawn)
                 found[model].append(scores_in_contexts(rules.measure, contexts, cells))
                 bar.update()
         found |= dict(zip(YARDSTICKS[challenge.name], rules.yardsticks()))

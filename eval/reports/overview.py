@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from eval.comparison.floor import FLOOR
+from eval.comparison.scoring import FLOOR
 from eval.metrics.table import metric_label, model_label
 from eval.reports.tables import Row, at_floor, markdown_table, models_of
 from training.data.command_line import run

@@ -11,7 +11,6 @@ from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import rbf_kernel
 
 from eval.comparison.cells import CellCounts, Comparison, _warn_of_gaps
-from eval.comparison.floor import floor_draws, without_training_cells
 from eval.comparison.protocols import (
     PROTOCOLS,
     Protocol,
@@ -20,6 +19,7 @@ from eval.comparison.protocols import (
     prepare_reference,
     variable_genes,
 )
+from eval.comparison.scoring import floor_draws, without_training_cells
 from eval.metrics import distances, gene_agreement
 from eval.metrics.table import COPYING
 
