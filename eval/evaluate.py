@@ -92,7 +92,7 @@ def main(
     from eval.comparison.baselines import FROM_SCVI, fitted_baselines, named_baselines
     from eval.comparison.protocols import Challenge, named_protocols
     from eval.comparison.scoring import split_half_note
-    from training.perturbations.table import read_vectors
+    from training.perturbations.vectors import read_vectors
 
     protocols, chosen = named_protocols(protocol), named_baselines(baselines)
     from eval.comparison.cells import read_comparison
@@ -153,7 +153,7 @@ def _named(generated: Sequence[Path], name: str | None) -> dict[Path, str | None
 
 def _validate(generated: Sequence[Path], real: Path, **options: str | None) -> None:
     """Refuse all files that break the contract of vcc2026, and say of which there is nothing to say."""
-    from eval.comparison.submission import refuse_defects
+    from eval.comparison.vcc2026 import refuse_defects
 
     found = []
     for path in generated:

@@ -121,7 +121,7 @@ def main(
     conditions = _conditions(checkpoint, like, DEFAULT_NUM_CELLS if num_cells is None else num_cells, labels)
     model, tokenizer = load_checkpoint(checkpoint)
     if vcc:
-        from eval.comparison.submission import refuse_missing_genes, rewrite_as_submission
+        from eval.comparison.vcc2026 import refuse_missing_genes, rewrite_as_submission
 
         refuse_missing_genes(tokenizer.genes, like)
     asked = {name: label for name, label in labels.items() if label is not None}

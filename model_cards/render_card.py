@@ -256,7 +256,7 @@ def evaluation_table(rows: Sequence[Row]) -> str:
 
 def _scores(rows: Sequence[Row]) -> str:
     """Return a table, metrics down and models across, the floor first."""
-    from eval.metrics.table import metric_label, model_label  # with scipy, which takes a moment
+    from eval.metrics.by_name import metric_label, model_label  # with scipy, which takes a moment
 
     number = {row["model"]: row["n"] for row in rows}
     models = sorted(number, key=lambda model: (model != "floor", model != "dcm"))
@@ -286,7 +286,7 @@ def _eval_results(measured: Mapping, dataset_name: str) -> list:
     """Return the model's pooled and averaged rows as a model index; the floor stands beside each number."""
     from huggingface_hub import EvalResult
 
-    from eval.metrics.table import metric_label
+    from eval.metrics.by_name import metric_label
 
     floors = {_place(row): row["mean"] for row in measured["rows"] if row["model"] == "floor"}
     ours = [row for row in measured["rows"] if row["model"] == "dcm" and row["grouping"] != "condition"]

@@ -80,7 +80,7 @@ def main(
     names = perturbation_names(perturbations)
     logger.info("perturbations: %d", len(names))
     seen = seen_in_training(perturbations)
-    from training.perturbations.table import joined, read_vectors, write_table
+    from training.perturbations.vectors import joined, read_vectors, write_table
 
     about: dict[str, object] = {"from": sources[0] if len(sources) == 1 else list(sources)}
     tables = {}
@@ -169,7 +169,7 @@ def _coexpression(folder: Path, components: int) -> dict[str, "torch.Tensor"]:
     import torch
 
     from training.data.loader import Cells
-    from training.perturbations.coexpression import coexpression_vectors
+    from training.perturbations.vectors import coexpression_vectors
 
     vectors = coexpression_vectors(Cells(folder, "train"), components)
     return {gene: torch.from_numpy(loadings) for gene, loadings in vectors.items()}

@@ -16,9 +16,9 @@ from scipy import sparse
 from eval.comparison.baselines import check_installed
 from eval.comparison.cells import PERTURBATION, CellCounts
 from eval.metrics.blocks import Matrix
+from eval.metrics.by_name import BESIDE_TRAINING_CELLS, DELTAS, METRICS, POOLED_METRICS, Pair
 from eval.metrics.distances import median_bandwidth
 from eval.metrics.gene_agreement import leading_directions, principal_directions
-from eval.metrics.table import BESIDE_TRAINING_CELLS, DELTAS, METRICS, POOLED_METRICS, Pair
 from training.data.variable_genes import FEWEST_GENES, GeneTotals, seurat_v3_variances, top_genes
 
 FEW_CELLS = 20

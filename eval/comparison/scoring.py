@@ -17,7 +17,7 @@ from tqdm import tqdm
 from eval.comparison.baselines import BASELINE_DRAWS, Sampler, baseline_draws
 from eval.comparison.cells import CellCounts, Comparison, together
 from eval.comparison.protocols import Protocol, Reference, Score, averaged_scores, evaluate_pair, prepare_reference
-from eval.metrics.table import COPYING
+from eval.metrics.by_name import COPYING
 from tokenization.labels_dcm import shortened
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from scipy.spatial.distance import squareform
 from eval.comparison.cells import CellCounts, Comparison
 from eval.comparison.protocols import FEW_CELLS, log_cp10k, principal_components
 from eval.metrics import gene_agreement as metrics
-from eval.metrics.table import model_label
+from eval.metrics.by_name import model_label
 from tokenization.count_checks_dcm import library_size
 
 INK = "#010203"

@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from eval.comparison.cells import CellCounts, Comparison
-from eval.metrics.table import metric_label, model_label
+from eval.metrics.by_name import metric_label, model_label
 from eval.reports import figures
 from eval.reports.tables import (
     AT_FLOOR,

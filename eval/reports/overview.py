@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from eval.comparison.scoring import FLOOR
-from eval.metrics.table import metric_label, model_label
+from eval.metrics.by_name import metric_label, model_label
 from eval.reports.tables import Row, at_floor, markdown_table, models_of
 from training.data.command_line import run
 from training.data.files import write_text, written_aside

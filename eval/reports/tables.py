@@ -14,7 +14,7 @@ import pandas as pd
 
 from eval.comparison.protocols import CHALLENGES, FEW_CELLS, PROTOCOLS, Score, repeated_scores
 from eval.comparison.scoring import FLOOR
-from eval.metrics.table import metric_label, model_label
+from eval.metrics.by_name import metric_label, model_label
 
 FEW_MARK = f"(under {FEW_CELLS} cells)"
 HOW_TO_READ = (

@@ -33,7 +33,7 @@ from eval.comparison.baselines import (
 from eval.comparison.cells import PERTURBATION, CellCounts, Comparison, together
 from eval.comparison.protocols import FEW_CELLS, PROTOCOLS, Score, mean_scores
 from eval.comparison.scoring import FLOOR, FLOOR_DRAWS, score_models
-from eval.metrics.table import metric_label, model_label
+from eval.metrics.by_name import metric_label, model_label
 from eval.reports.overview import write_between
 from eval.reports.tables import Row, markdown_table, summary_rows
 from training.data.command_line import run

@@ -171,7 +171,7 @@ def _tables(
     Raises:
         ValueError: held-out perturbations without a vector.
     """
-    from training.perturbations.table import read_table, write_table
+    from training.perturbations.vectors import read_table, write_table
 
     table, other = folder / "source.safetensors", folder / f"{SHUFFLED}.safetensors"
     if vectors is not None and not table.exists():
@@ -201,7 +201,7 @@ def _scores(folder: Path, models: list[str], trainings: int) -> list[Row]:
     from eval.comparison.cells import read_comparison
     from eval.comparison.scoring import FLOOR
     from eval.studies.tables import BASELINES, score_held_out
-    from training.perturbations.table import read_vectors
+    from training.perturbations.vectors import read_vectors
 
     table = folder / "tables" / "source.safetensors"
     path, real, train_cells = folder / "scores.json", folder / "shards" / "test.h5ad", folder / "shards" / "train.h5ad"

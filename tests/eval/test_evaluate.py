@@ -17,7 +17,7 @@ from PIL import Image
 from eval.comparison import vcc2025
 from eval.comparison.cells import read_comparison
 from eval.evaluate import main
-from eval.metrics.table import POOLED_METRICS
+from eval.metrics.by_name import POOLED_METRICS
 from eval.reports import html_report
 from eval.reports.tables import ROW_KEYS, at_floor
 from eval.simulate import simulate

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy import sparse
 
-from eval.comparison.submission import defects
+from eval.comparison.vcc2026 import defects
 from eval.sample import Schedule, main
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.schedule_dcm import SCHEDULES

@@ -21,8 +21,7 @@ from training.convert_h5ad import main as convert
 from training.data.loader import Cells
 from training.embed_perturbations import main, perturbation_names
 from training.loop.start import build_tokenizer
-from training.perturbations.coexpression import coexpression_vectors
-from training.perturbations.table import read_table, write_table
+from training.perturbations.vectors import coexpression_vectors, read_table, write_table
 from training.train import main as train
 
 

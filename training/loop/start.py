@@ -33,7 +33,7 @@ from training.loop.start_estimates import (
     state_mixture,
 )
 from training.loop.told_effects import cell_states
-from training.perturbations.table import PerturbationTable, read_table
+from training.perturbations.vectors import PerturbationTable, read_table
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from eval.comparison.protocols import (
 )
 from eval.comparison.scoring import floor_draws, without_training_cells
 from eval.metrics import distances, gene_agreement
-from eval.metrics.table import COPYING
+from eval.metrics.by_name import COPYING
 
 LOG, PAPER = PROTOCOLS["log"], PROTOCOLS["paper"]
 

@@ -186,7 +186,7 @@ def test_a_study_writes_its_files_and_goes_on_where_it_stopped(tmp_path, monkeyp
 
     for stage in ("convert", "train", "sample", "embed"):
         monkeypatch.setattr(f"eval.studies.zero_shot.{stage}", refuse)
-    for stage in ("eval.studies.tables.score_held_out", "training.perturbations.table.write_table"):
+    for stage in ("eval.studies.tables.score_held_out", "training.perturbations.vectors.write_table"):
         monkeypatch.setattr(stage, refuse)
     zero_shot(**options)
     assert written.read_bytes() == before

@@ -23,7 +23,7 @@ from training.loop.fine_tune import load_source, merged_tokenizer, shaped_like
 from training.loop.resume import run_facts
 from training.loop.run import prepare_start
 from training.loop.start import build_model, build_tokenizer
-from training.perturbations.table import write_table
+from training.perturbations.vectors import write_table
 from training.train import main
 
 SEVERAL = {"gene_output_bias": 6, "batch_size": 16, "max_steps": 40, "learning_rate": 1e-2, "save_every": 50}

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from eval.comparison.submission import MOST_COUNTS, defects, refuse_missing_genes, rewrite_as_submission
+from eval.comparison.vcc2026 import MOST_COUNTS, defects, refuse_missing_genes, rewrite_as_submission
 from eval.evaluate import main as evaluate
 from training.data.command_line import run
 
