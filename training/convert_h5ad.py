@@ -23,7 +23,8 @@ from training.data.command_line import run, version_of
 if TYPE_CHECKING:
     from tokenization import DCMTokenizer
     from training.conversion.conditions import ConditionColumns
-    from training.conversion.genes import Panel
+    from training.conversion.genes import InputCells, Panel
+    from training.conversion.splits import Split, SplitOptions
 
 logger = logging.getLogger(__name__)
 
@@ -102,16 +103,7 @@ def main(
     from training.data.files import check_replaceable, folder_written_aside, remove_leftovers, scratch_folder
 
     sources = (source,) if isinstance(source, Path) else tuple(source)
-    for path in sources:
-        if not path.exists():
-            raise FileNotFoundError(f"no file {str(path)!r}; expected an h5ad file")
-    defaults = {name: parameter.default for name, parameter in inspect.signature(main).parameters.items()}
-    others = [name for name in arguments.keys() - {"source", "out", "merge"} if arguments[name] != defaults[name]]
-    if merge and others:
-        option = min(others).replace("_", "-")
-        raise ValueError(f"--merge takes what the parts were converted with: leave out --{option}")
-    if genes is not None and n_top_genes is not None:
-        raise ValueError("--genes and --n-top-genes were both given; pass one of them")
+    _check(sources, arguments)
     chosen = {field.name: arguments[field.name] for field in fields(SplitOptions) if field.name != "seed"}
     options = SplitOptions(**chosen, seed=split_seed)
     remove_leftovers(out)
@@ -124,58 +116,26 @@ def main(
         logger.info("written: %s", out)
         return out
     with scratch_folder(out) as scratch:
-        from training.conversion.conditions import read_conditions
-        from training.conversion.genes import choose_panel, read_cells, read_gene_list
-        from training.conversion.splits import split_cells
-
-        cells = read_cells(
-            sources,
-            scratch,
-            layer=layer,
-            gene_key=gene_key,
-            genes=None if genes is None else read_gene_list(genes),
-            join=join,
-        )
-        conditions = read_conditions(
-            cells.obs,
-            cell_type_key=cell_type_key,
-            perturbation_key=perturbation_key,
-            covariate_keys=[key.strip() for key in covariate_keys.split(",") if key.strip()],
-            control=control,
-            separator=separator or None,
-        )
-        chosen = split_cells(cells.obs, conditions, options)
-        panel = choose_panel(cells, chosen.cells["train"], n_top_genes)
+        cells, conditions, parts, panel = _chosen(sources, scratch, options, arguments)
 
         # takes seconds, so not before labels and counts are known to be right
-        from tqdm import tqdm
-
         from training.conversion.write import build_tables, dataset_card, write_splits
-        from training.data.files import sha256_of, write_json, write_text
+        from training.data.files import write_json, write_text
 
         tokenizer = _build_tokenizer(cells.var.index[panel.genes], conditions, panel)
         tables = build_tables(cells, conditions, panel, [path.name for path in sources])
-        written = write_splits(scratch / "splits", cells, chosen.cells, panel, tables, tokenizer, seed=split_seed)
-        bar = tqdm(sources, desc="summing files", unit=" files", delay=1, disable=None)
-        selection = "list" if genes is not None else "all" if n_top_genes is None else "seurat_v3"
+        written = write_splits(scratch / "splits", cells, parts.cells, panel, tables, tokenizer, seed=split_seed)
         description = {
-            "format": FORMAT,
-            "split": split,
-            "seed": split_seed,
-            "test_fraction": test_fraction,
-            "validation_fraction": validation_fraction,
-            **chosen.description,
-            "sources": [{"file": path.name, "sha256": sha256_of(path)} for path in bar],
-            "layer": layer,
+            **_about(sources, arguments),
+            **parts.description,
             "conditions": list(conditions.columns),
             "columns": conditions.sources,
             "control": conditions.control,
             "separator": conditions.separator,
             "max_count": tokenizer.max_count,
-            "versions": {name: version_of(name) for name in PACKAGES},
-            "genes": {"selection": selection, "join": join, "panel": tokenizer.genes},
-            "cells": {name: cells.obs.index[here].tolist() for name, here in chosen.cells.items()},
+            "cells": {name: cells.obs.index[here].tolist() for name, here in parts.cells.items()},
         }
+        description["genes"]["panel"] = tokenizer.genes
         with folder_written_aside(out) as folder:
             for path in written:
                 path.rename(folder / path.name)
@@ -184,10 +144,65 @@ def main(
                 write_json(folder / "panels.json", tables.panels.missing)
             write_json(folder / "split.json", description)
             write_text(folder / "README.md", dataset_card(description))
-    logger.info("cells: %s", ", ".join(f"{len(here):,} {name}" for name, here in chosen.cells.items()))
+    logger.info("cells: %s", ", ".join(f"{len(here):,} {name}" for name, here in parts.cells.items()))
     _report(tokenizer, panel)
     logger.info("written: %s", out)
     return out
+
+
+def _check(sources: Sequence[Path], arguments: dict[str, object]) -> None:
+    """Refuse files that are not there and options of :func:`main` that contradict each other."""
+    for path in sources:
+        if not path.exists():
+            raise FileNotFoundError(f"no file {str(path)!r}; expected an h5ad file")
+    defaults = {name: parameter.default for name, parameter in inspect.signature(main).parameters.items()}
+    others = [name for name in arguments.keys() - {"source", "out", "merge"} if arguments[name] != defaults[name]]
+    if arguments["merge"] and others:
+        option = min(others).replace("_", "-")
+        raise ValueError(f"--merge takes what the parts were converted with: leave out --{option}")
+    if arguments["genes"] is not None and arguments["n_top_genes"] is not None:
+        raise ValueError("--genes and --n-top-genes were both given; pass one of them")
+
+
+def _chosen(
+    sources: Sequence[Path], scratch: Path, options: "SplitOptions", arguments: dict[str, object]
+) -> tuple["InputCells", "ConditionColumns", "Split", "Panel"]:
+    """Look at every cell, and choose conditions, split and genes."""
+    from training.conversion.conditions import read_conditions
+    from training.conversion.genes import choose_panel, read_cells, read_gene_list
+    from training.conversion.splits import split_cells
+
+    def asked(*names: str) -> dict[str, object]:
+        return {name: arguments[name] for name in names}
+
+    genes = None if arguments["genes"] is None else read_gene_list(arguments["genes"])
+    cells = read_cells(sources, scratch, genes=genes, **asked("layer", "gene_key", "join"))
+    keys = [key.strip() for key in arguments["covariate_keys"].split(",") if key.strip()]
+    columns = asked("cell_type_key", "perturbation_key", "control") | {"separator": arguments["separator"] or None}
+    conditions = read_conditions(cells.obs, covariate_keys=keys, **columns)
+    parts = split_cells(cells.obs, conditions, options)
+    return cells, conditions, parts, choose_panel(cells, parts.cells["train"], arguments["n_top_genes"])
+
+
+def _about(sources: Sequence[Path], arguments: dict[str, object]) -> dict[str, object]:
+    """What ``split.json`` says of the conversion before it says what was found."""
+    from tqdm import tqdm
+
+    from training.data.files import sha256_of
+
+    bar = tqdm(sources, desc="summing files", unit=" files", delay=1, disable=None)
+    by_variance = "all" if arguments["n_top_genes"] is None else "seurat_v3"
+    return {
+        "format": FORMAT,
+        "split": arguments["split"],
+        "seed": arguments["split_seed"],
+        "test_fraction": arguments["test_fraction"],
+        "validation_fraction": arguments["validation_fraction"],
+        "sources": [{"file": path.name, "sha256": sha256_of(path)} for path in bar],
+        "layer": arguments["layer"],
+        "versions": {name: version_of(name) for name in PACKAGES},
+        "genes": {"selection": by_variance if arguments["genes"] is None else "list", "join": arguments["join"]},
+    }
 
 
 def _build_tokenizer(genes: Sequence[str], conditions: "ConditionColumns", panel: "Panel") -> "DCMTokenizer":
