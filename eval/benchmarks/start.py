@@ -6,7 +6,6 @@ network that starts from statistics and has not been trained, and by scVI after 
 
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,7 +41,7 @@ class Row:
         return asdict(self)
 
 
-def time_starts(data: Path, *, seeds: int, epochs: Iterable[int] = EPOCHS) -> list[Row]:
+def time_starts(data: Path, *, seeds: int) -> list[Row]:
     """The floor, our start with states of training cells and with drawn ones, and scVI until both its posterior and its
     prior are near."""
     config = TrainConfig(**read_config(Path("laptop")) | {"data": data, "out": data})
@@ -65,7 +64,7 @@ def time_starts(data: Path, *, seeds: int, epochs: Iterable[int] = EPOCHS) -> li
             tokenizer.decode(model.generate(**given, state=state, seed=s, steps=STATE_STEPS)).X for s in range(seeds)
         ]
         rows.append(_row(f"{OURS}, states: {state}", seconds, real, draws))
-    for number in epochs:
+    for number in EPOCHS:
         began = time.perf_counter()
         samplers = {f: scvi.fit(train, from_prior=f == "prior", max_epochs=number) for f in ("posterior", "prior")}
         seconds = time.perf_counter() - began

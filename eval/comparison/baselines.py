@@ -235,11 +235,9 @@ def fitted_baselines(
     return samplers | {name: fit(train, vectors) for name, fit in FROM_VECTORS.items() if vectors}
 
 
-def baseline_draws(
-    sample: Sampler, real: CellCounts, *, draws: int = BASELINE_DRAWS, seed: int = 0
-) -> Iterator[CellCounts]:
+def baseline_draws(sample: Sampler, real: CellCounts, *, seed: int = 0) -> Iterator[CellCounts]:
     """Yield samples of a baseline with the conditions of the test cells."""
-    for draw in range(draws):
+    for draw in range(BASELINE_DRAWS):
         yield CellCounts(sample(real.labels, np.random.default_rng([seed, draw])), real.labels, real.control)
 
 

@@ -95,9 +95,7 @@ def marginals_of_all(train: CellCounts) -> Sampler:
 BASELINES = (perturbation_mean, additive, controls_scaled, control_cells, marginals_of_all)
 
 
-def score_held_out(
-    comparison: Comparison, *, vectors: Mapping[str, np.ndarray] | None = None, seed: int = 0
-) -> list[Row]:
+def score_held_out(comparison: Comparison, *, vectors: Mapping[str, np.ndarray] | None = None) -> list[Row]:
     """Score every model on each perturbation that no training cell has (or none of the cell type and covariates): W2,
     MMD^2 and Pearson delta of protocol `log`.
 
@@ -132,7 +130,7 @@ def score_held_out(
         logger.warning("%d held-out perturbations are not scored, %s: %s", len(left_out), few, ", ".join(left_out))
     controls = [cells.take(np.flatnonzero(cells.labels[PERTURBATION] == cells.control)) for cells in (train, test)]
     beside_controls = replace(comparison, real=together([held, *controls]))
-    ((_, scores),) = score_models(beside_controls, [PROTOCOL], samplers, seed=seed)
+    ((_, scores),) = score_models(beside_controls, [PROTOCOL], samplers)
     rows = []
     for name, samples in scores.items():
         averaged = [_by_perturbation(found, label_of) for found in samples]

@@ -215,10 +215,10 @@ class ProteinEncoder:
         return totals.float()
 
 
-def hub_answers(seconds: float = 5.0) -> bool:
+def hub_answers() -> bool:
     """Whether the Hub can be reached: asked once, as loading would ask again and again for every file."""
     try:
-        urllib.request.urlopen(ENDPOINT, timeout=seconds).close()
+        urllib.request.urlopen(ENDPOINT, timeout=5.0).close()
     except urllib.error.HTTPError:
         return True
     except OSError:
