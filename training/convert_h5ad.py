@@ -33,7 +33,6 @@ PACKAGES = ("anndata", "datasets", "numpy", "pyarrow", "scikit-misc", "scipy", "
 WRITTEN = {"README.md", "split.json", "merged.json", "panels.json", "statistics.safetensors", "tokenizer"}
 WRITTEN |= {"train", "validation", "test", "train.h5ad", "validation.h5ad", "test.h5ad"}
 SplitName = Literal["random", "held-out-perturbations", "held-out-combinations", "few-shot", "zero-shot", "from-file"]
-Controls = Literal["proportional", "train", "test"]
 
 
 def main(
@@ -54,7 +53,6 @@ def main(
     split: SplitName = "random",
     held_out: str | None = None,
     held_out_cell_type: str | None = None,
-    controls: Controls | None = None,
     split_file: Path | None = None,
     split_key: str | None = None,
     test_fraction: float = 0.2,
@@ -82,12 +80,11 @@ def main(
         join: Of several files, genes that all have, or that any has; genes that a file lacks are then marked as not
             measured in its cells. With --genes, "union" allows genes that the data lack.
         split: Random (a share of every condition), held-out-perturbations, held-out-combinations (both members seen
-            alone), few-shot (some perturbations of --held-out-cell-type), zero-shot (all of them), or from-file.
+            alone), few-shot (some perturbations of --held-out-cell-type), zero-shot (all of them), or from-file. As
+            large a share of the controls is tested on as of the perturbed cells.
         held_out: Perturbations to test on, separated by commas, or @FILE with one per line; default a share
             --test-fraction of those that the split can hold out.
         held_out_cell_type: Cell type that few-shot and zero-shot test on.
-        controls: Controls of the divided cells: "proportional" tests on as large a share of them as of the perturbed
-            cells, "train" and "test" take all; default "test" for zero-shot, else "proportional".
         split_file: For from-file: JSON {"train": [cell names], "test": [...]}; an earlier split.json will do.
         split_key: For from-file: obs column with the labels train, test and perhaps validation.
         test_fraction: Share of the cells held out for evaluation, in every condition; for splits that hold conditions

@@ -276,7 +276,7 @@ def test_a_language_model_that_was_downloaded_before_is_loaded_without_the_hub(t
 
 def test_no_vector_is_promised_to_a_name_that_no_training_cell_has(x, tmp_path, caplog):
     sound(("control", "G1", "G2", "G3")).write_h5ad(x)
-    options = {"split": "held-out-perturbations", "held_out": "G3", "controls": "train"}
+    options = {"split": "held-out-perturbations", "held_out": "G3"}
     shards = convert(x, out=tmp_path / "s", perturbation_key="perturbation", **options)
     save_file({"G1": torch.ones(3)}, tmp_path / "vectors.safetensors")
     embed(shards, tmp_path / "table.safetensors", source=str(tmp_path / "vectors.safetensors"), allow_missing=True)

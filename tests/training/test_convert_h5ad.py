@@ -270,7 +270,7 @@ def test_a_held_out_perturbation_is_known_but_never_trained_on(one, tmp_path):
     assert labels(out, "test") == {"control", "g2", "g2+g3"}
     assert DCMTokenizer.from_pretrained(out / "tokenizer").perturbations == ["control", "g1", "g2", "g3"]
     split = split_of(out)
-    assert (split["split"], split["held_out"], split["controls"]) == ("held-out-perturbations", ["g2"], "proportional")
+    assert (split["split"], split["held_out"]) == ("held-out-perturbations", ["g2"])
     options = {"split": "few-shot", "held_out": "@absent.txt", "held_out_cell_type": "rpe1"}
     with pytest.raises(FileNotFoundError, match=r"no file 'absent.txt' \(--held-out @FILE\)"):
         main(one, out=tmp_path / "other", **options, **KEYS)

@@ -32,10 +32,10 @@ from training.data.shards import SPLITS
 # the options that each split has a use for, besides fractions and seed
 USES = {
     "random": (),
-    "held-out-perturbations": ("held_out", "controls"),
-    "held-out-combinations": ("held_out", "controls"),
-    "few-shot": ("held_out", "held_out_cell_type", "controls"),
-    "zero-shot": ("held_out_cell_type", "controls"),
+    "held-out-perturbations": ("held_out",),
+    "held-out-combinations": ("held_out",),
+    "few-shot": ("held_out", "held_out_cell_type"),
+    "zero-shot": ("held_out_cell_type",),
     "from-file": ("split_file", "split_key"),
 }
 
@@ -47,7 +47,6 @@ class SplitOptions:
     split: str = "random"
     held_out: str | None = None
     held_out_cell_type: str | None = None
-    controls: str | None = None
     split_file: Path | None = None
     split_key: str | None = None
     test_fraction: float = 0.2
@@ -83,10 +82,10 @@ def split_cells(obs: pd.DataFrame, conditions: ConditionColumns, options: SplitO
     ``random`` is stratified: a condition of c cells gives ``c * fraction`` cells, rounded down or up so that the whole
     split has its exact share of all cells; but at least one cell of every condition stays in training.
 
-    The splits that hold conditions out never hold out the controls. Those of the cells that are divided (of the one
-    cell type for few-shot and zero-shot, else all) have the fate ``controls``, by default what STATE does; all others
-    are trained on. ``held_out`` of held-out-perturbations are single names: every combination with one of them is
-    tested on too.
+    The splits that hold conditions out never hold out the controls. Of those of the cells that are divided (of the one
+    cell type for few-shot and zero-shot, else all) as large a share is tested on as of the perturbed cells, which is
+    what STATE does; all others are trained on. ``held_out`` of held-out-perturbations are single names: every
+    combination with one of them is tested on too.
     """
     strata = conditions.strata(len(obs))
     rng = np.random.default_rng(options.seed)
@@ -127,16 +126,12 @@ def _hold_out(
     if not test.any() or test.all():
         of_all = f"{int(test.sum()):,} of {num_cells:,} cells"
         raise ValueError(f"--split {name} would test on {of_all}; hold out other labels")
-    fate = options.controls or ("test" if name == "zero-shot" else "proportional")
     divided = np.flatnonzero(scope & is_control)
-    if fate == "proportional":
-        share = test.sum() / max(1, (scope & ~is_control).sum())
-        divided = divided[_draw(strata[divided], share, rng)] if share < 1 else divided
-    if fate != "train":
-        test[divided] = True
+    share = test.sum() / max(1, (scope & ~is_control).sum())
+    test[divided[_draw(strata[divided], share, rng)] if share < 1 else divided] = True
     if test.all():
-        raise ValueError(f"--split {name} leaves no training cell; hold out fewer labels, or pass --controls train")
-    return test, {"held_out": held, "held_out_cell_type": options.held_out_cell_type, "controls": fate}
+        raise ValueError(f"--split {name} leaves no training cell; hold out fewer labels")
+    return test, {"held_out": held, "held_out_cell_type": options.held_out_cell_type}
 
 
 def _draw(strata: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:

@@ -75,7 +75,7 @@ def test_a_held_out_perturbation_is_in_no_training_cell_nor_in_a_combination(obs
     split = hold_out(obs, "held-out-perturbations", held_out="a,e")
     assert labels_of(obs, split.cells, "test") == {"a", "a+b", "a+c", "e+f"}
     assert labels_of(obs, split.cells, "train") == labels_of(obs, split.cells, "validation") == {"b", "c", "d"}
-    assert split.description == {"held_out": ["a", "e"], "held_out_cell_type": None, "controls": "proportional"}
+    assert split.description == {"held_out": ["a", "e"], "held_out_cell_type": None}
 
 
 def test_held_out_combinations_have_members_that_were_seen_alone(obs):
@@ -104,31 +104,16 @@ def test_few_shot_tests_on_some_perturbations_of_one_cell_type(obs):
     )
 
 
-@pytest.mark.parametrize(("controls", "tested"), [(None, "test"), ("train", "train"), ("test", "test")])
-def test_zero_shot_tests_on_a_whole_cell_type_and_controls_as_told(obs, controls, tested):
-    parts = hold_out(obs, "zero-shot", held_out_cell_type="hepg2", controls=controls).cells
-    of_hepg2 = obs["line"] == "hepg2"
-    perturbed = np.flatnonzero(of_hepg2 & (obs["guide"] != "control"))
-    control = np.flatnonzero(of_hepg2 & (obs["guide"] == "control"))
-    assert np.isin(perturbed, parts["test"]).all()
-    assert np.isin(control, parts["test"]).all() == (tested == "test")
-    assert np.isin(control, np.r_[parts["train"], parts["validation"]]).all() == (tested == "train")
-    assert set(obs["line"].iloc[parts["test"]]) == {"hepg2"}
-
-
-def test_zero_shot_needs_no_perturbations(obs):
-    parts = hold_out(obs, "zero-shot", perturbation_key=None, held_out_cell_type="hepg2").cells
+@pytest.mark.parametrize("options", [{}, {"perturbation_key": None}])
+def test_zero_shot_tests_on_a_whole_cell_type_with_its_controls_and_needs_no_perturbations(obs, options):
+    parts = hold_out(obs, "zero-shot", held_out_cell_type="hepg2", **options).cells
     assert np.array_equal(parts["test"], np.flatnonzero(obs["line"] == "hepg2"))
 
 
-@pytest.mark.parametrize(("controls", "share"), [("train", 0.0), ("test", 1.0), ("proportional", None)])
-def test_controls_have_the_fate_that_was_asked_for(obs, controls, share):
-    split = hold_out(obs, "held-out-perturbations", held_out="a", controls=controls)
-    if share is None:
-        perturbed = obs["guide"] != "control"
-        share = obs.loc[perturbed, "guide"].str.contains("a").mean()
+def test_controls_are_tested_on_in_the_share_of_the_perturbed_cells(obs):
+    split = hold_out(obs, "held-out-perturbations", held_out="a")
+    share = obs.loc[obs["guide"] != "control", "guide"].str.contains("a").mean()
     assert abs(share_of_controls(obs, split.cells["test"]) - share) < 0.01
-    assert split.description["controls"] == controls
 
 
 @pytest.mark.parametrize(
@@ -154,7 +139,7 @@ def test_every_split_is_disjoint_whole_and_repeatable(obs, name, cell_type):
         ("zero-shot", {"held_out_cell_type": "k563"}, "unknown cell type 'k563'; near matches: 'k562'"),
         ("zero-shot", {"held_out_cell_type": "k562", "held_out": "a"}, "--held-out was given, but --split zero-shot"),
         ("held-out-perturbations", {"held_out": "x"}, "unknown perturbation to hold out 'x'; known labels: 'a', 'b'"),
-        ("held-out-perturbations", {"held_out": "a,b,c,d,e,f"}, None),
+        ("held-out-perturbations", {"held_out": "a,b,c,d,e,f"}, "leaves no training cell; hold out fewer labels"),
         ("held-out-combinations", {"held_out": "a"}, "'a' cannot be a held-out combination: it is no combination"),
         (
             "few-shot",
@@ -165,11 +150,6 @@ def test_every_split_is_disjoint_whole_and_repeatable(obs, name, cell_type):
     ],
 )
 def test_what_cannot_be_held_out_is_refused(obs, name, options, message):
-    if message is None:  # nothing but controls is left to train on, which is allowed
-        assert len(hold_out(obs, name, controls="train", **options).cells["train"])
-        with pytest.raises(ValueError, match="leaves no training cell; hold out fewer labels"):
-            hold_out(obs, name, controls="test", **options)
-        return
     with pytest.raises(ValueError, match=message):
         hold_out(obs, name, **options)
 
