@@ -33,18 +33,17 @@ def entropy(
     data: Path,
     cells: int = 512,
     seed: int = 0,
-    store: bool = True,
 ) -> dict[str, list[float]]:
     """Measure what a gene still costs when j random others are known, on validation cells, and fit a smooth curve.
 
-    Prints the points and what schedules are predicted to lose, and stores the curve in CHECKPOINT/config.json.
+    Prints the points and what schedules are predicted to lose, and stores the curve in CHECKPOINT/config.json, of which
+    nothing else changes.
 
     Args:
         checkpoint: Folder of a checkpoint.
         data: Folder of shards with validation cells; their genes are the checkpoint's.
         cells: Validation cells to measure on, at most.
         seed: Of the orders in which genes become known.
-        store: Put the curve into the configuration; nothing else of it changes.
     """
     if not checkpoint.is_dir():
         way_out = "download a checkpoint with 'hf download ID --local-dir FOLDER'"
@@ -69,11 +68,10 @@ def entropy(
     validation = Cells(data, "validation", tokenizer)
     measured, fitted = validation_entropy(model, validation, num_cells=cells, seed=seed)
     sys.stdout.write(_entropy_table(measured, fitted, len(tokenizer.genes)))
-    if store:
-        path = checkpoint / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8")) | {"entropy_curve": fitted}
-        write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
-        logger.info("stored in %s", path)
+    path = checkpoint / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"entropy_curve": fitted}
+    write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    logger.info("stored in %s", path)
     return fitted
 
 

@@ -43,7 +43,8 @@ def config_of(checkpoint: Path) -> dict:
 
 def test_entropy_stores_the_curve_and_changes_nothing_else(checkpoint, shards, capsys):
     before, files = config_of(checkpoint), {path.name for path in checkpoint.iterdir()}
-    entropy(checkpoint, data=shards, cells=16)
+    fitted = entropy(checkpoint, data=shards, cells=16)
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(fitted["entropy"]))
     after = config_of(checkpoint)
     assert after.pop("entropy_curve")["observed"][0] == 0
     assert after == {name: value for name, value in before.items() if name != "entropy_curve"}
@@ -55,7 +56,7 @@ def test_entropy_stores_the_curve_and_changes_nothing_else(checkpoint, shards, c
     assert cells.shape == (3, 15)
 
 
-def test_entropy_refuses_shards_of_another_panel_and_stores_nothing_when_told_not_to(checkpoint, shards, tmp_path):
+def test_entropy_refuses_shards_of_another_panel_and_too_few_cells(checkpoint, shards, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(shards, other)
     genes = (other / "tokenizer" / "genes.txt").read_text().splitlines()
@@ -66,9 +67,6 @@ def test_entropy_refuses_shards_of_another_panel_and_stores_nothing_when_told_no
         entropy(Path("org/dcm"), data=shards)
     with pytest.raises(ValueError, match="--cells 1: expected at least 2"):
         entropy(checkpoint, data=shards, cells=1)
-    fitted = entropy(checkpoint, data=shards, cells=16, store=False)
-    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(fitted["entropy"]))
-    assert config_of(checkpoint)["entropy_curve"] is None  # nothing was stored
 
 
 def test_the_start_and_scvi_are_timed_until_both_are_near(shards, tmp_path, monkeypatch):
