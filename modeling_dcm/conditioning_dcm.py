@@ -272,7 +272,7 @@ class ConditionEncoder(nn.Module):
         self.perturbation = PerturbationEncoder(config) if config.num_perturbations else None
         self.covariates = nn.ModuleDict({name: LabelEncoder(size, D) for name, size in config.covariates.items()})
         self.library_size = LibrarySizeEncoder(config) if config.library_size_conditioning else None
-        self.state = StateEncoder(config.state_width, D) if config.state_dim else None
+        self.state = StateEncoder(config) if config.state_dim else None
         self.time = nn.Linear(SMOOTH_FEATURES + 1, D)
         self.summary = nn.Linear(D + SMOOTH_FEATURES + 1, D) if config.cell_summary else None
         num_vectors = 1 + len(config.condition_names) + config.cell_summary + (self.state is not None)

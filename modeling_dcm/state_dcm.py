@@ -65,17 +65,25 @@ class CellState(nn.Module):
 
 
 class StateEncoder(nn.Module):
-    """From the state (B, E) to a vector (B, D); a row of NaN is *not given*, the learned null."""
+    """From the state (B, E) to a vector (B, D); a row of NaN is *not given*.
 
-    def __init__(self, width: int, hidden_size: int):
+    With the negative binomial head, which has loadings of the state, the network hears only whether there is one:
+    told its values as well, it learns to read the noise of the very cell out of them, and drawn cells have it twice.
+    """
+
+    def __init__(self, config: DCMConfig):
         super().__init__()
-        self.linear = nn.Linear(width, hidden_size)
-        self.null = nn.Embedding(1, hidden_size)
+        self.is_given = nn.Embedding(2, config.hidden_size)
+        is_told = config.count_distribution != "nb"
+        self.values = nn.Linear(config.state_width, config.hidden_size, bias=False) if is_told else None
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
-        given = ~state.isnan().any(dim=-1, keepdim=True)
-        vector = self.linear(torch.nan_to_num(state).to(self.linear.weight.dtype))
-        return torch.where(given, vector, self.null.weight)
+        given = ~state.isnan().any(dim=-1)
+        vector = self.is_given(given.long())
+        if self.values is not None:
+            z = torch.nan_to_num(state) * given[:, None]
+            vector = vector + self.values(z.to(vector.dtype))
+        return vector
 
 
 class StateSource(nn.Module):

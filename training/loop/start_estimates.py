@@ -26,7 +26,8 @@ PARTS_BY_TOTAL = 5
 LEAST_VARIANCE = 1e-4
 NO_WEIGHT = -1e4  # a logarithm of zero
 LARGEST_MEAN = 0.995  # quantile of a gene's counts above zero
-SPLITS = 2  # in which a fifth of the cells is held out
+SPLITS = 2
+HELD_OUT = 0.2  # share of the cells
 RANKS = 5  # components whose spread is averaged
 SPREAD = (0.2, 1.0)  # least and largest variance of held-out cells along a component
 CALIBRATION_CELLS = 4096
@@ -181,18 +182,20 @@ def held_out_spread(
     """Estimate how spread new cells are along principal components (d,): their variance within cell types over that of
     the cells that the components were found in.
 
-    A part of the cells is held out. Components of high rank lie along what was noise in a few of the others.
+    A part of the cells is held out. Components of high rank lie along what was noise in a few of the others. What is
+    missing to 1 falls as the number of cells that the components are found in grows, so it is less for all of them.
     """
     logs = _log_normalized(counts, total, median_total)
     ratios = []
     for split in range(SPLITS):
         order = np.random.default_rng([seed, 79, split]).permutation(len(total))
-        held, kept = np.split(order, [max(1, len(order) // 5)])
+        held, kept = np.split(order, [max(1, round(len(order) * HELD_OUT))])
         _, components = principal_components(counts[kept], total[kept], median_total, num_components)
         z = logs @ components.T
         variances = [np.square(z[rows] - _type_means(z, cell_type, kept)[rows]).mean(axis=0) for rows in (held, kept)]
         ratios.append(variances[0] / np.maximum(variances[1], 1e-9))
-    padded = np.pad(np.mean(ratios, axis=0), RANKS // 2, mode="edge")
+    found = 1 - (1 - np.mean(ratios, axis=0)) * (1 - HELD_OUT)
+    padded = np.pad(found, RANKS // 2, mode="edge")
     return np.convolve(padded, np.full(RANKS, 1 / RANKS), mode="valid").clip(*SPREAD)
 
 
