@@ -188,13 +188,19 @@ class CategoricalHead(nn.Module):
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor, queried: PartialCells) -> TwoStageCategorical:
         """The distribution at the genes ``queried`` (B, Q) with hidden states ``x`` (B, Q, D)."""
+        return self.of_counts(self.modulated(x, condition), queried)
+
+    def modulated(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
-        x = modulate(self.norm(x), shift, scale)
-        weight = self.counts(count_features(self.num_counts, x.device).to(condition.dtype)).to(x.dtype)
+        return modulate(self.norm(x), shift, scale)
+
+    def of_counts(self, x: torch.Tensor, queried: PartialCells) -> TwoStageCategorical:
+        """Logits of the counts, linear in ``x`` (B, Q, D) beside those of each gene."""
         bias = self.bias.weight[0]
+        weight = self.counts(count_features(self.num_counts, x.device).to(bias.dtype)).to(x.dtype)
         small, large = weight[: self.num_small], weight[self.num_small :]  # (S, D) and (K+1-S, D)
         if self.large is not None:
-            small = torch.cat([small, self.large(condition.new_ones(1, 1)).to(x.dtype)])
+            small = torch.cat([small, self.large(bias.new_ones(1, 1)).to(x.dtype)])
         logits = nn.functional.linear(x, small).float()
         if self.large is None:
             logits = logits + bias if self.gene_bias is None else logits + bias + self.gene_bias(queried.gene_ids)
@@ -246,8 +252,12 @@ class NegativeBinomialHead(CategoricalHead):
     and cell type let expect, times what the network makes of the observed genes and the condition: a rate linear in
     the hidden state, one that is bilinear in gene and condition, and where the cell state is given ``<B, (z, 1)>``.
     How far the perturbations' effect on a gene, which is in ``expected``, is to be trusted is linear in the condition.
-    The dispersions 1/r are those around either mean, times a factor. Rates, factor and u are zero at the start. No mean
-    is above what nearly all training cells have: the exponential of a state that is large by chance is.
+    The dispersions 1/r are those around either mean, times a factor. No mean is above what nearly all training cells
+    have: the exponential of a state that is large by chance is.
+
+    Rates, factor and what is learned of u start at zero. Factor and u count by the share of genes observed, so that
+    shapes stay as they were estimated while nothing is: they are otherwise traded against each other and the means, at
+    the same likelihood and with worse cells.
     """
 
     def __init__(self, config: DCMConfig):
@@ -264,9 +274,11 @@ class NegativeBinomialHead(CategoricalHead):
         self.register_buffer("largest_mean", torch.full((G,), float(config.max_count)))
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor, queried: PartialCells) -> TwoStageCategorical:
-        u = super().forward(x, condition, queried)
-        genes = queried.gene_ids
-        change, log_factor = self.rate(u.hidden).float().clamp(-LARGEST_CHANGE, LARGEST_CHANGE).unbind(dim=-1)
+        genes, observed = queried.gene_ids, 1 - queried.progress.t  # (B, Q) and (B,)
+        x = self.modulated(x, condition)
+        u = self.of_counts(x * observed[:, None, None].to(x.dtype), queried)
+        change, log_factor = self.rate(x).float().clamp(-LARGEST_CHANGE, LARGEST_CHANGE).unbind(dim=-1)
+        log_factor = log_factor * observed[:, None]
         if self.trust is not None:
             change = change + queried.effect * self.trust(condition).float()
         of_gene = nn.functional.linear(self.score(condition), self.loading.weight).float()  # (B, G)
