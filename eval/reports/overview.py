@@ -88,13 +88,15 @@ def overview(results: list[dict]) -> str:
                 pair = f"{model_label(ours)} beside {model_label(theirs)}"
                 names = f"; farther: {', '.join(lost)}" if lost else ""
                 verdicts.append(f"- {result['dataset']}: {pair}: {len(won)} of {len(won) + len(lost)}{names}")
-    said = "Rows of all protocols in which a model is at the floor, or no farther from it than another:"
+    said = "Rows of all protocols in which a model is at the floor, or no farther from it than another (or from what is "
+    said += "between it and the right value, where that is known):"
     return "\n".join([markdown_table(lines), "", said, "", *verdicts])
 
 
 def nearer(rows: list[Row], ours: str, theirs: str) -> tuple[list[str], list[str]] | None:
     """Rows, pooled and per condition, in which ``ours`` is at the floor or no farther from it than ``theirs``, and the
-    others; None where a model is not there."""
+    others; None where a model is not there. Where the right value is known, as of ratios, nothing between it and the
+    floor is far: along components of the training cells these themselves vary more than other cells."""
     place = {(row["model"], row["protocol"], row["grouping"], row["metric"]): row for row in rows}
     won, lost = [], []
     for row in rows:
@@ -104,11 +106,18 @@ def nearer(rows: list[Row], ours: str, theirs: str) -> tuple[list[str], list[str
             continue
         if None in (row["mean"], other["mean"], floor["mean"]):
             continue
-        is_nearer = abs(row["mean"] - floor["mean"]) <= abs(other["mean"] - floor["mean"])
+        distance, of_other = (_distance(found["mean"], floor["mean"], row["metric"]) for found in (row, other))
         place_of_row = row["protocol"] + ", per condition" * (row["grouping"] == "per_condition")
         name = f"{metric_label(row['metric'])[0]} ({place_of_row})"
-        (won if is_nearer or at_floor(row, floor) else lost).append(name)
+        (won if distance <= of_other or at_floor(row, floor) else lost).append(name)
     return (won, lost) if won or lost else None
+
+
+def _distance(value: float, floor: float, metric: str) -> float:
+    """How far a value is from the floor; of a metric whose right value is known, from all that is between the two."""
+    better = metric_label(metric)[1]
+    low, high = sorted((floor, float(better[1:]) if better.startswith("→") else floor))
+    return max(low - value, value - high, 0.0)
 
 
 def draw(results: list[dict], path: Path) -> None:

@@ -26,6 +26,14 @@ def test_a_row_is_won_at_the_floor_or_nearer_to_it_and_lost_rows_are_named():
     assert nearer(rows, "dcm", "nobody") is None
 
 
+@pytest.mark.parametrize(("ours", "is_won"), [(1.0, True), (1.5, True), (0.9, True), (0.7, False), (2.2, False)])
+def test_nothing_between_the_floor_and_the_right_value_is_far(ours, is_won):
+    metric = "component_variance_11_20"
+    rows = [row("floor", metric, 1.9), row("dcm", metric, ours), row("scvi", metric, 0.85)]
+    won, lost = nearer(rows, "dcm", "scvi")
+    assert (len(won), len(lost)) == ((1, 0) if is_won else (0, 1))
+
+
 def test_the_readme_says_what_the_committed_results_say(tmp_path):
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     copy = tmp_path / "README.md"
