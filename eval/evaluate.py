@@ -90,8 +90,8 @@ def main(
         raise ValueError(f"missing: {' and '.join(option for option, path in needed.items() if path is None)}")
     check_folder(out)
     from eval.comparison.baselines import FROM_SCVI, fitted_baselines, named_baselines
+    from eval.comparison.floor import split_half_note
     from eval.comparison.protocols import Challenge, named_protocols
-    from eval.comparison.scoring import split_half_note
     from training.perturbations.vectors import read_vectors
 
     protocols, chosen = named_protocols(protocol), named_baselines(baselines)
@@ -125,11 +125,11 @@ def evaluate(
 ) -> list["Row"]:
     """Rows of every protocol: the floor first, then every generator, then the baselines.
 
-    Raises as :func:`eval.comparison.scoring.score_models` and :func:`eval.comparison.challenges.challenge_rows`.
+    Raises as :func:`eval.comparison.floor.score_models` and :func:`eval.comparison.challenges.challenge_rows`.
     """
     from eval.comparison.challenges import challenge_rows
+    from eval.comparison.floor import score_models
     from eval.comparison.protocols import Protocol
-    from eval.comparison.scoring import score_models
     from eval.reports.tables import summary_rows
 
     rows: list[Row] = []

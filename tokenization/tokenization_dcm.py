@@ -16,7 +16,7 @@ import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizer
 
 from .conditions_dcm import ConditionLabels, as_tensor, check_names, repeated
-from .count_checks_dcm import CountCheck, library_size
+from .count_errors_dcm import CountCheck, library_size
 from .gene_names_dcm import find_genes
 from .labels_dcm import factorize, read_text, shortened, split_perturbation
 

@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from eval.benchmarks.costs import Cost
 from eval.comparison.cells import CellCounts, Comparison
+from eval.comparison.floor import FLOOR, score_models
 from eval.comparison.protocols import PROTOCOLS
-from eval.comparison.scoring import FLOOR, score_models
 from modeling_dcm import DCMForDenoising
 from modeling_dcm.diffusion_dcm import keyed_generator, reveal_probability
 from modeling_dcm.schedule_dcm import as_curve, predicted_kl, reveal_schedule

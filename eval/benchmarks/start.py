@@ -13,7 +13,7 @@ import numpy as np
 
 from eval.comparison import scvi
 from eval.comparison.cells import CellCounts, from_anndata
-from eval.comparison.scoring import FLOOR, FLOOR_DRAWS, floor_draws
+from eval.comparison.floor import FLOOR, FLOOR_DRAWS, floor_draws
 from eval.metrics.distances import w2
 from training.config import TrainConfig, read_config
 from training.data.formats import read_counts

@@ -19,7 +19,7 @@ from scipy import sparse
 
 from eval.comparison.cells import PERTURBATION, SEPARATOR, CellCounts
 from modeling_dcm.state_dcm import ridge_weights
-from tokenization.count_checks_dcm import library_size
+from tokenization.count_errors_dcm import library_size
 from training.perturbations.effects import choose_penalty
 
 logger = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from eval.comparison.baselines import BASELINES, Sampler, needs_control
 from eval.comparison.cells import PERTURBATION, CellCounts, Comparison, joined_labels
+from eval.comparison.floor import FLOOR, Halves, samples_of
 from eval.comparison.protocols import Challenge, Score, mean_scores
-from eval.comparison.scoring import FLOOR, Halves, samples_of
 from eval.reports.tables import Row, summary_rows
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from scipy import sparse
 
 from eval.comparison.baselines import ConditionMeans, Sampler, cells_by_labels, check_control, training_rows
 from eval.comparison.cells import PERTURBATION, CellCounts
-from tokenization.count_checks_dcm import library_size
+from tokenization.count_errors_dcm import library_size
 
 CELLS_AT_ONCE = 512
 SEED = 0

@@ -27,7 +27,7 @@ from eval.comparison.cells import PERTURBATION, SEPARATOR, CellCounts, joined_la
 from eval.comparison.challenges import GENERATED_GENES, REAL_GENES, Context, Values, as_anndata, quiet, whole_scores
 from eval.comparison.protocols import Score
 from eval.drawing.read_cells import panel_columns
-from tokenization.count_checks_dcm import library_size
+from tokenization.count_errors_dcm import library_size
 from tokenization.labels_dcm import shortened
 from training.data.files import written_aside
 from training.data.formats import opened_counts

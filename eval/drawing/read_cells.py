@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import sparse
 
 from tokenization.conditions_dcm import CELL_TYPE, PERTURBATION, ConditionLabels, as_tensor
-from tokenization.count_checks_dcm import library_size
+from tokenization.count_errors_dcm import library_size
 from tokenization.gene_names_dcm import find_genes
 from tokenization.labels_dcm import shortened
 from training.data.formats import opened_counts

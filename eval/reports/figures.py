@@ -20,7 +20,7 @@ from eval.comparison.cells import CellCounts, Comparison
 from eval.comparison.protocols import FEW_CELLS, log_cp10k, principal_components
 from eval.metrics import gene_agreement as metrics
 from eval.metrics.by_name import model_label
-from tokenization.count_checks_dcm import library_size
+from tokenization.count_errors_dcm import library_size
 
 INK = "#010203"
 INK_PARTS = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from eval.comparison.scoring import FLOOR
+from eval.comparison.floor import FLOOR
 from eval.metrics.by_name import metric_label, model_label
 from eval.reports.tables import Row, at_floor, markdown_table, models_of
 from training.data.command_line import run
@@ -88,7 +88,9 @@ def overview(results: list[dict]) -> str:
                 pair = f"{model_label(ours)} beside {model_label(theirs)}"
                 names = f"; farther: {', '.join(lost)}" if lost else ""
                 verdicts.append(f"- {result['dataset']}: {pair}: {len(won)} of {len(won) + len(lost)}{names}")
-    said = "Rows of all protocols in which a model is at the floor, or no farther from it than another (or from what is "
+    said = (
+        "Rows of all protocols in which a model is at the floor, or no farther from it than another (or from what is "
+    )
     said += "between it and the right value, where that is known):"
     return "\n".join([markdown_table(lines), "", said, "", *verdicts])
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from eval.comparison.floor import FLOOR
 from eval.comparison.protocols import CHALLENGES, FEW_CELLS, PROTOCOLS, Score, repeated_scores
-from eval.comparison.scoring import FLOOR
 from eval.metrics.by_name import metric_label, model_label
 
 FEW_MARK = f"(under {FEW_CELLS} cells)"

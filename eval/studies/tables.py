@@ -5,7 +5,7 @@
 ``study`` is the head of zero_shot.json: dataset, kind of split, vectors (None where only learned ones are there),
 held_out labels of each split, trained models (the first is compared with all others), trainings, versions and
 command. ``rows`` are those of results.json, each with its split. No training cell has a held-out condition, so the
-floor is one half of its real cells against the other (:func:`eval.comparison.scoring.score_models`).
+floor is one half of its real cells against the other (:func:`eval.comparison.floor.score_models`).
 """
 
 import json
@@ -31,8 +31,8 @@ from eval.comparison.baselines import (
     perturbation_mean,
 )
 from eval.comparison.cells import PERTURBATION, CellCounts, Comparison, together
+from eval.comparison.floor import FLOOR, FLOOR_DRAWS, score_models
 from eval.comparison.protocols import FEW_CELLS, PROTOCOLS, Score, mean_scores
-from eval.comparison.scoring import FLOOR, FLOOR_DRAWS, score_models
 from eval.metrics.by_name import metric_label, model_label
 from eval.reports.overview import write_between
 from eval.reports.tables import Row, markdown_table, summary_rows

@@ -199,7 +199,7 @@ def _scores(folder: Path, models: list[str], trainings: int) -> list[Row]:
     """Draw the test cells' conditions from every model of a split, and score what was drawn."""
     from eval.comparison.baselines import FROM_VECTORS
     from eval.comparison.cells import read_comparison
-    from eval.comparison.scoring import FLOOR
+    from eval.comparison.floor import FLOOR
     from eval.studies.tables import BASELINES, score_held_out
     from training.perturbations.vectors import read_vectors
 

@@ -21,7 +21,7 @@ from scipy.sparse import csr_matrix, vstack
 
 from tokenization import DCMTokenizer
 from tokenization.conditions_dcm import PERTURBATION
-from tokenization.count_checks_dcm import library_size
+from tokenization.count_errors_dcm import library_size
 from training.conversion.conditions import ConditionColumns
 from training.conversion.genes import InputCells, Panel
 from training.data import shards

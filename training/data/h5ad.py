@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import scipy.sparse
 from anndata.io import read_elem, sparse_dataset, write_elem
 
-from tokenization.count_checks_dcm import CountCheck
+from tokenization.count_errors_dcm import CountCheck
 from tokenization.labels_dcm import shortened
 from training.data.command_line import ProgressReport
 from training.data.files import check_readable

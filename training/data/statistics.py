@@ -26,7 +26,7 @@ from scipy.sparse import csr_matrix
 
 from modeling_dcm.conditioning_dcm import ANY, LIBRARY_QUANTILES
 from tokenization import DCMTokenizer
-from tokenization.count_checks_dcm import library_size
+from tokenization.count_errors_dcm import library_size
 
 STATISTICS = "statistics.safetensors"
 SMALL_COUNTS = 256  # are counted in a dense table; larger ones are rare

@@ -11,6 +11,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import rbf_kernel
 
 from eval.comparison.cells import CellCounts, Comparison, _warn_of_gaps
+from eval.comparison.floor import floor_draws, without_training_cells
 from eval.comparison.protocols import (
     PROTOCOLS,
     Protocol,
@@ -19,7 +20,6 @@ from eval.comparison.protocols import (
     prepare_reference,
     variable_genes,
 )
-from eval.comparison.scoring import floor_draws, without_training_cells
 from eval.metrics import distances, gene_agreement
 from eval.metrics.by_name import COPYING
 
