@@ -83,6 +83,7 @@ def render(
     from huggingface_hub import ModelCard, ModelCardData
 
     own = _planned(facts) if checkpoint is None else _of_checkpoint(checkpoint)
+    kept_states = own.pop("kept_states", [])
     if checkpoint is not None and not example_output:
         raise ValueError("the card of a trained checkpoint shows its answer to the example: example_output is missing")
     measured = None if results is None else _read_results(results)
@@ -91,7 +92,7 @@ def render(
     values = {
         **{name: str(facts[name]).strip() for name in FACTS},
         **{name: str(value) for name, value in own.items()},
-        "data": "\n\n".join([str(facts["data"]).strip(), *_numbers(facts)]),
+        "data": "\n\n".join([str(facts["data"]).strip(), *_numbers(facts), *kept_states]),
         "usage": _usage(repo_id, example),
         "status": "\n\n".join([_status(facts, checkpoint, measured), *_without_code(checkpoint, repo_id)]),
         "evaluation": _evaluation(measured, figures),
@@ -186,7 +187,10 @@ def _of_checkpoint(folder: Path) -> dict[str, object]:
     names = [f"`{name}` ({len(values):,} labels)" for name, values in known.items() if values]
     names += ["library size"] * bool(config["library_size_conditioning"])
     rows = [(name, {**options, **config}[name]) for name in (*CONFIG_ROWS, *OPTION_ROWS)]
+    kept = f"The checkpoint keeps states of {config.get('state_bank', 0):,} training cells, from which it draws: "
+    kept += f"{config.get('state_dim')} numbers and the total count of each, no genes."
     return {
+        "kept_states": [kept] * bool(config.get("state_bank")),
         "num_genes": f"{config['num_genes']:,}",
         "conditions": ", ".join(names) or "none",
         "example_gene": genes[0],

@@ -40,6 +40,7 @@ def test_a_checkpoint_of_the_repository_draws_what_its_card_says(folder):
     answer = card.data.widget[0]["output"]["text"]
     assert render(facts, repo_id=f"org/{folder.name}", example_output=answer, **known) == str(card)
     assert all(name in str(card) for name in facts["numbers"]["mean_counts"])
+    assert f"keeps states of {facts['numbers']['cells']:,} training cells" in str(card)
 
 
 @pytest.mark.slow
