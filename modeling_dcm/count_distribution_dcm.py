@@ -255,9 +255,9 @@ class NegativeBinomialHead(CategoricalHead):
     The dispersions 1/r are those around either mean, times a factor. No mean is above what nearly all training cells
     have: the exponential of a state that is large by chance is.
 
-    Rates, factor and what is learned of u start at zero. Factor and u count by the share of genes observed, so that
-    shapes stay as they were estimated while nothing is: they are otherwise traded against each other and the means, at
-    the same likelihood and with worse cells.
+    Rates, factor and what is learned of u start at zero. Factor and what of u comes from the hidden state count by the
+    share of genes observed, so that while nothing is shapes are those of each gene: they are otherwise traded against
+    each other and the means, at the same likelihood and with worse cells.
     """
 
     def __init__(self, config: DCMConfig):

@@ -67,8 +67,9 @@ class CellState(nn.Module):
 class StateEncoder(nn.Module):
     """From the state (B, E) to a vector (B, D); a row of NaN is *not given*.
 
-    With the negative binomial head, which has loadings of the state, the network hears only whether there is one:
-    told its values as well, it learns to read the noise of the very cell out of them, and drawn cells have it twice.
+    With the negative binomial head, which has loadings of the state, the network hears only whether there is one (and
+    the depth where no library size tells it): told its values as well, it learns to read the noise of the very cell out
+    of them, and drawn cells have it twice.
     """
 
     def __init__(self, config: DCMConfig):

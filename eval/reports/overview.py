@@ -89,9 +89,9 @@ def overview(results: list[dict]) -> str:
                 names = f"; farther: {', '.join(lost)}" if lost else ""
                 verdicts.append(f"- {result['dataset']}: {pair}: {len(won)} of {len(won) + len(lost)}{names}")
     said = (
-        "Rows of all protocols in which a model is at the floor, or no farther from it than another (or from what is "
+        "Rows of all protocols in which a model is at the floor, or no farther from it than another (a ratio between "
     )
-    said += "between it and the right value, where that is known):"
+    said += "the floor and its right value is not far):"
     return "\n".join([markdown_table(lines), "", said, "", *verdicts])
 
 

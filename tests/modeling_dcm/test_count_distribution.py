@@ -88,6 +88,20 @@ def test_a_fresh_head_emits_the_corrected_negative_binomial_that_it_was_given(
     torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-2)
 
 
+def test_shapes_are_those_of_each_gene_while_none_is_observed(make_model):
+    model = make_model("latent", count_distribution="nb", num_genes=7)
+    masked = torch.full((1, 7), model.config.mask_token_id)
+    partly = masked.clone()
+    partly[0, :3] = 2
+    before = [model(x).logits for x in (masked, partly)]
+    torch.nn.init.zeros_(model.head.counts.weight)
+    torch.nn.init.zeros_(model.head.rate.weight[1:])
+    torch.nn.init.zeros_(model.head.rate.bias[1:])
+    after = [model(x).logits for x in (masked, partly)]
+    torch.testing.assert_close(after[0], before[0])
+    assert (after[1] - before[1]).abs().max() > 1e-2
+
+
 def test_the_probability_of_a_bin_is_the_sum_over_its_counts(make_model):
     found = []
     for bins in (None, [8, 20]):

@@ -45,6 +45,16 @@ def test_a_state_that_is_not_given_is_the_same_as_none_and_another_input_than_an
     assert (model(x, **given, state=torch.zeros(2, 2)).logits - none).abs().max() > 1e-3
 
 
+def test_only_the_loadings_tell_a_state_of_a_negative_binomial(make_model):
+    options = {"state_dim": 2, "library_size_conditioning": True}
+    states = torch.tensor([[0.0, 0.0], [1.0, -1.0], [torch.nan, torch.nan]])
+    heard = make_model("latent", count_distribution="nb", **options).conditions.state(states)
+    assert torch.equal(heard[0], heard[1])
+    assert not torch.equal(heard[0], heard[2])
+    told = make_model("latent", count_distribution="categorical", **options).conditions.state(states)
+    assert not torch.equal(told[0], told[1])
+
+
 def test_states_are_drawn_from_the_most_specific_group_that_matches(model):
     source = model.state_source
     keys = model.library_sizes.group_keys(4, torch.tensor([1, 0, 1, -1]), None, None)

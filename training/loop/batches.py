@@ -38,9 +38,7 @@ class TrainBatches:
     world: int = 1
     device: torch.device | str = "cpu"
     state: Callable | None = None  # of whole cells, from ids and library sizes
-    effects: object = (
-        None  # what is told of those of perturbations: :class:`training.loop.told_effects.TrainingEffects`
-    )
+    effects: object = None  # of perturbations, as cells are told: :class:`training.loop.told_effects.TrainingEffects`
     waited: float = 0.0  # seconds that the loop has waited for a batch of cells
 
     def __post_init__(self):

@@ -28,7 +28,7 @@ from eval.studies.zero_shot import shuffled
 
 ROOT = Path(__file__).parents[3]
 COMMITTED = ROOT / "eval" / "results" / "zero_shot"
-IN_README = ("norman_mcfaline", "simulated", "papalexi_eccite")
+IN_README = ("norman_mcfaline", "norman_few_shot", "simulated", "papalexi_eccite")
 GENES, CELLS = 12, 160
 LEVEL = {"control": 2.0, "a": 2.0, "b": 6.0, "unseen": 6.0}  # of the first six genes; the others have 2
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_latents": 8, "mlp_ratio": 2.0}
