@@ -142,6 +142,7 @@ def draw(results: list[dict], path: Path) -> None:
             axis.set_yticks(range(len(models)), list(map(model_label, models)) if not column else [""] * len(models))
             axis.set_ylim(len(models) - 0.5, -0.5)
             axis.grid(axis="y", color="0.92")
+            axis.locator_params(axis="x", nbins=6)
             axis.set_xlabel(metric_label(metric)[0])
             if not line:
                 axis.set_title(result["dataset"])
