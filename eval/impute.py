@@ -4,13 +4,14 @@
     dcm-impute checkpoint/ cells.h5ad --out complete.h5ad --mask-fraction 0.1
 
 Given counts are kept exactly. All matrices of the output are sparse and written chunk by chunk, so memory does not grow
-with the number of cells beyond the input's own sparse counts, and what is masked to try it out. Letters: N cells, B
-cells of a chunk, G genes of the model, M filled entries of a chunk, D draws.
+with the number of cells beyond the input's own sparse counts. Letters: N cells, B cells of a chunk, G genes of the
+model, M filled entries of a chunk, D draws.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 import tyro
 
-from eval.metrics.gene_agreement import pearson
 from eval.sample import Schedule
 from training.data.checkpoint import check_checkpoint, load_checkpoint
 from training.data.command_line import ProgressReport, run
@@ -108,26 +108,34 @@ def main(
 
 
 class MaskedEntries:
-    """Masked counts, what was drawn for them, and what each gene's mean would have said; twelve bytes for each entry.
+    """Masked counts, what was drawn for them, and what each gene's mean would have said.
 
-    ``seed`` is of the random part of ranks among equal counts.
+    Entries arrive chunk by chunk and are kept as a table of how often each pair (true count, sum of draws) occurs, so
+    memory does not grow with the number of cells. ``seed`` is of the random part of ranks among equal counts.
     """
 
     def __init__(self, num_genes: int, seed: int):
         self.generator = np.random.default_rng(seed)
-        self.chunks: list[np.ndarray] = []  # each (3, M): gene, true count, sum of draws
-        self.covered = 0
-        self.given_total, self.given = np.zeros((2, num_genes))  # of the entries that were not masked
+        self.pairs: Counter[tuple[int, int]] = Counter()  # (true count, sum of draws): how often
+        self.draws = self.covered = 0
+        # per gene, of entries that were masked: how many, sum and sum of squares; and of the others: sum and how many
+        self.masked, self.total, self.squares, self.given_total, self.given = np.zeros((5, num_genes))
 
     def add(self, counts: np.ndarray, hidden: np.ndarray, drawn: np.ndarray) -> None:
         """Take in a chunk: ``counts`` (B, G), which of them were ``hidden`` (B, G), ``drawn`` (D, M) for these."""
-        truth = counts[hidden]
-        self.chunks.append(np.stack([np.nonzero(hidden)[1], truth, drawn.sum(axis=0)]).astype(np.int32))
+        truth, self.draws = counts[hidden], len(drawn)
+        pairs, times = np.unique(np.stack([truth, drawn.sum(axis=0)]), axis=1, return_counts=True)
+        for true, total, number in zip(*pairs.tolist(), times.tolist()):
+            self.pairs[true, total] += number
         below, equal = (drawn < truth).sum(axis=0), (drawn == truth).sum(axis=0)
-        rank = (below + self.generator.random(len(truth)) * (equal + 1)) / (len(drawn) + 1)
+        rank = (below + self.generator.random(len(truth)) * (equal + 1)) / (self.draws + 1)
         self.covered += int((np.abs(rank - 0.5) < INTERVAL / 2).sum())
+        counts = counts.astype(np.float64)
+        self.masked += hidden.sum(axis=0)
+        self.total += (counts * hidden).sum(axis=0)
+        self.squares += (counts**2 * hidden).sum(axis=0)
         self.given += (~hidden).sum(axis=0)
-        self.given_total += (counts.astype(np.float64) * ~hidden).sum(axis=0)
+        self.given_total += (counts * ~hidden).sum(axis=0)
 
     def scores(self) -> dict[str, float]:
         """How well the masked entries were filled.
@@ -138,16 +146,20 @@ class MaskedEntries:
             in the central 90 % of its rank among the draws (ties broken at random), 0.9 if draws and truth have the
             same distribution. A correlation of constants is NaN.
         """
-        from scipy.stats import rankdata
-
-        genes, truth, total = np.concatenate(self.chunks, axis=1)
+        truth, total = np.array(list(self.pairs)).T.astype(np.float64)
+        times = np.array(list(self.pairs.values()))
         gene_means = self.given_total / np.maximum(self.given, 1)
+        n = self.masked.sum()
+        center, truth_center = (self.masked * gene_means).sum() / n, self.total.sum() / n
+        variances = (self.masked * gene_means**2).sum() / n - center**2, self.squares.sum() / n - truth_center**2
+        scale = np.sqrt(np.prod(np.maximum(variances, 0)))
+        covariance = (gene_means * self.total).sum() / n - center * truth_center
         return {
-            "entries": len(truth),
-            "pearson": pearson(total.astype(np.float64), truth),
-            "spearman": pearson(rankdata(total), rankdata(truth)),
-            "pearson_gene_means": pearson(gene_means[genes], truth),
-            "coverage_90": self.covered / len(truth),
+            "entries": int(times.sum()),
+            "pearson": weighted_correlation(truth, total, times),
+            "spearman": weighted_correlation(weighted_ranks(truth, times), weighted_ranks(total, times), times),
+            "pearson_gene_means": float(covariance / scale) if scale > 0 else float("nan"),
+            "coverage_90": self.covered / times.sum(),
         }
 
     def summary(self) -> str:
@@ -156,6 +168,20 @@ class MaskedEntries:
             "{entries:,} masked counts: posterior mean against truth, Pearson {pearson:.3f} (each gene's mean "
             "{pearson_gene_means:.3f}), Spearman {spearman:.3f}; 90 % intervals cover {coverage_90:.1%}"
         ).format(**self.scores())
+
+
+def weighted_correlation(x: np.ndarray, y: np.ndarray, times: np.ndarray) -> float:
+    """Pearson correlation of pairs (n,), each of which occurs ``times`` (n,) often; NaN if one is constant."""
+    covariance = np.cov(x, y, fweights=times, ddof=0)
+    scale = np.sqrt(covariance[0, 0] * covariance[1, 1])
+    return float(covariance[0, 1] / scale) if scale > 0 else float("nan")
+
+
+def weighted_ranks(values: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Mean ranks (n,) of values, each of which occurs ``times`` (n,) often; equal values share theirs."""
+    _, group = np.unique(values, return_inverse=True)
+    size = np.bincount(group, weights=times)
+    return (size.cumsum() - (size - 1) / 2)[group]
 
 
 def hidden_entries(measured: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:

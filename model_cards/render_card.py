@@ -83,7 +83,6 @@ def render(
     from huggingface_hub import ModelCard, ModelCardData
 
     own = _planned(facts) if checkpoint is None else _of_checkpoint(checkpoint)
-    kept_states = own.pop("kept_states", [])
     if checkpoint is not None and not example_output:
         raise ValueError("the card of a trained checkpoint shows its answer to the example: example_output is missing")
     measured = None if results is None else _read_results(results)
@@ -92,7 +91,7 @@ def render(
     values = {
         **{name: str(facts[name]).strip() for name in FACTS},
         **{name: str(value) for name, value in own.items()},
-        "data": "\n\n".join([str(facts["data"]).strip(), *_numbers(facts), *kept_states]),
+        "data": "\n\n".join([str(facts["data"]).strip(), *_numbers(facts), *own.get("kept_states", [])]),
         "usage": _usage(repo_id, example),
         "status": "\n\n".join([_status(facts, checkpoint, measured), *_without_code(checkpoint, repo_id)]),
         "evaluation": _evaluation(measured, figures),

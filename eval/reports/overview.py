@@ -36,6 +36,10 @@ PAIRS = (  # like with like: what starts from a training cell, and what is drawn
     ("dcm", "additive"),
 )
 THOUSANDFOLD = "mmd2"
+COUNTED = (
+    "Rows of all protocols in which a model is at the floor, or no farther from it than another (a ratio between "
+    "the floor and its right value is not far):"
+)
 
 
 def main(
@@ -88,11 +92,7 @@ def overview(results: list[dict]) -> str:
                 pair = f"{model_label(ours)} beside {model_label(theirs)}"
                 names = f"; farther: {', '.join(lost)}" if lost else ""
                 verdicts.append(f"- {result['dataset']}: {pair}: {len(won)} of {len(won) + len(lost)}{names}")
-    said = (
-        "Rows of all protocols in which a model is at the floor, or no farther from it than another (a ratio between "
-    )
-    said += "the floor and its right value is not far):"
-    return "\n".join([markdown_table(lines), "", said, "", *verdicts])
+    return "\n".join([markdown_table(lines), "", COUNTED, "", *verdicts])
 
 
 def nearer(rows: list[Row], ours: str, theirs: str) -> tuple[list[str], list[str]] | None:
