@@ -106,7 +106,8 @@ def test_the_numbers_are_those_of_the_package_with_its_preset():
     expected = {line["metric"]: line["mean"] for line in table.to_dicts()}
     found = rows_of(real, screen("a", seed=2), drawn=drawn)
     for metric in MEMBERS:
-        assert found["drawn", "per_condition", None, metric] == pytest.approx(expected[metric], rel=1e-6)
+        value = found["drawn", "per_condition", None, metric]
+        assert value == pytest.approx(expected[metric], rel=1e-5)  # rows keep six digits
 
 
 def test_contexts_are_scored_by_themselves_and_a_metric_without_a_scale_has_no_score(caplog):
