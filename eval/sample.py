@@ -82,8 +82,8 @@ def main(
         state: Where a cell's state is drawn from: prior, fitted to the training cells of its condition; bank, these
             cells themselves, if the checkpoint keeps them; null, it is not given. Default: bank if there is one, else
             prior.
-        steps: Network calls for each batch of cells, or auto: as few as the model's entropy curve allows, which is the
-            default (20 without such a curve).
+        steps: Network calls for each batch of cells, or auto: as few as the model's entropy curve allows. Default: one
+            where a cell's state is drawn, else auto (20 without such a curve).
         schedule: How many genes each step reveals; optimal goes by the model's entropy curve.
         guidance_scale: Strengthens all conditions together; 0 draws from the model.
         guidance: Strengthens single conditions, as in --guidance perturbation=2,cell_type=0.5.

@@ -201,14 +201,20 @@ class CategoricalHead(nn.Module):
         small, large = weight[: self.num_small], weight[self.num_small :]  # (S, D) and (K+1-S, D)
         if self.large is not None:
             small = torch.cat([small, self.large(bias.new_ones(1, 1)).to(x.dtype)])
-        logits = nn.functional.linear(x, small).float()
+        logits = nn.functional.linear(x, small).float() + self.of_genes(queried)
         if self.large is None:
-            logits = logits + bias if self.gene_bias is None else logits + bias + self.gene_bias(queried.gene_ids)
             return TwoStageCategorical(logits, x)
-        # zeros everywhere are the uniform distribution: "a large count" then has as many shares as there are
-        shares = nn.functional.pad(bias.new_zeros(self.num_small), (0, 1), value=math.log(len(large)))
-        logits = logits + nn.functional.embedding(queried.gene_ids, self.gene_bias.weight + shares)
         return TwoStageCategorical(logits, x, large, bias[self.num_small :])
+
+    def of_genes(self, queried: PartialCells) -> torch.Tensor:
+        """Logits (B, Q, C) of each gene alone, or (C,) where all have the same."""
+        if self.large is None:
+            bias = self.bias.weight[0]
+            return bias if self.gene_bias is None else bias + self.gene_bias(queried.gene_ids)
+        # zeros everywhere are the uniform distribution: "a large count" then has as many shares as there are
+        shares = self.gene_bias.weight.new_zeros(self.num_small)
+        shares = nn.functional.pad(shares, (0, 1), value=math.log(self.num_counts - self.num_small))
+        return nn.functional.embedding(queried.gene_ids, self.gene_bias.weight + shares)
 
     @torch.no_grad()
     def set_marginals(self, histogram: torch.Tensor) -> None:
@@ -256,8 +262,9 @@ class NegativeBinomialHead(CategoricalHead):
     have: the exponential of a state that is large by chance is.
 
     Rates, factor and what is learned of u start at zero. Factor and what of u comes from the hidden state count by the
-    share of genes observed, so that while nothing is shapes are those of each gene: they are otherwise traded against
-    each other and the means, at the same likelihood and with worse cells.
+    share of genes observed, and where the state is given so does all else that is learned of the condition: while
+    nothing is observed a cell with a state is what the statistics say. Means and shapes are otherwise traded against
+    each other, at nearly the same likelihood and with worse cells.
     """
 
     def __init__(self, config: DCMConfig):
@@ -272,23 +279,28 @@ class NegativeBinomialHead(CategoricalHead):
         # log r without and with the state
         self.register_buffer("log_size", torch.zeros(2, G))
         self.register_buffer("largest_mean", torch.full((G,), float(config.max_count)))
+        # of means told the state, by cell type; the last one is not given
+        self.register_buffer("type_shift", torch.zeros(config.num_cell_types + 1, G) if config.state_dim else None)
+        columns = 0 if self.gene_bias is None else self.gene_bias.embedding_dim
+        self.register_buffer("correction", torch.zeros(G, columns))  # where u of each gene starts
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor, queried: PartialCells) -> TwoStageCategorical:
         genes, observed = queried.gene_ids, 1 - queried.progress.t  # (B, Q) and (B,)
+        learned = self.share_of_learned(queried)
         x = self.modulated(x, condition)
         u = self.of_counts(x * observed[:, None, None].to(x.dtype), queried)
         change, log_factor = self.rate(x).float().clamp(-LARGEST_CHANGE, LARGEST_CHANGE).unbind(dim=-1)
-        log_factor = log_factor * observed[:, None]
+        change, log_factor = change * learned, log_factor * observed[:, None]
         if self.trust is not None:
             change = change + queried.effect * self.trust(condition).float()
-        of_gene = nn.functional.linear(self.score(condition), self.loading.weight).float()  # (B, G)
+        of_gene = nn.functional.linear(self.score(condition), self.loading.weight).float() * learned  # (B, G)
         log_size = self.log_size[0][genes]
         if self.state_loading is not None:
             given = ~queried.state.isnan().any(dim=1, keepdim=True)  # (B, 1)
             z = nn.functional.pad(torch.nan_to_num(queried.state), (0, 1), value=1.0) * given
             # autocast leaves float64 alone: rounding here would be an error of the mean
             of_state = nn.functional.linear(z.double(), self.state_loading.weight.double())
-            of_gene = of_gene + of_state.float()
+            of_gene = of_gene + of_state.float() + self.type_shift[queried.cell_type_ids] * given
             log_size = torch.where(given, self.log_size[1][genes], log_size)
         change = change + of_gene.gather(1, genes.expand(len(x), -1))
         mean = queried.expected.float().clamp(min=LOWEST_MEAN) * change.clamp(-LARGEST_CHANGE, LARGEST_CHANGE).exp()
@@ -302,13 +314,25 @@ class NegativeBinomialHead(CategoricalHead):
             id_of_count = ids_of_counts(self.num_small, tuple(self.count_bins), self.max_count, x.device)
         return u._replace(small=u.small + small, mean=mean, size=size, id_of_count=id_of_count)
 
+    def share_of_learned(self, queried: PartialCells) -> torch.Tensor:
+        """How much (B, 1) of what is learned of conditions and genes counts: the share observed where a state is given,
+        else all."""
+        observed = 1 - queried.progress.t[:, None]
+        if self.state_loading is None:
+            return torch.ones_like(observed)
+        return torch.where(queried.state.isnan().any(dim=1, keepdim=True), 1.0, observed)
+
+    def of_genes(self, queried: PartialCells) -> torch.Tensor:
+        learned = super().of_genes(queried) if self.large is None else self.gene_bias(queried.gene_ids)
+        learned = learned * self.share_of_learned(queried)[..., None]
+        if self.gene_bias is None:
+            return learned
+        return learned + nn.functional.embedding(queried.gene_ids, self.correction)
+
     @torch.no_grad()
     def set_marginals(self, histogram: torch.Tensor) -> None:
         """Start without corrections: u is zero, whatever the marginals; see :meth:`set_estimates`."""
         self.bias.weight.zero_()
-        if self.large is not None:  # zeros of the categorical head give *a large count* as many shares as there are
-            self.gene_bias.weight.zero_()
-            self.gene_bias.weight[:, -1] = -math.log(self.num_counts - self.num_small)
 
     @torch.no_grad()
     def set_estimates(
@@ -318,15 +342,19 @@ class NegativeBinomialHead(CategoricalHead):
         state_loading: torch.Tensor | None,
         state_dispersion: torch.Tensor | None,
         correction: torch.Tensor | None = None,
+        type_shift: torch.Tensor | None = None,
     ) -> None:
         """Start at statistics: bounds of means (G,), 1/r (G,) around what is expected, B (G, E+1), 1/r (G,) around the
-        regression, and u (G, S+1) of the first counts, the last column of all others."""
+        regression, u (G, S+1) of the first counts, the last column of all others, and what is added to the logarithms
+        of the regression in each cell type (T+1, G)."""
         self.largest_mean.copy_(largest_mean)
         self.log_size[:] = -dispersion.log()
         if state_loading is not None:
             self.log_size[1] = -state_dispersion.log()
             self.state_loading.weight.copy_(state_loading)
+        if type_shift is not None:
+            self.type_shift.copy_(type_shift)
         if correction is not None and self.gene_bias is not None:
-            S, columns = correction.shape[1] - 1, self.gene_bias.weight
-            columns[:, :S] += correction[:, :S]
-            columns[:, S:] += correction[:, S:]
+            S = correction.shape[1] - 1
+            self.correction[:, :S] = correction[:, :S]
+            self.correction[:, S:] = correction[:, S:]

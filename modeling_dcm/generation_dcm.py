@@ -70,8 +70,8 @@ class CellGenerationMixin:
                 given); ``"prior"`` and ``"bank"`` say which; ``"null"``: not given.
             observed: counts (N, L), -1 where unknown; given genes come back unchanged.
             gene_ids: genes of the panel (L,) to generate; default: all.
-            steps: network calls for each chunk of cells; ``"auto"``: as few as the entropy curve allows; None:
-                that, or 20 where the model has no entropy curve or its cell state is not given.
+            steps: network calls for each chunk of cells; ``"auto"``: as few as the entropy curve allows; None: one
+                where the head's loadings tell it the state; else ``"auto"``, or 20 where that is not possible.
             schedule: how many genes each step reveals: ``linear``, ``cosine``, ``cubic``, or ``optimal`` by the
                 model's entropy curve.
             guidance_scale: w of ``(1+w) log p(x|c) - w log p(x|null)``, one for all conditions or
@@ -144,7 +144,9 @@ class CellGenerationMixin:
             )
         if steps is not None:
             return steps
-        return 20 if origin == "null" or self.config.entropy_curve is None else "auto"
+        if origin in (None, "null") or self.config.count_distribution != "nb":
+            return 20 if origin == "null" or self.config.entropy_curve is None else "auto"
+        return 1  # more calls pull a cell to the noise of the cell that its state was made of
 
     def _told(self, rows: slice, given, states, sizes, gene_ids: torch.Tensor, generator) -> dict[str, torch.Tensor]:
         """What the network is told of a chunk of cells: the ``given`` conditions, their state and their library size,

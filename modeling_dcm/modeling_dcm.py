@@ -84,7 +84,8 @@ class DCMPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     # mean counts and library sizes are data, not weights: bfloat16 would round 2,003 counts to 2,000
     _keep_in_fp32_modules_strict = ["totals", "library_sizes", "cell_state", "state_source", "effects"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict += ["head.log_size", "head.largest_mean", "head.state_loading"]
+    _keep_in_fp32_modules_strict += ["head.log_size", "head.largest_mean", "head.state_loading", "head.correction"]
+    _keep_in_fp32_modules_strict += ["head.type_shift"]
     _keep_in_fp32_modules_strict += ["library_size.log_mean", "library_size.log_std"]
 
     @classmethod

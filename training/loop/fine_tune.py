@@ -123,10 +123,11 @@ def transfer(source: Source, model: DCMForDenoising, tokenizer: DCMTokenizer) ->
         to[genes.new] = rows[genes.old]
     labels = _take_labels(source, model, tokenizer)
     _take_condition_mlp(old, model)
-    _take_gene_means(old, model, genes, labels.get("cell types", SharedNames([], [], 0, 0)))
+    types = labels.get("cell types", SharedNames([], [], 0, 0))
+    _take_gene_means(old, model, genes, types)
     _take_head(old.head, model.head, fresh_head, genes)
     if isinstance(model.head, NegativeBinomialHead):
-        _take_estimates(old.head, model.head, fresh_head, genes)
+        _take_estimates(old.head, model.head, fresh_head, genes, types)
         _take_effects(old, model, genes, labels)
     if model.config.num_counts != old.config.num_counts:
         _refit_counts(old, model)
@@ -243,8 +244,8 @@ def _take_head(old: CategoricalHead, new: CategoricalHead, fresh: dict[str, torc
     theirs = old.gene_bias.weight[genes.old]
     if old.large is not None:
         theirs = theirs.clone()
-        # the last column is multiplied by the number of large counts, which may have grown
-        theirs[:, -1] += math.log((old.num_counts - old.num_small) / (new.num_counts - new.num_small))
+        if not isinstance(old, NegativeBinomialHead):  # the number of large counts, which may have grown, is a factor
+            theirs[:, -1] += math.log((old.num_counts - old.num_small) / (new.num_counts - new.num_small))
         table[genes.new] = theirs
     else:
         theirs = theirs[:, :shared] + old_bias[:shared]
@@ -254,10 +255,20 @@ def _take_head(old: CategoricalHead, new: CategoricalHead, fresh: dict[str, torc
     new.gene_bias.weight.copy_(table)
 
 
-def _take_estimates(old: NegativeBinomialHead, new: NegativeBinomialHead, fresh, genes: SharedNames) -> None:
-    """Loadings and dispersions of known genes; new genes keep what was estimated on the new training cells."""
+def _take_estimates(
+    old: NegativeBinomialHead, new: NegativeBinomialHead, fresh, genes: SharedNames, types: SharedNames
+) -> None:
+    """Loadings, dispersions and corrections of known genes; new genes, counts and cell types keep what was estimated on
+    the new training cells."""
     tables = {"loading.weight": 0, "state_loading.weight": 0, "log_size": 1}  # and the dimension of genes
     theirs, mine = old.state_dict(), new.state_dict()
+    shared = old.correction.shape[1] if old.large is not None else min(old.num_counts, new.num_small)
+    new.correction.copy_(fresh["correction"])
+    new.correction[genes.new, :shared] = old.correction[genes.old, :shared]
+    if new.type_shift is not None:
+        new.type_shift.copy_(fresh["type_shift"])
+        for i, j in zip(types.old, types.new, strict=True):
+            new.type_shift[j, genes.new] = old.type_shift[i, genes.old]
     bounds = mine["largest_mean"]
     bounds[genes.new] = bounds[genes.new].maximum(theirs["largest_mean"][genes.old])
     for name in tables.keys() & mine.keys():

@@ -31,6 +31,7 @@ from training.loop.start_estimates import (
     principal_components,
     regressed,
     state_mixture,
+    type_shifts,
 )
 from training.loop.told_effects import cell_states
 from training.perturbations.vectors import PerturbationTable, read_table
@@ -288,9 +289,12 @@ def set_estimates(model: DCMForDenoising, config: TrainConfig, cells: Cells, sou
                 counts, expected, state, largest, types, spread, partial(_encoded, model.cell_state), config.seed
             )
             expected = regressed(expected, estimates[2], state, largest)
+            shifts = type_shifts(counts, expected, estimates[3], types, model.config.num_cell_types)
+            expected *= np.exp(shifts[types])
         few = slice(None, None, -(-len(rows) // SHAPE_CELLS))
         around = estimates[1 if state is None else 3]
         estimates.append(count_corrections(counts[few], expected[few], around, model.config.num_small))
+        estimates.append(None if state is None else shifts)
         model.head.set_estimates(*(None if value is None else torch.from_numpy(value) for value in estimates))
 
 

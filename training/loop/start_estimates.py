@@ -34,6 +34,7 @@ CALIBRATION_CELLS = 4096
 CALIBRATION_STEPS = 5
 CALIBRATION_STEP = 0.6
 CELLS_AT_ONCE = 512
+TYPE_COUNTS = 2.0  # counts' worth of evidence that a cell type's mean is what the state says
 WEAK = 0.1  # a direction of the state that drawn cells hardly follow, of the one that they follow most
 SHAPED_COUNTS = 16  # that have a correction of their own
 SHAPE_STEPS = 4
@@ -268,6 +269,30 @@ def _with_means(
     mean = regressed(expected, loadings, state, largest_mean).sum(axis=0, dtype=np.float64)
     loadings[:, -1] += np.log((np.asarray(counts.sum(axis=0))[0] + 0.5) / (mean + 0.5))
     return likely_dispersion(counts, regressed(expected, loadings, state, largest_mean))
+
+
+def type_shifts(
+    counts: csr_matrix, mean: np.ndarray, dispersion: np.ndarray, cell_type: np.ndarray, num_types: int
+) -> np.ndarray:
+    """What to add to the logarithms of means told the state so that each cell type has its mean counts, (T + 1, G); the
+    last row, of cells without a type, is 0.
+
+    Counts are weighted by ``1 / (1 + mu / r)``, so that few loud cells do not decide, and :data:`TYPE_COUNTS` of them
+    stand for no shift.
+
+    Args:
+        counts: (n, G) sparse.
+        mean: (n, G), above 0.
+        dispersion: 1/r (G,).
+        cell_type: ids (n,), -1 where not given.
+        num_types: T.
+    """
+    shifts = np.zeros((num_types + 1, counts.shape[1]), dtype=np.float32)
+    for type_ in np.unique(cell_type[cell_type >= 0]):
+        x, mu = counts[cell_type == type_].toarray(), mean[cell_type == type_]
+        weight = 1 / (1 + mu * dispersion)
+        shifts[type_] = np.log(((weight * x).sum(axis=0) + TYPE_COUNTS) / ((weight * mu).sum(axis=0) + TYPE_COUNTS))
+    return shifts
 
 
 def _drawn(mean: np.ndarray, dispersion: np.ndarray, rng: np.random.Generator) -> np.ndarray:

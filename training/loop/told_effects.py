@@ -150,8 +150,11 @@ def labelled_cells(model: DCMForDenoising, cells: Cells, control: int) -> Labell
     raw = cell_states(model, cells)
     state = torch.cat([raw[:, : config.state_dim].double(), torch.log1p(cells.library_size.double())[:, None]], dim=1)
 
+    types = cells.conditions.get("cell_type_ids", torch.full((len(cells),), -1))
+    of_type = model.head.type_shift.exp().numpy()
+
     def factor(rows: np.ndarray) -> np.ndarray:
-        return state_effect(store.loading.numpy(), torch.nan_to_num(raw[rows]).numpy())
+        return state_effect(store.loading.numpy(), torch.nan_to_num(raw[rows]).numpy()) * of_type[types[rows].numpy()]
 
     return labelled(cells, control, mean, size, state.numpy(), factor)
 

@@ -32,8 +32,6 @@ from training.loop.step import averaged_weights
 
 logger = logging.getLogger(__name__)
 
-SCORE_STEPS = 20  # of sampling
-STATE_STEPS = 4  # where the cell's state is drawn first
 FLOOR_DRAWS = 3
 FLOOR_POOL = 100_000  # training cells that the floor is drawn from, at most
 LEAST_SCORE = 1e-3
@@ -122,8 +120,7 @@ class Validation:
         if reference is None:
             return {}
         conditions = {name: ids[:number] for name, ids in self.cells.conditions.items()}
-        steps = STATE_STEPS if model.config.state_dim else SCORE_STEPS
-        options = {"steps": steps, "seed": self.config.seed, "batch_size": self.config.batch_size}
+        options = {"seed": self.config.seed, "batch_size": self.config.batch_size}
         with averaged_weights(model, ema) as averaged, self.autocast():
             ids = averaged.generate(number, **conditions, **options)
         found = reference.compare(_log1p(self.tokenizer.decode(ids).X)[:, reference.genes])
