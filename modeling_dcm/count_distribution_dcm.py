@@ -21,6 +21,7 @@ SMALL_TAIL = 1e-3
 LARGEST_RATIO = 0.99
 LARGE_AT_ONCE = 2**26  # logits of large counts
 SCORES = 64  # columns of the bilinear rate
+SHAPED_COUNTS = 16  # small counts that may start away from the negative binomial
 LOWEST_MEAN = 1e-6
 LARGEST_CHANGE = 8.0  # of the logarithms of mean and dispersion
 
@@ -262,8 +263,8 @@ class NegativeBinomialHead(CategoricalHead):
     have: the exponential of a state that is large by chance is.
 
     Rates, factor and what is learned of u start at zero. Factor and what of u comes from the hidden state count by the
-    share of genes observed, and where the state is given so does all else that is learned of the condition: while
-    nothing is observed a cell with a state is what the statistics say. Means and shapes are otherwise traded against
+    share of genes observed, and where the state is given so does what is learned of genes and conditions: while nothing
+    is observed a cell with a state is what the statistics say, but for how much its perturbation's effect is trusted. Means and shapes are otherwise traded against
     each other, at nearly the same likelihood and with worse cells.
     """
 
@@ -281,8 +282,9 @@ class NegativeBinomialHead(CategoricalHead):
         self.register_buffer("largest_mean", torch.full((G,), float(config.max_count)))
         # of means told the state, by cell type; the last one is not given
         self.register_buffer("type_shift", torch.zeros(config.num_cell_types + 1, G) if config.state_dim else None)
-        columns = 0 if self.gene_bias is None else self.gene_bias.embedding_dim
-        self.register_buffer("correction", torch.zeros(G, columns))  # where u of each gene starts
+        # where u of each gene starts, the last column of all further counts
+        columns = 0 if self.gene_bias is None else min(self.gene_bias.embedding_dim, SHAPED_COUNTS + 1)
+        self.register_buffer("correction", torch.zeros(G, columns))
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor, queried: PartialCells) -> TwoStageCategorical:
         genes, observed = queried.gene_ids, 1 - queried.progress.t  # (B, Q) and (B,)
@@ -327,7 +329,9 @@ class NegativeBinomialHead(CategoricalHead):
         learned = learned * self.share_of_learned(queried)[..., None]
         if self.gene_bias is None:
             return learned
-        return learned + nn.functional.embedding(queried.gene_ids, self.correction)
+        known = nn.functional.embedding(queried.gene_ids, self.correction)
+        others = known[..., -1:].expand(-1, -1, learned.shape[-1] - known.shape[-1])
+        return learned + torch.cat([known, others], dim=-1)
 
     @torch.no_grad()
     def set_marginals(self, histogram: torch.Tensor) -> None:

@@ -308,7 +308,7 @@ def _inputs(gr, checkpoint: Checkpoint) -> tuple[list, object]:
         )
     with gr.Row():
         num_cells = gr.Slider(1, MAX_CELLS, value=100, step=1, label="cells", elem_id="num-cells")
-        words = "Network calls for a cell. 0: as few as the model allows."
+        words = "Network calls for a cell. 0: the model's own choice."
         steps = gr.Slider(0, MAX_STEPS, value=0, step=1, label="steps", info=words)
         words = "Exaggerates what the labels say. 0: as trained."
         guidance = gr.Slider(0, MAX_GUIDANCE, value=0, label="guidance", info=words)

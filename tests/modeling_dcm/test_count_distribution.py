@@ -102,6 +102,39 @@ def test_shapes_are_those_of_each_gene_while_none_is_observed(make_model):
     assert (after[1] - before[1]).abs().max() > 1e-2
 
 
+def test_a_cell_told_its_state_is_what_the_statistics_say_until_something_is_observed(make_model):
+    model = make_model("latent", count_distribution="nb", num_genes=7, state_dim=2, library_size_conditioning=True)
+    masked = torch.full((1, 7), model.config.mask_token_id)
+    partly = masked.clone()
+    partly[0, :3] = 2
+    state = torch.tensor([[0.5, -1.0]])
+    cases = {"told": (masked, state), "told, some observed": (partly, state), "not told": (masked, None)}
+    before = {name: model(x, state=z).logits for name, (x, z) in cases.items()}
+    learned = [model.head.rate, model.head.score, model.head.gene_bias, model.head.counts]
+    for parameter in (parameter for layer in learned for parameter in layer.parameters()):
+        torch.nn.init.zeros_(parameter)
+    after = {name: model(x, state=z).logits for name, (x, z) in cases.items()}
+    torch.testing.assert_close(after["told"], before["told"])
+    for name in ("told, some observed", "not told"):
+        assert (after[name] - before[name]).abs().max() > 1e-2
+
+
+def test_a_cell_type_shifts_the_means_of_cells_that_are_told_their_state(make_model):
+    options = {"count_distribution": "nb", "state_dim": 2, "num_cell_types": 2, "library_size_conditioning": True}
+    model = make_model("latent", num_genes=7, **options)
+    masked = torch.full((3, 7), model.config.mask_token_id)
+    given = {"state": torch.zeros(3, 2), "cell_type_ids": torch.tensor([0, 1, -1])}
+    given["state"][1] = torch.nan
+    shift = torch.linspace(-1, 1, 7)
+    before = model(masked, **given).logits
+    model.head.type_shift[:2] = shift
+    shifted = model(masked, **given).logits
+    model.head.type_shift.zero_()
+    model.head.state_loading.weight[:, -1] += shift
+    torch.testing.assert_close(shifted[0], model(masked, **given).logits[0])
+    torch.testing.assert_close(shifted[1:], before[1:])
+
+
 def test_the_probability_of_a_bin_is_the_sum_over_its_counts(make_model):
     found = []
     for bins in (None, [8, 20]):

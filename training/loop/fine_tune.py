@@ -262,7 +262,7 @@ def _take_estimates(
     the new training cells."""
     tables = {"loading.weight": 0, "state_loading.weight": 0, "log_size": 1}  # and the dimension of genes
     theirs, mine = old.state_dict(), new.state_dict()
-    shared = old.correction.shape[1] if old.large is not None else min(old.num_counts, new.num_small)
+    shared = min(old.correction.shape[1], new.correction.shape[1])
     new.correction.copy_(fresh["correction"])
     new.correction[genes.new, :shared] = old.correction[genes.old, :shared]
     if new.type_shift is not None:

@@ -13,6 +13,8 @@ from scipy.sparse.linalg import LinearOperator, svds
 from scipy.special import gammaln
 from sklearn.mixture import GaussianMixture
 
+from modeling_dcm.count_distribution_dcm import SHAPED_COUNTS
+
 DISPERSIONS = (1e-3, 30.0)  # least and largest 1 / r, the squared coefficient of variation beyond Poisson's
 GOLDEN = (5**0.5 - 1) / 2
 SEARCH_STEPS = 10  # to 5 % of a dispersion
@@ -36,7 +38,6 @@ CALIBRATION_STEP = 0.6
 CELLS_AT_ONCE = 512
 TYPE_COUNTS = 2.0  # counts' worth of evidence that a cell type's mean is what the state says
 WEAK = 0.1  # a direction of the state that drawn cells hardly follow, of the one that they follow most
-SHAPED_COUNTS = 16  # that have a correction of their own
 SHAPE_STEPS = 4
 NOT_CORRECTED = 5.0  # cells' worth of evidence that counts are as the negative binomial says
 

@@ -19,6 +19,7 @@ from training.loop.start_estimates import (
     state_effect,
     state_loadings,
     state_mixture,
+    type_shifts,
 )
 
 NO_BOUND = np.full(10, np.inf)
@@ -121,6 +122,17 @@ def test_cells_drawn_with_calibrated_loadings_have_the_spread_that_is_wanted_and
         errors.append(np.abs(encode(drawn).var(axis=0) - wanted).mean())
         assert drawn.mean() == pytest.approx(x.mean(), rel=0.03)
     assert errors[1] < 0.06 < 0.2 < errors[0]
+
+
+def test_means_of_cell_types_are_shifted_to_their_counts_as_far_as_there_are_some():
+    rng, n = np.random.default_rng(5), 3_000
+    types = rng.integers(-1, 2, n)
+    truth = np.array([[0.5, -0.5, 0.0], [-1.0, 0.2, 0.0], [0.0, 0.0, 0.0]])
+    mean = np.tile(np.array([2.0, 5.0, 1e-4], dtype=np.float32), (n, 1))
+    dispersion = np.array([0.5, 0.2, 1.0])
+    x = csr_matrix(negative_binomial(mean * np.exp(truth[types]), dispersion, rng))
+    np.testing.assert_allclose(type_shifts(x, mean, dispersion, types, 2), truth, atol=0.1)
+    assert not type_shifts(x[types < 0], mean[types < 0], dispersion, types[types < 0], 2).any()
 
 
 def test_corrected_counts_are_as_frequent_as_in_the_cells():
