@@ -264,8 +264,8 @@ class NegativeBinomialHead(CategoricalHead):
 
     Rates, factor and what is learned of u start at zero. Factor and what of u comes from the hidden state count by the
     share of genes observed, and where the state is given so does what is learned of genes and conditions: while nothing
-    is observed a cell with a state is what the statistics say, but for how much its perturbation's effect is trusted. Means and shapes are otherwise traded against
-    each other, at nearly the same likelihood and with worse cells.
+    is observed a cell with a state is what the statistics say, but for how far its perturbation's effect is trusted.
+    Means and shapes are otherwise traded against each other, at nearly the same likelihood and with worse cells.
     """
 
     def __init__(self, config: DCMConfig):
