@@ -25,6 +25,7 @@ import tokenization
 from modeling_dcm import DCMConfig, DCMForDenoising
 from modeling_dcm.pipeline_dcm import CUSTOM_PIPELINES
 from tokenization import DCMTokenizer
+from tokenization.labels_dcm import shortened
 from training.config import TrainConfig
 from training.data.command_line import version_of
 from training.data.files import sha256_of, share, written_aside
@@ -230,11 +231,21 @@ def remove_leftovers(out: Path) -> None:
 
 
 def load_state_model(folder: Path, config: TrainConfig) -> tuple[DCMForDenoising, DCMTokenizer]:
-    """Load the network, with averaged weights, and the tokenizer of a state."""
+    """Load the network, with averaged weights, and the tokenizer of a state.
+
+    Raises:
+        ValueError: the state is damaged, or of a version whose network has other weights.
+    """
     with _damage_named(folder):
-        model_config = DCMConfig.from_pretrained(folder)
-        model = DCMForDenoising.from_pretrained(folder, config=model_config, attn_implementation=config.attn)
+        options = {"config": DCMConfig.from_pretrained(folder), "attn_implementation": config.attn}
+        model, loading = DCMForDenoising.from_pretrained(folder, **options, output_loading_info=True)
         tokenizer = DCMTokenizer.from_pretrained(folder)
+    differ = sorted({*loading["missing_keys"], *loading["unexpected_keys"]})
+    if differ:
+        raise ValueError(
+            f"{folder.name} cannot be resumed: another version of this package wrote it, whose network differs in "
+            f"{shortened(differ, 3)}; start again with another --out"
+        )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train(), tokenizer

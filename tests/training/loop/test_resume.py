@@ -151,6 +151,16 @@ def test_leftovers_of_a_killed_run_are_removed_and_a_damaged_state_is_named_with
         main(copy)
 
 
+def test_a_state_of_a_version_with_another_network_is_named_with_what_differs(copy):
+    weights = all_states(copy.out)[-1] / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["head.of_before"] = tensors.pop("head.log_size")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    said = r"step-6 cannot be resumed: another version .* differs in head.log_size, head.of_before; start again with"
+    with pytest.raises(ValueError, match=said):
+        main(copy)
+
+
 def test_a_full_disk_leaves_the_last_state_and_says_so(config, monkeypatch):
     main(replace(config, max_steps=2))
 
