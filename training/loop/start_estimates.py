@@ -288,12 +288,14 @@ def type_shifts(
         cell_type: ids (n,), -1 where not given.
         num_types: T.
     """
-    shifts = np.zeros((num_types + 1, counts.shape[1]), dtype=np.float32)
+    sums, due = np.zeros((2, num_types + 1, counts.shape[1]))
     for type_ in np.unique(cell_type[cell_type >= 0]):
-        x, mu = counts[cell_type == type_].toarray(), mean[cell_type == type_]
-        weight = 1 / (1 + mu * dispersion)
-        shifts[type_] = np.log(((weight * x).sum(axis=0) + TYPE_COUNTS) / ((weight * mu).sum(axis=0) + TYPE_COUNTS))
-    return shifts
+        rows = np.flatnonzero(cell_type == type_)
+        for part in (rows[start : start + CELLS_AT_ONCE] for start in range(0, len(rows), CELLS_AT_ONCE)):
+            weight = 1 / (1 + mean[part] * dispersion)
+            sums[type_] += (weight * counts[part].toarray()).sum(axis=0)
+            due[type_] += (weight * mean[part]).sum(axis=0)
+    return np.log((sums + TYPE_COUNTS) / (due + TYPE_COUNTS)).astype(np.float32)
 
 
 def _drawn(mean: np.ndarray, dispersion: np.ndarray, rng: np.random.Generator) -> np.ndarray:
