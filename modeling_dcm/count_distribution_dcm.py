@@ -329,9 +329,9 @@ class NegativeBinomialHead(CategoricalHead):
         learned = learned * self.share_of_learned(queried)[..., None]
         if self.gene_bias is None:
             return learned
-        known = nn.functional.embedding(queried.gene_ids, self.correction)
-        others = known[..., -1:].expand(-1, -1, learned.shape[-1] - known.shape[-1])
-        return learned + torch.cat([known, others], dim=-1)
+        further = learned.shape[-1] - self.correction.shape[1]
+        table = torch.cat([self.correction, self.correction[:, -1:].expand(-1, further)], dim=1)
+        return learned + nn.functional.embedding(queried.gene_ids, table)
 
     @torch.no_grad()
     def set_marginals(self, histogram: torch.Tensor) -> None:

@@ -71,7 +71,8 @@ class CellGenerationMixin:
             observed: counts (N, L), -1 where unknown; given genes come back unchanged.
             gene_ids: genes of the panel (L,) to generate; default: all.
             steps: network calls for each chunk of cells; ``"auto"``: as few as the entropy curve allows; None: one
-                where the head's loadings tell it the state; else ``"auto"``, or 20 where that is not possible.
+                where the head's loadings tell it every cell's state; else ``"auto"``, or 20 without a curve or where
+                states are not given.
             schedule: how many genes each step reveals: ``linear``, ``cosine``, ``cubic``, or ``optimal`` by the
                 model's entropy curve.
             guidance_scale: w of ``(1+w) log p(x|c) - w log p(x|null)``, one for all conditions or
@@ -113,7 +114,7 @@ class CellGenerationMixin:
         sizes = self._given_library_size(library_size, N, observed is not None)
         origin, source = self._origin_of_states(state, N, given, seed, observed is not None)
         options = {
-            "steps": self._steps(steps, origin),
+            "steps": self._steps(steps, origin, source),
             "schedule": schedule,
             "curve": as_curve(self.config.entropy_curve),
             "temperature": temperature,
@@ -137,16 +138,17 @@ class CellGenerationMixin:
                 bar.update(len(x))
         return torch.cat(cells) if cells else torch.empty(0, len(gene_ids), dtype=torch.long)
 
-    def _steps(self, steps: int | str | None, origin: str | None) -> int | str:
+    def _steps(self, steps: int | str | None, origin: str | None, source: torch.Tensor | None) -> int | str:
         if origin == "null" and steps == "auto":  # the curve was measured with the state that sampling is given
             raise ValueError(
                 "steps='auto' goes by cells whose state is given, and here it is not: give a number of steps"
             )
         if steps is not None:
             return steps
-        if origin in (None, "null") or self.config.count_distribution != "nb":
-            return 20 if origin == "null" or self.config.entropy_curve is None else "auto"
-        return 1  # more calls pull a cell to the noise of the cell that its state was made of
+        all_told = origin in ("bank", "prior") or (origin == "given" and not bool(source.isnan().any()))
+        if all_told and self.config.count_distribution == "nb":
+            return 1  # more calls pull a cell to the noise of the cell that its state was made of
+        return "auto" if self.config.entropy_curve is not None and (all_told or origin is None) else 20
 
     def _told(self, rows: slice, given, states, sizes, gene_ids: torch.Tensor, generator) -> dict[str, torch.Tensor]:
         """What the network is told of a chunk of cells: the ``given`` conditions, their state and their library size,

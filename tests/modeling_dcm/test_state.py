@@ -147,3 +147,14 @@ def test_some_genes_of_a_panel_get_their_share_of_the_library_size_that_is_drawn
     joint = torch.tensor([[0.0, 0.0, 280.0]]).log1p().expand(4, -1)  # z and log1p(total)
     sizes = model._library_size(None, joint, slice(0, 4), {}, torch.tensor([0, 5]), torch.Generator())
     assert sizes.tolist() == [70.0] * 4
+
+
+def test_cells_are_drawn_in_one_call_where_each_has_a_state_and_in_twenty_where_one_has_none(model):
+    given = {"cell_type_ids": torch.zeros(3, dtype=torch.long), "library_size": torch.full((3,), 30.0), "seed": 0}
+    told = torch.zeros(3, model.config.state_width)
+    not_told = told.clone()
+    not_told[1] = torch.nan
+    for state, steps in ((None, 1), ("prior", 1), (told, 1), (not_told, 20), ("null", 20)):
+        default, asked, other = (model.generate(state=state, steps=n, **given) for n in (None, steps, 21 - steps))
+        assert torch.equal(default, asked)
+        assert not torch.equal(default, other)

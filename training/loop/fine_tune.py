@@ -263,10 +263,8 @@ def _take_estimates(
     tables = {"loading.weight": 0, "state_loading.weight": 0, "log_size": 1}  # and the dimension of genes
     theirs, mine = old.state_dict(), new.state_dict()
     shared = min(old.correction.shape[1], new.correction.shape[1])
-    new.correction.copy_(fresh["correction"])
     new.correction[genes.new, :shared] = old.correction[genes.old, :shared]
     if new.type_shift is not None:
-        new.type_shift.copy_(fresh["type_shift"])
         for i, j in zip(types.old, types.new, strict=True):
             new.type_shift[j, genes.new] = old.type_shift[i, genes.old]
     bounds = mine["largest_mean"]

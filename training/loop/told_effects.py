@@ -150,11 +150,10 @@ def labelled_cells(model: DCMForDenoising, cells: Cells, control: int) -> Labell
     raw = cell_states(model, cells)
     state = torch.cat([raw[:, : config.state_dim].double(), torch.log1p(cells.library_size.double())[:, None]], dim=1)
 
-    types = cells.conditions.get("cell_type_ids", torch.full((len(cells),), -1))
     of_type = model.head.type_shift.exp().numpy()
 
-    def factor(rows: np.ndarray) -> np.ndarray:
-        return state_effect(store.loading.numpy(), torch.nan_to_num(raw[rows]).numpy()) * of_type[types[rows].numpy()]
+    def factor(rows: np.ndarray, types: np.ndarray) -> np.ndarray:
+        return state_effect(store.loading.numpy(), torch.nan_to_num(raw[rows]).numpy()) * of_type[types]
 
     return labelled(cells, control, mean, size, state.numpy(), factor)
 
@@ -165,10 +164,10 @@ def labelled(
     gene_mean: np.ndarray,
     size: np.ndarray,
     state: np.ndarray | None = None,
-    factor: Callable[[np.ndarray], np.ndarray] | None = None,
+    factor: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> LabelledCells:
     """The training cells with mean counts by cell type (T + 1, G), the last row of all cells, and r (K, G); ``factor``
-    of some rows (n, G) is that of the state (N, E) on means."""
+    of some rows (n, G), of cells of some types (n,), is that of the state (N, E) on means."""
     N = len(cells)
     missing = torch.full((N,), -1)
     types = cells.conditions.get("cell_type_ids", missing)
@@ -181,12 +180,13 @@ def labelled(
         return cells.csr(rows).toarray().astype(np.float32)
 
     def expected(rows: np.ndarray) -> np.ndarray:
-        mean = gene_mean[types[rows].numpy()]  # -1 is the last row
+        of_rows = types[rows].numpy()
+        mean = gene_mean[of_rows]  # -1 is the last row
         absent = cells.not_measured(rows)
         mean = mean if absent is None else np.where(absent, 0, mean)
         depth = (cells.library_size[rows].numpy() + 1) / (mean.sum(axis=1) + 1)
         whole = np.maximum(mean * depth[:, None], LOWEST_MEAN).astype(np.float32)
-        return whole[None] if factor is None else np.stack([whole, whole * factor(rows)])
+        return whole[None] if factor is None else np.stack([whole, whole * factor(rows, of_rows)])
 
     return LabelledCells(
         counts=counts,
